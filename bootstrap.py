@@ -1,0 +1,197 @@
+"""
+From a fresh clone to a story, with the standard library alone; `make story` and `make test` call it.
+
+    python bootstrap.py story                      # environment, engine, corpus, training, a story
+    python bootstrap.py venv requirements-dev.txt  # the environment in .venv alone
+
+Each step is skipped where its result is there already. The Python that runs this file is the one
+.venv is made from; if it has a torch that fits the pin, .venv uses that instead of a new download.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import site
+import subprocess
+import sys
+import time
+
+VENV = ".venv"
+DATA, OUT = os.path.join("data", "practice"), os.path.join("out", "story")
+CONFIG = os.path.join("config", "story.py")
+VOCAB_SIZE = 512
+OLDEST_PYTHON = (3, 10)
+
+
+class StepFailed(Exception):
+    """A command of a step failed; it has said why."""
+
+
+def call(*command):
+    """Run a command, its output shown; raise StepFailed unless it succeeds."""
+    try:
+        code = subprocess.run(command).returncode
+    except OSError as e:
+        raise StepFailed(f"cannot run {command[0]}: {e.strerror}") from None
+    if code:
+        raise StepFailed(f"{' '.join(command)} ended with status {code}")
+
+
+def venv_python():
+    folder, name = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+    return os.path.join(VENV, folder, name)
+
+
+# ---- the environment
+
+
+def pinned_torch(requirements):
+    """The version that a requirements file, or one it includes, pins torch to."""
+    with open(requirements, encoding="utf-8") as f:
+        text = f.read()
+    if include := re.search(r"^-r (\S+)", text, re.MULTILINE):
+        return pinned_torch(include[1])
+    return re.search(r"^torch==(\S+)", text, re.MULTILINE)[1]
+
+
+def torch_here():
+    """The version of this Python's torch without its build ("2.13.0" of 2.13.0+cpu), or ""."""
+    code = "import torch; print(torch.__version__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return found.stdout.strip().split("+")[0] if found.returncode == 0 else ""
+
+
+def make_venv(requirements):
+    """Make .venv with the packages of a requirements file; nothing is done where it has them."""
+    if sys.version_info < OLDEST_PYTHON:
+        raise StepFailed(f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed")
+    digest = hashlib.sha256(sys.executable.encode())
+    for path in ("requirements.txt", requirements):
+        with open(path, "rb") as f:
+            digest.update(f.read())
+    stamp = os.path.join(VENV, f".ready-{requirements}-{digest.hexdigest()[:12]}")
+    if os.path.exists(stamp):
+        print(f"   there already ({VENV})")
+        return
+    if not os.path.exists(venv_python()):
+        begin = subprocess.run([sys.executable, "-m", "venv", VENV])
+        if begin.returncode:
+            raise StepFailed(
+                "python -m venv fails; on Debian and Ubuntu it needs: apt install python3-venv"
+            )
+    pin = pinned_torch(requirements)
+    if torch_here() == pin:
+        # seen behind .venv's own packages, so every other pin still holds
+        print(f"   using the torch {pin} that {sys.executable} has")
+        folders = [*site.getsitepackages(), site.getusersitepackages()]
+        (packages,) = glob.glob(
+            os.path.join(VENV, "lib*", "python*", "site-packages")
+        ) or glob.glob(os.path.join(VENV, "Lib", "site-packages"))
+        with open(os.path.join(packages, "torch_of_user.pth"), "w", encoding="utf-8") as f:
+            f.writelines(f"{folder}\n" for folder in folders if os.path.isdir(folder))
+    call(venv_python(), "-m", "pip", "install", "--quiet", "--requirement", requirements)
+    with open(stamp, "w", encoding="utf-8"):
+        pass
+
+
+# ---- from nothing to a story
+
+
+def finished(out_dir):
+    """Whether the log of a run says that it reached its last step."""
+    try:
+        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+            last = json.loads(f.readlines()[-1])
+        return last["kind"] == "end" and last["reason"] == "finished"
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def complete(shards):
+    try:
+        with open(os.path.join(shards, "shards.json"), encoding="utf-8") as f:
+            return json.load(f)["complete"]
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def step(number, title, action, done=""):
+    """Do one of the steps, or say that it is done; print how long it took."""
+    print(f"[{number}/7] {title}", flush=True)
+    if done:
+        print(f"   there already ({done})")
+        return
+    begin = time.monotonic()
+    action()
+    print(f"   took {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def story():
+    vocab = [f"--data_dir={DATA}", f"--vocab_size={VOCAB_SIZE}"]
+    stories = os.path.join(DATA, "TinyStories_all_data")
+    vocabulary = os.path.join(DATA, f"tok{VOCAB_SIZE}.model")
+    shards = os.path.join(DATA, f"tok{VOCAB_SIZE}")
+    model = os.path.join(OUT, "model.bin")
+    python = venv_python()
+
+    def there(path):
+        return path if os.path.exists(path) else ""
+
+    step(1, f"Python environment in {VENV}", lambda: make_venv("requirements.txt"))
+    step(2, "the C engine, ./run", lambda: call("make", "--no-print-directory", "run"))
+    step(
+        3,
+        f"a practice corpus of 20,000 stories in {stories}",
+        lambda: call(python, "tinystories.py", "synth", f"--data_dir={DATA}"),
+        there(stories),
+    )
+    step(
+        4,
+        f"a vocabulary of {VOCAB_SIZE} pieces",
+        lambda: call(python, "tinystories.py", "train_vocab", *vocab),
+        there(vocabulary),
+    )
+    step(
+        5,
+        "the stories as tokens",
+        lambda: call(python, "tinystories.py", "pretokenize", *vocab),
+        shards if complete(shards) else "",
+    )
+    go_on = ["--init_from=resume"] if os.path.exists(os.path.join(OUT, "ckpt.pt")) else []
+    step(
+        6,
+        f"training a small model into {OUT} (about 3 minutes on two cores)",
+        lambda: call(python, "train.py", CONFIG, *vocab, f"--out_dir={OUT}", *go_on),
+        model if finished(OUT) and os.path.exists(model) else "",
+    )
+    if not finished(OUT):
+        raise StepFailed("training was stopped; `make story` goes on with it")
+    step(7, "a story", lambda: call("./run", model, "-t", "0.8", "-i", "Once upon a time"))
+    print(
+        f"""
+Three commands to try next:
+  ./run {model} -t 0.8 -i "One day, a little fox"
+  {python} sample.py --out_dir={OUT} --start="Lily and Tom" --num_samples=3
+  {python} tinystories.py download    # the real TinyStories; README.md goes on from there"""
+    )
+
+
+def main(words):
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        if words == ["story"]:
+            story()
+        elif words[:1] == ["venv"] and len(words) == 2:
+            make_venv(words[1])
+        else:
+            raise StepFailed("expected: story, or venv REQUIREMENTS_FILE")
+    except StepFailed as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,210 @@
+"""
+Settings of a script: its own top-level globals, overridden from the command line.
+
+    from configurator import configure
+
+    batch_size = 32  # sequences per step
+    out_dir = "out"  # where checkpoints go
+
+    configure(globals())
+
+`python script.py --batch_size=8 config/small.py --compile` then reads, from left to right,
+`--key=value` overrides and override files (Python files of plain assignments). The type of the
+default decides how a value is parsed: an int literal is fine for a float, `--flag` alone means True
+for a bool, and everything after the first `=` belongs to the value. `--help` lists every setting
+with its default and its comment.
+"""
+
+import ast
+import difflib
+import os
+import sys
+import tokenize
+
+SETTING_TYPES = (bool, int, float, str)
+
+
+class UserError(Exception):
+    """Something the user has to change; the message says what was wrong and what to do."""
+
+
+def one_sentence_errors():
+    """From here on an uncaught UserError ends the script with its sentence, not a traceback."""
+
+    def hook(kind, error, traceback):
+        if issubclass(kind, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            print("\ninterrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def settings_of(namespace):
+    """
+    The settings in a namespace: its names bound to a bool, int, float or str, those that start with
+    an underscore and CONSTANTS left out.
+    """
+    return {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, SETTING_TYPES) and not name.startswith("_") and not name.isupper()
+    }
+
+
+def check_name(name, settings):
+    """Raise UserError, naming the nearest setting, where `name` is none of them."""
+    if name not in settings:
+        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
+        raise UserError(f"unknown setting --{name}: {hint}")
+
+
+def parse(name, text, default):
+    """Parse `text` to the type of `default`; raise UserError where it does not fit."""
+    kind = type(default)
+    word = text.strip()
+    if kind is str:
+        return text
+    if kind is bool:
+        if word.lower() in ("true", "1", "yes", "on"):
+            return True
+        if word.lower() in ("false", "0", "no", "off"):
+            return False
+        raise UserError(f"--{name}={text}: expected True or False")
+    try:
+        return kind(word)
+    except ValueError:
+        pass
+    try:  # 1e4 is a good way to write an int
+        value = float(word)
+        if kind is int and value.is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    expected = {int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"--{name}={text}: expected {expected}, like {default}")
+
+
+def coerce(name, value, default, where):
+    """Check a value from an override file against the type of the default."""
+    kind = type(default)
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    raise UserError(
+        f"{where}: {name} = {value!r} is a {type(value).__name__}, expected a {kind.__name__}"
+    )
+
+
+def assigned_names(tree):
+    """The names that the top level of a parsed file assigns to."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            for leaf in ast.walk(target) if target is not None else ():
+                if isinstance(leaf, ast.Name):
+                    yield leaf.id
+
+
+def read_override_file(path, namespace, settings):
+    """
+    Run an override file and return {name: value} for the settings it assigns. It may compute with
+    the settings as they stand (`dim = n_heads * 48`); helper names start with an underscore.
+    """
+    found = path
+    if not os.path.isfile(found):  # `config/x.py` works from any directory
+        found = os.path.join(os.path.dirname(os.path.abspath(namespace["__file__"])), path)
+    if not os.path.isfile(found):
+        raise UserError(f"override file {path} does not exist")
+    with open(found, encoding="utf-8") as f:
+        source = f.read()
+    scope = {name: namespace[name] for name in settings}
+    try:
+        tree = ast.parse(source, found)
+        exec(compile(tree, found, "exec"), scope)
+    except Exception as e:
+        raise UserError(f"override file {path} fails with {type(e).__name__}: {e}") from None
+    overrides = {}
+    for name in assigned_names(tree):
+        if name.startswith("_"):
+            continue
+        try:
+            check_name(name, settings)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+        overrides[name] = coerce(name, scope[name], settings[name], path)
+    return overrides
+
+
+def comments_of(path):
+    """{name: comment} for each top-level `name = value  # comment` line of a source file."""
+    with open(path, "rb") as f:
+        tokens = list(tokenize.tokenize(f.readline))
+    first_on_line, comments = {}, {}
+    for token in tokens:
+        if token.type == tokenize.NAME and token.start[1] == 0:
+            first_on_line[token.start[0]] = token.string
+        elif token.type == tokenize.COMMENT and token.start[0] in first_on_line:
+            comments[first_on_line[token.start[0]]] = token.string.lstrip("# ")
+    return comments
+
+
+def print_help(namespace, settings, positional):
+    script = os.path.basename(namespace["__file__"])
+    print((namespace.get("__doc__") or script).strip() + "\n")
+    words = f" {positional.upper()}" if positional else ""
+    print(f"usage: python {script}{words} [--key=value ...] [override_file.py ...]\n")
+    comments = comments_of(namespace["__file__"])
+    width = max(len(f"--{name}={value}") for name, value in settings.items())
+    for name, value in settings.items():
+        if name != positional:
+            print(f"  {f'--{name}={value}':<{width}}  {comments.get(name, '')}".rstrip())
+
+
+def apply(namespace, argv, positional=None):
+    """
+    Apply the words of `argv` to the settings in `namespace`; raise UserError at the first that
+    does not fit. `positional` names a str setting that takes the one bare word that is no file.
+    Returns the names of the settings that were given.
+    """
+    settings = settings_of(namespace)
+    given = set()
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            key, equals, text = word[2:].partition("=")
+            name = key.replace("-", "_")
+            check_name(name, settings)
+            default = settings[name]
+            if not equals and not isinstance(default, bool):
+                raise UserError(f"--{key} needs a value: --{key}={default or '...'}")
+            changes = {name: parse(name, text, default) if equals else True}
+        elif word.endswith(".py"):
+            changes = read_override_file(word, namespace, settings)
+        elif positional and positional not in given and not word.startswith("-"):
+            changes = {positional: word}
+        else:
+            raise UserError(f"cannot read {word!r}: settings are given as --key=value")
+        namespace.update(changes)
+        given |= set(changes)
+        settings = settings_of(namespace)
+    return given
+
+
+def configure(namespace, positional=None, argv=None):
+    """
+    Override a script's globals in place from the command line; see the top of this file. Prints
+    help and leaves on --help; anything it cannot use, and any later UserError, ends the script
+    with one sentence and status 1. Returns the names of the settings that were given.
+    """
+    one_sentence_errors()
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print_help(namespace, settings_of(namespace), positional)
+        sys.exit(0)
+    return apply(namespace, argv, positional)

@@ -1,0 +1,189 @@
+"""
+Text on disk as documents: which files there are, how they are cut into shards, what they say.
+
+Three shapes are read, told apart by the end of the name:
+  .txt    documents with <|endoftext|> between them (TinyStoriesV2-GPT4)
+  .json   a list of objects with the text under "story" or "text" (TinyStories_all_data)
+  .jsonl  one such object a line
+Documents lose the white space around them, and empty ones are passed over, as in llama2.c.
+
+To add a shape: a reader in READERS and a way to find its document borders in BORDERS.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+
+from configurator import UserError
+
+SEPARATOR = b"<|endoftext|>"
+SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
+FIELDS = ("story", "text")
+MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut; the first is 2 % or more of it
+SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes start to end of a file, whole documents."""
+
+    path: str
+    start: int
+    end: int
+
+    def key(self):
+        """What must stay the same for a shard made from it to stay good."""
+        info = os.stat(self.path)
+        name = os.path.basename(self.path)
+        return f"{name} {info.st_size} {info.st_mtime_ns} {self.start}-{self.end}"
+
+
+def text_files(source):
+    """The files behind a path: itself, or those of a folder with a known ending, sorted."""
+    if os.path.isfile(source):
+        if os.path.splitext(source)[1] not in READERS:
+            raise UserError(f"{source}: expected a file ending in {', '.join(READERS)}")
+        return [source]
+    if not os.path.isdir(source):
+        raise UserError(f"{source} does not exist")
+    names = sorted(n for n in os.listdir(source) if os.path.splitext(n)[1] in READERS)
+    files = [os.path.join(source, n) for n in names if n != SIDECAR]
+    if not files:
+        raise UserError(f"folder {source} has no file ending in {', '.join(READERS)}")
+    return files
+
+
+def plan_shards(source, valid_source=""):
+    """
+    Cut a corpus into shards: a list of lists of Spans, the first of which is for validation: all of
+    `valid_source` where one is given, else the first part. Depends on the files alone.
+    """
+    files = text_files(source)
+    valid = []
+    if valid_source:
+        valid = [[Span(f, 0, os.path.getsize(f)) for f in text_files(valid_source)]]
+    total = sum(map(os.path.getsize, files))
+    n = min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS)
+    n = max(n, -(-total // LARGE_SHARD))
+    train = []
+    for path in files:
+        size = os.path.getsize(path)
+        # The dataset's own JSON shards stay as they are; finding borders inside means parsing
+        whole = path.endswith(".json") and (len(files) > 1 or valid_source)
+        cuts = [] if whole else cut_points(path, max(1, round(n * size / max(total, 1))))
+        ends = [0, *cuts, size]
+        train += [[Span(path, a, b)] for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    if len(train) + len(valid) < 2:
+        raise UserError(
+            f"{source} cannot be cut into a training and a validation part: expected several "
+            f"documents, in .txt files with {SEPARATOR.decode()} between them; "
+            f"or give a validation text with --valid_source"
+        )
+    return valid + train
+
+
+def cut_points(path, n):
+    """Up to n - 1 byte offsets between documents that cut a file into about equal parts."""
+    size = os.path.getsize(path)
+    next_border = BORDERS[os.path.splitext(path)[1]](path)
+    cuts = {next_border(size * i // n) for i in range(1, n)}
+    return sorted(c for c in cuts if 0 < c < size)
+
+
+def border_after(mark):
+    """For files whose documents end in `mark`: a function path -> (offset -> next border)."""
+
+    def finder(path):
+        def next_border(offset):
+            with open(path, "rb") as f:
+                f.seek(offset)
+                tail = b""
+                while chunk := f.read(1 << 16):
+                    window = tail + chunk
+                    at = window.find(mark)
+                    if at >= 0:
+                        return f.tell() - len(window) + at + len(mark)
+                    tail = window[-len(mark) :]
+            return os.path.getsize(path)
+
+        return next_border
+
+    return finder
+
+
+def json_borders(path):
+    """Like border_after for a JSON list: its objects are parsed once to find where they end."""
+    text = read_text(Span(path, 0, os.path.getsize(path)))
+    decoder, borders, at, n_bytes = json.JSONDecoder(), [], 0, 0
+    gap = re.compile(r"[\s,\[]*(?=\{)")
+    while match := gap.match(text, at):
+        try:
+            _, end = decoder.raw_decode(text, match.end())
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path} is not JSON: {e}") from None
+        n_bytes += len(text[at:end].encode())
+        borders.append(n_bytes)
+        at = end
+    return lambda offset: next((b for b in borders[:-1] if b > offset), n_bytes)
+
+
+def read_text(span):
+    with open(span.path, "rb") as f:
+        f.seek(span.start)
+        data = f.read(span.end - span.start)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{span.path} is not UTF-8 at byte {span.start + e.start:,}; convert it, "
+            f"for example with iconv -t UTF-8"
+        ) from None
+
+
+def read_txt(span):
+    yield from read_text(span).split(SEPARATOR.decode())
+
+
+def text_field(item, where):
+    for field in FIELDS:
+        if isinstance(item, dict) and isinstance(item.get(field), str):
+            return item[field]
+    raise UserError(f"{where}: expected an object with a text under {' or '.join(FIELDS)}")
+
+
+def read_json(span):
+    text = read_text(span)
+    if span.end - span.start < os.path.getsize(span.path):  # a part of the list, cut between items
+        text = "[" + text.strip(" \t\r\n[],") + "]"
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{span.path} is not JSON: {e}") from None
+    if not isinstance(items, list):
+        raise UserError(f"{span.path}: expected a JSON list of stories")
+    for i, item in enumerate(items):
+        yield text_field(item, f"{span.path}, item {i}")
+
+
+def read_jsonl(span):
+    for line in read_text(span).split("\n"):
+        if line.strip():
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise UserError(f"{span.path} has a line that is not JSON: {e}") from None
+            yield text_field(item, span.path)
+
+
+READERS = {".txt": read_txt, ".json": read_json, ".jsonl": read_jsonl}
+BORDERS = {".txt": border_after(SEPARATOR), ".json": json_borders, ".jsonl": border_after(b"\n")}
+
+
+def read_documents(spans):
+    """The documents of a list of Spans, one str after another."""
+    for span in spans:
+        for text in READERS[os.path.splitext(span.path)[1]](span):
+            text = text.strip()
+            if text:
+                yield text

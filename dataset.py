@@ -1,0 +1,310 @@
+"""
+Token shards: how they are written, checked, and read in batches.
+
+A shard is a bare array of ids, little-endian uint16 (uint32 where the vocabulary needs it), each
+document behind a BOS. Beside the shards of a folder lies shards.json, which says what they hold;
+shards made by llama2.c have none and are read as well. The first shard, by name, is validation.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import glob
+import itertools
+import json
+import os
+import signal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configurator import UserError
+from corpus import SIDECAR, read_documents
+from files import atomic_write, write_json
+from tokenizer import Tokenizer, bytes_in
+
+SIDECAR_FORMAT = 1
+TINYSTORIES = "TinyStories_all_data"
+LLAMA2_VOCAB_SIZE = 32000
+CHUNK = 1 << 24  # ids that are looked at together when a shard is checked
+
+
+class DataPaths:
+    """Where everything about one vocabulary lies below data_dir, as in llama2.c."""
+
+    def __init__(self, data_dir, vocab_source, vocab_size):
+        """vocab_source "llama2", or vocab_size 0, stands for Llama 2's own vocabulary of 32,000."""
+        if vocab_source not in ("custom", "llama2"):
+            raise UserError(f"vocab_source = {vocab_source!r}: expected custom or llama2")
+        self.is_llama2 = vocab_source == "llama2" or vocab_size == 0
+        self.vocab_size = LLAMA2_VOCAB_SIZE if self.is_llama2 else vocab_size
+        self.stories = os.path.join(data_dir, TINYSTORIES)
+        name = "tokenizer" if self.is_llama2 else f"tok{vocab_size}"
+        self.tokenizer_model = os.path.join(data_dir, f"{name}.model")
+        self.tokenizer_bin = os.path.join(data_dir, f"{name}.bin")
+        self.shards = self.stories if self.is_llama2 else os.path.join(data_dir, name)
+
+    def make_hint(self):
+        """The flags that name this vocabulary on tinystories.py's command line."""
+        return "--vocab_source=llama2" if self.is_llama2 else f"--vocab_size={self.vocab_size}"
+
+
+# ---- writing
+
+
+def write_shard(model_path, spans, path, dtype):
+    """Encode the documents of some Spans into one shard; returns what there is to say of it."""
+    tokenizer = cached_tokenizer(model_path)
+    parts, n_documents, n_bytes = [], 0, 0
+    documents = read_documents(spans)
+    while batch := list(itertools.islice(documents, 1024)):
+        n_documents += len(batch)
+        n_bytes += sum(len(text.encode()) for text in batch)
+        ids = itertools.chain.from_iterable(tokenizer.encode_batch(batch))
+        parts.append(np.fromiter(ids, dtype=dtype))
+    tokens = np.concatenate(parts) if parts else np.empty(0, dtype)
+    if n_documents:
+        with atomic_write(path) as f:
+            tokens.tofile(f)
+    n_unk = int((tokens == tokenizer.unk_id).sum())
+    return {"documents": n_documents, "tokens": len(tokens), "bytes": n_bytes, "unk": n_unk}
+
+
+@functools.cache
+def cached_tokenizer(model_path):
+    return Tokenizer(model_path)
+
+
+def write_shards(folder, tokenizer, plan, num_workers):
+    """
+    Encode a corpus, as plan_shards cut it, into the shards of a folder, with num_workers processes.
+    A shard that the sidecar lists from the same text and tokenizer is kept. The sidecar is renewed
+    after each shard, so an interrupted run goes on where it was. Returns the finished sidecar.
+    """
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    meta = {
+        "format": SIDECAR_FORMAT,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "tokenizer_hash": tokenizer.hash,
+        "complete": False,
+        "shards": [],
+    }
+    old = read_sidecar(folder) or {"shards": []}
+    same = all(old.get(k) == meta[k] for k in ("format", "tokenizer_hash", "dtype"))
+    kept = {tuple(s["source"]): s for s in old["shards"]} if same else {}
+    width = max(2, len(str(len(plan) - 1)))
+    done, todo = {}, []
+    for i, spans in enumerate(plan):
+        name, source = f"data{i:0{width}}.bin", [span.key() for span in spans]
+        shard = kept.get(tuple(source))
+        path = os.path.join(folder, name)
+        if shard and shard["name"] == name and shard_size_fits(path, shard["tokens"], dtype):
+            done[i] = shard
+        else:
+            todo.append((i, name, source, spans))
+    if done:
+        print(f"{len(done)} of {len(plan)} shards are there already")
+
+    def save():
+        meta["shards"] = [done[i] for i in sorted(done) if done[i]["documents"]]
+        write_json(os.path.join(folder, SIDECAR), meta)
+
+    os.makedirs(folder, exist_ok=True)
+    save()
+    n_bytes = sum(span.end - span.start for *_, spans in todo for span in spans)
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="pretokenize", disable=not todo)
+    num_workers = min(num_workers, len(todo)) or 1
+    with bar, concurrent.futures.ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c) as pool:
+        futures = {}
+        for i, name, source, spans in todo:
+            path = os.path.join(folder, name)
+            future = pool.submit(write_shard, tokenizer.model_path, spans, path, dtype)
+            futures[future] = i, name, source, spans
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                i, name, source, spans = futures[future]
+                done[i] = {"name": name, "source": source, **future.result()}
+                save()
+                bar.update(sum(span.end - span.start for span in spans))
+        except Exception as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise UserError(
+                f"shard {name} (from {spans[0].path}) failed: {str(e) or type(e).__name__}"
+            ) from None
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    listed = {shard["name"] for shard in meta["shards"]}
+    for shard in old["shards"]:  # left from a corpus with more shards
+        if shard["name"] not in listed:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, shard["name"]))
+    meta["complete"] = True
+    save()
+    return meta
+
+
+def leave_ctrl_c():
+    """In a worker: Ctrl-C is for the parent, which then asks for no more shards."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def shard_size_fits(path, n_tokens, dtype):
+    return os.path.exists(path) and os.path.getsize(path) == n_tokens * np.dtype(dtype).itemsize
+
+
+# ---- reading
+
+
+def read_sidecar(folder):
+    """What shards.json of a folder says, or None where there is none."""
+    path = os.path.join(folder, SIDECAR)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        if meta["format"] > SIDECAR_FORMAT:
+            raise UserError(f"{path} was written by a newer version of this program")
+        return meta
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
+
+
+class TokenData:
+    """
+    The shards of a folder, checked and memory-mapped: `train` and `valid` are lists of arrays, and
+    `valid_bytes` is the bytes of text behind the validation tokens (0 where that is unknown).
+
+    Raises UserError, before anything is trained, where the shards are absent, incomplete, of
+    another vocabulary than `vocab_size`, of another tokenizer than `tokenizer` (a Tokenizer or
+    None), damaged, or shorter than the seq_len + 1 tokens that one window needs.
+    """
+
+    def __init__(self, paths, seq_len, tokenizer=None):
+        folder, vocab_size = paths.shards, paths.vocab_size
+        again = f"python tinystories.py pretokenize {paths.make_hint()}"
+        meta = read_sidecar(folder)
+        if meta is None:
+            names = sorted(map(os.path.basename, glob.glob(os.path.join(folder, "*.bin"))))
+            if len(names) < 2:
+                raise UserError(f"{folder} has no token shards; make them with: {again}")
+            dtype = "uint16"
+        else:
+            names, dtype = [s["name"] for s in meta["shards"]], meta["dtype"]
+            if meta["vocab_size"] != vocab_size:
+                raise UserError(
+                    f"vocab_size = {vocab_size}, but the shards in {folder} "
+                    f"have a vocabulary of {meta['vocab_size']}"
+                )
+            if not meta["complete"]:
+                raise UserError(f"{folder} is not finished yet; run: {again}")
+            if len(names) < 2:
+                raise UserError(
+                    f"{folder} has {len(names)} shard with a document in it, and needs one for "
+                    f"validation and one to train on: give more text"
+                )
+            if tokenizer and tokenizer.hash != meta["tokenizer_hash"]:
+                raise UserError(
+                    f"{folder} was made with another tokenizer than "
+                    f"{tokenizer.model_path} is now; run: {again}"
+                )
+        if tokenizer and tokenizer.vocab_size != vocab_size:
+            raise UserError(
+                f"vocab_size = {vocab_size}, but {tokenizer.model_path} has {tokenizer.vocab_size}"
+            )
+        shards = []
+        for i, name in enumerate(names):
+            path = os.path.join(folder, name)
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            whole = size % np.dtype(dtype).itemsize == 0
+            if meta and not shard_size_fits(path, meta["shards"][i]["tokens"], dtype) or not whole:
+                raise UserError(f"shard {path} is missing or damaged; run: {again}")
+            n_tokens = size // np.dtype(dtype).itemsize
+            if n_tokens < seq_len + 1:
+                raise UserError(
+                    f"shard {path} has {n_tokens} tokens, and max_seq_len = {seq_len} needs "
+                    f"{seq_len + 1}: give more text or a smaller --max_seq_len"
+                )
+            shards.append(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
+            if not meta and (top := largest(shards[-1])) >= vocab_size:
+                raise UserError(f"vocab_size = {vocab_size}, but {path} has a token {top}")
+        self.valid, self.train = shards[:1], shards[1:]
+        self.valid_bytes = 0
+        if meta:
+            self.valid_bytes = meta["shards"][0]["bytes"]
+        elif tokenizer:
+            self.valid_bytes = sum(bytes_in(part, tokenizer) for part in chunks(self.valid[0]))
+
+    def tokens_per_byte(self):
+        """Validation tokens a byte of text, BOS counted; None where the bytes are unknown."""
+        n_tokens = sum(map(len, self.valid))
+        return n_tokens / self.valid_bytes if self.valid_bytes else None
+
+
+def chunks(shard):
+    return (shard[i : i + CHUNK] for i in range(0, len(shard), CHUNK))
+
+
+def largest(shard):
+    return max(int(part.max()) for part in chunks(shard))
+
+
+def windows(shards, seq_len, keep_tail):
+    """
+    Cut shards into windows of seq_len tokens to read and the same, one later, to predict. Returns
+    an int64 array (n, 2) of shard number and first token; keep_tail keeps the last, partial one.
+    """
+    out = []
+    for i, shard in enumerate(shards):
+        n_targets = len(shard) - 1
+        n = -(-n_targets // seq_len) if keep_tail else n_targets // seq_len
+        out.append(np.stack([np.full(n, i), np.arange(n) * seq_len], axis=1))
+    return np.concatenate(out)
+
+
+def gather(shards, rows, seq_len):
+    """Inputs and targets (len(rows), seq_len) int64 of some windows; -1 where a target lacks."""
+    batch = np.full((len(rows), seq_len + 1), -1, dtype=np.int64)
+    for out, (i, start) in zip(batch, rows, strict=True):
+        tokens = shards[i][start : start + seq_len + 1]
+        out[: len(tokens)] = tokens
+    batch = torch.from_numpy(batch)
+    return batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
+
+
+class TrainBatches:
+    """
+    An endless stream of training batches: each epoch is a permutation of all windows, seeded by
+    (seed, epoch), so that any position can be gone to and a resumed run sees the same data.
+    """
+
+    def __init__(self, shards, seq_len, seed):
+        self.shards, self.seq_len, self.seed = shards, seq_len, seed
+        self.windows = windows(shards, seq_len, keep_tail=False)
+        self.epoch, self.order = -1, None
+
+    def at(self, position, batch_size):
+        """Inputs and targets (batch_size, seq_len) of the windows position, position + 1, ..."""
+        rows = []
+        for k in range(position, position + batch_size):
+            epoch, i = divmod(k, len(self.windows))
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch, self.order = epoch, rng.permutation(len(self.windows))
+            rows.append(self.windows[self.order[i]])
+        return gather(self.shards, rows, self.seq_len)
+
+
+def valid_batches(shards, seq_len, batch_size, max_batches):
+    """
+    The fixed validation batches: all windows of the text in order where max_batches hold them, else
+    as many of them, evenly spaced. Yields inputs and targets (up to batch_size, seq_len).
+    """
+    rows = windows(shards, seq_len, keep_tail=True)
+    if len(rows) > max_batches * batch_size:
+        rows = rows[np.linspace(0, len(rows) - 1, max_batches * batch_size).astype(int)]
+    for i in range(0, len(rows), batch_size):
+        yield gather(shards, rows[i : i + batch_size], seq_len)

@@ -1,0 +1,231 @@
+"""
+Files that are whole or absent: atomic writes, resumable downloads, safe unpacking.
+
+Everything is made beside its final place under a name ending in .part and renamed when complete, so
+that a crash, a full disk or a dropped connection never leaves half a file under a real name.
+"""
+
+import contextlib
+import json
+import lzma
+import os
+import shutil
+import tarfile
+import time
+import zlib
+from urllib.parse import urlsplit
+
+import requests
+from tqdm import tqdm
+
+from configurator import UserError
+
+TIMEOUT_S = 30  # without a byte from the server
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """
+    Open a file beside `path` for writing and rename it to `path` once the block ends without an
+    exception, flushed to disk. On an exception nothing is left behind and `path` is untouched.
+    """
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+        raise
+
+
+def write_json(path, value):
+    """Write `value` to `path` as indented JSON, atomically."""
+    with atomic_write(path, "w") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+
+
+class Incomplete(Exception):
+    """A transfer that ended early and may be continued."""
+
+
+def download(url, path, retries=6, backoff=1.0):
+    """
+    Fetch `url` (or copy a local path) to `path`. Bytes go to `path`.part; a dropped connection is
+    retried with exponential back-off, and a later call goes on from where the last one stopped if
+    the server still has the same file. The size is checked against the server's before the rename.
+
+    retries: attempts in a row that bring nothing new; backoff: seconds before the second of them.
+    Raises UserError where the server refuses or keeps failing; the .part file stays for next time.
+    """
+    if "://" not in url:
+        return copy_local(url, path)
+    failures, have = 0, part_size(path)
+    while True:
+        try:
+            transfer(url, path)
+            return
+        except Incomplete as e:
+            reason = str(e)
+        except (requests.ConnectionError, requests.Timeout) as e:
+            reason = f"no connection to {urlsplit(url).hostname} ({type(e).__name__})"
+        except requests.RequestException as e:
+            raise UserError(f"cannot download {url}: {e}") from None
+        grown = part_size(path) > have
+        failures, have = (0 if grown else failures + 1), part_size(path)
+        if failures >= retries:
+            raise UserError(
+                f"gave up on {url} after {retries} attempts without a new byte: {reason}; "
+                f"the {have:,} bytes so far are kept, run the same command to continue"
+            )
+        wait = backoff * 2 ** max(failures - 1, 0)
+        print(f"{reason}; trying again in {wait:g} s")
+        time.sleep(wait)
+
+
+def copy_local(source, path):
+    source = os.path.expanduser(source)
+    if not os.path.isfile(source):
+        raise UserError(f"{source} is neither a URL nor a file on this machine")
+    if os.path.exists(path) and os.path.samefile(source, path):
+        return
+    with open(source, "rb") as src, atomic_write(path) as dst:
+        shutil.copyfileobj(src, dst, 1 << 20)
+
+
+def part_size(path):
+    return os.path.getsize(path + ".part") if os.path.exists(path + ".part") else 0
+
+
+def transfer(url, path):
+    """One attempt at a download: from the end of the .part file on, if the server can do that."""
+    part, tag_path = path + ".part", path + ".part.etag"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    have = part_size(path)
+    headers = {"Accept-Encoding": "identity"}  # sizes are those of the file, not of a compression
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if os.path.exists(tag_path):  # a changed file is sent whole, not spliced onto the old one
+            with open(tag_path, encoding="utf-8") as f:
+                headers["If-Range"] = f.read()
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as r:
+        if r.status_code == 416:  # nothing beyond what we have: complete, or a different file
+            total = r.headers.get("Content-Range", "").rpartition("/")[2]
+            if total != str(have):
+                os.remove(part)
+                raise Incomplete("the partial file does not fit the server's; starting over")
+        elif r.status_code in (200, 206):
+            start = have if r.status_code == 206 else 0
+            if start and not r.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                os.remove(part)
+                raise Incomplete("the server sent another range than asked; starting over")
+            save_body(r, part, tag_path, start)
+        elif r.status_code >= 500 or r.status_code in (408, 429):
+            raise Incomplete(f"the server answered {r.status_code} {r.reason}")
+        else:
+            raise UserError(
+                f"{url}: the server answered {r.status_code} {r.reason}; "
+                f"check the address or give another with --url"
+            )
+    os.replace(part, path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(tag_path)
+
+
+def save_body(r, part, tag_path, start):
+    """Append a response's body to the .part file from `start` on and check the final size."""
+    length = r.headers.get("Content-Length")
+    total = start + int(length) if length is not None else None
+    tag = r.headers.get("ETag")
+    if tag and not tag.startswith("W/"):
+        with open(tag_path, "w", encoding="utf-8") as f:
+            f.write(tag)
+    name = os.path.basename(part).removesuffix(".part")
+    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name)
+    with bar, open(part, "ab" if start else "wb") as f:
+        try:
+            for chunk in r.iter_content(1 << 18):
+                f.write(chunk)
+                bar.update(len(chunk))
+        except requests.RequestException:
+            raise Incomplete(f"the connection broke at {f.tell():,} bytes") from None
+        except OSError as e:
+            raise UserError(f"cannot write {part}: {e.strerror}") from None
+    size = os.path.getsize(part)
+    if total is not None and size < total:
+        raise Incomplete(f"the connection ended at {size:,} of {total:,} bytes")
+    if total is not None and size > total:
+        os.remove(part)
+        raise Incomplete(f"{size:,} bytes came where {total:,} were announced; starting over")
+
+
+def unpack(archive, folder):
+    """
+    Unpack a tar archive so that `folder`, absent or empty before, appears with all of its files or
+    not at all. An archive that holds one top-level folder is unpacked without it. Raises UserError,
+    leaving nothing behind, for a damaged archive or one with a member that is a link, a device, or
+    outside the folder.
+    """
+    part = f"{folder}.{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    size = os.path.getsize(archive)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"unpack {os.path.basename(archive)}")
+    try:
+        # opened by hand: the position in the archive is the progress
+        with bar, open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
+            for member in tar:
+                extract_member(tar, member, part)
+                bar.update(raw.tell() - bar.n)
+            check_end(tar)
+        entries = os.listdir(part)
+        inner = os.path.join(part, entries[0]) if len(entries) == 1 else ""
+        top = inner if os.path.isdir(inner) else part
+        if not os.listdir(top):
+            raise UserError(f"{archive} holds no files")
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        os.rename(top, folder)
+    except OSError as e:
+        if e.errno:
+            raise UserError(f"cannot unpack {archive} to {folder}: {e.strerror}") from None
+        raise UserError(damaged(archive, e)) from None
+    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
+        raise UserError(damaged(archive, e)) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def damaged(archive, error):
+    return f"{archive} is no whole tar archive ({error}); delete it and download it again"
+
+
+def check_end(tar):
+    """Raise unless the end marker is there; read on to the end, where gzip checks the CRC."""
+    tar.fileobj.seek(tar.offset)
+    if len(tar.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("the end is missing")
+    while tar.fileobj.read(1 << 20):
+        pass
+
+
+def extract_member(tar, member, root):
+    """Write one regular file of an archive below `root`; links, devices and `..` are refused."""
+    name = os.path.normpath(member.name)
+    if os.path.isabs(name) or name.split(os.sep)[0] == ".." or "\\" in name or ":" in name:
+        raise UserError(f"archive member {member.name!r} points outside the archive; refused")
+    target = os.path.join(root, name)
+    if member.isdir():
+        os.makedirs(target, exist_ok=True)
+    elif member.isreg():
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with tar.extractfile(member) as src, open(target, "wb") as dst:
+            shutil.copyfileobj(src, dst, 1 << 20)
+    else:
+        raise UserError(f"archive member {member.name!r} is no regular file; refused")

@@ -1,0 +1,105 @@
+"""What the machine has: the device and number format to compute with, and its description."""
+
+import contextlib
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name):
+    """
+    A torch device from "auto" (cuda, mps or cpu, the first that is there) or a name such as
+    "cuda:1". One that is not there falls back to the CPU and says so. Raises UserError for a name
+    that torch does not know.
+    """
+    have_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if have_mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device = {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cpu": True, "mps": have_mps, "cuda": (device.index or 0) < n_cuda}
+    if not there.get(device.type, False):
+        print(f"device {name} is not available here; using cpu")
+        return torch.device("cpu")
+    return device
+
+
+def has_bf16(device):
+    """Whether the hardware itself multiplies bfloat16 matrices, not an emulation."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def pick_dtype(name, device):
+    """
+    The torch dtype to compute in from "auto" (bfloat16 where the hardware has it, else float32) or
+    a name in DTYPES. One that the device lacks falls back to float32 and says so.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype = {name!r}: expected auto, {', '.join(DTYPES)}")
+    dtype = DTYPES[name]
+    lacks_bf16 = dtype is torch.bfloat16 and not has_bf16(device)
+    if lacks_bf16 or (dtype is torch.float16 and device.type != "cuda"):
+        print(f"dtype {name} is not supported by {device_name(device)}; using float32")
+        return torch.float32
+    return dtype
+
+
+def autocast(device, dtype):
+    """A context in which matrix products are done in `dtype`; float32 changes nothing."""
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "cpu"
+    return f"{device.type} ({platform.processor()})"
+
+
+def describe(device):
+    """Hardware and versions, for the head of a log."""
+    return {
+        "device": str(device),
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+
+
+def git_commit():
+    """The commit of this repository, with "+" where files were changed since; "" outside git."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            return ""
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

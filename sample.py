@@ -1,0 +1,68 @@
+"""
+Tell stories with a trained model, in PyTorch.
+
+    python sample.py --out_dir=out --start="Once upon a time" --num_samples=3
+    python sample.py --checkpoint=out/ckpt.pt --temperature=0
+"""
+
+import os
+
+import torch
+
+from checkpoint import load_checkpoint, load_model
+from configurator import UserError, configure
+from hardware import autocast, pick_device, pick_dtype
+from tokenizer import Tokenizer
+
+# -----------------------------------------------------------------------------
+out_dir = "out"  # folder of ckpt.pt and tokenizer.model
+checkpoint = ""  # a checkpoint elsewhere; empty: out_dir/ckpt.pt
+tokenizer = ""  # a tokenizer model elsewhere; empty: tokenizer.model beside the checkpoint
+start = ""  # prompt, or FILE:prompt.txt for a text in a file
+num_samples = 1  # stories
+max_new_tokens = 256  # at most, in each
+temperature = 1.0  # 0: always the likeliest token
+top_k = 0  # draw among this many likeliest; 0: all
+top_p = 0.9  # draw among the likeliest with this probability; 1: all
+seed = 1337  # the same seed tells the same stories
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "float32"  # auto, float32, bfloat16, float16
+configure(globals())
+# -----------------------------------------------------------------------------
+
+if temperature < 0:
+    raise UserError(f"temperature = {temperature}: expected 0 or more")
+if not 0 <= top_p <= 1:
+    raise UserError(f"top_p = {top_p}: expected a number from 0 to 1")
+if start.startswith("FILE:"):
+    try:
+        with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
+            start = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the prompt {start}: {e}") from None
+
+checkpoint = checkpoint or os.path.join(out_dir, "ckpt.pt")
+tokenizer = Tokenizer(tokenizer or os.path.join(os.path.dirname(checkpoint), "tokenizer.model"))
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+model = load_model(load_checkpoint(checkpoint), checkpoint).to(device).eval()
+if tokenizer.vocab_size != model.args.vocab_size:
+    raise UserError(
+        f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, but the model's vocabulary "
+        f"{model.args.vocab_size}: give the tokenizer it was trained with (--tokenizer=PATH)"
+    )
+
+prompt = tokenizer.encode(start.encode(errors="surrogateescape"))
+if len(prompt) > model.args.max_seq_len:
+    raise UserError(
+        f"the prompt has {len(prompt)} tokens, and the model's context {model.args.max_seq_len}: "
+        f"shorten the prompt"
+    )
+generator = torch.Generator().manual_seed(seed)
+stop = (tokenizer.bos_id, tokenizer.eos_id)
+for i in range(num_samples):
+    if i:
+        print("\n---\n")
+    with autocast(device, dtype):
+        new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
+        print(tokenizer.decode([*prompt, *new]))

@@ -1,0 +1,152 @@
+"""What the tests share: the repository's path, compiled engines, small corpora and models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from model import ModelArgs, Transformer  # noqa: E402
+from synth import make_stories  # noqa: E402
+from tokenizer import Tokenizer, train_sentencepiece  # noqa: E402
+
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def script(name, *words, cwd=None, **options):
+    """Run one of the repository's scripts as a user would; returns the CompletedProcess."""
+    command = [sys.executable, str(REPO / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, **options)
+
+
+def refused(done, *parts):
+    """Assert that a script ended with status 1 and one sentence that has all of `parts`."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), done.stderr
+    for part in parts:
+        assert part in last, last
+
+
+def compile_c(source, out, *flags, cc="cc"):
+    command = [cc, "-std=c11", "-Wall", "-Wextra", "-Werror", *flags]
+    subprocess.run([*command, str(source), "-o", str(out), "-lm"], check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory):
+    """The engine and the harness, fast and with sanitizers."""
+    folder = tmp_path_factory.mktemp("builds")
+    flags = {"fast": ["-O3", "-march=native", "-fopenmp-simd"], "checked": SANITIZE}
+    return {
+        (name, kind): compile_c(REPO / source, folder / f"{name}_{kind}", *flags[kind])
+        for name, source in (("run", "run.c"), ("harness", "tests/harness.c"))
+        for kind in flags
+    }
+
+
+@pytest.fixture(scope="session")
+def run(builds):
+    """Call the engine with sanitizers on; returns the CompletedProcess, output as bytes."""
+
+    def call(*words, **options):
+        command = [builds["run", "checked"], *words]
+        return subprocess.run(command, capture_output=True, timeout=60, **options)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def stories():
+    return [item["story"] for item in make_stories(3000, seed=1)]
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory, stories):
+    """Tokenizers of the practice corpus by size, 105 without byte fallback; .bin files beside."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    found = {}
+    for size in (105, 512, 1500):
+        path = folder / f"tok{size}.model"
+        path.write_bytes(train_sentencepiece(stories, size)[0])
+        found[size] = Tokenizer(path)
+        found[size].export(folder / f"tok{size}.bin")
+    return found
+
+
+def bin_of(tokenizer):
+    return tokenizer.model_path.removesuffix(".model") + ".bin"
+
+
+def random_model(seed=0, **numbers):
+    """A random model whose logits are of the size that a trained one's have."""
+    sizes = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 105, "max_seq_len": 32}
+    torch.manual_seed(seed)
+    model = Transformer(ModelArgs(**{**sizes, **numbers})).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2:
+                p.uniform_(0.5, 1.5)
+            else:
+                tied = model.args.tie_embeddings  # a tied table is the output head as well
+                embedding_std = 0.3 if tied else 1.0
+                p.normal_(0.0, embedding_std if "embed" in name else 1.5 * p.shape[1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def practice(tmp_path_factory):
+    """A data folder that tinystories.py made: practice corpus, vocabulary of 300, shards."""
+    folder = tmp_path_factory.mktemp("practice")
+    flags = [f"--data_dir={folder}", "--vocab_size=300"]
+    for words in (["synth", "--n_stories=2000"], ["train_vocab"], ["pretokenize"]):
+        done = script("tinystories.py", *words, *flags)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+TINY = (
+    "--vocab_size=300 --dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --max_seq_len=64 "
+    "--batch_size=8 --eval_interval=20 --eval_iters=4 --log_interval=5 --warmup_iters=5 "
+    "--base_learning_rate=1e-2 --dtype=float32 --device=cpu"
+).split()
+
+
+def train(data_dir, out_dir, *words, **options):
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *words]
+    return script("train.py", *flags, **options)
+
+
+def read_log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, practice):
+    """The out_dir of a tiny run of 60 steps on the practice corpus."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    done = train(practice, out, "--max_iters=60")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder that REAL_DATA names, of real stories and a real model; skips without."""
+    folder = os.environ.get("REAL_DATA")
+    if not folder:
+        pytest.skip("REAL_DATA names no folder of real stories and a real model")
+    return Path(folder)
+
+
+def compilers():
+    return [cc for cc in ("gcc", "clang") if shutil.which(cc)]

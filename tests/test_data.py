@@ -1,0 +1,387 @@
+"""From text on disk to shards and batches: tinystories.py, corpus.py, dataset.py."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import bin_of, refused, script
+
+from configurator import UserError
+from corpus import plan_shards, read_documents
+from dataset import DataPaths, TokenData, TrainBatches, valid_batches, windows
+from synth import make_stories
+from tokenizer import Tokenizer
+
+# ---- the practice corpus
+
+
+def test_practice_corpus_is_deterministic_and_varied():
+    first, again = (list(make_stories(5000, seed=3)) for _ in range(2))
+    assert first == again != list(make_stories(5000, seed=4))
+    texts = [item["story"] for item in first]
+    assert len(set(texts)) == 5000
+    assert len({text[:200] for text in texts}) > 4900
+    for item in first[:500]:
+        assert set(item) == {"story", "instruction", "summary", "source"}
+        assert set(item["instruction"]) == {"prompt:", "words", "features"}
+        assert item["summary"] and 150 < len(item["story"]) < 1500
+        assert "{" not in item["story"] + item["summary"]
+        assert all(word in item["story"] for word in item["instruction"]["words"])
+
+
+def test_synth_does_not_replace_other_stories(tmp_path):
+    done = script("tinystories.py", "synth", "--n_stories=40", f"--data_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "TinyStories_all_data"
+    assert len(os.listdir(folder)) == 20
+    real = json.dumps([{"story": "A real story.", "source": "GPT-4"}])
+    (folder / "data00.json").write_text(real)
+    again = script("tinystories.py", "synth", "--n_stories=40", f"--data_dir={tmp_path}")
+    refused(again, "holds other stories")
+    assert (folder / "data00.json").read_text() == real
+
+
+# ---- sources of text
+
+DOCUMENTS = [f"Story {i}: " + "Ben ran. " * (i % 7) + "é\nThe end." for i in range(500)]
+
+
+def write_source(folder, kind):
+    """DOCUMENTS in one of the shapes that are read."""
+    folder.mkdir()
+    if kind == "txt":
+        path = folder / "a.txt"
+        path.write_text("\n<|endoftext|>\n".join(DOCUMENTS) + "\n<|endoftext|>\n")
+    elif kind == "txt without a last mark":
+        path = folder / "a.txt"
+        path.write_text("<|endoftext|>".join(DOCUMENTS))
+    elif kind == "json":
+        path = folder / "a.json"
+        path.write_text(json.dumps([{"story": d} for d in DOCUMENTS], ensure_ascii=False))
+    elif kind == "indented json":
+        path = folder / "a.json"
+        path.write_text(json.dumps([{"story": d} for d in DOCUMENTS], indent=2))
+    elif kind == "jsonl":
+        path = folder / "a.jsonl"
+        path.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
+    else:
+        path = folder
+        for i in range(10):
+            part = [{"story": d} for d in DOCUMENTS[50 * i : 50 * i + 50]]
+            (folder / f"data{i:02}.json").write_text(json.dumps(part))
+    return str(path)
+
+
+KINDS = ["txt", "txt without a last mark", "json", "indented json", "jsonl", "folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_document_is_lost_or_cut(tmp_path, kind):
+    plan = plan_shards(write_source(tmp_path / "source", kind))
+    assert len(plan) == 10
+    assert [d for spans in plan for d in read_documents(spans)] == DOCUMENTS
+    assert all(list(read_documents(spans)) for spans in plan)
+
+
+def test_a_validation_text_is_the_first_shard(tmp_path):
+    source = write_source(tmp_path / "source", "txt")
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text('{"text": "unseen"}\n')
+    plan = plan_shards(source, str(valid))
+    assert list(read_documents(plan[0])) == ["unseen"]
+    assert [d for spans in plan[1:] for d in read_documents(spans)] == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "name, data, part",
+    [
+        ("a.txt", b"one document without a mark", "expected several documents"),
+        ("a.txt", b"good <|endoftext|>" * 50 + b"\xff", "not UTF-8"),
+        ("a.json", b'[{"story": "half of', "not JSON"),
+        ("a.json", b'{"story": "no list"}', "not JSON|several documents|a JSON list"),
+        ("a.jsonl", b'{"story": "x"}\nnonsense\n' * 20, "not JSON"),
+        ("a.jsonl", b'{"poem": "x"}\n' * 20, "story or text"),
+        ("a.csv", b"story\nx\n", "ending in .txt"),
+        ("none", None, "does not exist"),
+    ],
+)
+def test_text_that_cannot_be_read(tmp_path, name, data, part):
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=part):
+        for spans in plan_shards(str(path)):
+            list(read_documents(spans))
+
+
+# ---- pretokenize
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizers):
+    """A data folder with a tokenizer of 512 pieces and a text to encode."""
+    write_source(tmp_path / "source", "txt")
+    shutil.copy(tokenizers[512].model_path, tmp_path / "tok512.model")
+    return tmp_path
+
+
+def pretokenize(folder, *words):
+    flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
+    return script("tinystories.py", "pretokenize", *flags, *words)
+
+
+def test_shards_hold_every_document_behind_a_bos(folder, tokenizers):
+    done = pretokenize(folder)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((folder / "tok512" / "shards.json").read_text())
+    assert meta["complete"] and meta["vocab_size"] == 512 and meta["dtype"] == "uint16"
+    assert meta["tokenizer_hash"] == tokenizers[512].hash
+    documents = []
+    for shard in meta["shards"]:
+        tokens = np.fromfile(folder / "tok512" / shard["name"], "<u2")
+        starts = [*np.flatnonzero(tokens == 1), len(tokens)]
+        assert starts[0] == 0
+        found = [tokenizers[512].decode(tokens[a:b].tolist()) for a, b in zip(starts, starts[1:])]
+        assert shard["documents"] == len(found) and shard["tokens"] == len(tokens)
+        assert shard["bytes"] == sum(len(d.encode()) for d in found)
+        documents += found
+    assert documents == DOCUMENTS
+    assert open(folder / "tok512.bin", "rb").read() == open(bin_of(tokenizers[512]), "rb").read()
+
+
+def test_finished_shards_are_kept_and_stale_ones_made_again(folder):
+    assert pretokenize(folder).returncode == 0
+    shards = folder / "tok512"
+
+    def times():
+        return {p.name: p.stat().st_mtime_ns for p in shards.glob("*.bin")}
+
+    before = times()
+    os.remove(shards / "data03.bin")
+    (shards / "data05.bin").write_bytes(b"cut short")
+    done = pretokenize(folder)
+    assert "8 of 10 shards are there already" in done.stdout
+    changed = {name for name, t in times().items() if before[name] != t}
+    assert changed == {"data03.bin", "data05.bin"}
+    # another text, and then another tokenizer: nothing old may be taken for new
+    with open(folder / "source" / "a.txt", "a") as f:
+        f.write("One more.")
+    done = pretokenize(folder)
+    assert "already" not in done.stdout
+    shutil.copy(folder / "tok512.model", folder / "old.model")
+    flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
+    assert script("tinystories.py", "train_vocab", *flags, "--vocab_mb=1").returncode == 1  # small
+    assert (folder / "tok512.model").read_bytes() == (folder / "old.model").read_bytes()
+
+
+def test_a_smaller_corpus_leaves_no_old_shards(folder):
+    assert pretokenize(folder).returncode == 0
+    (folder / "source" / "a.txt").write_text("<|endoftext|>".join(DOCUMENTS[:4]))
+    assert pretokenize(folder).returncode == 0
+    names = {p.name for p in (folder / "tok512").glob("*.bin")}
+    meta = json.loads((folder / "tok512" / "shards.json").read_text())
+    assert names == {s["name"] for s in meta["shards"]} and len(names) < 10
+
+
+def test_a_failing_worker_stops_the_job_and_names_the_shard(folder):
+    with open(folder / "source" / "a.txt", "ab") as f:
+        f.write(b"\xff")
+    refused(pretokenize(folder), "shard data09.bin", "a.txt", "not UTF-8")
+    meta = json.loads((folder / "tok512" / "shards.json").read_text())
+    assert not meta["complete"]
+    with pytest.raises(UserError, match="is not finished yet"):
+        TokenData(DataPaths(folder, "custom", 512), 16)
+
+
+def test_missing_tokenizers(tmp_path):
+    flags = [f"--data_dir={tmp_path}"]
+    done = script("tinystories.py", "pretokenize", "--vocab_size=512", *flags)
+    refused(done, "train_vocab --vocab_size=512")
+    for words in (["--vocab_size=0"], ["--vocab_source=llama2"]):
+        done = script("tinystories.py", "pretokenize", *words, *flags)
+        refused(done, "Llama 2's tokenizer.model", f"{tmp_path}/tokenizer.model")
+        refused(script("tinystories.py", "train_vocab", *words, *flags), "not trained here")
+    done = script("tinystories.py", "train_vocab", "--vocab_size=512", *flags)
+    refused(done, "there are no stories", "tinystories.py download")
+    refused(script("tinystories.py", "train_vocab", "--vocab_size=20", *flags), "at least 64")
+    refused(script("tinystories.py"), "no stage is given", "download, synth")
+
+
+# ---- download
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_download_of_the_stories(tmp_path):
+    data = {f"data{i:02}.json": json.dumps([{"story": f"{i}"}]).encode() for i in range(3)}
+    tar_of(tmp_path / "TinyStories_all_data.tar.gz", data)
+    flags = ["download", f"--data_dir={tmp_path / 'data'}"]
+    done = script("tinystories.py", *flags, f"--url={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    for name, text in data.items():
+        assert (tmp_path / "data" / "TinyStories_all_data" / name).read_bytes() == text
+    again = script("tinystories.py", *flags, f"--url={tmp_path / 'none'}")
+    assert again.returncode == 0 and "there already" in again.stdout
+
+
+def test_half_a_download_is_named(tmp_path):
+    tar_of(tmp_path / "a.tar.gz", {"data00.json": os.urandom(10000)})
+    whole = (tmp_path / "a.tar.gz").read_bytes()
+    (tmp_path / "TinyStories_all_data.tar.gz").write_bytes(whole[:-100])
+    flags = ["download", f"--data_dir={tmp_path / 'data'}", f"--url={tmp_path}"]
+    refused(script("tinystories.py", *flags), "no whole tar archive")
+    assert not (tmp_path / "data" / "TinyStories_all_data").exists()
+
+
+def test_download_of_the_text_files(tmp_path):
+    source = tmp_path / "mirror"
+    source.mkdir()
+    for part in ("train", "valid"):
+        text = "\n<|endoftext|>\n".join(item["story"] for item in make_stories(300, seed=8))
+        (source / f"TinyStoriesV2-GPT4-{part}.txt").write_text(text)
+    flags = [f"--data_dir={tmp_path / 'data'}", "--vocab_size=105"]
+    for words in (
+        ["download", "--dataset=v2", f"--url={source}"],
+        ["train_vocab"],
+        ["pretokenize"],
+    ):
+        done = script("tinystories.py", *words, *flags)
+        assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "data" / "tok105" / "shards.json").read_text())
+    assert meta["shards"][0]["documents"] == 300  # the validation file as a whole
+
+
+@pytest.mark.parametrize("prefix", ["", "tok105/"])
+def test_download_of_a_pretokenized_set(tmp_path, tokenizers, prefix):
+    """BabyLlama's layout, with shards that have no sidecar."""
+    source, data = tmp_path / "mirror", tmp_path / "data"
+    source.mkdir()
+    tokenizer = tokenizers[105]
+    shutil.copy(tokenizer.model_path, source / "tok105.model")
+    (source / "tok105.vocab").write_text("the pieces")
+    documents = [item["story"] for item in make_stories(200, seed=8)]
+    ids = [i for d in documents for i in tokenizer.encode(d)]
+    shards = {f"{prefix}data0{i}.bin": np.array(ids, "<u2").tobytes() for i in range(3)}
+    tar_of(source / "tok105.tar.gz", shards)
+    flags = [f"--data_dir={data}", "--pretokenized=105", f"--url={source}"]
+    done = script("tinystories.py", "download", *flags)
+    assert done.returncode == 0, done.stderr
+    assert (data / "tok105.bin").read_bytes() == open(bin_of(tokenizer), "rb").read()
+    found = TokenData(DataPaths(data, "custom", 105), 64, Tokenizer(data / "tok105.model"))
+    assert len(found.train) == 2 and len(found.valid) == 1
+    assert found.valid_bytes == sum(len(d) for d in documents)  # counted from the ids
+    refused(script("tinystories.py", "download", "--pretokenized=64"), "128 and 105")
+
+
+# ---- reading shards
+
+
+def fake_shards(folder, lengths, top=100):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(3, top, n).astype("<u2") for n in lengths]
+    for i, tokens in enumerate(arrays):
+        tokens.tofile(folder / f"data{i:02}.bin")
+    return arrays
+
+
+def test_shards_that_do_not_fit(tmp_path, tokenizers):
+    paths = DataPaths(tmp_path, "custom", 105)
+    with pytest.raises(UserError, match="no token shards; make them with"):
+        TokenData(paths, 16)
+    fake_shards(tmp_path / "tok105", [100, 17, 50])
+    assert len(TokenData(paths, 16).train) == 2
+    with pytest.raises(UserError, match="has 17 tokens, and max_seq_len = 17 needs 18"):
+        TokenData(paths, 17)
+    with pytest.raises(UserError, match=r"has 512"):
+        TokenData(paths, 16, tokenizers[512])
+    fake_shards(tmp_path / "tok80", [100, 100])
+    with pytest.raises(UserError, match="has a token 99"):
+        TokenData(DataPaths(tmp_path, "custom", 80), 16)
+    (tmp_path / "tok105" / "data01.bin").write_bytes(b"odd")
+    with pytest.raises(UserError, match="missing or damaged"):
+        TokenData(paths, 16)
+
+
+def test_sidecars_that_do_not_fit(folder, tokenizers):
+    assert pretokenize(folder).returncode == 0
+    paths, sidecar = DataPaths(folder, "custom", 512), folder / "tok512" / "shards.json"
+    meta = json.loads(sidecar.read_text())
+    TokenData(paths, 16, tokenizers[512])
+    with pytest.raises(UserError, match="vocabulary of 512"):
+        other = DataPaths(folder, "custom", 300)
+        other.shards = paths.shards
+        TokenData(other, 16)
+    with open(folder / "tok512" / "data02.bin", "ab") as f:
+        f.write(b"xx")
+    with pytest.raises(UserError, match="data02.bin is missing or damaged"):
+        TokenData(paths, 16)
+    sidecar.write_text(json.dumps({**meta, "tokenizer_hash": "0"}))
+    with pytest.raises(UserError, match="another tokenizer"):
+        TokenData(paths, 16, tokenizers[512])
+    for text in ("{", "[]", "{}"):
+        sidecar.write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            TokenData(paths, 16)
+
+
+def test_an_epoch_sees_every_window_once(tmp_path):
+    arrays = fake_shards(tmp_path / "tok105", [50, 100, 77, 33])
+    data = TokenData(DataPaths(tmp_path, "custom", 105), 16)
+    batches = TrainBatches(data.train, 16, seed=1)
+    expected = sorted(
+        tuple(a[i : i + 17].tolist()) for a in arrays[1:] for i in range(0, len(a) - 16, 16)
+    )
+    n = len(expected)
+    assert len(batches.windows) == n
+    for epoch in range(2):
+        x, y = batches.at(epoch * n, n)
+        rows = [(*a, b[-1]) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+        assert (x[:, 1:] == y[:, :-1]).all()
+        assert sorted(rows) == expected
+    # any position can be gone to, in any order
+    again = TrainBatches(data.train, 16, seed=1)
+    assert (again.at(n + 3, 4)[0] == batches.at(n, n)[0][3:7]).all()
+    assert (again.at(2, n)[0] == batches.at(2, n)[0]).all()
+    assert (batches.at(0, n)[0] != TrainBatches(data.train, 16, seed=2).at(0, n)[0]).any()
+
+
+def test_validation_is_fixed_and_whole(tmp_path):
+    (tokens, _) = fake_shards(tmp_path / "tok105", [100, 50])
+    data = TokenData(DataPaths(tmp_path, "custom", 105), 16)
+    x, y = zip(*valid_batches(data.valid, 16, 4, max_batches=10), strict=True)
+    targets = np.concatenate([t.numpy().ravel() for t in y])
+    assert targets[targets >= 0].tolist() == tokens[1:].tolist()  # each token but the first, once
+    assert len(x) == 2 and (x[0] >= 0).all() and (x[1] >= 0).all()
+    few = list(valid_batches(data.valid, 16, 2, max_batches=2))
+    assert sum(len(x) for x, _ in few) == 4
+    assert len(windows(data.valid, 16, keep_tail=True)) == 7
+
+
+def test_wide_vocabularies_use_uint32(tmp_path):
+    folder = tmp_path / "tok70000"
+    folder.mkdir()
+    shards = []
+    for i in range(2):
+        np.arange(69_000, 69_100, dtype="<u4").tofile(folder / f"data0{i}.bin")
+        shards.append({"name": f"data0{i}.bin", "tokens": 100, "bytes": 300, "documents": 1})
+    meta = {
+        "format": 1,
+        "vocab_size": 70_000,
+        "dtype": "uint32",
+        "tokenizer_hash": "",
+        "shards": shards,
+    }
+    (folder / "shards.json").write_text(json.dumps({**meta, "complete": True}))
+    data = TokenData(DataPaths(tmp_path, "custom", 70_000), 16)
+    assert data.train[0][0] == 69_000 and data.tokens_per_byte() == pytest.approx(1 / 3)

@@ -1,0 +1,138 @@
+"""The model: what it computes, with and without a cache, and how it generates."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+
+from model import KVCache, ModelArgs, sample_token
+
+
+@pytest.mark.parametrize(
+    "numbers, part",
+    [
+        ({"dim": 100, "n_heads": 3}, "n_heads = 3 does not divide dim = 100"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3 does not divide n_heads = 4"),
+        ({"dim": 12, "n_heads": 4}, "is odd"),
+        ({"n_layers": 0}, "n_layers must be at least 1"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"n_kv_heads": -1}, "n_kv_heads"),
+    ],
+)
+def test_numbers_that_do_not_fit(numbers, part):
+    with pytest.raises(ValueError, match=part):
+        ModelArgs(**{"dim": 48, "n_heads": 4, **numbers})
+
+
+def test_hidden_dim_and_parameter_count():
+    args = ModelArgs(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4)
+    assert args.hidden_dim == 172  # stories260K's
+    model = random_model(dim=48, n_heads=4, n_kv_heads=2, hidden_dim=50, vocab_size=105)
+    block = 2 * 48 + 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 50
+    assert model.n_params() == 105 * 48 + 2 * block + 48
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="'window' is unknown"):
+        ModelArgs.from_dict({"dim": 48, "window": 3})
+
+
+def reference_logits(model, tokens):
+    """Llama 2 written out with loops over heads and complex rotation, in float64."""
+    args, T = model.args, len(tokens)
+    p = {k: v.double() for k, v in model.state_dict().items()}
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + args.norm_eps).sqrt() * weight
+
+    freqs = args.rope_theta ** (-torch.arange(0, args.head_dim, 2).double() / args.head_dim)
+    turn = torch.polar(torch.ones(1).double(), torch.outer(torch.arange(T).double(), freqs))
+    x = p["tok_embeddings.weight"][tokens]
+    for i in range(args.n_layers):
+        w = {k.removeprefix(f"layers.{i}."): v for k, v in p.items() if f"layers.{i}." in k}
+        h = norm(x, w["attention_norm.weight"])
+        q, k, v = (h @ w[f"attention.w{name}.weight"].T for name in "qkv")
+        heads = []
+        for j in range(args.n_heads):
+            at, kv = j * args.head_dim, j * args.n_kv_heads // args.n_heads * args.head_dim
+
+            def turned(t, at):
+                pairs = t[:, at : at + args.head_dim].reshape(T, -1, 2).contiguous()
+                return torch.view_as_real(torch.view_as_complex(pairs) * turn).reshape(T, -1)
+
+            scores = turned(q, at) @ turned(k, kv).T / math.sqrt(args.head_dim)
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v[:, kv : kv + args.head_dim])
+        x = x + torch.cat(heads, -1) @ w["attention.wo.weight"].T
+        h = norm(x, w["ffn_norm.weight"])
+        gate, up = (h @ w[f"feed_forward.w{name}.weight"].T for name in "13")
+        x = x + (F.silu(gate) * up) @ w["feed_forward.w2.weight"].T
+    return norm(x, p["norm.weight"]) @ p["output.weight"].T
+
+
+@pytest.mark.parametrize("numbers", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "hidden_dim": 77}])
+def test_logits_are_llama_2s(numbers):
+    model = random_model(tie_embeddings=False, **numbers)
+    tokens = torch.randint(0, 105, (20,))
+    with torch.no_grad():
+        logits = model(tokens[None])[0]
+    assert logits.abs().max() > 1
+    torch.testing.assert_close(logits.double(), reference_logits(model, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 12, [5, 1, 6], [12]])
+def test_the_cache_changes_nothing(cuts):
+    model = random_model(n_kv_heads=2)
+    tokens = torch.randint(0, 105, (1, 12))
+    with torch.no_grad():
+        whole = model(tokens)
+        cache, at = KVCache(model.args, 1, "cpu", torch.float32), 0
+        for n in cuts:
+            logits = model(tokens[:, at : at + n], cache=cache)
+            at += n
+            torch.testing.assert_close(logits[:, -1], whole[:, at - 1], atol=1e-5, rtol=0)
+
+
+def test_loss_counts_only_real_targets():
+    model = random_model()
+    tokens, targets = torch.randint(0, 105, (2, 2, 10))
+    targets[1, 4:] = -1
+    with torch.no_grad():
+        logp = model(tokens).log_softmax(-1)
+        counted = [(b, t) for b in range(2) for t in range(10) if b == 0 or t < 4]
+        expected = -sum(logp[b, t, targets[b, t]] for b, t in counted) / len(counted)
+        torch.testing.assert_close(model(tokens, targets), expected)
+
+
+def test_generation_ends_at_stop_length_and_context():
+    model = random_model(tie_embeddings=False)  # a tied random model repeats itself
+    text = list(model.generate([1, 5], 8, temperature=0))
+    assert len(text) == 8
+    i = max(text.index(token) for token in text)
+    assert i > 0
+    assert list(model.generate([1, 5], 8, temperature=0, stop=(text[i],))) == text[:i]
+    assert len(list(model.generate([1, 5], 1000, temperature=0))) == 32 + 1 - 2
+    seeded = [
+        list(model.generate([1], 9, top_p=0.9, generator=torch.Generator().manual_seed(s)))
+        for s in (1, 1, 2)
+    ]
+    assert seeded[0] == seeded[1] != seeded[2]
+    for prompt in ([], [1] * 33):
+        with pytest.raises(ValueError, match="does not fit"):
+            next(model.generate(prompt, 1))
+
+
+def test_sampling_keeps_to_its_limits():
+    logits = torch.tensor([3.0, 1.0, 2.0, -1.0, 0.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**limits):
+        return {sample_token(logits, 1.0, generator=generator, **limits) for _ in range(400)}
+
+    assert drawn() == {0, 1, 2, 3, 4}
+    assert drawn(top_k=2) == {0, 2}
+    assert drawn(top_p=0.5) == {0}  # the likeliest alone has 0.64
+    assert drawn(top_p=0.7) == {0, 2}
+    assert sample_token(logits, 0) == 0

@@ -1,0 +1,62 @@
+"""The repository itself: pins that agree, presets that can be read, and the bootstrap's steps."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+import bootstrap
+from configurator import apply
+from model import ModelArgs
+
+
+def pins(path):
+    lines = (REPO / path).read_text().splitlines()
+    return {line.strip() for line in lines if "==" in line}
+
+
+def test_pyproject_and_requirements_have_the_same_pins():
+    text = (REPO / "pyproject.toml").read_text()
+    found = set(re.findall(r"""["']([\w.-]+==[^"']*(?:"[\d.]+")?)["']""", text))
+    expected = pins("requirements.txt") | pins("requirements-dev.txt")
+    assert {re.sub(r"\s", "", pin) for pin in found} == {re.sub(r"\s", "", p) for p in expected}
+    assert "torch==2.13.0" in expected
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.py")), ids=lambda p: p.name)
+def test_presets_are_read(path):
+    settings = {}
+    source = (REPO / "train.py").read_text().split("# ----")[1]
+    exec("\n".join(line for line in source.splitlines()[1:] if "configure(" not in line), settings)
+    settings["__file__"] = str(REPO / "train.py")
+    settings.pop("__builtins__")
+    assert apply(settings, [str(path)])
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+    ModelArgs(**{name: settings[name] for name in names})
+
+
+def test_bootstrap_reads_pins_and_results(tmp_path):
+    assert bootstrap.pinned_torch(REPO / "requirements.txt") == "2.13.0"
+    assert bootstrap.torch_here() == "2.13.0"
+    assert not bootstrap.finished(tmp_path) and not bootstrap.complete(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"kind": "end", "reason": "interrupted"}\n')
+    assert not bootstrap.finished(tmp_path)
+    (tmp_path / "log.jsonl").write_text(
+        '{"kind": "start"}\n{"kind": "end", "reason": "finished"}\n'
+    )
+    assert bootstrap.finished(tmp_path)
+    done = subprocess.run(
+        [sys.executable, REPO / "bootstrap.py", "tale"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: expected: story")
+
+
+def test_no_script_needs_an_optional_package():
+    """What the scripts import at the top is the standard library and the core packages."""
+    core = {"torch", "numpy", "sentencepiece", "requests", "tqdm"}
+    ours = {path.stem for path in REPO.glob("*.py")}
+    for path in REPO.glob("*.py"):
+        for name in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
+            assert name in core | ours | set(sys.stdlib_module_names), f"{path.name}: {name}"

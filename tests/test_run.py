@@ -1,0 +1,301 @@
+"""run.c: the same numbers as PyTorch, the same text, and no input that crashes it."""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, SANITIZE, bin_of, compile_c, compilers, random_model
+
+from export import export_model
+
+PARITY = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "grouped": {"n_kv_heads": 2},
+    "one kv head": {"n_kv_heads": 1, "tie_embeddings": False},
+    "odd hidden": {"hidden_dim": 77, "n_layers": 3},
+    "odd vocabulary": {"vocab_size": 301, "hidden_dim": 130, "n_kv_heads": 2},
+    "head_dim 2": {"dim": 10, "n_heads": 5, "hidden_dim": 3},
+    "wide": {"dim": 260, "n_heads": 10, "n_kv_heads": 5, "hidden_dim": 352, "max_seq_len": 24},
+}
+
+
+@pytest.mark.parametrize("kind", ["fast", "checked"])
+@pytest.mark.parametrize("name", PARITY)
+def test_logits_agree_with_pytorch(builds, tmp_path, name, kind):
+    model = random_model(**PARITY[name])
+    n = model.args.max_seq_len
+    tokens = torch.randint(0, model.args.vocab_size, (n,))
+    export_model(model, tmp_path / "model.bin")
+    command = [
+        builds["harness", kind],
+        "logits",
+        tmp_path / "model.bin",
+        *map(str, tokens.tolist()),
+    ]
+    done = subprocess.run(command, capture_output=True, check=True)
+    found = np.frombuffer(done.stdout, np.float32).reshape(n, model.args.vocab_size)
+    with torch.no_grad():
+        expected = model(tokens[None])[0].numpy()
+    assert np.abs(expected).max() > 1
+    assert np.abs(found - expected).max() <= 1e-4
+
+
+@pytest.fixture
+def small(tmp_path, tokenizers):
+    """A random model of 105 pieces with its tokenizer beside, as train.py leaves them."""
+    export_model(random_model(tie_embeddings=False), tmp_path / "model.bin")
+    shutil.copy(bin_of(tokenizers[105]), tmp_path / "tokenizer.bin")
+    return tmp_path / "model.bin"
+
+
+@pytest.mark.parametrize("size", [105, 512])
+def test_greedy_text_is_that_of_pytorch(run, tmp_path, tokenizers, size):
+    tokenizer = tokenizers[size]
+    model = random_model(seed=size, vocab_size=size, max_seq_len=96, tie_embeddings=False)
+    export_model(model, tmp_path / "model.bin")
+    for prompt in ("", "Once upon a time", "Zoë 😀"):
+        ids = tokenizer.encode(prompt)
+        text = [*ids, *model.generate(ids, 60, temperature=0, stop=(1, 2))]
+        assert len(set(text)) > 3
+        n = str(len(ids) - 1 + 60)
+        words = ["-z", bin_of(tokenizer), "-t", "0", "-n", n, "-i", prompt]
+        done = run(tmp_path / "model.bin", *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode() == tokenizer.decode(text) + "\n"
+
+
+def test_output_goes_where_it_belongs(run, small):
+    done = run(small, "-s", "7", "-n", "20")
+    assert done.returncode == 0
+    assert b"seed: 7" in done.stderr and b"tok/s" in done.stderr
+    assert b"seed" not in done.stdout and done.stdout.endswith(b"\n")
+
+
+def test_the_seed_decides_the_story(run, small):
+    texts = [run(small, "-s", s, "-n", "30").stdout for s in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    assert run(small, "-n", "8", "-t", "0").stdout == run(small, "-n", "8", "-t", "0").stdout
+
+
+def test_n_counts_the_prompt_and_0_is_the_whole_context(run, small, tokenizers):
+    def count(*words):
+        text = run(small, "-t", "1", "-s", "3", *words).stdout.decode()
+        return len(tokenizers[105].encode(text)) - 1
+
+    assert count("-n", "0") >= count("-n", "8") > 0
+
+
+def test_sampling_follows_the_probabilities(builds):
+    logits = [3.0, 1.0, 2.0, -1.0, 0.0]
+    weights = np.exp(logits) / np.exp(logits).sum()
+
+    def drawn(temperature, top_p, n=20000):
+        command = [builds["harness", "checked"], "draw", temperature, top_p, "5", n, *logits]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+        return Counter(map(int, done.stdout.split()))
+
+    for top_p in (0, 1):
+        counts = drawn(1.0, top_p)
+        for token, weight in enumerate(weights):
+            spread = math.sqrt(20000 * weight * (1 - weight))
+            assert abs(counts[token] - 20000 * weight) < 5 * spread
+    assert set(drawn(1.0, 0.5)) == {0}
+    assert set(drawn(1.0, 0.7)) == {0, 2}
+    assert set(drawn(0, 0.9, 5)) == {0}
+    assert set(drawn(0.01, 1, 500)) == {0}
+
+
+PROMPTS = [
+    "Zoë 😀",
+    "日本語 \u200d ﬁ",
+    "\n\n\t  ",
+    "<s></s><unk><0x0A>",
+    b"\xff\xfe\x80broken\xc3",
+    b"\xed\xa0\x80\xf4\x90\x80\x80",
+    "a" * 20,
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("size", [105, 512])
+def test_any_prompt_is_taken(run, tmp_path, tokenizers, size, prompt):
+    export_model(random_model(vocab_size=size, max_seq_len=96), tmp_path / "model.bin")
+    done = run(tmp_path / "model.bin", "-z", bin_of(tokenizers[size]), "-n", "90", "-i", prompt)
+    assert done.returncode == 0, done.stderr
+    done.stdout.decode()  # whole characters only
+
+
+def refused_by(done, *parts):
+    """Status 1 and one sentence; a sanitizer's report has another status and many lines."""
+    error = done.stderr.decode()
+    assert done.returncode == 1, error
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for part in parts:
+        assert part in error, error
+    assert done.stdout == b""
+
+
+def test_prompts_that_do_not_fit(run, small):
+    refused_by(run(small, "-i", "word " * 200), "the model's context 32", "shorten the prompt")
+    refused_by(run(small, "-n", "4", "-i", "a long, long prompt"), "raise -n", "-n 0")
+
+
+def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32):
+    return struct.pack("<7i", dim, hidden, layers, heads, kv_heads, vocab, seq)
+
+
+@pytest.mark.parametrize(
+    "data, part",
+    [
+        (b"", "is empty"),
+        (b"abc", "less than the header"),
+        (header(), "truncated"),
+        (b"0" * 4096, "its header says dim"),
+        (bytes(4096), "its header says dim = 0"),
+        (struct.pack("<2I", 0x616B3432, 2) + bytes(300), "version 2 model file"),
+        (b"GGUF" + bytes(300), "GGUF"),
+        (b"PK\3\4" + bytes(300), "export.py"),
+        (header(dim=-48) + bytes(300), "dim = -48"),
+        (header(dim=2**31 - 1) + bytes(300), "dim = 2147483647"),
+        (header(heads=5) + bytes(300), "do not fit"),
+        (header(heads=16) + bytes(300), "do not fit"),
+        (header(kv_heads=3) + bytes(300), "do not fit"),
+        (header(vocab=-(2**31)) + bytes(300), "vocab_size = -2147483648"),
+        (header(vocab=0) + bytes(300), "vocab_size = 0"),
+        (header(layers=4096, hidden=2**20, dim=2**16, heads=4) + bytes(300), "truncated"),
+        (header(seq=2**24) + bytes(300), "truncated"),
+    ],
+)
+def test_foreign_model_files(run, small, data, part):
+    small.write_bytes(data)
+    refused_by(run(small), str(small), part)
+
+
+def test_truncated_and_padded_model_files(run, small):
+    whole = small.read_bytes()
+    for size in (1, 27, 28, 29, 1000, len(whole) // 2, len(whole) - 4, len(whole) - 1):
+        small.write_bytes(whole[:size])
+        refused_by(run(small), "header" if size < 28 else f"has {size} bytes")
+    small.write_bytes(whole + b"\0")
+    refused_by(run(small), f"needs {len(whole)}")
+
+
+def test_files_that_cannot_be_read(run, small, tmp_path):
+    refused_by(run(tmp_path / "none.bin"), "cannot open model file")
+    refused_by(run(tmp_path), "not a regular file")
+    refused_by(run(small, "-z", tmp_path / "none.bin"), "cannot open tokenizer file")
+    refused_by(run(small, "-z", tmp_path), "not a regular file")
+
+
+def test_weights_that_are_no_numbers(run, small):
+    whole = small.read_bytes()
+    nan = whole[:28] + b"\xff" * (len(whole) - 28)
+    small.write_bytes(nan)
+    for words in (["-t", "0"], ["-t", "1", "-p", "0.9"], ["-t", "1", "-p", "1"]):
+        assert run(small, "-n", "5", *words).returncode == 0
+
+
+def test_broken_tokenizer_files(run, small, tokenizers, tmp_path):
+    path = tmp_path / "tokenizer.bin"
+    whole = path.read_bytes()
+    for size in (1, 3, 4, 5, 11, 12, 13, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused_by(run(small), "tokenizer")
+    path.write_bytes(b"")
+    refused_by(run(small), "is empty")
+    path.write_bytes(whole[:8] + b"\xff\xff\xff\xff" + whole[12:])
+    refused_by(run(small), "ends early")
+    path.write_bytes(b"\xff" * len(whole))
+    refused_by(run(small), "ends early")
+    refused_by(run(small, "-z", bin_of(tokenizers[512])), "512 pieces", "has 105")
+    # pieces of no bytes, all alike, with scores that are no numbers: strange, but well-formed
+    path.write_bytes(whole[:4] + struct.pack("<fI", math.nan, 0) * 105)
+    assert run(small, "-i", "Once upon", "-n", "20").returncode == 0
+    one = struct.pack("<fI", math.nan, 1) + b"a"
+    path.write_bytes(whole[:4] + one * 105)
+    assert run(small, "-i", "aaaa", "-n", "20").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["-t", "hot"], "-t hot: expected a number"),
+        (["-t", "-1"], "-t -1"),
+        (["-t", "nan"], "-t nan"),
+        (["-p", "1.5"], "from 0 to 1"),
+        (["-n", "-5"], "-n -5: expected a whole number"),
+        (["-n", "99999999999"], "-n 99999999999"),
+        (["-s", "1x"], "-s 1x"),
+        (["-q", "1"], "unknown option -q"),
+        (["--seed", "1"], "unknown option --seed"),
+        (["-i"], "-i needs a value"),
+        (["other.bin"], "two model files"),
+    ],
+)
+def test_bad_options(run, small, words, part):
+    refused_by(run(small, *words), part)
+
+
+def test_help(run):
+    done = run("-h")
+    assert done.returncode == 0 and b"usage: ./run model.bin" in done.stdout
+    done = run()
+    assert done.returncode == 1 and b"usage: ./run model.bin" in done.stderr
+
+
+def test_default_tokenizer_is_beside_the_model_or_here(run, small, tmp_path):
+    assert run(small, "-n", "3").returncode == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "tokenizer.bin").rename(other / "tokenizer.bin")
+    assert run(small, "-n", "3", cwd=other).returncode == 0
+    refused_by(run(small, "-n", "3", cwd=tmp_path), "cannot open tokenizer file tokenizer.bin")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_reported(builds, small):
+    with open("/dev/full", "wb") as full:
+        command = [builds["run", "fast"], small, "-n", "20"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"cannot write the story" in done.stderr
+
+
+@pytest.mark.parametrize("cc", compilers())
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-O3", "-march=native", "-fopenmp-simd"],
+        ["-O2"],
+        ["-O3", "-DNDEBUG", "-pedantic"],
+        SANITIZE,
+    ],
+)
+def test_no_compiler_warns(tmp_path, cc, flags):
+    compile_c(REPO / "run.c", tmp_path / "run", *flags, cc=cc)  # with -Wall -Wextra -Werror
+
+
+def test_openmp_changes_no_bit(builds, tmp_path, tokenizers):
+    """Each row is summed in one order, so one thread and many tell the same story."""
+    try:
+        compile_c(REPO / "run.c", tmp_path / "run", "-O3", "-march=native", "-fopenmp")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no OpenMP")
+    export_model(random_model(dim=512, n_heads=8, vocab_size=512), tmp_path / "model.bin")
+    command = ["-z", bin_of(tokenizers[512]), "-s", "5", "-n", "32"]
+    texts = set()
+    for threads in ("1", "2", "3"):
+        done = subprocess.run(
+            [tmp_path / "run", tmp_path / "model.bin", *command],
+            capture_output=True,
+            env={"OMP_NUM_THREADS": threads},
+            check=True,
+        )
+        texts.add(done.stdout)
+    assert len(texts) == 1

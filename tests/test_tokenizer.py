@@ -1,0 +1,158 @@
+"""The tokenizer, its C file, and the same ids and text in C as in Python."""
+
+import random
+import struct
+import subprocess
+
+import pytest
+from conftest import REPO, bin_of, refused, script
+
+from configurator import UserError
+from synth import make_stories
+from tokenizer import Tokenizer, bytes_in, train_sentencepiece
+
+WORDS = (
+    "Once upon a time there was Zoë 😀 naïve ▁ ▁▁ <s> </s> <unk> <0x41> ﬁ １２３ 2024 "
+    "  don't \t \n \n\n . , !? “quotes” … 日本語 é e\u0301 \u200d \ufeff \U0001f469\u200d\U0001f680 "
+    "a b c the The THE"
+).split(" ")
+
+
+def generated_texts(n, seed):
+    """Stories, mixes of hard words, and random characters."""
+    rng = random.Random(seed)
+    stories = [item["story"] for item in make_stories(n // 10, seed)]
+    for _ in range(n // 2):
+        words = rng.choices(WORDS, k=rng.randrange(12))
+        yield rng.choice(["", " ", "\n"]).join(words)
+    for _ in range(n // 4):
+        story = rng.choice(stories)
+        i = rng.randrange(len(story))
+        yield story[i : i + rng.randrange(80)]
+    for _ in range(n // 4):
+        top = rng.choice([0x7F, 0x2FF, 0xFFFF, 0x10FFFF])
+        points = (rng.randrange(1, top) for _ in range(rng.randrange(30)))
+        yield "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+
+
+def broken_bytes(n, seed):
+    """Byte strings that are mostly no UTF-8."""
+    rng = random.Random(seed)
+    pieces = [b"\x80", b"\xc3", b"\xe2\x96", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\xaf", b"\xff"]
+    pieces += [b"\xf4\x90\x80\x80", b"\xe0\x80\xaf", b"a", b" ", "ë".encode(), "😀".encode()]
+    for _ in range(n):
+        yield b"".join(rng.choices(pieces, k=rng.randrange(10)))
+    for _ in range(n):
+        yield bytes(rng.randrange(1, 256) for _ in range(rng.randrange(20)))
+
+
+def c_ids(builds, tokenizer, texts, kind="fast"):
+    """The ids that run.c gives to each of some byte strings."""
+    command = [builds["harness", kind], "encode", bin_of(tokenizer), str(tokenizer.vocab_size)]
+    done = subprocess.run(command, input=b"".join(t + b"\0" for t in texts), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return [[int(i) for i in line.split()] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("size", [105, 512, 1500])
+def test_c_and_sentencepiece_agree_on_ids(builds, tokenizers, size):
+    tokenizer = tokenizers[size]
+    assert tokenizer.byte_fallback == (size > 105)
+    texts = [t.encode() for t in generated_texts(4000, seed=size)]
+    texts += list(broken_bytes(500, seed=size))
+    for text, ids in zip(texts, c_ids(builds, tokenizer, texts), strict=True):
+        assert ids == tokenizer.encode(text), text
+        assert all(0 <= i < size for i in ids)
+
+
+def test_c_encoder_under_sanitizers(builds, tokenizers):
+    for tokenizer in tokenizers.values():
+        texts = [t.encode() for t in generated_texts(400, seed=3)] + list(broken_bytes(200, seed=3))
+        expected = [tokenizer.encode(t) for t in texts]
+        assert c_ids(builds, tokenizer, texts, "checked") == expected
+
+
+def test_long_prompts_are_not_quadratic(builds, tokenizers):
+    """A megabyte of one word: n log n steps take well under a second, n * n would take hours."""
+    tokenizer = tokenizers[512]
+    text = b"the end " * (1 << 17)
+    assert c_ids(builds, tokenizer, [text])[0] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("size", [105, 512])
+def test_decoding_agrees(builds, tokenizers, size):
+    tokenizer, rng = tokenizers[size], random.Random(size)
+    ids_of = [tokenizer.encode(t, bos=False) for t in generated_texts(60, seed=5)]
+    # ids at random make every kind of broken UTF-8 where there are byte pieces
+    ids_of += [[rng.choice([*range(3), *range(3, size)]) for _ in range(40)] for _ in range(60)]
+    ids_of = [[i for i in ids if i > 2 or i == 0] for ids in ids_of]
+    for ids in filter(None, ids_of):
+        command = [builds["harness", "checked"], "decode", bin_of(tokenizer), str(size)]
+        done = subprocess.run([*command, *map(str, ids)], capture_output=True, check=True)
+        assert done.stdout == tokenizer.decode(ids).encode(), ids
+
+
+@pytest.mark.parametrize("size", [512, 1500])
+def test_with_byte_fallback_every_text_comes_back(tokenizers, size):
+    tokenizer = tokenizers[size]
+    for text in generated_texts(500, seed=9):
+        same = text.replace("\u2581", " ")
+        assert tokenizer.decode(tokenizer.encode(text)) == same
+        assert tokenizer.sp.decode(tokenizer.encode(text)) == same
+        if text:
+            assert bytes_in(tokenizer.encode(text), tokenizer) == len(same.encode())
+
+
+def test_the_c_file_is_llama2cs_layout(tokenizers):
+    tokenizer = tokenizers[512]
+    data = open(bin_of(tokenizer), "rb").read()
+    at, longest = 4, 0
+    for i in range(tokenizer.vocab_size):
+        score, length = struct.unpack_from("<fI", data, at)
+        piece = data[at + 8 : at + 8 + length].decode()
+        at, longest = at + 8 + length, max(longest, length)
+        expected = {1: "\n<s>\n", 2: "\n</s>\n"}.get(i, tokenizer.sp.id_to_piece(i))
+        assert (piece, score) == (expected.replace("▁", " "), tokenizer.sp.get_score(i))
+    assert at == len(data) and struct.unpack_from("<I", data)[0] == longest
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer-model", "--tokenizer_model"])
+def test_command_line(tokenizers, tmp_path, flag):
+    model = tmp_path / "tok105.model"
+    model.write_bytes(open(tokenizers[105].model_path, "rb").read())
+    done = script("tokenizer.py", f"{flag}={model}")
+    assert done.returncode == 0, done.stderr
+    exported = (tmp_path / "tok105.bin").read_bytes()
+    assert exported == open(bin_of(tokenizers[105]), "rb").read()
+    refused(script("tokenizer.py", f"{flag}={tmp_path / 'none.model'}"), "does not exist")
+    refused(script("tokenizer.py", f"{flag}={REPO / 'model.py'}"), "is not a SentencePiece model")
+
+
+@pytest.mark.parametrize("size", [105, 110, 128, 200, 256, 300, 340, 512, 1000])
+def test_every_size_can_be_trained(stories, size):
+    model, about = train_sentencepiece(stories[:500], size)
+    alphabet = len(set("".join(stories[:500])))
+    assert about["byte_fallback"] == (size >= 259 + alphabet)
+    assert about["dropped"] == "" and model
+
+
+def test_rare_characters_leave_room(tmp_path, stories):
+    """A text with more characters than pieces still trains, and says what it left out."""
+    rare = "".join(chr(0x4E00 + i) for i in range(300))
+    for size in (105, 512):
+        model, about = train_sentencepiece([*stories[:500], rare], size)
+        path = tmp_path / f"tok{size}.model"
+        path.write_bytes(model)
+        tokenizer = Tokenizer(path)
+        assert tokenizer.vocab_size == size and about["dropped"]
+        ids = tokenizer.encode(about["dropped"][0])
+        assert (0 in ids) == (size == 105)
+        text = stories[0]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(UserError, match="smaller vocab_size"):
+        train_sentencepiece(["the cat sat on the mat"], 5000)
+    with pytest.raises(UserError, match="empty"):
+        train_sentencepiece([" \n"], 105)

@@ -1,0 +1,219 @@
+"""Training end to end: a loss that falls, files that are there, runs that go on, bad settings."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, read_log, refused, script, train
+
+from checkpoint import load_checkpoint
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    files = {"ckpt.pt", "model.bin", "tokenizer.bin", "tokenizer.model", "log.jsonl"}
+    assert set(os.listdir(trained)) == files
+    log = read_log(trained)
+    assert [entry["kind"] for entry in log[:2]] == ["start", "train"] and log[-1]["kind"] == "end"
+    assert log[0]["config"]["dim"] == 32 and log[0]["torch"] == torch.__version__
+    trains = [entry for entry in log if entry["kind"] == "train"]
+    evals = [entry for entry in log if entry["kind"] == "eval"]
+    clock = {"kind", "step", "tokens", "time_s", "train_s"}
+    assert all(set(t) == clock | {"loss", "lr", "grad_norm", "tok_s"} for t in trains)
+    assert all(set(e) == clock | {"val_loss", "val_bpb"} for e in evals)
+    assert [t["step"] for t in trains] == [1, *range(5, 61, 5)]
+    assert [e["step"] for e in evals] == [20, 40, 60]
+    assert log[-1] | {"reason": "finished", "step": 60, "tokens": 60 * 8 * 64} == log[-1]
+    assert trains[0]["loss"] > 5.5 and trains[-1]["loss"] < 4
+    losses = [e["val_loss"] for e in evals]
+    assert losses == sorted(losses, reverse=True)
+    times = [entry["time_s"] for entry in log[1:]]
+    assert times == sorted(times) and all(e["train_s"] < e["time_s"] for e in log[1:])
+    rates = [t["lr"] for t in trains]
+    assert max(rates) <= 1e-2 and rates[0] < rates[1] and rates[-1] < 1e-3
+
+
+def test_bits_per_byte_is_loss_times_tokens_over_bytes(trained, practice):
+    (shard, *_) = json.loads((practice / "tok300" / "shards.json").read_text())["shards"]
+    for entry in read_log(trained):
+        if entry["kind"] == "eval":
+            bits = entry["val_loss"] / 0.69314718056
+            assert entry["val_bpb"] == pytest.approx(bits * shard["tokens"] / shard["bytes"], 1e-4)
+
+
+def test_python_and_c_tell_the_same_story(trained, run):
+    for prompt in ("", "Once upon a time"):
+        done = script(
+            "sample.py", f"--out_dir={trained}", "--temperature=0", f"--start={prompt}",
+            "--max_new_tokens=40", "--device=cpu",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        n_prompt = len(sentencepiece_ids(trained, prompt))
+        words = ["-t", "0", "-n", str(n_prompt + 40), "-i", prompt]
+        assert run(trained / "model.bin", *words).stdout.decode() == done.stdout
+
+
+def sentencepiece_ids(out, text):
+    from tokenizer import Tokenizer
+
+    return Tokenizer(out / "tokenizer.model").encode(text, bos=False)
+
+
+def test_evaluation_is_the_same_each_time(trained, practice):
+    texts = set()
+    for _ in range(2):
+        done = train(practice, trained, "--init_from=resume", "--eval_only")
+        assert done.returncode == 0, done.stderr
+        texts.add(done.stdout)
+    (text,) = texts
+    last = [e for e in read_log(trained) if e["kind"] == "eval"][-1]
+    assert f"validation loss {last['val_loss']:.4f}, {last['val_bpb']:.4f} bits per byte" in text
+
+
+def same_weights(a, b):
+    a, b = (load_checkpoint(out / "ckpt.pt")["model"] for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practice, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
+    process = subprocess.Popen(
+        [*command, f"--out_dir={out}", "--max_iters=60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None:  # let it take some steps, then interrupt it
+        if (out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, text
+    stopped = load_checkpoint(out / "ckpt.pt")["iter_num"]
+    assert 0 < stopped < 60 and f"stopped at step {stopped}" in text
+    assert read_log(out)[-1]["reason"] == "interrupted"
+    # no setting but out_dir is given again: the checkpoint has them
+    done = script(
+        "train.py", "--init_from=resume", f"--out_dir={out}", "--device=cpu", "--dtype=float32"
+    )
+    assert done.returncode == 0, done.stderr
+    assert same_weights(out, trained)
+    losses = [
+        {e["step"]: e["loss"] for e in read_log(o) if e["kind"] == "train"} for o in (out, trained)
+    ]
+    assert losses[0][60] == losses[1][60]
+    kinds = [e["kind"] for e in read_log(out)]
+    assert kinds.count("start") == 2 and kinds[-1] == "end"
+
+
+def test_resuming_with_other_settings(trained, practice, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    refused(
+        script("train.py", "--init_from=resume", f"--out_dir={out}", "--dim=64"),
+        "cannot resume with dim = 64: the checkpoint's model has 32",
+    )
+    refused(script("train.py", "--init_from=resume", f"--out_dir={out}"), "raise --max_iters")
+    words = ["--max_iters=65", "--base_learning_rate=1e-3", "--batch_size=4"]
+    done = script("train.py", "--init_from=resume", f"--out_dir={out}", *words)
+    assert done.returncode == 0, done.stderr
+    assert "resuming with max_iters = 65 instead of 60" in done.stdout
+    assert "resuming with base_learning_rate = 0.001 instead of 0.01" in done.stdout
+    assert read_log(out)[-1]["step"] == 65
+
+
+def test_divergence_is_said_and_keeps_the_checkpoint(trained, practice, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    before = (out / "ckpt.pt").read_bytes(), (out / "model.bin").read_bytes()
+    words = ["--init_from=resume", "--max_iters=400", "--base_learning_rate=1e30", "--grad_clip=0"]
+    done = script("train.py", f"--out_dir={out}", *words)
+    refused(done, "training has diverged", "--base_learning_rate")
+    assert before == ((out / "ckpt.pt").read_bytes(), (out / "model.bin").read_bytes())
+    assert read_log(out)[-1]["reason"] == "diverged"
+
+
+def test_accumulated_batches_are_one_batch(practice, tmp_path):
+    """Two micro-batches of 4 take the step that one batch of 8 takes."""
+    for name, words in [
+        ("one", []),
+        ("two", ["--batch_size=4", "--gradient_accumulation_steps=2"]),
+    ]:
+        assert train(practice, tmp_path / name, "--max_iters=8", *words).returncode == 0
+    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("one", "two"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=0)
+
+
+def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
+    words = ["--dtype=auto", "--dropout=0.1", "--max_iters=6", "--tie_embeddings=False"]
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert train(practice, out, *words).returncode == 0
+    more = ["--init_from=resume", "--max_iters=12"]
+    for out in (tmp_path / "a", tmp_path / "b"):
+        done = script("train.py", f"--out_dir={out}", "--device=cpu", *more)
+        assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--vocab_size=512"], ["no token shards", "pretokenize --vocab_size=512"]),
+        (["--vocab_source=llama2"], ["no token shards", "--vocab_source=llama2"]),
+        (["--vocab_source=mine"], ["expected custom or llama2"]),
+        (["--dim=100", "--n_heads=3"], ["n_heads = 3 does not divide dim = 100"]),
+        (["--n_kv_heads=3"], ["n_kv_heads = 3 does not divide n_heads = 4"]),
+        (["--max_seq_len=100000"], ["tokens, and max_seq_len = 100000 needs 100001"]),
+        (["--batch_size=100000"], ["less than one batch of 100000"]),
+        (["--batch_size=0"], ["batch_size = 0: expected at least 1"]),
+        (["--device=gpu"], ["device = 'gpu': expected auto, cpu, cuda"]),
+        (["--dtype=int8"], ["dtype = 'int8': expected auto, float32"]),
+        (["--init_from=resume"], ["ckpt.pt does not exist"]),
+        (["--init_from=yesterday"], ["expected scratch or resume"]),
+        (["--eval_only"], ["--init_from=resume"]),
+        (["--base_learning_rate=0"], ["expected a number above 0"]),
+        (["--cooldown_frac=2"], ["from 0 to 1"]),
+    ],
+)
+def test_bad_settings_are_refused_before_training(practice, tmp_path, words, parts):
+    out = tmp_path / "out"
+    refused(train(practice, out, *words), *parts)
+    assert not out.exists()
+
+
+def test_shards_of_another_vocabulary(practice, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copytree(practice / "tok300", data / "tok400")
+    done = train(data, tmp_path / "out", "--vocab_size=400")
+    refused(done, "vocab_size = 400, but the shards", "have a vocabulary of 300")
+
+
+def test_a_missing_device_falls_back_and_says_so(practice, tmp_path):
+    words = ["--device=cuda:7", "--dtype=float16", "--max_iters=2"]
+    done = train(practice, tmp_path / "out", *words)
+    assert done.returncode == 0, done.stderr
+    assert "device cuda:7 is not available here; using cpu" in done.stdout
+    assert "dtype float16 is not supported by" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--out_dir=none"], "does not exist"),
+        (["--temperature=-1"], "temperature"),
+        (["--top_p=2"], "top_p"),
+        (["--start=" + "word " * 100], "the model's context 64"),
+        (["--start=FILE:none.txt"], "cannot read the prompt"),
+    ],
+)
+def test_sample_refuses(trained, words, part):
+    refused(script("sample.py", f"--out_dir={trained}", *words), part)

@@ -1,0 +1,260 @@
+"""
+Data for training: from stories on disk or on the net to token shards.
+
+    python tinystories.py download                       # TinyStories from Hugging Face
+    python tinystories.py synth                          # or a practice corpus, without network
+    python tinystories.py train_vocab --vocab_size=4096  # a SentencePiece vocabulary
+    python tinystories.py pretokenize --vocab_size=4096  # all stories as shards of ids
+
+Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
+with <|endoftext|> between them), .json or .jsonl. The first shard is validation unless
+--valid_source names a text for it.
+"""
+
+import json
+import os
+import shutil
+
+from tqdm import tqdm
+
+from configurator import UserError, configure
+from corpus import plan_shards, read_documents, text_files
+from dataset import DataPaths, write_shards
+from files import atomic_write, download, unpack
+from synth import make_stories
+from tokenizer import Tokenizer, c_tokenizer_path, train_sentencepiece
+
+# -----------------------------------------------------------------------------
+stage = ""  # download, synth, train_vocab or pretokenize
+data_dir = "data"  # everything is read and written below this folder
+vocab_size = 4096  # pieces of the vocabulary; 0 stands for Llama 2's own
+vocab_source = "custom"  # custom: trained here; llama2: data_dir/tokenizer.model, from Meta
+source = ""  # text to use instead of the downloaded stories: a file, or a folder of files
+valid_source = ""  # text for validation; without one the first shard is taken
+num_workers = 0  # processes; 0: one a core
+# download
+dataset = "all_data"  # all_data: the stories as JSON; v2: TinyStoriesV2-GPT4 as two text files
+pretokenized = 0  # 128 or 105: BabyLlama's ready-made vocabulary and shards instead
+url = ""  # where to get the files instead: an address or path of the file or its folder
+endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # Hugging Face or a mirror
+# synth
+n_stories = 20000  # stories of the practice corpus
+seed = 1337  # the same seed writes the same stories
+# train_vocab
+vocab_mb = 500  # megabytes of text, at most, that the vocabulary is trained on
+# -----------------------------------------------------------------------------
+
+V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
+ARCHIVE = "TinyStories_all_data.tar.gz"
+N_JSON = 20  # JSON files of the practice corpus; the first is validation
+
+
+def fetch(repo, name, path):
+    """Download file `name` of a Hugging Face dataset, or from --url, unless `path` is there."""
+    if os.path.exists(path):
+        print(f"{path} is there already")
+        return
+    base = os.path.basename(name)
+    address = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/main/{name}"
+    if url:
+        address = url if url.endswith(base) else f"{url.rstrip('/')}/{base}"
+    print(f"downloading {address}")
+    download(address, path)
+
+
+def download_stage():
+    paths = DataPaths(data_dir, vocab_source, vocab_size)
+    if pretokenized:
+        download_pretokenized()
+    elif dataset == "v2":
+        for name in (V2_TRAIN, V2_VALID):
+            fetch("roneneldan/TinyStories", name, os.path.join(data_dir, name))
+        next_steps()
+    elif dataset == "all_data":
+        if os.path.isdir(paths.stories) and os.listdir(paths.stories):
+            if is_practice_corpus(paths.stories):
+                raise UserError(
+                    f"{paths.stories} holds the practice corpus; delete the folder first, "
+                    f"or download into another with --data_dir"
+                )
+            print(f"{paths.stories} is there already; delete it to unpack it again")
+        else:
+            archive = os.path.join(data_dir, ARCHIVE)
+            fetch("roneneldan/TinyStories", ARCHIVE, archive)
+            unpack(archive, paths.stories)
+            print(f"{len(text_files(paths.stories))} files of stories are in {paths.stories}")
+        next_steps()
+    else:
+        raise UserError(f"dataset = {dataset!r}: expected all_data or v2")
+
+
+def download_pretokenized():
+    name = f"tok{pretokenized}"
+    if pretokenized not in (128, 105):
+        raise UserError(f"pretokenized = {pretokenized}: there are ready-made sets of 128 and 105")
+    paths = DataPaths(data_dir, "custom", pretokenized)
+    fetch("enio/TinyStories", f"{name}/{name}.model", paths.tokenizer_model)
+    fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
+    Tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
+    if os.path.isdir(paths.shards) and os.listdir(paths.shards):
+        print(f"{paths.shards} is there already; delete it to unpack it again")
+    else:
+        archive = os.path.join(data_dir, f"{name}.tar.gz")
+        fetch("enio/TinyStories", f"{name}/{name}.tar.gz", archive)
+        unpack(archive, paths.shards)
+    print(f"next: python train.py --vocab_size={pretokenized}{data_dir_flag()}")
+
+
+def synth_stage():
+    stories = DataPaths(data_dir, "custom", vocab_size).stories
+    if n_stories < N_JSON:
+        raise UserError(f"n_stories = {n_stories}: expected at least {N_JSON}, one a file")
+    if os.path.isdir(stories) and os.listdir(stories) and not is_practice_corpus(stories):
+        raise UserError(
+            f"{stories} holds other stories; delete the folder first, "
+            f"or write the practice corpus to another with --data_dir"
+        )
+    part = stories + ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    all_stories = iter(tqdm(make_stories(n_stories, seed), total=n_stories, desc="stories"))
+    for i in range(N_JSON):
+        n = n_stories * (i + 1) // N_JSON - n_stories * i // N_JSON
+        with open(os.path.join(part, f"data{i:02}.json"), "w", encoding="utf-8") as f:
+            json.dump([next(all_stories) for _ in range(n)], f)
+    list(all_stories)  # lets the bar close
+    shutil.rmtree(stories, ignore_errors=True)
+    os.rename(part, stories)
+    print(f"{n_stories:,} stories are in {stories}")
+    next_steps()
+
+
+def is_practice_corpus(folder):
+    """Whether the first story of a folder says that the grammar in synth.py wrote it."""
+    first = os.path.join(folder, "data00.json")
+    if not os.path.exists(first):
+        return False
+    with open(first, "rb") as f:
+        return b'"source": "synth"' in f.read(1 << 14)
+
+
+def corpus_plan():
+    """The shards of --source, or of what has been downloaded."""
+    if source:
+        return plan_shards(source, valid_source)
+    stories = DataPaths(data_dir, "custom", vocab_size).stories
+    v2_train, v2_valid = (os.path.join(data_dir, name) for name in (V2_TRAIN, V2_VALID))
+    if os.path.isdir(stories):
+        return plan_shards(stories, valid_source)
+    if os.path.exists(v2_train):
+        return plan_shards(v2_train, valid_source or v2_valid)
+    raise UserError(
+        f"there are no stories in {data_dir}; get them with: python tinystories.py download "
+        f"(or synth for a practice corpus), or name a text with --source=PATH"
+    )
+
+
+def train_vocab_stage():
+    paths = DataPaths(data_dir, vocab_source, vocab_size)
+    if paths.is_llama2:
+        raise UserError("Llama 2's vocabulary is not trained here; give a --vocab_size from 64 up")
+    if vocab_size < 64:
+        raise UserError(f"vocab_size = {vocab_size}: expected at least 64")
+    spans = [span for shard in corpus_plan()[1:] for span in shard]  # validation stays unseen
+    limit, n_bytes, texts = vocab_mb * 1_000_000, 0, []
+    bar = tqdm(total=sum(s.end - s.start for s in spans), unit="B", unit_scale=True, desc="read")
+    with bar:
+        for span in spans:
+            for text in read_documents([span]):
+                texts.append(text)
+                n_bytes += len(text.encode())
+                if n_bytes >= limit:
+                    break
+            bar.update(span.end - span.start)
+            if n_bytes >= limit:
+                print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
+                break
+    print(f"training {vocab_size} pieces on {n_bytes / 1e6:.1f} MB of text")
+    model, about = train_sentencepiece(texts, vocab_size, worker_count())
+    if not about["byte_fallback"]:
+        print(
+            f"{vocab_size} pieces have no room for 256 bytes and the alphabet: "
+            f"characters without a piece become <unk>"
+        )
+    if about["dropped"]:
+        print(f"too rare for a piece of their own: {about['dropped'][:100]!r}")
+    with atomic_write(paths.tokenizer_model) as f:
+        f.write(model)
+    Tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
+    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+    print(f"next: python tinystories.py pretokenize {same_flags()}")
+
+
+def pretokenize_stage():
+    paths = DataPaths(data_dir, vocab_source, vocab_size)
+    if not os.path.exists(paths.tokenizer_model):
+        if paths.is_llama2:
+            raise UserError(
+                f"Llama 2's tokenizer.model, which Meta gives out with its weights, belongs at "
+                f"{paths.tokenizer_model}; put it there, or train a vocabulary of your own "
+                f"with: python tinystories.py train_vocab --vocab_size=4096"
+            )
+        raise UserError(
+            f"{paths.tokenizer_model} does not exist; train it with: "
+            f"python tinystories.py train_vocab {same_flags()}"
+        )
+    tokenizer = Tokenizer(paths.tokenizer_model)
+    if tokenizer.vocab_size != paths.vocab_size:
+        raise UserError(
+            f"{paths.tokenizer_model} has {tokenizer.vocab_size} pieces, not {paths.vocab_size}"
+        )
+    tokenizer.export(c_tokenizer_path(paths.tokenizer_model))
+    meta = write_shards(paths.shards, tokenizer, corpus_plan(), worker_count())
+    total = {k: sum(s[k] for s in meta["shards"]) for k in ("documents", "tokens", "bytes", "unk")}
+    print(
+        f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
+        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
+        f"in {len(meta['shards'])} shards in {paths.shards}"
+    )
+    if total["unk"]:
+        print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
+    print(f"next: python train.py {paths.make_hint()}{data_dir_flag()}")
+
+
+def worker_count():
+    if num_workers < 0:
+        raise UserError(f"num_workers = {num_workers}: expected 0 (one a core) or more")
+    affinity = getattr(os, "sched_getaffinity", None)
+    return num_workers or (len(affinity(0)) if affinity else os.cpu_count())
+
+
+def data_dir_flag():
+    return "" if data_dir == "data" else f" --data_dir={data_dir}"
+
+
+def same_flags():
+    """The flags that name the same corpus and vocabulary in the next command."""
+    flags = [DataPaths(data_dir, vocab_source, vocab_size).make_hint()]
+    flags += [f"--source={source}"] * bool(source) + [f"--valid_source={valid_source}"] * bool(
+        valid_source
+    )
+    return " ".join(flags) + data_dir_flag()
+
+
+def next_steps():
+    print(f"next: python tinystories.py train_vocab {same_flags()}")
+
+
+STAGES = {
+    "download": download_stage,
+    "synth": synth_stage,
+    "train_vocab": train_vocab_stage,
+    "pretokenize": pretokenize_stage,
+}
+
+if __name__ == "__main__":  # worker processes import this file again
+    configure(globals(), positional="stage")
+    if stage not in STAGES:
+        what = f"unknown stage {stage!r}" if stage else "no stage is given"
+        raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")
+    STAGES[stage]()

@@ -1,0 +1,189 @@
+"""
+The tokenizer: SentencePiece BPE, and the file of it that run.c reads.
+
+    python tokenizer.py --tokenizer-model=data/tok128.model    # writes data/tok128.bin
+
+The C file has llama2.c's layout, little-endian: uint32 longest piece in bytes, then for each id
+float32 score, uint32 length, and the bytes of the piece, with the space as a plain space. Byte
+pieces appear as <0x0A>, BOS and EOS as "\\n<s>\\n" and "\\n</s>\\n".
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import struct
+from collections import Counter
+
+import numpy as np
+import sentencepiece
+
+from configurator import UserError, one_sentence_errors
+from files import atomic_write
+
+SPACE = "\u2581"  # SentencePiece's visible space
+UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
+N_SPECIAL = 3  # <unk>, <s>, </s>
+N_BYTES = 256
+
+
+class Tokenizer:
+    """
+    Text to ids and back, by a SentencePiece model file. Ids 0, 1, 2 are unk, BOS, EOS.
+    Raises UserError where the file is missing or no SentencePiece model.
+    """
+
+    def __init__(self, model_path):
+        self.model_path = os.fspath(model_path)
+        if not os.path.isfile(self.model_path):
+            raise UserError(f"tokenizer model {self.model_path} does not exist")
+        with open(self.model_path, "rb") as f:
+            proto = f.read()
+        self.hash = hashlib.sha256(proto).hexdigest()
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.LoadFromSerializedProto(proto)
+        except RuntimeError:
+            raise UserError(f"{self.model_path} is not a SentencePiece model") from None
+        self.vocab_size = self.sp.vocab_size()
+        self.unk_id, self.bos_id, self.eos_id = self.sp.unk_id(), self.sp.bos_id(), self.sp.eos_id()
+        if (self.unk_id, self.bos_id, self.eos_id) != (0, 1, 2):
+            raise UserError(
+                f"{self.model_path} numbers unk, BOS and EOS {self.unk_id}, {self.bos_id}, "
+                f"{self.eos_id}; expected 0, 1, 2 as in Llama 2"
+            )
+        self.byte_fallback = any(self.sp.is_byte(i) for i in range(self.vocab_size))
+
+    def encode(self, text, bos=True, eos=False):
+        """Ids of `text`, a str or bytes (broken UTF-8 becomes U+FFFD), with BOS before it."""
+        return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
+
+    def encode_batch(self, texts):
+        """Ids of each text of a list, BOS before each."""
+        return [[self.bos_id, *ids] for ids in self.sp.encode(list(texts), num_threads=1)]
+
+    def piece_bytes(self):
+        """For each id the bytes it stands for inside a text; BOS and EOS stand for none."""
+        pieces = []
+        for i in range(self.vocab_size):
+            piece = self.sp.id_to_piece(i)
+            if self.sp.is_byte(i):
+                pieces.append(bytes([int(piece[3:5], 16)]))
+            elif self.sp.is_control(i):
+                pieces.append(b"")
+            elif self.sp.is_unknown(i):
+                pieces.append(UNK_TEXT.encode())
+            else:
+                pieces.append(piece.replace(SPACE, " ").encode())
+        return pieces
+
+    def decode(self, ids):
+        """The text of `ids`: what run.c prints, the space that encoding put in front left out."""
+        ids = [i for i in ids if not self.sp.is_control(i)]
+        pieces = self.piece_bytes()
+        text = b"".join(pieces[i] for i in ids)
+        if ids and not self.sp.is_unknown(ids[0]):
+            text = text.removeprefix(b" ")
+        return text.decode("utf-8", errors="replace")
+
+    def export(self, path):
+        """Write the tokenizer file of run.c; the layout is at the top of this file."""
+        pieces = []
+        for i in range(self.vocab_size):
+            piece = self.sp.id_to_piece(i).replace(SPACE, " ")
+            piece = {self.bos_id: "\n<s>\n", self.eos_id: "\n</s>\n"}.get(i, piece)
+            pieces.append(piece.encode())
+        with atomic_write(path) as f:
+            f.write(struct.pack("<I", max(map(len, pieces))))
+            for i, piece in enumerate(pieces):
+                f.write(struct.pack("<fI", self.sp.get_score(i), len(piece)) + piece)
+
+
+def c_tokenizer_path(model_path):
+    """data/tok128.model -> data/tok128.bin"""
+    return model_path.removesuffix(".model") + ".bin"
+
+
+def choose_alphabet(counts, vocab_size):
+    """
+    Decide what single characters a vocabulary gets, and whether its unknown ones become bytes.
+
+    counts: Counter of the characters of the training text. Returns (alphabet, byte_fallback):
+    byte fallback where the 256 byte pieces and all but the rarest characters (less than 1 in
+    100,000) fit; the most frequent characters, all if they fit and leave a tenth for merges.
+    """
+    total = sum(counts.values())
+    core = sum(n * 100_000 >= total for n in counts.values())
+    byte_fallback = vocab_size >= N_SPECIAL + N_BYTES + core
+    room = vocab_size - N_SPECIAL - (N_BYTES if byte_fallback else 0)
+    size = max(min(core, room), room * 9 // 10)
+    return {c for c, _ in counts.most_common(size)}, byte_fallback
+
+
+def train_sentencepiece(texts, vocab_size, num_threads=1):
+    """
+    Train a SentencePiece BPE vocabulary as llama2.c does (identity normalisation, digits split,
+    byte fallback) with runs of spaces kept, as in Llama 2's own, so that no text is changed.
+    Where the 256 byte pieces do not fit it trains without them; newline is then a piece of its own.
+
+    texts: a list of str. Returns (model file as bytes, {"byte_fallback", "dropped"}), dropped being
+    the characters that got no piece. Raises UserError where the text is too small for the size.
+    """
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    counts[" "] += counts.pop(SPACE, 0)  # SentencePiece takes the two for one
+    if sum(counts.values()) == counts[" "] + counts["\n"]:
+        raise UserError("cannot train a vocabulary: the text is empty")
+    alphabet, byte_fallback = choose_alphabet(counts, vocab_size)
+    # Training sees one line at a time, cut where a character has no piece, so that SentencePiece's
+    # own alphabet is exactly ours. Newline is a byte piece or, without those, a piece by itself.
+    dropped = "".join(sorted(set(counts) - alphabet - {"\n"}))
+    table = str.maketrans(dropped, "\n" * len(dropped))
+    lines = (line for text in texts for line in text.translate(table).split("\n") if line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            byte_fallback=byte_fallback,
+            user_defined_symbols=[] if byte_fallback else ["\n"],
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            self_test_sample_size=0,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        raise UserError(
+            f"SentencePiece cannot train {vocab_size} pieces on this text "
+            f"({str(e).rpartition(']')[2].strip() or e}); give it more text or a smaller vocab_size"
+        ) from None
+    return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
+
+
+def bytes_in(tokens, tokenizer):
+    """
+    Bytes of text behind an array of ids, BOS before each text; the space that encoding adds is not
+    counted, and an unk, which hides at least one byte, as one.
+    """
+    lengths = np.array([len(piece) for piece in tokenizer.piece_bytes()])
+    lengths[tokenizer.unk_id] = 1
+    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    return int((counts * lengths).sum() - counts[tokenizer.bos_id])
+
+
+if __name__ == "__main__":
+    one_sentence_errors()
+    parser = argparse.ArgumentParser(description="Write run.c's tokenizer file beside a .model.")
+    parser.add_argument(
+        "-t", "--tokenizer-model", "--tokenizer_model", default="tokenizer.model", metavar="PATH"
+    )
+    model_path = parser.parse_args().tokenizer_model
+    Tokenizer(model_path).export(c_tokenizer_path(model_path))
+    print(f"wrote {c_tokenizer_path(model_path)}")
