@@ -1,5 +1,5 @@
 """
-From a fresh clone to a story, with the standard library alone; `make story` and `make test` call it.
+From a fresh clone to a story, with the standard library alone; what `make` calls.
 
     python bootstrap.py story                      # environment, engine, corpus, training, a story
     python bootstrap.py venv requirements-dev.txt  # the environment in .venv alone

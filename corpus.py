@@ -10,6 +10,7 @@ Documents lose the white space around them, and empty ones are passed over, as i
 To add a shape: a reader in READERS and a way to find its document borders in BORDERS.
 """
 
+import itertools
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def plan_shards(source, valid_source=""):
         whole = path.endswith(".json") and (len(files) > 1 or valid_source)
         cuts = [] if whole else cut_points(path, max(1, round(n * size / max(total, 1))))
         ends = [0, *cuts, size]
-        train += [[Span(path, a, b)] for a, b in zip(ends, ends[1:], strict=False) if b > a]
+        train += [[Span(path, a, b)] for a, b in itertools.pairwise(ends) if b > a]
     if len(train) + len(valid) < 2:
         raise UserError(
             f"{source} cannot be cut into a training and a validation part: expected several "

@@ -219,10 +219,10 @@ class TokenData:
         for i, name in enumerate(names):
             path = os.path.join(folder, name)
             size = os.path.getsize(path) if os.path.exists(path) else 0
-            whole = size % np.dtype(dtype).itemsize == 0
-            if meta and not shard_size_fits(path, meta["shards"][i]["tokens"], dtype) or not whole:
-                raise UserError(f"shard {path} is missing or damaged; run: {again}")
             n_tokens = size // np.dtype(dtype).itemsize
+            expected = meta["shards"][i]["tokens"] if meta else n_tokens
+            if not shard_size_fits(path, expected, dtype):
+                raise UserError(f"shard {path} is missing or damaged; run: {again}")
             if n_tokens < seq_len + 1:
                 raise UserError(
                     f"shard {path} has {n_tokens} tokens, and max_seq_len = {seq_len} needs "

@@ -84,7 +84,7 @@ def tokenizers(tmp_path_factory, stories):
 
 
 def bin_of(tokenizer):
-    return tokenizer.model_path.removesuffix(".model") + ".bin"
+    return Path(tokenizer.model_path).with_suffix(".bin")
 
 
 def random_model(seed=0, **numbers):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -145,12 +146,12 @@ def test_shards_hold_every_document_behind_a_bos(folder, tokenizers):
         tokens = np.fromfile(folder / "tok512" / shard["name"], "<u2")
         starts = [*np.flatnonzero(tokens == 1), len(tokens)]
         assert starts[0] == 0
-        found = [tokenizers[512].decode(tokens[a:b].tolist()) for a, b in zip(starts, starts[1:])]
+        found = [tokenizers[512].decode(tokens[a:b].tolist()) for a, b in pairwise(starts)]
         assert shard["documents"] == len(found) and shard["tokens"] == len(tokens)
         assert shard["bytes"] == sum(len(d.encode()) for d in found)
         documents += found
     assert documents == DOCUMENTS
-    assert open(folder / "tok512.bin", "rb").read() == open(bin_of(tokenizers[512]), "rb").read()
+    assert (folder / "tok512.bin").read_bytes() == bin_of(tokenizers[512]).read_bytes()
 
 
 def test_finished_shards_are_kept_and_stale_ones_made_again(folder):
@@ -276,7 +277,7 @@ def test_download_of_a_pretokenized_set(tmp_path, tokenizers, prefix):
     flags = [f"--data_dir={data}", "--pretokenized=105", f"--url={source}"]
     done = script("tinystories.py", "download", *flags)
     assert done.returncode == 0, done.stderr
-    assert (data / "tok105.bin").read_bytes() == open(bin_of(tokenizer), "rb").read()
+    assert (data / "tok105.bin").read_bytes() == bin_of(tokenizer).read_bytes()
     found = TokenData(DataPaths(data, "custom", 105), 64, Tokenizer(data / "tok105.model"))
     assert len(found.train) == 2 and len(found.valid) == 1
     assert found.valid_bytes == sum(len(d) for d in documents)  # counted from the ids
@@ -324,7 +325,7 @@ def test_sidecars_that_do_not_fit(folder, tokenizers):
         TokenData(other, 16)
     with open(folder / "tok512" / "data02.bin", "ab") as f:
         f.write(b"xx")
-    with pytest.raises(UserError, match="data02.bin is missing or damaged"):
+    with pytest.raises(UserError, match=r"data02.bin is missing or damaged"):
         TokenData(paths, 16)
     sidecar.write_text(json.dumps({**meta, "tokenizer_hash": "0"}))
     with pytest.raises(UserError, match="another tokenizer"):
