@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import site
 import subprocess
 import sys
@@ -29,14 +30,28 @@ class StepFailed(Exception):
     """A command of a step failed; it has said why."""
 
 
-def call(*command):
-    """Run a command, its output shown; raise StepFailed unless it succeeds."""
+def call(*command, shown=True):
+    """
+    Run a command; raise StepFailed unless it succeeds. Its output is shown as it is, or with
+    shown=False indented and without the hints that its steps here do not need.
+    """
+    # Ctrl-C reaches the command as well, which may have something to save: wait for it
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
-        code = subprocess.run(command).returncode
+        pipe = None if shown else subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, text=True) as process:
+            for line in process.stdout or ():
+                if line.strip() and not line.startswith("next: "):
+                    print("   " + line, end="", flush=True)
     except OSError as e:
         raise StepFailed(f"cannot run {command[0]}: {e.strerror}") from None
-    if code:
-        raise StepFailed(f"{' '.join(command)} ended with status {code}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise StepFailed(f"{' '.join(command)} ended with status {process.returncode}")
 
 
 def venv_python():
@@ -136,6 +151,9 @@ def story():
     model = os.path.join(OUT, "model.bin")
     python = venv_python()
 
+    def script(*words):
+        call(python, "-u", *words, shown=False)
+
     def there(path):
         return path if os.path.exists(path) else ""
 
@@ -144,30 +162,28 @@ def story():
     step(
         3,
         f"a practice corpus of 20,000 stories in {stories}",
-        lambda: call(python, "tinystories.py", "synth", f"--data_dir={DATA}"),
+        lambda: script("tinystories.py", "synth", f"--data_dir={DATA}"),
         there(stories),
     )
     step(
         4,
         f"a vocabulary of {VOCAB_SIZE} pieces",
-        lambda: call(python, "tinystories.py", "train_vocab", *vocab),
+        lambda: script("tinystories.py", "train_vocab", *vocab),
         there(vocabulary),
     )
     step(
         5,
         "the stories as tokens",
-        lambda: call(python, "tinystories.py", "pretokenize", *vocab),
+        lambda: script("tinystories.py", "pretokenize", *vocab),
         shards if complete(shards) else "",
     )
     go_on = ["--init_from=resume"] if os.path.exists(os.path.join(OUT, "ckpt.pt")) else []
     step(
         6,
         f"training a small model into {OUT} (about 3 minutes on two cores)",
-        lambda: call(python, "train.py", CONFIG, *vocab, f"--out_dir={OUT}", *go_on),
+        lambda: script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", *go_on),
         model if finished(OUT) and os.path.exists(model) else "",
     )
-    if not finished(OUT):
-        raise StepFailed("training was stopped; `make story` goes on with it")
     step(7, "a story", lambda: call("./run", model, "-t", "0.8", "-i", "Once upon a time"))
     print(
         f"""
