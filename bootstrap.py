@@ -8,11 +8,11 @@ Each step is skipped where its result is there already. The Python that runs thi
 .venv is made from; if it has a torch that fits the pin, .venv uses that instead of a new download.
 """
 
-import glob
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import site
 import subprocess
@@ -22,7 +22,7 @@ import time
 VENV = ".venv"
 DATA, OUT = os.path.join("data", "practice"), os.path.join("out", "story")
 CONFIG = os.path.join("config", "story.py")
-VOCAB_SIZE = 512
+VOCAB_SIZE = 1024
 OLDEST_PYTHON = (3, 10)
 
 
@@ -78,6 +78,16 @@ def torch_here():
     return found.stdout.strip().split("+")[0] if found.returncode == 0 else ""
 
 
+def has_pip(python):
+    """Whether there is a working Python with pip; a venv that was left half-made has none."""
+    try:
+        return not subprocess.run(
+            [python, "-m", "pip", "--version"], capture_output=True
+        ).returncode
+    except OSError:
+        return False
+
+
 def make_venv(requirements):
     """Make .venv with the packages of a requirements file; nothing is done where it has them."""
     if sys.version_info < OLDEST_PYTHON:
@@ -90,9 +100,10 @@ def make_venv(requirements):
     if os.path.exists(stamp):
         print(f"   there already ({VENV})")
         return
-    if not os.path.exists(venv_python()):
-        begin = subprocess.run([sys.executable, "-m", "venv", VENV])
-        if begin.returncode:
+    if not has_pip(venv_python()):
+        made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV])
+        if made.returncode:
+            shutil.rmtree(VENV, ignore_errors=True)
             raise StepFailed(
                 "python -m venv fails; on Debian and Ubuntu it needs: apt install python3-venv"
             )
@@ -101,9 +112,9 @@ def make_venv(requirements):
         # seen behind .venv's own packages, so every other pin still holds
         print(f"   using the torch {pin} that {sys.executable} has")
         folders = [*site.getsitepackages(), site.getusersitepackages()]
-        (packages,) = glob.glob(
-            os.path.join(VENV, "lib*", "python*", "site-packages")
-        ) or glob.glob(os.path.join(VENV, "Lib", "site-packages"))
+        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        found = subprocess.run([venv_python(), "-c", code], capture_output=True, text=True)
+        packages = found.stdout.strip()
         with open(os.path.join(packages, "torch_of_user.pth"), "w", encoding="utf-8") as f:
             f.writelines(f"{folder}\n" for folder in folders if os.path.isdir(folder))
     call(venv_python(), "-m", "pip", "install", "--quiet", "--requirement", requirements)
@@ -177,18 +188,26 @@ def story():
         lambda: script("tinystories.py", "pretokenize", *vocab),
         shards if complete(shards) else "",
     )
-    go_on = ["--init_from=resume"] if os.path.exists(os.path.join(OUT, "ckpt.pt")) else []
+    checkpoint = os.path.join(OUT, "ckpt.pt")
+    go_on = ["--init_from=resume"] if os.path.exists(checkpoint) else []
+
+    def train_model():
+        if finished(OUT) and go_on:  # only model.bin was deleted
+            script("export.py", model, f"--checkpoint={checkpoint}")
+        else:
+            script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", *go_on)
+
     step(
         6,
         f"training a small model into {OUT} (about 3 minutes on two cores)",
-        lambda: script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", *go_on),
+        train_model,
         model if finished(OUT) and os.path.exists(model) else "",
     )
-    step(7, "a story", lambda: call("./run", model, "-t", "0.8", "-i", "Once upon a time"))
+    step(7, "a story", lambda: call("./run", model, "-t", "0.7", "-i", "Once upon a time"))
     print(
         f"""
 Three commands to try next:
-  ./run {model} -t 0.8 -i "One day, a little fox"
+  ./run {model} -t 0.7 -i "One day, a little fox"
   {python} sample.py --out_dir={OUT} --start="Lily and Tom" --num_samples=3
   {python} tinystories.py download    # the real TinyStories; README.md goes on from there"""
     )

@@ -8,8 +8,10 @@ Checkpoints: a dict of plain values and tensors that torch.save writes and weigh
     n_sequences      training sequences seen: the loader's position
     train_s          seconds of training so far
     best_val_loss    lowest validation loss so far, nats a token
+    scaler           state of the gradient scaler of float16, empty without
+    tokenizer_hash   of the tokenizer model, "" where it is unknown
     config           the settings of train.py
-    rng              state of torch's random numbers, of each device
+    rng              state of torch's random numbers, on the CPU and on the device in use
 
 llama2.c's own checkpoints have the same names for the first five and load for export and sampling.
 """

@@ -29,11 +29,16 @@ class UserError(Exception):
 
 
 def one_sentence_errors():
-    """From here on an uncaught UserError ends the script with its sentence, not a traceback."""
+    """
+    From here on an uncaught UserError, or a file that cannot be read or written, ends the script
+    with a sentence instead of a traceback.
+    """
 
     def hook(kind, error, traceback):
         if issubclass(kind, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif issubclass(kind, OSError) and error.filename:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
             print("\ninterrupted", file=sys.stderr)
         else:
@@ -102,14 +107,19 @@ def coerce(name, value, default, where):
     )
 
 
-def assigned_names(tree):
-    """The names that the top level of a parsed file assigns to."""
+def assigned_names(tree, path):
+    """The names that a parsed file assigns to; UserError where it does more than assign."""
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+            targets = [node.target]
+        elif isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)):
+            targets = []
+        else:
+            raise UserError(f"{path}, line {node.lineno}: expected only lines like name = value")
         for target in targets:
-            for leaf in ast.walk(target) if target is not None else ():
-                if isinstance(leaf, ast.Name):
-                    yield leaf.id
+            yield from (leaf.id for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
 
 
 def read_override_file(path, namespace, settings):
@@ -127,11 +137,14 @@ def read_override_file(path, namespace, settings):
     scope = {name: namespace[name] for name in settings}
     try:
         tree = ast.parse(source, found)
+        names = list(assigned_names(tree, path))
         exec(compile(tree, found, "exec"), scope)
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f"override file {path} fails with {type(e).__name__}: {e}") from None
     overrides = {}
-    for name in assigned_names(tree):
+    for name in names:
         if name.startswith("_"):
             continue
         try:

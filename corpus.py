@@ -63,18 +63,21 @@ def plan_shards(source, valid_source=""):
     files = text_files(source)
     valid = []
     if valid_source:
-        valid = [[Span(f, 0, os.path.getsize(f)) for f in text_files(valid_source)]]
+        valid_files = text_files(valid_source)
+        valid = [[Span(f, 0, os.path.getsize(f)) for f in valid_files]]
+        files = [f for f in files if not any(os.path.samefile(f, v) for v in valid_files)]
     total = sum(map(os.path.getsize, files))
     n = min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS)
     n = max(n, -(-total // LARGE_SHARD))
-    train = []
+    spans = []
     for path in files:
         size = os.path.getsize(path)
         # The dataset's own JSON shards stay as they are; finding borders inside means parsing
         whole = path.endswith(".json") and (len(files) > 1 or valid_source)
         cuts = [] if whole else cut_points(path, max(1, round(n * size / max(total, 1))))
         ends = [0, *cuts, size]
-        train += [[Span(path, a, b)] for a, b in itertools.pairwise(ends) if b > a]
+        spans += [Span(path, a, b) for a, b in itertools.pairwise(ends) if b > a]
+    train = grouped(spans, total // n)
     if len(train) + len(valid) < 2:
         raise UserError(
             f"{source} cannot be cut into a training and a validation part: expected several "
@@ -82,6 +85,18 @@ def plan_shards(source, valid_source=""):
             f"or give a validation text with --valid_source"
         )
     return valid + train
+
+
+def grouped(spans, size):
+    """Spans in lists, neighbours together while they make less than half of `size` bytes."""
+    groups, room = [], 0
+    for span in spans:
+        if room <= 0:
+            groups.append([])
+            room = size // 2
+        groups[-1].append(span)
+        room -= span.end - span.start
+    return groups
 
 
 def cut_points(path, n):
@@ -186,5 +201,5 @@ def read_documents(spans):
     for span in spans:
         for text in READERS[os.path.splitext(span.path)[1]](span):
             text = text.strip()
-            if text:
-                yield text
+            if text:  # JSON can say half of a surrogate pair, which is no text
+                yield text.encode("utf-8", "replace").decode()

@@ -168,6 +168,11 @@ def read_sidecar(folder):
             meta = json.load(f)
         if meta["format"] > SIDECAR_FORMAT:
             raise UserError(f"{path} was written by a newer version of this program")
+        fields = [meta[k] for k in ("vocab_size", "tokenizer_hash", "complete")]
+        fields += [s[k] for s in meta["shards"] for k in ("name", "source", "documents", "bytes")]
+        names = [s["name"] for s in meta["shards"]]
+        if meta["dtype"] not in ("uint16", "uint32") or names != list(map(os.path.basename, names)):
+            raise ValueError
         return meta
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
@@ -229,7 +234,7 @@ class TokenData:
                     f"{seq_len + 1}: give more text or a smaller --max_seq_len"
                 )
             shards.append(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
-            if not meta and (top := largest(shards[-1])) >= vocab_size:
+            if (top := largest(shards[-1])) >= vocab_size:
                 raise UserError(f"vocab_size = {vocab_size}, but {path} has a token {top}")
         self.valid, self.train = shards[:1], shards[1:]
         self.valid_bytes = 0

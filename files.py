@@ -143,12 +143,14 @@ def save_body(r, part, tag_path, start):
     length = r.headers.get("Content-Length")
     total = start + int(length) if length is not None else None
     tag = r.headers.get("ETag")
-    if tag and not tag.startswith("W/"):
-        with open(tag_path, "w", encoding="utf-8") as f:
-            f.write(tag)
+    if not start:  # emptied before the new tag is written: old bytes never get it
+        open(part, "wb").close()
+        if tag and not tag.startswith("W/"):
+            with open(tag_path, "w", encoding="utf-8") as f:
+                f.write(tag)
     name = os.path.basename(part).removesuffix(".part")
     bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name)
-    with bar, open(part, "ab" if start else "wb") as f:
+    with bar, open(part, "ab") as f:
         try:
             for chunk in r.iter_content(1 << 18):
                 f.write(chunk)
@@ -209,8 +211,8 @@ def damaged(archive, error):
 def check_end(tar):
     """Raise unless the end marker is there; read on to the end, where gzip checks the CRC."""
     tar.fileobj.seek(tar.offset)
-    if len(tar.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("the end is missing")
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end mark is not where its last file ends")
     while tar.fileobj.read(1 << 20):
         pass
 

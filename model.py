@@ -281,7 +281,7 @@ def sample_token(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """One token id from logits (vocab_size,); the parameters are those of Transformer.generate."""
     if temperature == 0:
         return int(logits.argmax())
-    probs = torch.softmax(logits / temperature, dim=-1)
+    probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
     probs, order = probs.sort(descending=True)
     if top_k > 0:
         probs[top_k:] = 0

@@ -58,9 +58,9 @@ _Noreturn static void die(const char *format, ...) {
 }
 
 // Zeroed memory for n items; the only place that allocates.
-static void *alloc(size_t n, size_t size) {
-    void *p = calloc(n ? n : 1, size);
-    if (!p) die("out of memory: %zu items of %zu bytes do not fit", n, size);
+static void *alloc(uint64_t n, size_t size) {
+    void *p = n > SIZE_MAX / size ? NULL : calloc(n ? (size_t)n : 1, size);
+    if (!p) die("out of memory: %llu items of %zu bytes do not fit", (unsigned long long)n, size);
     return p;
 }
 
@@ -167,17 +167,20 @@ typedef struct {
 static void check_config(const Config *c, const char *path) {
     struct {
         const char *name;
-        int value, max;
+        int value, min, max;
     } ranges[] = {
-        {"dim", c->dim, 1 << 16},         {"hidden_dim", c->hidden_dim, 1 << 20},
-        {"n_layers", c->n_layers, 1 << 12}, {"n_heads", c->n_heads, 1 << 12},
-        {"n_kv_heads", c->n_kv_heads, 1 << 12}, {"vocab_size", c->vocab_size, 1 << 24},
-        {"seq_len", c->seq_len, 1 << 24},
+        {"dim", c->dim, 1, 1 << 16},
+        {"hidden_dim", c->hidden_dim, 1, 1 << 20},
+        {"n_layers", c->n_layers, 1, 1 << 12},
+        {"n_heads", c->n_heads, 1, 1 << 12},
+        {"n_kv_heads", c->n_kv_heads, 1, 1 << 12},
+        {"vocab_size", c->vocab_size, 3, 1 << 24},  // unk, BOS and EOS at the least
+        {"seq_len", c->seq_len, 1, 1 << 24},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
-        if (ranges[i].value < 1 || ranges[i].value > ranges[i].max)
-            die("%s is not a version 0 model file: its header says %s = %d, expected 1 to %d", path,
-                ranges[i].name, ranges[i].value, ranges[i].max);
+        if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
+            die("%s is not a version 0 model file: its header says %s = %d, expected %d to %d",
+                path, ranges[i].name, ranges[i].value, ranges[i].min, ranges[i].max);
     }
     if (c->dim % c->n_heads || (c->dim / c->n_heads) % 2 || c->n_heads % c->n_kv_heads)
         die("%s is not a version 0 model file: dim %d, %d heads and %d key/value heads do not fit",
@@ -288,11 +291,12 @@ static void rmsnorm(float *out, const float *x, const float *weight, int n) {
     for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
 }
 
-static void softmax(float *x, int n) {
+// x = softmax(x / temperature)
+static void softmax(float *x, int n, float temperature) {
     float max = x[0], sum = 0.0f;
     for (int i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
     for (int i = 0; i < n; i++) {
-        x[i] = expf(x[i] - max);
+        x[i] = expf((x[i] - max) / temperature);
         sum += x[i];
     }
     for (int i = 0; i < n; i++) x[i] /= sum;
@@ -355,7 +359,7 @@ static void attention(Model *m, float *out, const float *keys, const float *valu
         float *scores = m->scores + (size_t)h * m->n_positions;
         float *y = out + (size_t)h * head_dim;
         for (int t = 0; t <= pos; t++) scores[t] = scale * dot(q, k + (size_t)t * kv_dim, head_dim);
-        softmax(scores, pos + 1);
+        softmax(scores, pos + 1, 1.0f);
         memset(y, 0, head_dim * sizeof(float));
         for (int t = 0; t <= pos; t++) {
             const float *vt = v + (size_t)t * kv_dim;
@@ -472,7 +476,7 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
     Cursor cursor = {.file = &t.file};
     take(&cursor, 4);  // the longest piece, which is not needed
     t.pieces = alloc(vocab_size, sizeof(Piece));
-    int n = 0;
+    size_t n = 0;
     for (; cursor.at < t.file.size; n++) {
         uint32_t length;
         Piece p;
@@ -480,10 +484,10 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
         memcpy(&length, take(&cursor, 4), 4);
         p.length = length;
         p.bytes = take(&cursor, length);
-        if (n < vocab_size) t.pieces[n] = p;
+        if (n < (size_t)vocab_size) t.pieces[n] = p;
     }
-    if (n != vocab_size)
-        die("tokenizer file %s has %d pieces, but the model's vocabulary has %d: "
+    if (n != (size_t)vocab_size)
+        die("tokenizer file %s has %zu pieces, but the model's vocabulary has %d: "
             "give the tokenizer that the model was trained with (-z)", path, n, vocab_size);
 
     t.table_size = 4;
@@ -670,13 +674,18 @@ static bool utf8_may_continue(const uint8_t *p, size_t n) {
     return utf8_length(fill, 4) > n;
 }
 
+// Whether a character is a control character (C0, delete, C1), newline and tab excepted.
+static bool is_control(const uint8_t *p, size_t n) {
+    if (n == 2) return p[0] == 0xC2 && p[1] < 0xA0;
+    return n == 1 && (p[0] < 0x20 || p[0] == 0x7F) && p[0] != '\n' && p[0] != '\t';
+}
+
 static void print_bytes(Printer *p, const uint8_t *bytes, size_t n) {
     for (size_t i = 0; i < n; i++) {
         p->pending[p->n++] = bytes[i];
         if (utf8_length(p->pending, p->n)) {
-            bool control = p->n == 1 && (p->pending[0] < 0x20 || p->pending[0] == 0x7F) &&
-                           p->pending[0] != '\n' && p->pending[0] != '\t';
-            if (!(control && p->is_terminal)) fwrite(p->pending, 1, p->n, p->out);
+            if (!(p->is_terminal && is_control(p->pending, p->n)))
+                fwrite(p->pending, 1, p->n, p->out);
             p->n = 0;
         } else if (!utf8_may_continue(p->pending, p->n)) {
             fputs("\xEF\xBF\xBD", p->out);
@@ -720,6 +729,7 @@ typedef struct {
 typedef struct {
     float temperature;
     float top_p;
+    uint64_t seed;
     uint64_t state;         // of the random numbers
     Candidate *candidates;  // (vocab_size)
 } Sampler;
@@ -730,6 +740,16 @@ static float random_float(uint64_t *state) {
     *state ^= *state << 25;
     *state ^= *state >> 27;
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
+}
+
+// Start the random numbers: splitmix64 spreads neighbouring seeds (Steele et al. 2014).
+static void set_seed(Sampler *s, uint64_t seed) {
+    s->seed = seed;
+    seed += 0x9E3779B97F4A7C15u;
+    seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
+    seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EBu;
+    s->state = seed ^ (seed >> 31);
+    if (!s->state) s->state = 1;  // the one state that xorshift never leaves
 }
 
 static int argmax(const float *x, int n) {
@@ -772,8 +792,7 @@ static int sample_top_p(const Sampler *s, const float *probs, int n, float coin)
 // The next token from logits (n), which are overwritten.
 static int sample(Sampler *s, float *logits, int n) {
     if (s->temperature == 0.0f) return argmax(logits, n);
-    for (int i = 0; i < n; i++) logits[i] /= s->temperature;
-    softmax(logits, n);
+    softmax(logits, n, s->temperature);
     float coin = random_float(&s->state);
     if (s->top_p > 0.0f && s->top_p < 1.0f) return sample_top_p(s, logits, n, coin);
     float cumulative = 0.0f;
@@ -806,7 +825,7 @@ static void generate(Model *model, const Tokenizer *tokenizer, Sampler *sampler,
         die("the prompt has %zu tokens, and -n stops at %d: raise -n, or give -n 0 for the whole "
             "context of %d", n_prompt, model->n_positions, model->config.seq_len);
     }
-    fprintf(stderr, "seed: %llu\n", (unsigned long long)sampler->state);
+    fprintf(stderr, "seed: %llu\n", (unsigned long long)sampler->seed);
     Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout))};
     int token = tokens[0], n_steps = 0;
     double start = 0.0;
@@ -876,7 +895,7 @@ static char *default_tokenizer(const char *model_path) {
 int main(int argc, char **argv) {
     const char *model_path = NULL, *prompt = "", *tokenizer_path = NULL;
     int n_positions = 256;
-    uint64_t seed = 0;
+    uint64_t seed = (uint64_t)time(NULL);
     Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f};
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
@@ -906,8 +925,7 @@ int main(int argc, char **argv) {
         print_usage(stderr);
         return EXIT_FAILURE;
     }
-    if (!seed) seed = (uint64_t)time(NULL);
-    sampler.state = seed;
+    set_seed(&sampler, seed);
     Model model = load_model(model_path, n_positions);
     char *beside_model = tokenizer_path ? NULL : default_tokenizer(model_path);
     Tokenizer tokenizer = load_tokenizer(beside_model ? beside_model : tokenizer_path,

@@ -6,6 +6,7 @@ Tell stories with a trained model, in PyTorch.
 """
 
 import os
+import sys
 
 import torch
 
@@ -30,8 +31,10 @@ dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals())
 # -----------------------------------------------------------------------------
 
-if temperature < 0:
-    raise UserError(f"temperature = {temperature}: expected 0 or more")
+if not 0 <= temperature <= 100:
+    raise UserError(f"temperature = {temperature}: expected a number from 0 to 100")
+if not 0 <= seed < 1 << 63:
+    raise UserError(f"seed = {seed}: expected a whole number from 0 to 2 ** 63 - 1")
 if not 0 <= top_p <= 1:
     raise UserError(f"top_p = {top_p}: expected a number from 0 to 1")
 if start.startswith("FILE:"):
@@ -59,10 +62,13 @@ if len(prompt) > model.args.max_seq_len:
         f"shorten the prompt"
     )
 generator = torch.Generator().manual_seed(seed)
+on_terminal = sys.stdout.isatty()
 stop = (tokenizer.bos_id, tokenizer.eos_id)
 for i in range(num_samples):
     if i:
         print("\n---\n")
     with autocast(device, dtype):
         new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
-        print(tokenizer.decode([*prompt, *new]))
+        text = tokenizer.decode([*prompt, *new])
+    # no model can send commands to a terminal
+    print("".join(c for c in text if c.isprintable() or c in "\n\t") if on_terminal else text)

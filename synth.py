@@ -11,22 +11,15 @@ To add a plot: a function (Story) -> None in PLOTS that says sentences; to add w
 import random
 import re
 
-GIRLS = (
-    "Lily Mia Anna Sara Lucy Emma Zoe Ella Amy Rose Nora Ruby Molly Kate Jane Sue Grace Ivy Daisy "
-    "Clara Maya Tess Nina Polly"
-).split()
-BOYS = (
-    "Tim Tom Ben Max Sam Jack Leo Finn Joe Bob Dan Noah Luke Adam Peter Mark Owen Theo Billy Oscar "
-    "Henry Toby Ned Eli"
-).split()
+# The first of the names are drawn most often, as in TinyStories: with all equally likely, a small
+# model does not learn in minutes to tell them apart, and mixes up who is who.
+GIRLS = "Lily Mia Anna Sara Lucy Emma Zoe Ella Amy Rose".split()
+BOYS = "Tim Tom Ben Max Sam Jack Leo Finn Joe Bob".split()
 ANIMALS = (
     "cat dog bird rabbit bear fox mouse frog duck squirrel turtle puppy kitten pony owl hedgehog "
     "lamb monkey"
 ).split()
-ANIMAL_NAMES = (
-    "Fluffy Spot Bella Coco Pip Whiskers Bunny Hoppy Sunny Teddy Berry Nibbles Goldie Ruff Patch "
-    "Pebble Biscuit Honey"
-).split()
+ANIMAL_NAMES = "Fluffy Spot Bella Coco Pip Whiskers Sunny Berry Patch Honey".split()
 SIZES = ["little", "small", "young", "tiny"]
 MOODS = ["happy", "kind", "curious", "brave", "shy", "clever", "gentle", "cheerful", "quiet"]
 COLORS = ["red", "blue", "green", "yellow", "pink", "white", "brown", "purple", "orange"]
@@ -64,7 +57,8 @@ class Character:
         else:
             pool, self.kind = ANIMAL_NAMES, rng.choice(ANIMALS)
             self.he, self.him, self.his = rng.choice([("she", "her", "her"), ("he", "him", "his")])
-        self.name = rng.choice([n for n in pool if n not in taken])
+        names = [n for n in pool if n not in taken]
+        (self.name,) = rng.choices(names, [1 / (i + 1) for i in range(len(names))])
 
 
 class Story:
@@ -141,23 +135,24 @@ def opening(s):
         "One {weather} day, a {mood} {kind} named {hero} was {at}.",
         "There was once a {mood} {kind} whose name was {hero}.",
     )
-    s.maybe(
-        0.6,
-        "{He} liked to play {at}.",
-        "{He} loved to sing and run {at}.",
-        "{He} had a {color} {toy} and took it everywhere.",
-        "{He} had a good friend named {friend}.",
-        "Every day {he} went for a walk {at}.",
-        "Everyone knew {him} because {he} was so {mood}.",
+    # Names that come again soon teach a model to look back for them
+    s.say(
+        "{hero} liked to play {at}.",
+        "{hero} loved to sing and run {at}.",
+        "{hero} had a {color} {toy} and took it everywhere.",
+        "{hero} had a good friend named {friend}. {hero} and {friend} always played together.",
+        "{hero} had a friend. {His} friend's name was {friend}. {friend} was a {fkind}.",
+        "Every day {hero} went for a walk {at}.",
+        "Everyone knew {hero} because {hero} was so {mood}.",
     )
 
 
 def greet_friend(s):
     s.say(
-        "Then {friend} the {fkind} came by.",
-        "{hero} met {friend}, who was a {fkind}.",
-        "Just then, {his} friend {friend} came along.",
-        "A {fkind} named {friend} saw {him} and stopped.",
+        "Then {friend} the {fkind} came by. {friend} saw that {hero} was sad.",
+        "{hero} met {friend}. {friend} was a {fkind}.",
+        "Just then, {his} friend {friend} came along. {friend} looked at {hero}.",
+        "A {fkind} named {friend} saw {hero}. {friend} stopped.",
     )
     s.say(
         '"What is wrong, {hero}?" asked {friend}.',

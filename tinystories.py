@@ -95,7 +95,10 @@ def download_pretokenized():
     paths = DataPaths(data_dir, "custom", pretokenized)
     fetch("enio/TinyStories", f"{name}/{name}.model", paths.tokenizer_model)
     fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
-    Tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
+    tokenizer = Tokenizer(paths.tokenizer_model)
+    tokenizer.export(paths.tokenizer_bin)
+    if tokenizer.caveat():
+        print(tokenizer.caveat())
     if os.path.isdir(paths.shards) and os.listdir(paths.shards):
         print(f"{paths.shards} is there already; delete it to unpack it again")
     else:

@@ -82,9 +82,19 @@ class Tokenizer:
         ids = [i for i in ids if not self.sp.is_control(i)]
         pieces = self.piece_bytes()
         text = b"".join(pieces[i] for i in ids)
-        if ids and not self.sp.is_unknown(ids[0]):
+        if ids and not (self.sp.is_unknown(ids[0]) or self.sp.is_byte(ids[0])):
             text = text.removeprefix(b" ")
         return text.decode("utf-8", errors="replace")
+
+    def caveat(self):
+        """A sentence where this model changes a text before encoding, as run.c does not; or ""."""
+        text = " a  \ufb01 "  # spaces to fold, a ligature to take apart
+        if self.sp.normalize(text) == SPACE + text.replace(" ", SPACE):
+            return ""
+        return (
+            f"note: {self.model_path} folds spaces or replaces characters before it encodes; "
+            f"./run does not, and gives such prompts other ids"
+        )
 
     def export(self, path):
         """Write the tokenizer file of run.c; the layout is at the top of this file."""
@@ -108,14 +118,15 @@ def choose_alphabet(counts, vocab_size):
     """
     Decide what single characters a vocabulary gets, and whether its unknown ones become bytes.
 
-    counts: Counter of the characters of the training text. Returns (alphabet, byte_fallback):
+    counts: Counter of the characters of the training text but space and newline, which always have
+    a place (newline as a byte, where there are bytes). Returns (alphabet, byte_fallback):
     byte fallback where the 256 byte pieces and all but the rarest characters (less than 1 in
     100,000) fit; the most frequent characters, all if they fit and leave a tenth for merges.
     """
     total = sum(counts.values())
     core = sum(n * 100_000 >= total for n in counts.values())
-    byte_fallback = vocab_size >= N_SPECIAL + N_BYTES + core
-    room = vocab_size - N_SPECIAL - (N_BYTES if byte_fallback else 0)
+    byte_fallback = vocab_size >= N_SPECIAL + N_BYTES + 1 + core
+    room = vocab_size - N_SPECIAL - (N_BYTES + 1 if byte_fallback else 2)
     size = max(min(core, room), room * 9 // 10)
     return {c for c, _ in counts.most_common(size)}, byte_fallback
 
@@ -132,13 +143,14 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
     counts = Counter()
     for text in texts:
         counts.update(text)
-    counts[" "] += counts.pop(SPACE, 0)  # SentencePiece takes the two for one
-    if sum(counts.values()) == counts[" "] + counts["\n"]:
+    for space in (" ", SPACE, "\n"):
+        counts.pop(space, None)
+    if not counts:
         raise UserError("cannot train a vocabulary: the text is empty")
     alphabet, byte_fallback = choose_alphabet(counts, vocab_size)
     # Training sees one line at a time, cut where a character has no piece, so that SentencePiece's
     # own alphabet is exactly ours. Newline is a byte piece or, without those, a piece by itself.
-    dropped = "".join(sorted(set(counts) - alphabet - {"\n"}))
+    dropped = "".join(sorted(set(counts) - alphabet))
     table = str.maketrans(dropped, "\n" * len(dropped))
     lines = (line for text in texts for line in text.translate(table).split("\n") if line)
     model = io.BytesIO()
@@ -155,6 +167,7 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
             allow_whitespace_only_pieces=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
+            max_sentence_length=1 << 24,  # the default leaves out lines of more than 4,192 bytes
             self_test_sample_size=0,
             num_threads=num_threads,
             minloglevel=2,
@@ -185,5 +198,8 @@ if __name__ == "__main__":
         "-t", "--tokenizer-model", "--tokenizer_model", default="tokenizer.model", metavar="PATH"
     )
     model_path = parser.parse_args().tokenizer_model
-    Tokenizer(model_path).export(c_tokenizer_path(model_path))
+    tokenizer = Tokenizer(model_path)
+    tokenizer.export(c_tokenizer_path(model_path))
     print(f"wrote {c_tokenizer_path(model_path)}")
+    if tokenizer.caveat():
+        print(tokenizer.caveat())

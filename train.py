@@ -106,10 +106,18 @@ def check_settings():
     for name in AT_LEAST_1:
         if config[name] < 1:
             raise UserError(f"{name} = {config[name]}: expected at least 1")
-    if not 0 <= cooldown_frac <= 1:
-        raise UserError(f"cooldown_frac = {cooldown_frac}: expected a number from 0 to 1")
-    if not 0 < base_learning_rate < math.inf:
-        raise UserError(f"base_learning_rate = {base_learning_rate}: expected a number above 0")
+    for name, allowed, expected in (
+        ("cooldown_frac", 0 <= cooldown_frac <= 1, "from 0 to 1"),
+        ("base_learning_rate", 0 < base_learning_rate < math.inf, "above 0"),
+        ("weight_decay", 0 <= weight_decay < math.inf, "0 or above"),
+        ("grad_clip", 0 <= grad_clip < math.inf, "0 (no limit) or above"),
+        ("beta1", 0 <= beta1 < 1, "from 0 to below 1"),
+        ("beta2", 0 <= beta2 < 1, "from 0 to below 1"),
+        ("warmup_iters", warmup_iters >= 0, "0 or above"),
+        ("seed", 0 <= seed < 1 << 63, "from 0 to 2 ** 63 - 1"),
+    ):
+        if not allowed:
+            raise UserError(f"{name} = {config[name]}: expected a number {expected}")
 
 
 # ---- the checkpoint to resume, if any
@@ -121,6 +129,7 @@ if init_from == "resume":
         raise UserError(f"{checkpoint_path} holds weights but no training run to go on with")
     config = resumed(config, checkpoint["config"], given)
     globals().update(config)
+    checkpoint["model_args"]["dropout"] = dropout  # the one number of the model that may change
 elif init_from != "scratch":
     raise UserError(f"init_from = {init_from!r}: expected scratch or resume")
 elif eval_only:
@@ -137,6 +146,8 @@ except ValueError as e:
     raise UserError(str(e)) from None
 tokenizer = Tokenizer(paths.tokenizer_model) if os.path.exists(paths.tokenizer_model) else None
 data = TokenData(paths, max_seq_len, tokenizer)
+if checkpoint and tokenizer and checkpoint["tokenizer_hash"] not in ("", tokenizer.hash):
+    raise UserError(f"{checkpoint_path} was trained with another {paths.tokenizer_model}")
 batches = TrainBatches(data.train, max_seq_len, seed)
 if len(batches.windows) < batch_size:
     raise UserError(
@@ -175,11 +186,12 @@ def compiled(model):
         x, y = to_device(*batches.at(0, batch_size))
         with autocast(device, dtype):
             net(x, y).backward()
-        model.zero_grad(set_to_none=True)
         return net
     except Exception as e:
         print(f"torch.compile fails ({type(e).__name__}); going on without it")
         return model
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 net = compiled(model) if compile else model
@@ -189,10 +201,13 @@ if checkpoint:
     iter_num, n_sequences = checkpoint["iter_num"], checkpoint["n_sequences"]
     train_s, best_val_loss = checkpoint["train_s"], checkpoint["best_val_loss"]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
+        group.update(betas=(beta1, beta2), weight_decay=decay)  # they may have been given anew
+    if checkpoint["scaler"]:  # empty where the run so far was not in float16
+        scaler.load_state_dict(checkpoint["scaler"])
     torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if device.type == "cuda" and checkpoint["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+    if device.type != "cpu" and device.type in checkpoint["rng"]:
+        getattr(torch, device.type).set_rng_state(checkpoint["rng"][device.type])
     checkpoint = None  # its memory is not needed any more
 
 
@@ -253,6 +268,9 @@ def training_step():
 
 
 def save():
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        rng[device.type] = getattr(torch, device.type).get_rng_state()
     save_checkpoint(
         checkpoint_path,
         {
@@ -264,19 +282,19 @@ def save():
             "n_sequences": n_sequences,
             "train_s": train_s,
             "best_val_loss": best_val_loss,
+            "tokenizer_hash": tokenizer.hash if tokenizer else "",
             "config": config,
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-            },
+            "rng": rng,
         },
     )
 
 
 def log(kind, **values):
-    """Append one line to log.jsonl; numbers are rounded to what they mean."""
-    values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-    print(json.dumps({"kind": kind, **values}), file=log_file, flush=True)
+    """Append one line to log.jsonl; floats get six digits, and null where they are no number."""
+    for key, value in values.items():
+        if isinstance(value, float):
+            values[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+    print(json.dumps({"kind": kind, **values}, allow_nan=False), file=log_file, flush=True)
 
 
 def now():
@@ -297,9 +315,33 @@ def request_stop(signum, frame):
     tqdm.write("stopping after this step; once more ends at once, without a checkpoint")
 
 
+def stop_if_diverged(what, loss):
+    """End the run, with the last good checkpoint untouched, where a loss is no number."""
+    if not math.isfinite(loss):
+        bar.close()
+        log("end", reason="diverged", **now(), best_val_loss=best_val_loss)
+        raise UserError(
+            f"the {what} is {loss} at step {iter_num}: training has diverged; try a smaller "
+            f"--base_learning_rate (now {base_learning_rate:g}) or a longer --warmup_iters"
+        )
+
+
 def show(loss):
     bpb = bits_per_byte(loss)
     return f"validation loss {loss:.4f}" + (f", {bpb:.4f} bits per byte" if bpb else "")
+
+
+def set_aside_earlier_run():
+    """Move what an earlier run left in out_dir to out_dir/previous, in place of one yet earlier."""
+    names = ("ckpt.pt", "model.bin", "tokenizer.bin", "tokenizer.model", "log.jsonl")
+    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
+    if names:
+        previous = os.path.join(out_dir, "previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.makedirs(previous)
+        for name in names:
+            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
+        print(f"a new run begins; the earlier one in {out_dir} is moved to {previous}")
 
 
 # ---- the run
@@ -311,8 +353,8 @@ if iter_num >= max_iters:
     raise UserError(f"the run has done its {iter_num} steps; raise --max_iters to go on")
 
 os.makedirs(out_dir, exist_ok=True)
-if iter_num == 0 and os.path.exists(checkpoint_path):
-    print(f"a new run begins, and replaces {checkpoint_path} of an earlier one")
+if iter_num == 0:
+    set_aside_earlier_run()
 if tokenizer:  # so that out_dir has all that ./run and sample.py need
     tokenizer.export(os.path.join(out_dir, "tokenizer.bin"))
     with (
@@ -355,13 +397,7 @@ while iter_num < max_iters and not stopping:
         loss, grad_norm = float(loss), float(grad_norm)  # waits for the device
         elapsed = time.perf_counter() - clock
         train_s += elapsed
-        if not math.isfinite(loss):
-            bar.close()
-            log("end", reason="diverged", **now(), best_val_loss=best_val_loss)
-            raise UserError(
-                f"the loss is {loss} at step {iter_num}: training has diverged; try a smaller "
-                f"--base_learning_rate (now {base_learning_rate:g}) or a longer --warmup_iters"
-            )
+        stop_if_diverged("loss", loss)
         tok_s = unlogged_steps * batch_size * gradient_accumulation_steps * max_seq_len / elapsed
         lr = learning_rate(iter_num - 1)
         log("train", **now(), loss=loss, lr=lr, grad_norm=grad_norm, tok_s=round(tok_s))
@@ -369,6 +405,7 @@ while iter_num < max_iters and not stopping:
         clock, unlogged_steps = time.perf_counter(), 0
     if time_to_eval:
         val_loss = evaluate()
+        stop_if_diverged("validation loss", val_loss)
         log("eval", **now(), val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
         is_best = val_loss < best_val_loss
         tqdm.write(f"step {iter_num}: {show(val_loss)}{', the best so far' if is_best else ''}")

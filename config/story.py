@@ -1,14 +1,13 @@
-"""The model of `make story`: about 1M parameters, trained in under three minutes on two cores."""
+"""The model of `make story`: 0.9M parameters, trained in under three minutes on two cores."""
 
-vocab_size = 512
+vocab_size = 1024  # nearly every word of the practice corpus is one piece
 dim = 128
-n_layers = 5
-n_heads = 8
-n_kv_heads = 4
+n_layers = 4
+n_heads = 4
+n_kv_heads = 2
 max_seq_len = 256
-batch_size = 16
-max_iters = 600
-warmup_iters = 50
-base_learning_rate = 3e-3
-eval_interval = 200
-eval_iters = 20
+batch_size = 8
+max_iters = 1700
+base_learning_rate = 4e-3
+eval_interval = 425
+eval_iters = 50

@@ -42,11 +42,21 @@ def compile_c(source, out, *flags, cc="cc"):
     return out
 
 
+def supports(flag, cc="cc"):
+    command = [cc, flag, "-x", "c", "-", "-o", os.devnull]
+    return not subprocess.run(
+        command, input=b"int main(void) { return 0; }", capture_output=True
+    ).returncode
+
+
+NATIVE = ["-march=native"] if supports("-march=native") else []
+
+
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
     """The engine and the harness, fast and with sanitizers."""
     folder = tmp_path_factory.mktemp("builds")
-    flags = {"fast": ["-O3", "-march=native", "-fopenmp-simd"], "checked": SANITIZE}
+    flags = {"fast": ["-O3", *NATIVE, "-fopenmp-simd"], "checked": SANITIZE}
     return {
         (name, kind): compile_c(REPO / source, folder / f"{name}_{kind}", *flags[kind])
         for name, source in (("run", "run.c"), ("harness", "tests/harness.c"))

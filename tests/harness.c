@@ -45,8 +45,8 @@ static void decode(char **words, int n) {
 // draw TEMPERATURE TOP_P SEED N LOGIT...: N tokens drawn from the same logits.
 static void draw(char **words, int n) {
     int n_logits = n - 4;
-    Sampler s = {.temperature = strtof(words[0], NULL), .top_p = strtof(words[1], NULL),
-                 .state = strtoull(words[2], NULL, 10)};
+    Sampler s = {.temperature = strtof(words[0], NULL), .top_p = strtof(words[1], NULL)};
+    set_seed(&s, strtoull(words[2], NULL, 10));
     s.candidates = alloc(n_logits, sizeof(Candidate));
     float *logits = alloc(n_logits, sizeof(float));
     for (int i = 0; i < atoi(words[3]); i++) {

@@ -97,6 +97,29 @@ def test_a_validation_text_is_the_first_shard(tmp_path):
     assert [d for spans in plan[1:] for d in read_documents(spans)] == DOCUMENTS
 
 
+def test_a_validation_text_in_the_same_folder_is_not_trained_on(tmp_path):
+    source = tmp_path / "source"
+    write_source(source, "txt")
+    (source / "valid.txt").write_text("unseen <|endoftext|> unheard")
+    plan = plan_shards(str(source), str(source / "valid.txt"))
+    assert list(read_documents(plan[0])) == ["unseen", "unheard"]
+    assert [d for spans in plan[1:] for d in read_documents(spans)] == DOCUMENTS
+
+
+def test_many_small_files_share_shards(tmp_path):
+    for i, document in enumerate(DOCUMENTS):
+        (tmp_path / f"{i:03}.txt").write_text(document)
+    plan = plan_shards(str(tmp_path))
+    assert 10 <= len(plan) <= 21
+    assert [d for spans in plan for d in read_documents(spans)] == DOCUMENTS
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n' * 20)
+    plan = plan_shards(str(tmp_path))
+    assert {d for spans in plan for d in read_documents(spans)} == {"a ? b"}
+
+
 @pytest.mark.parametrize(
     "name, data, part",
     [
@@ -330,7 +353,9 @@ def test_sidecars_that_do_not_fit(folder, tokenizers):
     sidecar.write_text(json.dumps({**meta, "tokenizer_hash": "0"}))
     with pytest.raises(UserError, match="another tokenizer"):
         TokenData(paths, 16, tokenizers[512])
-    for text in ("{", "[]", "{}"):
+    shard = {**meta["shards"][0], "name": "../data00.bin"}
+    escaping = json.dumps({**meta, "shards": [shard, *meta["shards"][1:]]})
+    for text in ("{", "[]", "{}", '{"format": 1}', escaping):
         sidecar.write_text(text)
         with pytest.raises(UserError, match="is damaged"):
             TokenData(paths, 16)
@@ -375,7 +400,8 @@ def test_wide_vocabularies_use_uint32(tmp_path):
     shards = []
     for i in range(2):
         np.arange(69_000, 69_100, dtype="<u4").tofile(folder / f"data0{i}.bin")
-        shards.append({"name": f"data0{i}.bin", "tokens": 100, "bytes": 300, "documents": 1})
+        about = {"tokens": 100, "bytes": 300, "documents": 1, "source": []}
+        shards.append({"name": f"data0{i}.bin", **about})
     meta = {
         "format": 1,
         "vocab_size": 70_000,

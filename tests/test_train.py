@@ -84,7 +84,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practi
     out = tmp_path / "out"
     command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
     process = subprocess.Popen(
-        [*command, f"--out_dir={out}", "--max_iters=60"],
+        [*command, f"--out_dir={out}", "--max_iters=60", "--eval_interval=1"],  # slow steps
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practi
     stopped = load_checkpoint(out / "ckpt.pt")["iter_num"]
     assert 0 < stopped < 60 and f"stopped at step {stopped}" in text
     assert read_log(out)[-1]["reason"] == "interrupted"
-    # no setting but out_dir is given again: the checkpoint has them
+    # hardly a setting is given again: the checkpoint has them
     done = script(
         "train.py", "--init_from=resume", f"--out_dir={out}", "--device=cpu", "--dtype=float32"
     )
@@ -122,22 +122,56 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
     )
     refused(script("train.py", "--init_from=resume", f"--out_dir={out}"), "raise --max_iters")
     words = ["--max_iters=65", "--base_learning_rate=1e-3", "--batch_size=4"]
+    words += ["--weight_decay=0.5", "--beta2=0.9", "--dropout=0.2"]
     done = script("train.py", "--init_from=resume", f"--out_dir={out}", *words)
     assert done.returncode == 0, done.stderr
     assert "resuming with max_iters = 65 instead of 60" in done.stdout
     assert "resuming with base_learning_rate = 0.001 instead of 0.01" in done.stdout
     assert read_log(out)[-1]["step"] == 65
+    checkpoint = load_checkpoint(out / "ckpt.pt")
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [(g["weight_decay"], g["betas"][1]) for g in groups] == [(0.5, 0.9), (0.0, 0.9)]
+    assert checkpoint["model_args"]["dropout"] == 0.2
 
 
-def test_divergence_is_said_and_keeps_the_checkpoint(trained, practice, tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_iters=400", "--base_learning_rate=1e30"],
+        ["--max_iters=61", "--base_learning_rate=1e300"],  # seen by the last evaluation alone
+    ],
+)
+def test_divergence_is_said_and_keeps_the_checkpoint(trained, practice, tmp_path, words):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     before = (out / "ckpt.pt").read_bytes(), (out / "model.bin").read_bytes()
-    words = ["--init_from=resume", "--max_iters=400", "--base_learning_rate=1e30", "--grad_clip=0"]
-    done = script("train.py", f"--out_dir={out}", *words)
+    words = [*words, "--init_from=resume", "--grad_clip=0", "--cooldown_frac=0"]
+    done = script("train.py", f"--out_dir={out}", *words, "--always_save_checkpoint")
     refused(done, "training has diverged", "--base_learning_rate")
     assert before == ((out / "ckpt.pt").read_bytes(), (out / "model.bin").read_bytes())
     assert read_log(out)[-1]["reason"] == "diverged"
+    for line in (out / "log.jsonl").read_text().splitlines():
+        assert "NaN" not in line and "Infinity" not in line
+
+
+def test_a_new_run_sets_the_earlier_one_aside(trained, practice, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    done = train(practice, out, "--max_iters=3")
+    assert done.returncode == 0 and "is moved to" in done.stdout
+    for name in ("ckpt.pt", "model.bin", "log.jsonl", "tokenizer.model"):
+        assert (out / "previous" / name).read_bytes() == (trained / name).read_bytes()
+    assert read_log(out)[0]["kind"] == "start" and read_log(out)[-1]["step"] == 3
+
+
+def test_another_tokenizer_is_noticed(trained, practice, tmp_path):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(trained, out)
+    for words in (["synth", "--n_stories=400", "--seed=5"], ["train_vocab"], ["pretokenize"]):
+        flags = [f"--data_dir={data}", "--vocab_size=300"]
+        assert script("tinystories.py", *words, *flags).returncode == 0
+    words = ["--init_from=resume", "--max_iters=70", f"--data_dir={data}"]
+    refused(script("train.py", f"--out_dir={out}", *words), "was trained with another")
 
 
 def test_accumulated_batches_are_one_batch(practice, tmp_path):
@@ -153,14 +187,15 @@ def test_accumulated_batches_are_one_batch(practice, tmp_path):
 
 
 def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
-    words = ["--dtype=auto", "--dropout=0.1", "--max_iters=6", "--tie_embeddings=False"]
-    for out in (tmp_path / "a", tmp_path / "b"):
-        assert train(practice, out, *words).returncode == 0
-    more = ["--init_from=resume", "--max_iters=12"]
-    for out in (tmp_path / "a", tmp_path / "b"):
-        done = script("train.py", f"--out_dir={out}", "--device=cpu", *more)
-        assert done.returncode == 0, done.stderr
-    assert same_weights(tmp_path / "a", tmp_path / "b")
+    # a rate that does not depend on max_iters, so that a run in two parts can equal one in one
+    words = ["--dtype=auto", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
+    words += ["--warmup_iters=0", "--base_learning_rate=1e-3"]
+    assert train(practice, tmp_path / "whole", *words, "--max_iters=12").returncode == 0
+    assert train(practice, tmp_path / "parts", *words, "--max_iters=6").returncode == 0
+    more = ["--init_from=resume", "--max_iters=12", "--device=cpu"]
+    done = script("train.py", f"--out_dir={tmp_path / 'parts'}", *more)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
@@ -181,12 +216,24 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
         (["--eval_only"], ["--init_from=resume"]),
         (["--base_learning_rate=0"], ["expected a number above 0"]),
         (["--cooldown_frac=2"], ["from 0 to 1"]),
+        (["--grad_clip=-1"], ["grad_clip = -1.0: expected a number 0 (no limit) or above"]),
+        (["--weight_decay=-1"], ["weight_decay = -1.0"]),
+        (["--beta1=2"], ["beta1 = 2.0: expected a number from 0 to below 1"]),
+        (["--seed=-1"], ["seed = -1"]),
+        (["--seed=99999999999999999999999"], ["seed = 99999"]),
     ],
 )
 def test_bad_settings_are_refused_before_training(practice, tmp_path, words, parts):
     out = tmp_path / "out"
     refused(train(practice, out, *words), *parts)
     assert not out.exists()
+
+
+def test_an_out_dir_that_is_a_file(practice, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    done = train(practice, tmp_path / "out", "--max_iters=2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'out'}: File exists"
 
 
 def test_shards_of_another_vocabulary(practice, tmp_path):
@@ -210,6 +257,8 @@ def test_a_missing_device_falls_back_and_says_so(practice, tmp_path):
     [
         (["--out_dir=none"], "does not exist"),
         (["--temperature=-1"], "temperature"),
+        (["--temperature=nan"], "temperature"),
+        (["--seed=-1"], "seed"),
         (["--top_p=2"], "top_p"),
         (["--start=" + "word " * 100], "the model's context 64"),
         (["--start=FILE:none.txt"], "cannot read the prompt"),
