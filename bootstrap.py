@@ -8,7 +8,6 @@ Each step is skipped where its result is there already. The Python that runs thi
 .venv is made from; if it has a torch that fits the pin, .venv uses that instead of a new download.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -62,10 +61,17 @@ def venv_python():
 # ---- the environment
 
 
+def read(path):
+    """The text of a file, "" where there is none."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
 def pinned_torch(requirements):
     """The version that a requirements file, or one it includes, pins torch to."""
-    with open(requirements, encoding="utf-8") as f:
-        text = f.read()
+    text = read(requirements)
     if include := re.search(r"^-r (\S+)", text, re.MULTILINE):
         return pinned_torch(include[1])
     return re.search(r"^torch==(\S+)", text, re.MULTILINE)[1]
@@ -92,21 +98,21 @@ def make_venv(requirements):
     """Make .venv with the packages of a requirements file; nothing is done where it has them."""
     if sys.version_info < OLDEST_PYTHON:
         raise StepFailed(f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed")
-    digest = hashlib.sha256(sys.executable.encode())
-    for path in ("requirements.txt", requirements):
-        with open(path, "rb") as f:
-            digest.update(f.read())
-    stamp = os.path.join(VENV, f".ready-{requirements}-{digest.hexdigest()[:12]}")
-    if os.path.exists(stamp):
+    maker = f"{sys.executable} {sys.version}"
+    wanted = maker + "\n" + read("requirements.txt") + read(requirements)
+    made_by, stamp = os.path.join(VENV, ".made-by"), os.path.join(VENV, f".has-{requirements}")
+    if read(stamp) == wanted:
         print(f"   there already ({VENV})")
         return
-    if not has_pip(venv_python()):
+    if read(made_by) != maker or not has_pip(venv_python()):
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV])
         if made.returncode:
             shutil.rmtree(VENV, ignore_errors=True)
             raise StepFailed(
                 "python -m venv fails; on Debian and Ubuntu it needs: apt install python3-venv"
             )
+        with open(made_by, "w", encoding="utf-8") as f:
+            f.write(maker)
     pin = pinned_torch(requirements)
     if torch_here() == pin:
         # seen behind .venv's own packages, so every other pin still holds
@@ -118,8 +124,8 @@ def make_venv(requirements):
         with open(os.path.join(packages, "torch_of_user.pth"), "w", encoding="utf-8") as f:
             f.writelines(f"{folder}\n" for folder in folders if os.path.isdir(folder))
     call(venv_python(), "-m", "pip", "install", "--quiet", "--requirement", requirements)
-    with open(stamp, "w", encoding="utf-8"):
-        pass
+    with open(stamp, "w", encoding="utf-8") as f:
+        f.write(wanted)
 
 
 # ---- from nothing to a story

@@ -125,7 +125,7 @@ class Story:
         return "\n".join(self.paragraphs)
 
 
-def opening(s):
+def opening(s, alone):
     s.say(
         "Once upon a time, there was a {size} {kind} named {hero}.",
         "Once upon a time, there was a {mood} {kind} named {hero}.",
@@ -136,15 +136,19 @@ def opening(s):
         "There was once a {mood} {kind} whose name was {hero}.",
     )
     # Names that come again soon teach a model to look back for them
-    s.say(
+    about = [
         "{hero} liked to play {at}.",
         "{hero} loved to sing and run {at}.",
         "{hero} had a {color} {toy} and took it everywhere.",
-        "{hero} had a good friend named {friend}. {hero} and {friend} always played together.",
-        "{hero} had a friend. {His} friend's name was {friend}. {friend} was a {fkind}.",
         "Every day {hero} went for a walk {at}.",
-        "Everyone knew {hero} because {hero} was so {mood}.",
-    )
+    ]
+    if not alone:
+        about += [
+            "{hero} had a good friend named {friend}. {hero} and {friend} always played together.",
+            "{hero} had a friend. {His} friend's name was {friend}. {friend} was a {fkind}.",
+            "Everyone knew {hero} because {hero} was so {mood}.",
+        ]
+    s.say(*about)
 
 
 def greet_friend(s):
@@ -200,7 +204,7 @@ def out_of_reach(s):
     s.say(
         "One day, {he} threw {his} {toy} too high, and it got stuck {where}.",
         "The wind took {his} {color} {toy} and dropped it {where}.",
-        "{He} saw a {look} {color} {toy} {where} and wanted to have it.",
+        "{hero} saw a {look} {color} {toy} {where} and wanted to have it.",
     )
     s.say(
         "{He} jumped and jumped, but it was too high.",
@@ -495,7 +499,7 @@ def make_story(rng):
     """One story in the dataset's shape: {"story", "instruction", "summary", "source"}."""
     s = Story(rng)
     plot = rng.choice(PLOTS)
-    opening(s)
+    opening(s, alone=plot is new_friend)
     plot(s)
     story = s.text()
     said = set(re.findall(r"\w+", story))
