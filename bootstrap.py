@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import time
@@ -117,12 +116,12 @@ def make_venv(requirements):
     if torch_here() == pin:
         # seen behind .venv's own packages, so every other pin still holds
         print(f"   using the torch {pin} that {sys.executable} has")
-        folders = [*site.getsitepackages(), site.getusersitepackages()]
+        folders = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         found = subprocess.run([venv_python(), "-c", code], capture_output=True, text=True)
         packages = found.stdout.strip()
         with open(os.path.join(packages, "torch_of_user.pth"), "w", encoding="utf-8") as f:
-            f.writelines(f"{folder}\n" for folder in folders if os.path.isdir(folder))
+            f.writelines(f"{folder}\n" for folder in folders)
     call(venv_python(), "-m", "pip", "install", "--quiet", "--requirement", requirements)
     with open(stamp, "w", encoding="utf-8") as f:
         f.write(wanted)

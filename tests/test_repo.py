@@ -1,6 +1,8 @@
 """The repository itself: pins that agree, presets that can be read, and the bootstrap's steps."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -51,6 +53,25 @@ def test_bootstrap_reads_pins_and_results(tmp_path):
         [sys.executable, REPO / "bootstrap.py", "tale"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.startswith("error: expected: story")
+
+
+def test_a_torch_that_is_there_is_used_and_a_broken_venv_made_again(tmp_path):
+    """All the packages are seen behind .venv's own, so nothing is downloaded."""
+    for name in ("bootstrap.py", "requirements.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)  # as a venv without ensurepip leaves it
+    command = [sys.executable, tmp_path / "bootstrap.py", "venv", "requirements.txt"]
+    # the setuptools that Python 3.11 puts into a venv is older than torch asks for: leave that out
+    offline = {**os.environ, "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1"}
+    first, again = (
+        subprocess.run(command, capture_output=True, text=True, env=offline) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "using the torch 2.13.0" in first.stdout and "there already" in again.stdout
+    code = "import torch, sentencepiece, sys; print(sys.prefix, torch.__version__)"
+    python = tmp_path / ".venv" / "bin" / "python"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / '.venv'} 2.13.0")
 
 
 def test_no_script_needs_an_optional_package():
