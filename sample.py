@@ -31,6 +31,9 @@ dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals())
 # -----------------------------------------------------------------------------
 
+for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0)):
+    if globals()[name] < least:
+        raise UserError(f"{name} = {globals()[name]}: expected at least {least}")
 if not 0 <= temperature <= 100:
     raise UserError(f"temperature = {temperature}: expected a number from 0 to 100")
 if not 0 <= seed < 1 << 63:

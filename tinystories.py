@@ -163,6 +163,8 @@ def train_vocab_stage():
         raise UserError("Llama 2's vocabulary is not trained here; give a --vocab_size from 64 up")
     if vocab_size < 64:
         raise UserError(f"vocab_size = {vocab_size}: expected at least 64")
+    if vocab_mb < 1:
+        raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
     spans = [span for shard in corpus_plan()[1:] for span in shard]  # validation stays unseen
     limit, n_bytes, texts = vocab_mb * 1_000_000, 0, []
     bar = tqdm(total=sum(s.end - s.start for s in spans), unit="B", unit_scale=True, desc="read")
@@ -177,7 +179,7 @@ def train_vocab_stage():
             if n_bytes >= limit:
                 print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
                 break
-    print(f"training {vocab_size} pieces on {n_bytes / 1e6:.1f} MB of text")
+    print(f"training {vocab_size} pieces on {n_bytes:,} bytes of text")
     model, about = train_sentencepiece(texts, vocab_size, worker_count())
     if not about["byte_fallback"]:
         print(
