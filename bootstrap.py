@@ -204,7 +204,7 @@ def story():
 
     step(
         6,
-        f"training a small model into {OUT} (about 3 minutes on two cores)",
+        f"training a small model into {OUT} (about 3 minutes on two idle cores)",
         train_model,
         model if finished(OUT) and os.path.exists(model) else "",
     )

@@ -37,6 +37,10 @@ class DataPaths:
         """vocab_source "llama2", or vocab_size 0, stands for Llama 2's own vocabulary of 32,000."""
         if vocab_source not in ("custom", "llama2"):
             raise UserError(f"vocab_source = {vocab_source!r}: expected custom or llama2")
+        if vocab_size < 0:
+            raise UserError(
+                f"vocab_size = {vocab_size}: expected 0 (Llama 2's) or the size of a vocabulary"
+            )
         self.is_llama2 = vocab_source == "llama2" or vocab_size == 0
         self.vocab_size = LLAMA2_VOCAB_SIZE if self.is_llama2 else vocab_size
         self.stories = os.path.join(data_dir, TINYSTORIES)

@@ -241,8 +241,9 @@ static Model load_model(const char *path, int n_positions) {
     for (size_t i = 0; i < n_tensors; i++) expected += tensors[i].count * sizeof(float);
     if (expected != m.file.size)
         die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
-            "it is truncated or no version 0 model file", path, m.file.size, c->dim, c->n_layers,
-            c->vocab_size, (unsigned long long)expected);
+            "it is %s, or no version 0 model file", path, m.file.size, c->dim, c->n_layers,
+            c->vocab_size, (unsigned long long)expected,
+            m.file.size < expected ? "truncated" : "too long");
     const float *next = (const float *)(m.file.data + HEADER_BYTES);
     for (size_t i = 0; i < n_tensors; i++) {
         if (tensors[i].pointer) *tensors[i].pointer = next;
@@ -437,8 +438,9 @@ typedef struct {
 
 static const uint8_t *take(Cursor *c, size_t n) {
     if (n > c->file->size - c->at)
-        die("tokenizer file %s ends early: %zu bytes are missing at byte %zu; "
-            "make it again with tokenizer.py", c->file->path, n - (c->file->size - c->at), c->at);
+        die("tokenizer file %s is truncated, or no tokenizer file: at byte %zu it promises %zu "
+            "bytes and has %zu; make it again with tokenizer.py", c->file->path, c->at, n,
+            c->file->size - c->at);
     c->at += n;
     return c->file->data + c->at - n;
 }

@@ -352,7 +352,10 @@ if eval_only:
 if iter_num >= max_iters:
     raise UserError(f"the run has done its {iter_num} steps; raise --max_iters to go on")
 
-os.makedirs(out_dir, exist_ok=True)
+try:
+    os.makedirs(out_dir, exist_ok=True)
+except OSError as e:
+    raise UserError(f"out_dir = {out_dir} cannot be made ({e.strerror}): name a folder") from None
 if iter_num == 0:
     set_aside_earlier_run()
 if tokenizer:  # so that out_dir has all that ./run and sample.py need

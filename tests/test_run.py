@@ -191,7 +191,7 @@ def test_truncated_and_padded_model_files(run, small):
         small.write_bytes(whole[:size])
         refused_by(run(small), "header" if size < 28 else f"has {size} bytes")
     small.write_bytes(whole + b"\0")
-    refused_by(run(small), f"needs {len(whole)}")
+    refused_by(run(small), f"needs {len(whole)}: it is too long")
 
 
 def test_files_that_cannot_be_read(run, small, tmp_path):
@@ -218,9 +218,9 @@ def test_broken_tokenizer_files(run, small, tokenizers, tmp_path):
     path.write_bytes(b"")
     refused_by(run(small), "is empty")
     path.write_bytes(whole[:8] + b"\xff\xff\xff\xff" + whole[12:])
-    refused_by(run(small), "ends early")
+    refused_by(run(small), "is truncated, or no tokenizer file")
     path.write_bytes(b"\xff" * len(whole))
-    refused_by(run(small), "ends early")
+    refused_by(run(small), "is truncated, or no tokenizer file")
     refused_by(run(small, "-z", bin_of(tokenizers[512])), "512 pieces", "has 105")
     # pieces of no bytes, all alike, with scores that are no numbers: strange, but well-formed
     path.write_bytes(whole[:4] + struct.pack("<fI", math.nan, 0) * 105)
