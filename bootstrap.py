@@ -213,7 +213,7 @@ def story():
         f"""
 Three commands to try next:
   ./run {model} -t 0.7 -i "One day, a little fox"
-  {python} sample.py --out_dir={OUT} --start="Lily and Tom" --num_samples=3
+  {python} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
   {python} tinystories.py download    # the real TinyStories; README.md goes on from there"""
     )
 
