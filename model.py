@@ -148,7 +148,7 @@ class Attention(nn.Module):
             past = cache.n
             k, v = cache.append(self.layer, k, v)
         repeats = args.n_heads // args.n_kv_heads
-        if repeats > 1:  # an expanded copy is faster than SDPA's enable_gqa on CPU
+        if repeats > 1:  # each key and value head serves several query heads
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         mask = None
         if past and T > 1:  # is_causal aligns the first query with the first key, so say it in full

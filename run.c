@@ -314,7 +314,7 @@ static float dot(const float *restrict a, const float *restrict b, int n) {
 // flight; a row is always summed in the same order, so the result does not depend on the threads.
 static void matmul(float *out, const float *x, const float *w, int n, int rows) {
     int blocks = rows / 4;
-    // below about 64 K products, waking the threads costs more than they save
+    // a small product is done before other threads would be awake
 #pragma omp parallel for schedule(static) if ((int64_t)rows * n >= 65536)
     for (int b = 0; b < blocks; b++) {
         const float *w0 = w + (size_t)b * 4 * n, *w1 = w0 + n, *w2 = w1 + n, *w3 = w2 + n;

@@ -22,7 +22,7 @@ from corpus import plan_shards, read_documents, text_files
 from dataset import DataPaths, write_shards
 from files import atomic_write, download, unpack
 from synth import make_stories
-from tokenizer import Tokenizer, c_tokenizer_path, train_sentencepiece
+from tokenizer import Tokenizer, train_sentencepiece
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
@@ -213,7 +213,7 @@ def pretokenize_stage():
         raise UserError(
             f"{paths.tokenizer_model} has {tokenizer.vocab_size} pieces, not {paths.vocab_size}"
         )
-    tokenizer.export(c_tokenizer_path(paths.tokenizer_model))
+    tokenizer.export(paths.tokenizer_bin)
     meta = write_shards(paths.shards, tokenizer, corpus_plan(), worker_count())
     total = {k: sum(s[k] for s in meta["shards"]) for k in ("documents", "tokens", "bytes", "unk")}
     print(
