@@ -13,8 +13,8 @@ Checkpoints: a dict of plain values and tensors that torch.save writes and weigh
     config           the settings of train.py
     rng              state of torch's random numbers, on the CPU and on the device in use
 
-llama2.c's own checkpoints have the same names for model, model_args, optimizer and iter_num, and load
-for export and sampling.
+llama2.c's own checkpoints have the same names for model, model_args, optimizer and iter_num, and
+load for export and sampling.
 """
 
 import os
