@@ -1,62 +1,445 @@
 """
-Checkpoints: a dict of plain values and tensors that torch.save writes and weights_only loads.
+Checkpoints: all that a run needs to go on as if it had never stopped.
+
+In out_dir, ckpt.pt is the latest checkpoint, ckpt_000200.pt one from an earlier step, and best.pt
+that of the lowest validation loss. Each is a dict of plain values and tensors:
 
     model            state dict of the Transformer
     model_args       ModelArgs as a dict
-    optimizer        state dict
+    optimizer        {"<parameter>.<name>": tensor}, the optimizer's memory
     iter_num         steps done
     n_sequences      training sequences seen: the loader's position
+    evaluated        step of the last evaluation
     train_s          seconds of training so far
     best_val_loss    lowest validation loss so far, nats a token
     scaler           state of the gradient scaler of float16, empty without
+    rng              states of the random numbers of Python, numpy and torch
     tokenizer_hash   of the tokenizer model, "" where it is unknown
     config           the settings of train.py
-    rng              state of torch's random numbers, on the CPU and on the device in use
+    versions         of Python and the packages
+    format           FORMAT
 
-llama2.c's own checkpoints have the same names for model, model_args, optimizer and iter_num, and
-load for export and sampling.
+A file is written beside its place and renamed, so it is whole or absent; it is loaded with
+weights_only, so that one from a stranger cannot run code, and its checksums are compared, which
+torch.load does not do. llama2.c's checkpoints have the same names for model, model_args and
+iter_num, and load for export, sampling and fine-tuning.
+
+Under FSDP a checkpoint is a folder of the same name: the tensors as torch.distributed.checkpoint
+writes them, each process its part, and run.pt with everything else.
 """
 
+import contextlib
+import glob
 import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import threading
+import zipfile
+import zlib
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
+import parallel
 from configurator import UserError
-from files import atomic_write
+from files import atomic_write, flush_folder
 from model import ModelArgs, Transformer
+from rundir import remove
+
+FORMAT = 2
+LATEST, BEST = "ckpt.pt", "best.pt"
+RUN_FILE = "run.pt"  # of a sharded checkpoint
+NEEDED_TO_RESUME = {"format", "iter_num", "n_sequences", "rng", "config"}
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint; the one that was at `path` stays until the new one is whole."""
+# ---- what is saved
+
+
+def rng_states():
+    """The states of all random number generators, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def versions():
+    return {
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+        "torch": torch.__version__.partition("+")[0],
+    }
+
+
+def optimizer_tensors(model, optimizer):
+    """{"<parameter>.<name>": tensor} of an optimizer's memory; not copies, so writing sets it."""
+    if not optimizer.state:
+        allocate(optimizer)
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}.{key}": tensor
+        for p, memory in optimizer.state.items()
+        for key, tensor in memory.items()
+    }
+
+
+def allocate(optimizer):
+    """Have an optimizer make its memory, which it does in a step: one that changes no parameter."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def tensors_of(model, optimizer):
+    """All tensors of a run under one name each, for a sharded checkpoint."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    memory = optimizer_tensors(model, optimizer) if optimizer else {}
+    return tensors | {f"optimizer.{name}": t for name, t in memory.items()}
+
+
+class Snapshot:
+    """
+    Copies of a run's tensors in main memory, into the same buffers each time: fresh memory would
+    take longer than the copy.
+    """
+
+    def __init__(self):
+        self.buffers = {}
+
+    def take(self, value):
+        """A nested dict with every tensor copied; tensors that are one stay one."""
+        self.seen = {}
+        copy = self.copied(value, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies were only queued
+        return copy
+
+    def copied(self, value, path):
+        if isinstance(value, dict):
+            return {k: self.copied(v, (*path, k)) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        same = (value.data_ptr(), value.shape, value.dtype)
+        if same not in self.seen:
+            if path not in self.buffers:
+                on_gpu = value.device.type == "cuda"
+                self.buffers[path] = torch.empty_like(value, device="cpu", pin_memory=on_gpu)
+            self.seen[same] = self.buffers[path].copy_(value.detach(), non_blocking=value.is_cuda)
+        return self.seen[same]
+
+
+# ---- writing
+
+
+class CheckpointWriter:
+    """
+    Writes the checkpoints of one run to `folder`, in the background: training goes on as soon as
+    the tensors are copied. The latest keep_last are kept, and the best. A failure, a full disk for
+    example, costs nothing but this checkpoint: it is said, kept as `error`, and the next save tries
+    again. latest_step is the step of the ckpt.pt that is there, None without one.
+    """
+
+    def __init__(self, folder, keep_last, latest_step=None):
+        self.folder, self.keep_last, self.latest_step = folder, keep_last, latest_step
+        self.latest = os.path.join(folder, LATEST)
+        self.snapshot, self.thread, self.error = Snapshot(), None, None
+
+    def save(self, checkpoint, is_best=False):
+        """Begin to save; waits first for an earlier save that is not done yet."""
+        self.wait()
+        copy = self.snapshot.take(checkpoint)
+        self.thread = threading.Thread(target=self.write, args=(copy, is_best), name="checkpoint")
+        self.thread.start()
+
+    def wait(self):
+        """Return when nothing is being written any more."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def write(self, checkpoint, is_best):
+        part = f"{self.latest}.{os.getpid()}.part"
+        with self.reporting(part):
+            save_file(part, checkpoint)
+            self.install(part, checkpoint["iter_num"], is_best)
+
+    def save_sharded(self, checkpoint, model, optimizer, is_best=False):
+        """
+        The same for parameters that are spread over the ranks; all of them call this, and it
+        returns when everything is written.
+        """
+        part, step = f"{self.latest}.sharded.part", checkpoint["iter_num"]
+
+        def begin():
+            if parallel.FIRST:
+                remove(part)
+                os.makedirs(part)
+
+        def write_tensors():
+            import sharded
+
+            sharded.write(part, tensors_of(model, optimizer))
+
+        def finish():
+            if parallel.FIRST:
+                files = {name: checksum(os.path.join(part, name)) for name in os.listdir(part)}
+                save_file(os.path.join(part, RUN_FILE), {**checkpoint, "files": files})
+                self.install(part, step, is_best)
+
+        for job in (begin, write_tensors, finish):
+            with self.reporting(part):
+                job()
+            if parallel.any_rank(self.error is not None):
+                self.error = self.error or "another rank cannot write its part of the checkpoint"
+                return
+        self.latest_step = step
+
+    @contextlib.contextmanager
+    def reporting(self, part):
+        try:
+            yield
+            self.error = None
+        except Exception as e:  # torch reports a full disk as a RuntimeError, dcp in one of its own
+            remove(part)
+            self.error = f"cannot write {self.latest}: {reason(e)}"
+            kept = f"that of step {self.latest_step} is untouched" if self.latest_step else ""
+            tqdm.write("; ".join(filter(None, (f"warning: {self.error}", kept))), file=sys.stderr)
+
+    def install(self, part, step, is_best):
+        """Make `part` the latest checkpoint; the one before gets its step into its name."""
+        if is_best:  # first: a run killed in between comes here again, and not if it were last
+            best = os.path.join(self.folder, BEST)
+            link_or_copy(part, f"{best}.part")
+            if os.path.isdir(best) or os.path.isdir(f"{best}.part"):
+                remove(best)
+            os.replace(f"{best}.part", best)
+        if os.path.exists(self.latest) and self.latest_step is not None:
+            older = os.path.join(self.folder, numbered(self.latest_step))
+            remove(older)
+            link_or_move(self.latest, older)
+        if os.path.isdir(part) or os.path.isdir(self.latest):
+            remove(self.latest)  # no folder can be replaced in one go; the older one is there
+        os.replace(part, self.latest)
+        self.latest_step = step
+        flush_folder(self.folder)
+        for path in numbered_in(self.folder)[self.keep_last - 1 :]:
+            remove(path)
+
+
+def save_file(path, value):
+    """torch.save to `path` and from there to the disk; UserError says what keeps it from that."""
     try:
         with atomic_write(path) as f:
-            torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+            torch.save(value, f)
+    except (OSError, RuntimeError) as e:
+        raise UserError(reason(e)) from None
+
+
+def reason(error):
+    """Why writing failed, in a few words."""
+    while error.__cause__ or error.__context__:  # torch wraps what the system said
+        error = error.__cause__ or error.__context__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def link_or_move(path, target):
+    """Give a file its second name; where that is impossible (folders), its only one."""
+    try:
+        os.link(path, target)
+    except OSError:
+        os.replace(path, target)
+
+
+def link_or_copy(path, target):
+    """A second name for a file or for those of a folder; a copy where that is impossible."""
+
+    def one(source, destination):
+        try:
+            os.link(source, destination)
+        except OSError:
+            shutil.copyfile(source, destination)
+
+    remove(target)
+    if os.path.isdir(path):
+        shutil.copytree(path, target, copy_function=one)
+    else:
+        one(path, target)
+
+
+def numbered(step):
+    return f"ckpt_{step:06}.pt"
+
+
+def numbered_in(folder):
+    """Paths of the earlier checkpoints of a folder, the latest first."""
+    found = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
+    steps = {path: re.fullmatch(r"ckpt_(\d+)\.pt", os.path.basename(path)) for path in found}
+    return sorted((p for p in found if steps[p]), key=lambda p: -int(steps[p][1]))
+
+
+def checksum(path):
+    """[size, CRC-32] of a file."""
+    crc, size = 0, 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return [size, crc]
+
+
+# ---- reading
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint. Raises UserError, in one sentence, for a file that is none."""
-    if not os.path.isfile(path):
-        raise UserError(f"checkpoint {path} does not exist; train one with: python train.py")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except Exception:  # what torch raises on foreign bytes is open-ended
-        raise UserError(f"{path} is damaged or no checkpoint of this program") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint: it has no model and model_args")
+    """
+    Read a checkpoint; of a sharded one all but its tensors. Raises UserError, in one sentence, for
+    one that is damaged or none at all.
+    """
+    if os.path.isdir(path):
+        file = os.path.join(path, RUN_FILE)
+        if not os.path.exists(file):
+            raise UserError(f"{path} is a folder, and no sharded checkpoint: it has no {RUN_FILE}")
+        checkpoint = load_file(file, device)
+        for name, expected in checkpoint.get("files", {}).items():
+            name = os.path.join(path, os.path.basename(name))
+            if not os.path.exists(name) or checksum(name) != expected:
+                raise UserError(f"{path} is damaged: {name} is not as it was written")
+        needed = {"model_args", "files"}
+    else:
+        checkpoint, needed = load_file(path, device), {"model", "model_args"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint: it has no {' and '.join(sorted(needed))}")
     return checkpoint
 
 
+def load_file(path, device):
+    if not os.path.exists(path):
+        raise UserError(f"checkpoint {path} does not exist; train one with: python train.py")
+    damaged = f"{path} is damaged or no checkpoint of this program"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise UserError(damaged)
+        return torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than numbers and was not loaded, since that could run code"
+        ) from None
+    except Exception:  # what foreign bytes lead to is open-ended
+        raise UserError(damaged) from None
+
+
+def load_latest(folder):
+    """
+    The latest checkpoint of a run that can be resumed, as (checkpoint, path, damaged): where
+    ckpt.pt is damaged, the best of those that are not, with a printed line, and the paths of those
+    that are. (None, None, []) where there is none at all. Raises UserError where all are damaged.
+    """
+    paths = [os.path.join(folder, LATEST), *numbered_in(folder), os.path.join(folder, BEST)]
+    paths = [path for path in paths if os.path.exists(path)]
+    damaged, first_error = [], None
+    for path in paths:
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as e:
+            damaged.append(path)
+            first_error = first_error or e
+            continue
+        if NEEDED_TO_RESUME - checkpoint.keys():
+            raise UserError(
+                f"{path} holds weights but no run that can be resumed; to train on from the "
+                f"weights: --init_from={path} and another --out_dir"
+            )
+        if os.path.basename(path) != LATEST:
+            why = f"{first_error}; " if first_error else ""
+            parallel.say(f"{why}going on from {path}, step {checkpoint['iter_num']}")
+        return checkpoint, path, damaged
+    if first_error:
+        raise UserError(f"{first_error}; no other checkpoint in {folder} is whole")
+    return None, None, []
+
+
+def put_aside_damaged(paths):
+    """Out of the way of good checkpoints, which are rotated and deleted by name."""
+    for path in paths:
+        remove(f"{path}.damaged")
+        os.replace(path, f"{path}.damaged")
+
+
+def restore(model, optimizer, checkpoint, path):
+    """
+    Set a model's parameters, and an optimizer's memory unless it is None, from a checkpoint of any
+    number of processes; `path` is where it came from.
+    """
+    try:
+        targets = tensors_of(model, optimizer)
+        if os.path.isdir(path):
+            import sharded
+
+            sharded.read(path, targets)
+            return
+        source = {f"model.{name}": t for name, t in plain_state(checkpoint).items()}
+        if optimizer:
+            source |= {f"optimizer.{k}": t for k, t in checkpoint["optimizer"].items()}
+        with torch.no_grad():
+            for name, target in targets.items():
+                value = source[name].to(target.device)
+                if value.shape != target.shape:
+                    raise ValueError(
+                        f"{name} is {tuple(value.shape)}, expected {tuple(target.shape)}"
+                    )
+                if hasattr(target, "full_tensor"):  # spread over the ranks
+                    import sharded
+
+                    value = sharded.part_for(target, value)
+                target.copy_(value)
+    except KeyError as e:
+        raise UserError(f"{path} does not fit this model: it has no {e.args[0]}") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} does not fit this model: {reason(e)}") from None
+
+
+def plain_state(checkpoint):
+    """The state dict of the model; a compiled one has a prefix in llama2.c's checkpoints."""
+    return {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
+
+
 def load_model(checkpoint, path):
-    """The Transformer of a loaded checkpoint; `path` is for the error message."""
+    """The Transformer of a loaded checkpoint, on the CPU; `path` is where it came from."""
     try:
         model = Transformer(ModelArgs.from_dict(checkpoint["model_args"]))
-        # a compiled model's parameters carry a prefix in llama2.c's checkpoints
-        state = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-        model.load_state_dict(state)
+        if "model" in checkpoint:
+            model.load_state_dict(plain_state(checkpoint))
     except (ValueError, TypeError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path} does not fit this model: {str(e).splitlines()[0]}") from None
+    if "model" not in checkpoint:
+        restore(model, None, checkpoint, path)
     return model

@@ -3,17 +3,26 @@ Token shards: how they are written, checked, and read in batches.
 
 A shard is a bare array of ids, little-endian uint16 (uint32 where the vocabulary needs it), each
 document behind a BOS. Beside the shards of a folder lies shards.json, which says what they hold;
-shards made by llama2.c have none and are read as well. The first shard, by name, is validation.
+shards made by llama2.c have none and are read as well. The first shard, by name, is validation;
+no document of it is in the others.
+
+Training reads windows of seq_len tokens. The order of an epoch is a permutation that is computed,
+not stored: where any window of any epoch lies is known at once, so that a run can go on anywhere,
+and any number of processes can share it.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
 import glob
+import hashlib
 import itertools
 import json
+import math
 import os
 import signal
+import zlib
 
 import numpy as np
 import torch
@@ -24,10 +33,11 @@ from corpus import SIDECAR, read_documents
 from files import atomic_write, write_json
 from tokenizer import Tokenizer, bytes_in
 
-SIDECAR_FORMAT = 1
+SIDECAR_FORMAT = 2
 TINYSTORIES = "TinyStories_all_data"
 LLAMA2_VOCAB_SIZE = 32000
-CHUNK = 1 << 24  # ids that are looked at together when a shard is checked
+CHUNK = 1 << 22  # ids that are looked at together when a shard is checked
+SLOW_CHECK = 1 << 30  # bytes of shards from which on checking them shows a progress bar
 
 
 class DataPaths:
@@ -57,12 +67,29 @@ class DataPaths:
 # ---- writing
 
 
-def write_shard(model_path, spans, path, dtype):
-    """Encode the documents of some Spans into one shard; returns what there is to say of it."""
+def document_key(text):
+    """The same for two documents that differ in white space alone."""
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+
+
+@functools.cache
+def document_keys(spans):
+    return {document_key(text) for text in read_documents(spans)}
+
+
+def write_shard(model_path, spans, path, dtype, held_out=()):
+    """
+    Encode the documents of some Spans into one shard, without those that are in the Spans of
+    `held_out` too; returns what there is to say of it.
+    """
     tokenizer = cached_tokenizer(model_path)
-    parts, n_documents, n_bytes = [], 0, 0
+    parts, n_documents, n_bytes, n_held_out = [], 0, 0, 0
     documents = read_documents(spans)
+    keys = document_keys(tuple(held_out))
     while batch := list(itertools.islice(documents, 1024)):
+        n_read = len(batch)
+        batch = [text for text in batch if document_key(text) not in keys]
+        n_held_out += n_read - len(batch)
         n_documents += len(batch)
         n_bytes += sum(len(text.encode()) for text in batch)
         ids = itertools.chain.from_iterable(tokenizer.encode_batch(batch))
@@ -72,7 +99,14 @@ def write_shard(model_path, spans, path, dtype):
         with atomic_write(path) as f:
             tokens.tofile(f)
     n_unk = int((tokens == tokenizer.unk_id).sum())
-    return {"documents": n_documents, "tokens": len(tokens), "bytes": n_bytes, "unk": n_unk}
+    return {
+        "documents": n_documents,
+        "tokens": len(tokens),
+        "bytes": n_bytes,
+        "unk": n_unk,
+        "held_out": n_held_out,
+        "crc32": zlib.crc32(tokens),
+    }
 
 
 @functools.cache
@@ -83,8 +117,9 @@ def cached_tokenizer(model_path):
 def write_shards(folder, tokenizer, plan, num_workers):
     """
     Encode a corpus, as plan_shards cut it, into the shards of a folder, with num_workers processes.
-    A shard that the sidecar lists from the same text and tokenizer is kept. The sidecar is renewed
-    after each shard, so an interrupted run goes on where it was. Returns the finished sidecar.
+    Training documents that are in the validation text as well are left out. A shard that the
+    sidecar lists from the same text and tokenizer is kept. The sidecar is renewed after each shard,
+    so an interrupted run goes on where it was. Returns the finished sidecar.
     """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     meta = {
@@ -92,11 +127,12 @@ def write_shards(folder, tokenizer, plan, num_workers):
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype,
         "tokenizer_hash": tokenizer.hash,
+        "valid_source": [span.key() for span in plan[0]],
         "complete": False,
         "shards": [],
     }
     old = read_sidecar(folder) or {"shards": []}
-    same = all(old.get(k) == meta[k] for k in ("format", "tokenizer_hash", "dtype"))
+    same = all(old.get(k) == meta[k] for k in ("format", "tokenizer_hash", "dtype", "valid_source"))
     kept = {tuple(s["source"]): s for s in old["shards"]} if same else {}
     width = max(2, len(str(len(plan) - 1)))
     done, todo = {}, []
@@ -123,8 +159,8 @@ def write_shards(folder, tokenizer, plan, num_workers):
     with bar, concurrent.futures.ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c) as pool:
         futures = {}
         for i, name, source, spans in todo:
-            path = os.path.join(folder, name)
-            future = pool.submit(write_shard, tokenizer.model_path, spans, path, dtype)
+            path, held_out = os.path.join(folder, name), tuple(plan[0]) if i else ()
+            future = pool.submit(write_shard, tokenizer.model_path, spans, path, dtype, held_out)
             futures[future] = i, name, source, spans
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -189,10 +225,11 @@ class TokenData:
 
     Raises UserError, before anything is trained, where the shards are absent, incomplete, of
     another vocabulary than `vocab_size`, of another tokenizer than `tokenizer` (a Tokenizer or
-    None), damaged, or shorter than the seq_len + 1 tokens that one window needs.
+    None), damaged, or shorter than the seq_len + 1 tokens that one window needs. The contents are
+    read once to be sure of that, unless `check` is False because another process does it.
     """
 
-    def __init__(self, paths, seq_len, tokenizer=None):
+    def __init__(self, paths, seq_len, tokenizer=None, check=True):
         folder, vocab_size = paths.shards, paths.vocab_size
         again = f"python tinystories.py pretokenize {paths.make_hint()}"
         meta = read_sidecar(folder)
@@ -238,14 +275,39 @@ class TokenData:
                     f"{seq_len + 1}: give more text or a smaller --max_seq_len"
                 )
             shards.append(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
-            if (top := largest(shards[-1])) >= vocab_size:
-                raise UserError(f"vocab_size = {vocab_size}, but {path} has a token {top}")
+        if check:
+            self.check_contents(names, shards, meta, vocab_size, again)
         self.valid, self.train = shards[:1], shards[1:]
         self.valid_bytes = 0
         if meta:
             self.valid_bytes = meta["shards"][0]["bytes"]
         elif tokenizer:
             self.valid_bytes = sum(bytes_in(part, tokenizer) for part in chunks(self.valid[0]))
+
+    @staticmethod
+    def check_contents(names, shards, meta, vocab_size, again):
+        """Read every shard through: raise UserError for changed bytes or an id >= vocab_size."""
+        n_bytes = sum(shard.nbytes for shard in shards)
+        bar = tqdm(
+            total=n_bytes, unit="B", unit_scale=True, desc="check", disable=n_bytes < SLOW_CHECK
+        )
+        with bar:
+            for i, shard in enumerate(shards):
+                crc = 0
+                # read as a file: touched pages of a memory map count as this process's memory
+                with open(shard.filename, "rb") as f:
+                    while len(part := np.fromfile(f, shard.dtype, CHUNK)):
+                        crc = zlib.crc32(part, crc)
+                        bar.update(part.nbytes)
+                        if (top := part.max()) >= vocab_size:
+                            raise UserError(
+                                f"vocab_size = {vocab_size}, but {shard.filename} has a token {top}"
+                            )
+                expected = meta["shards"][i].get("crc32", crc) if meta else crc
+                if crc != expected:
+                    raise UserError(
+                        f"shard {shard.filename} has changed; delete it and run: {again}"
+                    )
 
     def tokens_per_byte(self):
         """Validation tokens a byte of text, BOS counted; None where the bytes are unknown."""
@@ -257,63 +319,123 @@ def chunks(shard):
     return (shard[i : i + CHUNK] for i in range(0, len(shard), CHUNK))
 
 
-def largest(shard):
-    return max(int(part.max()) for part in chunks(shard))
+def mixed(x):
+    """Every bit of uint64 numbers spread over all of them (SplitMix64's last steps)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def windows(shards, seq_len, keep_tail):
+def permuted(index, n, keys):
     """
-    Cut shards into windows of seq_len tokens to read and the same, one later, to predict. Returns
-    an int64 array (n, 2) of shard number and first token; keep_tail keeps the last, partial one.
+    Where a permutation of 0 .. n - 1 sends the numbers of `index`, an int array, computed for each
+    alone in constant time: a Feistel network whose round keys are `keys`, an even number of uint64,
+    on a rectangle of n or a few more cells; what falls on one of those is sent on until it does not
+    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
-    out = []
-    for i, shard in enumerate(shards):
-        n_targets = len(shard) - 1
-        n = -(-n_targets // seq_len) if keep_tail else n_targets // seq_len
-        out.append(np.stack([np.full(n, i), np.arange(n) * seq_len], axis=1))
-    return np.concatenate(out)
+    rows = math.isqrt(n - 1) + 1
+    rows, columns = np.uint64(rows), np.uint64(-(-n // rows))
+    x = np.asarray(index).astype(np.uint64)
+    out = np.ones(x.shape, dtype=bool)
+    while out.any():
+        row, column = np.divmod(x[out], columns)
+        for key, next_key in zip(keys[::2], keys[1::2], strict=True):
+            row = (row + mixed(column + key)) % rows
+            column = (column + mixed(row + next_key)) % columns
+        x[out] = row * columns + column
+        out = x >= n
+    return x.astype(np.int64)
 
 
-def gather(shards, rows, seq_len):
-    """Inputs and targets (len(rows), seq_len) int64 of some windows; -1 where a target lacks."""
-    batch = np.full((len(rows), seq_len + 1), -1, dtype=np.int64)
-    for out, (i, start) in zip(batch, rows, strict=True):
+@functools.lru_cache(maxsize=2)
+def round_keys(seed, epoch):
+    """Six keys for permuted(): with four, neighbours of short epochs can still be told."""
+    return np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+
+
+class TrainBatches:
+    """
+    An endless stream of training sequences. Each epoch has every window of every shard once, in an
+    order that (seed, epoch) decides. What a position of the stream holds depends on nothing else,
+    so that processes share it by taking different positions, and a resumed run sees the same data.
+    """
+
+    def __init__(self, shards, seq_len, seed):
+        self.shards = [np.asarray(shard) for shard in shards]  # slices of a memmap are slow to make
+        self.seq_len, self.seed = seq_len, seed
+        counts = [(len(shard) - 1) // seq_len for shard in shards]
+        self.ends = np.cumsum(counts)  # (n_shards,) number of windows up to the end of each shard
+        self.n_windows = sum(counts)  # of an epoch
+        # What is left over at the end of a shard makes no window
+        self.coverage = self.n_windows * seq_len / sum(len(shard) - 1 for shard in shards)
+
+    def places(self, position, n, stride=1):
+        """
+        Shard numbers and first tokens, two int64 arrays (n,), of the windows at position,
+        position + stride, ... of the stream.
+        """
+        epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            index[here] = permuted(index[here], self.n_windows, round_keys(self.seed, int(epoch)))
+        shard = np.searchsorted(self.ends, index, side="right")
+        before = np.concatenate([[0], self.ends])[shard]
+        return shard, (index - before) * self.seq_len
+
+    def at(self, position, n, stride=1):
+        """Inputs and targets (n, seq_len) int64 of the windows that places() tells."""
+        return gather(
+            self.shards, zip(*self.places(position, n, stride), strict=True), n, self.seq_len
+        )
+
+
+def ahead(make, depth=4):
+    """Yield make(0), make(1), ... for ever, the next `depth` of them being made in a thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        made = collections.deque(thread.submit(make, k) for k in range(depth))
+        for k in itertools.count(depth):
+            yield made.popleft().result()
+            made.append(thread.submit(make, k))
+
+
+def valid_windows(shards, seq_len):
+    """
+    Shard number and first token, an int64 array (n, 2), of all windows of the validation text in
+    order; the last of a shard may be partial.
+    """
+    return np.array(
+        [
+            (i, start)
+            for i, shard in enumerate(shards)
+            for start in range(0, len(shard) - 1, seq_len)
+        ]
+    )
+
+
+def gather(shards, places, n, seq_len):
+    """Inputs and targets (n, seq_len) int64 of n windows; -1 where a target lacks."""
+    batch = np.full((n, seq_len + 1), -1, dtype=np.int64)
+    for out, (i, start) in zip(batch, places, strict=True):
         tokens = shards[i][start : start + seq_len + 1]
         out[: len(tokens)] = tokens
     batch = torch.from_numpy(batch)
     return batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
 
 
-class TrainBatches:
-    """
-    An endless stream of training batches: each epoch is a permutation of all windows, seeded by
-    (seed, epoch), so that any position can be gone to and a resumed run sees the same data.
-    """
-
-    def __init__(self, shards, seq_len, seed):
-        self.shards, self.seq_len, self.seed = shards, seq_len, seed
-        self.windows = windows(shards, seq_len, keep_tail=False)
-        self.epoch, self.order = -1, None
-
-    def at(self, position, batch_size):
-        """Inputs and targets (batch_size, seq_len) of the windows position, position + 1, ..."""
-        rows = []
-        for k in range(position, position + batch_size):
-            epoch, i = divmod(k, len(self.windows))
-            if epoch != self.epoch:
-                rng = np.random.default_rng([self.seed, epoch])
-                self.epoch, self.order = epoch, rng.permutation(len(self.windows))
-            rows.append(self.windows[self.order[i]])
-        return gather(self.shards, rows, self.seq_len)
-
-
-def valid_batches(shards, seq_len, batch_size, max_batches):
+def valid_batches(shards, seq_len, batch_size, max_batches, rank=0, world_size=1):
     """
     The fixed validation batches: all windows of the text in order where max_batches hold them, else
-    as many of them, evenly spaced. Yields inputs and targets (up to batch_size, seq_len).
+    as many of them, evenly spaced. Yields inputs and targets (up to batch_size, seq_len) of every
+    world_size-th batch from `rank` on; one without targets where a rank has one less than others.
     """
-    rows = windows(shards, seq_len, keep_tail=True)
-    if len(rows) > max_batches * batch_size:
-        rows = rows[np.linspace(0, len(rows) - 1, max_batches * batch_size).astype(int)]
-    for i in range(0, len(rows), batch_size):
-        yield gather(shards, rows[i : i + batch_size], seq_len)
+    places = valid_windows(shards, seq_len)
+    if len(places) > max_batches * batch_size:
+        places = places[np.linspace(0, len(places) - 1, max_batches * batch_size).astype(int)]
+    n_batches = -(-len(places) // batch_size)
+    for first in range(0, n_batches, world_size):
+        mine = min(first + rank, n_batches - 1)
+        rows = places[mine * batch_size : (mine + 1) * batch_size]
+        x, y = gather(shards, rows, len(rows), seq_len)
+        if mine < first + rank:
+            y = torch.full_like(y, -1)
+        yield x, y

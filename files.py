@@ -38,10 +38,23 @@ def atomic_write(path, mode="wb"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        flush_folder(os.path.dirname(path))
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
         raise
+
+
+def flush_folder(folder):
+    """Have the names in a folder on disk too, so that a rename outlives a power cut."""
+    if os.name == "nt":  # has no such call for folders
+        return
+    fd = os.open(folder or ".", os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_json(path, value):

@@ -215,12 +215,15 @@ def pretokenize_stage():
         )
     tokenizer.export(paths.tokenizer_bin)
     meta = write_shards(paths.shards, tokenizer, corpus_plan(), worker_count())
-    total = {k: sum(s[k] for s in meta["shards"]) for k in ("documents", "tokens", "bytes", "unk")}
+    counts = ("documents", "tokens", "bytes", "unk", "held_out")
+    total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
     print(
         f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
         f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
         f"in {len(meta['shards'])} shards in {paths.shards}"
     )
+    if total["held_out"]:
+        print(f"{total['held_out']:,} training documents are in the validation text too: left out")
     if total["unk"]:
         print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
     print(f"next: python train.py {paths.make_hint()}{data_dir_flag()}")

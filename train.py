@@ -4,13 +4,14 @@ Train a Llama on the token shards of tinystories.py.
     python train.py --vocab_size=4096 --out_dir=out
     python train.py config/baby128.py --max_iters=500
     python train.py --init_from=resume --out_dir=out     # go on where it stopped
+    torchrun --nproc_per_node=2 train.py --out_dir=out   # the same steps, shared by two processes
 
-In out_dir appear ckpt.pt (the checkpoint), model.bin and tokenizer.bin (the best model so far, for
-./run), tokenizer.model, and log.jsonl (one JSON object a line; README.md says what is in it).
-Ctrl-C ends the run after the current step with a checkpoint.
+In out_dir appear ckpt.pt (the latest checkpoint; earlier ones, and best.pt, beside it), model.bin
+and tokenizer.bin (the best model so far, for ./run), tokenizer.model, and log.jsonl (one JSON
+object a line; README.md says what is in it). Ctrl-C ends the run after the current step with a
+checkpoint.
 """
 
-import json
 import math
 import os
 import shutil
@@ -23,13 +24,28 @@ START = time.perf_counter()  # before torch is loaded: time_s counts from here
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint  # noqa: E402
+import parallel  # noqa: E402
+from checkpoint import (  # noqa: E402
+    FORMAT,
+    CheckpointWriter,
+    load_checkpoint,
+    load_latest,
+    load_model,
+    optimizer_tensors,
+    put_aside_damaged,
+    restore,
+    rng_states,
+    set_rng_states,
+    versions,
+)
 from configurator import UserError, configure, settings_of  # noqa: E402
-from dataset import DataPaths, TokenData, TrainBatches, valid_batches  # noqa: E402
+from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
 from export import export_model  # noqa: E402
 from files import atomic_write  # noqa: E402
-from hardware import autocast, describe, git_commit, pick_device, pick_dtype  # noqa: E402
+from hardware import autocast, describe, git_commit, pick_dtype  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
+from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
+from rundir import RunDir  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -38,16 +54,19 @@ out_dir = "out"  # checkpoints, model.bin and log.jsonl go here
 eval_interval = 200  # steps between evaluations
 eval_iters = 100  # validation batches at most; the whole text where they hold it
 log_interval = 10  # steps between lines in the log
-eval_only = False  # evaluate the checkpoint of init_from=resume and stop
-always_save_checkpoint = False  # save after every evaluation, not only when it is the best
-init_from = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt with its settings
+eval_only = False  # evaluate the checkpoint of init_from and stop
+always_save_checkpoint = True  # after every evaluation; False: only when it is the best so far
+save_interval = 0  # steps between further checkpoints; 0: none
+keep_last = 2  # checkpoints kept: ckpt.pt and those before it
+init_from = "scratch"  # scratch; resume: go on in out_dir; or a checkpoint's path: its weights
+resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as init_from says
 # data
 data_dir = "data"  # as in tinystories.py
 vocab_source = "custom"  # custom, or llama2
 vocab_size = 4096  # must be that of the shards; 0 stands for Llama 2's own
 max_seq_len = 256  # tokens a sequence: the context of the model
 batch_size = 32  # sequences a micro-batch
-gradient_accumulation_steps = 1  # micro-batches a step
+gradient_accumulation_steps = 1  # micro-batches a step, of all processes together
 # model
 dim = 288  # width of the residual stream
 n_layers = 6  # transformer blocks
@@ -69,20 +88,23 @@ cooldown_frac = 1.0  # last part of the steps, in which it falls to zero as a co
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (of the matrix products)
+fsdp = False  # under torchrun: each process holds a part of the model (FSDP2), not all (DDP)
 compile = False  # torch.compile: slow to start, then faster on a GPU
 seed = 1337  # of the weights and the order of the data
 given = configure(globals())
 # -----------------------------------------------------------------------------
 
+parallel.errors_of_ranks()
 config = settings_of(globals())
 
 FIXED_BY_CHECKPOINT = set(
-    "vocab_source vocab_size max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
+    "vocab_size vocab_source max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
     "tie_embeddings".split()
 )
-OF_ONE_START = set("out_dir init_from eval_only device dtype compile".split())
+OF_ONE_START = set("out_dir init_from resume eval_only device dtype fsdp compile".split())
 AT_LEAST_1 = (
-    "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters"
+    "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
+    "keep_last"
 ).split()
 
 
@@ -98,7 +120,26 @@ def resumed(config, old, given):
                     f"cannot resume with {name} = {config[name]}: "
                     f"the checkpoint's model has {old[name]}"
                 )
-            print(f"resuming with {name} = {config[name]} instead of {old[name]}")
+            say(f"resuming with {name} = {config[name]} instead of {old[name]}")
+    return config
+
+
+def adopted(config, model_args, given):
+    """Settings to train the weights of a checkpoint with: the architecture is that of the model."""
+    config = dict(config)
+    for name in config.keys() & model_args.keys() - {"dropout"}:
+        if model_args[name] is None:  # llama2.c's way to leave it to the default
+            continue
+        if name == "max_seq_len" and name in given:  # no weight depends on it
+            continue
+        if name == "vocab_size" and DataPaths("", vocab_source, config[name]).is_llama2:
+            continue
+        if name in given and config[name] not in (model_args[name], 0):
+            raise UserError(
+                f"cannot start from {init_from} with {name} = {config[name]}: "
+                f"its model has {model_args[name]}"
+            )
+        config[name] = model_args[name]
     return config
 
 
@@ -114,53 +155,82 @@ def check_settings():
         ("beta1", 0 <= beta1 < 1, "from 0 to below 1"),
         ("beta2", 0 <= beta2 < 1, "from 0 to below 1"),
         ("warmup_iters", warmup_iters >= 0, "0 or above"),
+        ("save_interval", save_interval >= 0, "0 (none) or above"),
         ("seed", 0 <= seed < 1 << 63, "from 0 to 2 ** 63 - 1"),
     ):
         if not allowed:
             raise UserError(f"{name} = {config[name]}: expected a number {expected}")
+    if resume not in ("auto", "no"):
+        raise UserError(f"resume = {resume!r}: expected auto or no")
 
 
-# ---- the checkpoint to resume, if any
+# ---- the checkpoint to begin from, if any
 
-checkpoint, checkpoint_path = None, os.path.join(out_dir, "ckpt.pt")
-if init_from == "resume":
-    checkpoint = load_checkpoint(checkpoint_path)
-    if not {"iter_num", "n_sequences", "rng"} <= checkpoint.keys():
-        raise UserError(f"{checkpoint_path} holds weights but no training run to go on with")
+checkpoint, checkpoint_path, damaged = None, None, []
+if init_from == "resume" or resume == "auto":
+    checkpoint, checkpoint_path, damaged = load_latest(out_dir)
+is_resumed = checkpoint is not None
+if is_resumed:
     config = resumed(config, checkpoint["config"], given)
-    globals().update(config)
-    checkpoint["model_args"]["dropout"] = dropout  # the one number of the model that may change
+    for name, version in versions().items():
+        if (old := checkpoint["versions"][name]) != version:
+            say(f"the checkpoint is of {name} {old}, this is {version}: last digits may differ")
+elif init_from == "resume":
+    raise UserError(f"checkpoint {os.path.join(out_dir, 'ckpt.pt')} does not exist; start one")
 elif init_from != "scratch":
-    raise UserError(f"init_from = {init_from!r}: expected scratch or resume")
+    if not os.path.exists(init_from):
+        raise UserError(
+            f"init_from = {init_from!r}: expected scratch, resume, or the path of a checkpoint"
+        )
+    checkpoint, checkpoint_path = load_checkpoint(init_from), init_from
+    config = adopted(config, checkpoint["model_args"], given)
 elif eval_only:
-    raise UserError("eval_only needs a model to evaluate: give --init_from=resume as well")
+    raise UserError("eval_only needs a model to evaluate: give --init_from=resume or a checkpoint")
+globals().update(config)
 check_settings()
 
 # ---- data and model
 
+device = parallel.start(device)
+dtype = pick_dtype(dtype, device)
+if fsdp and WORLD_SIZE == 1:
+    print("fsdp has nothing to share in one process; start several with torchrun")
+    fsdp = False
+if fsdp and dtype is torch.float16:
+    raise UserError("float16 cannot be used with fsdp: take --dtype=bfloat16 or float32")
+micro_batch_size, n_micro_batches = parallel.share_of_step(batch_size, gradient_accumulation_steps)
+step_size = batch_size * gradient_accumulation_steps  # sequences, of all ranks together
+
 paths = DataPaths(data_dir, vocab_source, vocab_size)
 model_settings = {f.name: config[f.name] for f in fields(ModelArgs) if f.name in config}
+if checkpoint:  # with what is no setting, such as norm_eps
+    model_settings = checkpoint["model_args"] | model_settings
 try:
-    args = ModelArgs(**{**model_settings, "vocab_size": paths.vocab_size})
+    args = ModelArgs.from_dict({**model_settings, "vocab_size": paths.vocab_size})
 except ValueError as e:
     raise UserError(str(e)) from None
 tokenizer = Tokenizer(paths.tokenizer_model) if os.path.exists(paths.tokenizer_model) else None
-data = TokenData(paths, max_seq_len, tokenizer)
-if checkpoint and tokenizer and checkpoint["tokenizer_hash"] not in ("", tokenizer.hash):
+data = TokenData(paths, max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
+if checkpoint and tokenizer and checkpoint.get("tokenizer_hash", "") not in ("", tokenizer.hash):
     raise UserError(f"{checkpoint_path} was trained with another {paths.tokenizer_model}")
 batches = TrainBatches(data.train, max_seq_len, seed)
-if len(batches.windows) < batch_size:
+if batches.n_windows < step_size:
     raise UserError(
-        f"the training shards hold {len(batches.windows)} sequences of {max_seq_len} tokens, less "
-        f"than one batch of {batch_size}: give more text or a smaller --batch_size"
+        f"the training shards hold {batches.n_windows} sequences of {max_seq_len} tokens, less "
+        f"than the {step_size} of one step: give more text or a smaller --batch_size"
     )
 
-device = pick_device(device)
-dtype = pick_dtype(dtype, device)
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-model = load_model(checkpoint, checkpoint_path) if checkpoint else Transformer(args)
+if checkpoint and not is_resumed:
+    checkpoint["model_args"] = args.to_dict()
+    model = load_model(checkpoint, checkpoint_path)
+else:
+    model = Transformer(args)
+n_params = model.n_params()
 model.to(device)
+if fsdp:
+    parallel.shard(model, device)
 # Only matrices decay: the gains of the norms have to stay where they are useful
 matrices = [p for p in model.parameters() if p.dim() >= 2]
 gains = [p for p in model.parameters() if p.dim() < 2]
@@ -172,43 +242,52 @@ optimizer = torch.optim.AdamW(
 )
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
+iter_num, n_sequences, evaluated, train_s, best_val_loss = 0, 0, 0, 0.0, math.inf
+if is_resumed:
+    restore(model, optimizer, checkpoint, checkpoint_path)
+    iter_num, n_sequences = checkpoint["iter_num"], checkpoint["n_sequences"]
+    evaluated, train_s = checkpoint["evaluated"], checkpoint["train_s"]
+    best_val_loss = checkpoint["best_val_loss"]
+    if checkpoint["scaler"]:  # empty where the run so far was not in float16
+        scaler.load_state_dict(checkpoint["scaler"])
+    set_rng_states(checkpoint["rng"])
+checkpoint = None  # its memory is not needed any more
+
+
+def micro_batch(k):
+    """Inputs and targets of this rank's k-th micro-batch from where the run begins."""
+    step, i = divmod(k, n_micro_batches)
+    position = first_sequence + step * step_size + i * micro_batch_size * WORLD_SIZE + RANK
+    x, y = batches.at(position, micro_batch_size, stride=WORLD_SIZE)
+    # pinned memory is copied while the GPU computes
+    return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
 
 def to_device(x, y):
-    if device.type == "cuda":  # pinned memory is copied while the GPU computes
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-    return x.to(device), y.to(device)
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def compiled(model):
-    """The compiled model, made ready by one pass; the model itself where compiling fails."""
-    net = torch.compile(model)
+def compiled(net):
+    """The compiled module, made ready by one pass; the module itself where compiling fails."""
     try:
-        x, y = to_device(*batches.at(0, batch_size))
+        x, y = to_device(*batches.at(0, micro_batch_size))
+        fast = torch.compile(net)
         with autocast(device, dtype):
-            net(x, y).backward()
-        return net
+            fast(x, y).backward()
+        return fast
     except Exception as e:
-        print(f"torch.compile fails ({type(e).__name__}); going on without it")
-        return model
+        say(f"torch.compile fails ({type(e).__name__}); going on without it")
+        return net
     finally:
         model.zero_grad(set_to_none=True)
 
 
-net = compiled(model) if compile else model
-
-iter_num, n_sequences, train_s, best_val_loss = 0, 0, 0.0, math.inf
-if checkpoint:
-    iter_num, n_sequences = checkpoint["iter_num"], checkpoint["n_sequences"]
-    train_s, best_val_loss = checkpoint["train_s"], checkpoint["best_val_loss"]
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
-        group.update(betas=(beta1, beta2), weight_decay=decay)  # they may have been given anew
-    if checkpoint["scaler"]:  # empty where the run so far was not in float16
-        scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if device.type != "cpu" and device.type in checkpoint["rng"]:
-        getattr(torch, device.type).set_rng_state(checkpoint["rng"][device.type])
-    checkpoint = None  # its memory is not needed any more
+net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
+wrapped = net
+if compile:
+    net = compiled(net)
+first_sequence = n_sequences
+stream = ahead(micro_batch)
 
 
 # ---- the parts of a step
@@ -226,16 +305,21 @@ def learning_rate(step):
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss over the fixed validation batches, nats a token."""
+    """Mean loss over the fixed validation batches, nats a token; None where a stop came between."""
     model.eval()
     total, n_targets = 0.0, 0
-    for x, y in valid_batches(data.valid, max_seq_len, batch_size, eval_iters):
+    for x, y in valid_batches(data.valid, max_seq_len, batch_size, eval_iters, RANK, WORLD_SIZE):
+        if parallel.any_rank(stopping):
+            model.train()
+            return None
         n = int((y >= 0).sum())
         x, y = to_device(x, y)
         with autocast(device, dtype):  # a last, smaller batch is not worth compiling for
-            loss = (net if len(x) == batch_size else model)(x, y)
-        total, n_targets = total + loss.item() * n, n_targets + n
+            loss = (net if compile and len(x) == batch_size else model)(x, y)
+        if n:  # a rank may have one batch less than others
+            total, n_targets = total + loss.item() * n, n_targets + n
     model.train()
+    total, n_targets = parallel.total(total, n_targets)
     return total / n_targets
 
 
@@ -248,14 +332,16 @@ def bits_per_byte(loss):
 def training_step():
     """One step of the optimizer; returns loss and gradient norm as tensors, not waited for."""
     global iter_num, n_sequences
+    if dropout:  # the same in a resumed run, and another in each rank
+        torch.manual_seed(hash((seed, iter_num, RANK)))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(iter_num)
     total = 0.0
-    for _ in range(gradient_accumulation_steps):
-        x, y = to_device(*batches.at(n_sequences, batch_size))
-        n_sequences += batch_size
+    for i in range(n_micro_batches):
+        x, y = to_device(*next(stream))
+        parallel.sync_gradients(wrapped, i == n_micro_batches - 1)
         with autocast(device, dtype):
-            loss = net(x, y) / gradient_accumulation_steps
+            loss = net(x, y) / n_micro_batches
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
@@ -264,37 +350,50 @@ def training_step():
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     iter_num += 1
-    return total, grad_norm
+    n_sequences += step_size
+    return total, parallel.whole(grad_norm)
 
 
-def save():
-    rng = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        rng[device.type] = getattr(torch, device.type).get_rng_state()
-    save_checkpoint(
-        checkpoint_path,
-        {
-            "model": model.state_dict(),
-            "model_args": args.to_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "iter_num": iter_num,
-            "n_sequences": n_sequences,
-            "train_s": train_s,
-            "best_val_loss": best_val_loss,
-            "tokenizer_hash": tokenizer.hash if tokenizer else "",
-            "config": config,
-            "rng": rng,
-        },
-    )
+def save(is_best=False):
+    """Begin to write a checkpoint; training goes on meanwhile."""
+    checkpoint = {
+        "format": FORMAT,
+        "model_args": args.to_dict(),
+        "scaler": scaler.state_dict(),
+        "iter_num": iter_num,
+        "n_sequences": n_sequences,
+        "evaluated": evaluated,
+        "train_s": train_s,
+        "best_val_loss": best_val_loss,
+        "tokenizer_hash": tokenizer.hash if tokenizer else "",
+        "config": config,
+        "rng": rng_states(),
+        "versions": versions(),
+    }
+    if fsdp:
+        writer.save_sharded(checkpoint, model, optimizer, is_best)
+    elif FIRST:
+        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+        writer.save({**checkpoint, **tensors}, is_best)
+
+
+def export_best():
+    """Write model.bin; a failure is said and costs nothing else."""
+    plain = model
+    if fsdp:
+        state = {name: parallel.whole(t).cpu() for name, t in model.state_dict().items()}
+        plain = Transformer(args)
+        plain.load_state_dict(state)
+    if FIRST:
+        try:
+            export_model(plain, model_path)
+        except UserError as e:
+            tqdm.write(f"warning: {e}; training goes on")
 
 
 def log(kind, **values):
-    """Append one line to log.jsonl; floats get six digits, and null where they are no number."""
-    for key, value in values.items():
-        if isinstance(value, float):
-            values[key] = float(f"{value:.6g}") if math.isfinite(value) else None
-    print(json.dumps({"kind": kind, **values}, allow_nan=False), file=log_file, flush=True)
+    if FIRST:
+        run.log(kind, **values)
 
 
 def now():
@@ -312,13 +411,15 @@ def request_stop(signum, frame):
     global stopping
     stopping = True
     signal.signal(signum, signal.SIG_DFL)
-    tqdm.write("stopping after this step; once more ends at once, without a checkpoint")
+    if FIRST:
+        tqdm.write("stopping after this step; once more ends at once, without a checkpoint")
 
 
 def stop_if_diverged(what, loss):
     """End the run, with the last good checkpoint untouched, where a loss is no number."""
     if not math.isfinite(loss):
         bar.close()
+        writer.wait()
         log("end", reason="diverged", **now(), best_val_loss=best_val_loss)
         raise UserError(
             f"the {what} is {loss} at step {iter_num}: training has diverged; try a smaller "
@@ -326,109 +427,144 @@ def stop_if_diverged(what, loss):
         )
 
 
+def evaluate_and_keep():
+    """
+    Evaluate; export the best model so far, and save where always_save_checkpoint says so. Returns
+    False where a stop came between: then a resumed run begins with this evaluation.
+    """
+    global evaluated, val_loss, best_val_loss
+    val_loss = evaluate()
+    if val_loss is None:
+        return False
+    stop_if_diverged("validation loss", val_loss)
+    evaluated = iter_num
+    log("eval", **now(), val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
+    is_best = val_loss < best_val_loss
+    if FIRST:
+        tqdm.write(f"step {iter_num}: {show(val_loss)}{', the best so far' if is_best else ''}")
+    if is_best:
+        best_val_loss = val_loss
+        export_best()
+    if is_best or always_save_checkpoint or time_to_save():
+        save(is_best)
+    return True
+
+
+def time_to_save():
+    return save_interval > 0 and iter_num % save_interval == 0
+
+
 def show(loss):
     bpb = bits_per_byte(loss)
     return f"validation loss {loss:.4f}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
 
-def set_aside_earlier_run():
-    """Move what an earlier run left in out_dir to out_dir/previous, in place of one yet earlier."""
-    names = ("ckpt.pt", "model.bin", "tokenizer.bin", "tokenizer.model", "log.jsonl")
-    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    if names:
-        previous = os.path.join(out_dir, "previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        os.makedirs(previous)
-        for name in names:
-            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
-        print(f"a new run begins; the earlier one in {out_dir} is moved to {previous}")
-
-
 # ---- the run
 
+stopping = False  # whether this rank was told to stop
 if eval_only:
-    print(f"step {iter_num}: {show(evaluate())}")
+    say(f"step {iter_num}: {show(evaluate())}")
     raise SystemExit
-if iter_num >= max_iters:
+if iter_num >= max_iters and evaluated == iter_num:
+    if resume == "auto":
+        say(f"the run in {out_dir} has done its {iter_num} steps")
+        raise SystemExit
     raise UserError(f"the run has done its {iter_num} steps; raise --max_iters to go on")
 
-try:
-    os.makedirs(out_dir, exist_ok=True)
-except OSError as e:
-    raise UserError(f"out_dir = {out_dir} cannot be made ({e.strerror}): name a folder") from None
-if iter_num == 0:
-    set_aside_earlier_run()
-if tokenizer:  # so that out_dir has all that ./run and sample.py need
-    tokenizer.export(os.path.join(out_dir, "tokenizer.bin"))
-    with (
-        open(paths.tokenizer_model, "rb") as src,
-        atomic_write(os.path.join(out_dir, "tokenizer.model")) as dst,
-    ):
-        shutil.copyfileobj(src, dst)
-else:
-    print(f"without {paths.tokenizer_model}, bits per byte are unknown and no text can be told")
-print(
-    f"{model.n_params():,} parameters, {sum(map(len, data.train)):,} training tokens, "
-    f"{iter_num} of {max_iters} steps done; {device}, {str(dtype).removeprefix('torch.')}"
+parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
+if FIRST:
+    run = RunDir(out_dir)
+    if is_resumed:
+        put_aside_damaged(damaged)
+    else:
+        run.set_aside_earlier_run()
+    if tokenizer:  # so that out_dir has all that ./run and sample.py need
+        tokenizer.export(run.file("tokenizer.bin"))
+        with (
+            open(paths.tokenizer_model, "rb") as src,
+            atomic_write(run.file("tokenizer.model")) as dst,
+        ):
+            shutil.copyfileobj(src, dst)
+    else:
+        print(f"without {paths.tokenizer_model}, bits per byte are unknown and no text can be told")
+    run.open_log(iter_num)
+parallel.wait_for_all()
+is_latest = is_resumed and os.path.basename(checkpoint_path) == "ckpt.pt"
+writer = CheckpointWriter(out_dir, keep_last, iter_num if is_latest else None)
+model_path = os.path.join(out_dir, "model.bin")
+n_train, n_valid = (sum(map(len, shards)) for shards in (data.train, data.valid))
+say(
+    f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
+    f"{iter_num} of {max_iters} steps done; "
+    f"{device}, {str(dtype).removeprefix('torch.')}"
+    + (f", {WORLD_SIZE} processes ({'FSDP' if fsdp else 'DDP'})" if WORLD_SIZE > 1 else "")
 )
-log_file = open(os.path.join(out_dir, "log.jsonl"), "a" if iter_num else "w")  # noqa: SIM115
 log(
     "start",
     config=config,
     model_args=args.to_dict(),
-    n_params=model.n_params(),
-    train_tokens=sum(map(len, data.train)),
-    valid_tokens=sum(map(len, data.valid)),
+    n_params=n_params,
+    train_tokens=n_train,
+    valid_tokens=n_valid,
+    coverage=batches.coverage,
+    processes=WORLD_SIZE,
     compute_dtype=str(dtype).removeprefix("torch."),
     commit=git_commit(),
     **describe(device),
 )
 
-stopping = False
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, request_stop)
-model_path = os.path.join(out_dir, "model.bin")
 val_loss = math.inf
+bar = tqdm(total=max_iters, initial=iter_num, unit="step", dynamic_ncols=True, disable=not FIRST)
+stop = False
+if iter_num != evaluated and (iter_num % eval_interval == 0 or iter_num == max_iters):
+    stop = not evaluate_and_keep()  # the run was stopped before this evaluation was done
 clock, unlogged_steps = time.perf_counter(), 0
-bar = tqdm(total=max_iters, initial=iter_num, unit="step", dynamic_ncols=True)
-while iter_num < max_iters and not stopping:
+while iter_num < max_iters and not stop:
     loss, grad_norm = training_step()
+    stop = parallel.any_rank(stopping)
     unlogged_steps += 1
     bar.update()
     time_to_eval = iter_num % eval_interval == 0 or iter_num == max_iters
-    if iter_num % log_interval == 0 or iter_num == 1 or time_to_eval or stopping:
-        loss, grad_norm = float(loss), float(grad_norm)  # waits for the device
-        elapsed = time.perf_counter() - clock
+    if iter_num % log_interval == 0 or iter_num == 1 or time_to_eval or time_to_save() or stop:
+        loss, grad_norm = parallel.total(float(loss))[0] / WORLD_SIZE, float(grad_norm)
+        elapsed = time.perf_counter() - clock  # with the device waited for
         train_s += elapsed
         stop_if_diverged("loss", loss)
-        tok_s = unlogged_steps * batch_size * gradient_accumulation_steps * max_seq_len / elapsed
+        tok_s = unlogged_steps * step_size * max_seq_len / elapsed
         lr = learning_rate(iter_num - 1)
         log("train", **now(), loss=loss, lr=lr, grad_norm=grad_norm, tok_s=round(tok_s))
         bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s")
         clock, unlogged_steps = time.perf_counter(), 0
-    if time_to_eval:
-        val_loss = evaluate()
-        stop_if_diverged("validation loss", val_loss)
-        log("eval", **now(), val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
-        is_best = val_loss < best_val_loss
-        tqdm.write(f"step {iter_num}: {show(val_loss)}{', the best so far' if is_best else ''}")
-        if is_best:
-            best_val_loss = val_loss
-            export_model(model, model_path)
-        if is_best or always_save_checkpoint:
-            save()
+    if time_to_eval and not stop:
+        stop = not evaluate_and_keep()
+    elif time_to_save():
+        save()
+    if time_to_eval or time_to_save():
         clock = time.perf_counter()
 bar.close()
-save()
-reason = "interrupted" if iter_num < max_iters else "finished"
-log("end", reason=reason, **now(), best_val_loss=best_val_loss)
-if reason == "interrupted":
-    print(f"stopped at step {iter_num}; {checkpoint_path} is saved")
-    print(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
-else:
-    print(f"best {show(best_val_loss)}; wrote {model_path}")
+writer.wait()
+if writer.latest_step != iter_num:
+    save()
+    writer.wait()
+finished = iter_num >= max_iters and evaluated == iter_num
+log(
+    "end",
+    reason="finished" if finished else "interrupted",
+    **now(),
+    best_val_loss=best_val_loss,
+)
+if writer.error:
+    raise UserError(
+        f"{writer.error}; of the {iter_num} steps, "
+        + (f"{writer.latest_step} are in ckpt.pt" if writer.latest_step else "none are saved")
+    )
+if finished:
+    say(f"best {show(best_val_loss)}; wrote {model_path}")
     if val_loss > best_val_loss:
-        print(
-            f"the last step was worse: {model_path} is of the best, {checkpoint_path} of the last"
-        )
-    print(f'next: ./run {model_path} -i "Once upon a time"')
+        say("the last step was worse: model.bin and best.pt are of the best, ckpt.pt of the last")
+    say(f'next: ./run {model_path} -i "Once upon a time"')
+else:
+    say(f"stopped at step {iter_num}; {os.path.join(out_dir, 'ckpt.pt')} is saved")
+    say(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")

@@ -13,7 +13,7 @@ from conftest import bin_of, refused, script
 
 from configurator import UserError
 from corpus import plan_shards, read_documents
-from dataset import DataPaths, TokenData, TrainBatches, valid_batches, windows
+from dataset import DataPaths, TokenData
 from synth import make_stories
 from tokenizer import Tokenizer
 
@@ -346,8 +346,14 @@ def test_sidecars_that_do_not_fit(folder, tokenizers):
         other = DataPaths(folder, "custom", 300)
         other.shards = paths.shards
         TokenData(other, 16)
-    with open(folder / "tok512" / "data02.bin", "ab") as f:
-        f.write(b"xx")
+    shard = folder / "tok512" / "data02.bin"
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    shard.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"data02.bin has changed; delete it and run: python"):
+        TokenData(paths, 16)
+    shard.write_bytes(whole + b"xx")
     with pytest.raises(UserError, match=r"data02.bin is missing or damaged"):
         TokenData(paths, 16)
     sidecar.write_text(json.dumps({**meta, "tokenizer_hash": "0"}))
@@ -359,39 +365,6 @@ def test_sidecars_that_do_not_fit(folder, tokenizers):
         sidecar.write_text(text)
         with pytest.raises(UserError, match="is damaged"):
             TokenData(paths, 16)
-
-
-def test_an_epoch_sees_every_window_once(tmp_path):
-    arrays = fake_shards(tmp_path / "tok105", [50, 100, 77, 33])
-    data = TokenData(DataPaths(tmp_path, "custom", 105), 16)
-    batches = TrainBatches(data.train, 16, seed=1)
-    expected = sorted(
-        tuple(a[i : i + 17].tolist()) for a in arrays[1:] for i in range(0, len(a) - 16, 16)
-    )
-    n = len(expected)
-    assert len(batches.windows) == n
-    for epoch in range(2):
-        x, y = batches.at(epoch * n, n)
-        rows = [(*a, b[-1]) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        assert (x[:, 1:] == y[:, :-1]).all()
-        assert sorted(rows) == expected
-    # any position can be gone to, in any order
-    again = TrainBatches(data.train, 16, seed=1)
-    assert (again.at(n + 3, 4)[0] == batches.at(n, n)[0][3:7]).all()
-    assert (again.at(2, n)[0] == batches.at(2, n)[0]).all()
-    assert (batches.at(0, n)[0] != TrainBatches(data.train, 16, seed=2).at(0, n)[0]).any()
-
-
-def test_validation_is_fixed_and_whole(tmp_path):
-    (tokens, _) = fake_shards(tmp_path / "tok105", [100, 50])
-    data = TokenData(DataPaths(tmp_path, "custom", 105), 16)
-    x, y = zip(*valid_batches(data.valid, 16, 4, max_batches=10), strict=True)
-    targets = np.concatenate([t.numpy().ravel() for t in y])
-    assert targets[targets >= 0].tolist() == tokens[1:].tolist()  # each token but the first, once
-    assert len(x) == 2 and (x[0] >= 0).all() and (x[1] >= 0).all()
-    few = list(valid_batches(data.valid, 16, 2, max_batches=2))
-    assert sum(len(x) for x, _ in few) == 4
-    assert len(windows(data.valid, 16, keep_tail=True)) == 7
 
 
 def test_wide_vocabularies_use_uint32(tmp_path):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import random_model, refused, script
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
 from export import export_model
 
 
 def save(model, path):
-    save_checkpoint(path, {"model": model.state_dict(), "model_args": model.args.to_dict()})
+    save_file(path, {"model": model.state_dict(), "model_args": model.args.to_dict()})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -102,7 +102,7 @@ def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"bad.pt is damaged or no checkpoint"):
             load_checkpoint(tmp_path / "bad.pt")
     torch.save({"model": Hostile(), "model_args": {}}, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="holds more than numbers and was not loaded"):
         load_checkpoint(tmp_path / "bad.pt")
     assert not os.path.exists("hostile-code-ran")
     for value in ([1], {"model": {}}, torch.zeros(3)):
@@ -120,5 +120,5 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
     save(random_model(), path)
     before = path.read_bytes()
     with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(path, {"model": (lambda: 0)})
+        save_file(path, {"model": (lambda: 0)})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]

@@ -17,11 +17,15 @@ from checkpoint import load_checkpoint
 
 
 def test_a_run_leaves_what_it_promises(trained):
-    files = {"ckpt.pt", "model.bin", "tokenizer.bin", "tokenizer.model", "log.jsonl"}
+    files = {"ckpt.pt", "ckpt_000040.pt", "best.pt"}
+    files |= {"model.bin", "tokenizer.bin", "tokenizer.model", "log.jsonl"}
     assert set(os.listdir(trained)) == files
+    steps = {name: load_checkpoint(trained / name)["iter_num"] for name in files if "pt" in name}
+    assert steps == {"ckpt.pt": 60, "ckpt_000040.pt": 40, "best.pt": 60}
     log = read_log(trained)
     assert [entry["kind"] for entry in log[:2]] == ["start", "train"] and log[-1]["kind"] == "end"
     assert log[0]["config"]["dim"] == 32 and log[0]["torch"] == torch.__version__
+    assert 0.99 < log[0]["coverage"] < 1 and log[0]["processes"] == 1
     trains = [entry for entry in log if entry["kind"] == "train"]
     evals = [entry for entry in log if entry["kind"] == "eval"]
     clock = {"kind", "step", "tokens", "time_s", "train_s"}
@@ -131,9 +135,8 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
     assert "resuming with base_learning_rate = 0.001 instead of 0.01" in done.stdout
     assert read_log(out)[-1]["step"] == 65
     checkpoint = load_checkpoint(out / "ckpt.pt")
-    groups = checkpoint["optimizer"]["param_groups"]
-    assert [(g["weight_decay"], g["betas"][1]) for g in groups] == [(0.5, 0.9), (0.0, 0.9)]
     assert checkpoint["model_args"]["dropout"] == 0.2
+    assert (checkpoint["config"]["weight_decay"], checkpoint["config"]["beta2"]) == (0.5, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +213,16 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
         (["--dim=100", "--n_heads=3"], ["n_heads = 3 does not divide dim = 100"]),
         (["--n_kv_heads=3"], ["n_kv_heads = 3 does not divide n_heads = 4"]),
         (["--max_seq_len=100000"], ["tokens, and max_seq_len = 100000 needs 100001"]),
-        (["--batch_size=100000"], ["less than one batch of 100000"]),
+        (["--batch_size=100000"], ["less than the 100000 of one step"]),
         (["--batch_size=0"], ["batch_size = 0: expected at least 1"]),
         (["--device=gpu"], ["device = 'gpu': expected auto, cpu, cuda"]),
         (["--dtype=int8"], ["dtype = 'int8': expected auto, float32"]),
         (["--init_from=resume"], ["ckpt.pt does not exist"]),
-        (["--init_from=yesterday"], ["expected scratch or resume"]),
+        (["--init_from=yesterday"], ["expected scratch, resume, or the path of a checkpoint"]),
         (["--eval_only"], ["--init_from=resume"]),
+        (["--resume=always"], ["resume = 'always': expected auto or no"]),
+        (["--keep_last=0"], ["keep_last = 0: expected at least 1"]),
+        (["--save_interval=-1"], ["save_interval = -1"]),
         (["--base_learning_rate=0"], ["expected a number above 0"]),
         (["--cooldown_frac=2"], ["from 0 to 1"]),
         (["--grad_clip=-1"], ["grad_clip = -1.0: expected a number 0 (no limit) or above"]),

@@ -1,0 +1,148 @@
+"""
+Many processes: what torchrun started, how they share a model and a step, and how they agree.
+
+    torchrun --nproc_per_node=4 train.py --fsdp --key=value ...
+
+Without torchrun there is one process, and every function here does nothing or next to nothing.
+Each process ("rank") computes a part of every step. With DDP each holds the whole model and the
+gradients are averaged; with FSDP2 each holds a part of every matrix and gathers the rest when it
+is needed. Rank 0 alone prints and writes, but for the sharded checkpoints of FSDP.
+"""
+
+import atexit
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError
+from hardware import pick_device
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+FIRST = RANK == 0
+GRACE_S = 2  # in which the first rank of a machine may say what all of them have to say
+
+
+def errors_of_ranks():
+    """What all ranks of a machine have to say is said once; torch adds the rank to the line."""
+    if WORLD_SIZE == 1:
+        return
+    one_sentence = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if issubclass(kind, UserError):
+            if LOCAL_RANK:
+                time.sleep(GRACE_S)  # torchrun ends this process once the first rank has ended
+        elif issubclass(kind, dist.DistError) or "gloo" in str(error):
+            time.sleep(GRACE_S)
+            kind, error = UserError, UserError("lost another process; its own message says why")
+        atexit.unregister(dist.destroy_process_group)  # which would wait for the others
+        one_sentence(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def start(device):
+    """
+    Join the processes that torchrun started; returns the torch device of this one: of the name
+    "auto" or "cuda" each rank takes the GPU with its local number.
+    """
+    if WORLD_SIZE > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        if torch.cuda.device_count() <= LOCAL_RANK:
+            raise UserError(
+                f"{LOCAL_RANK + 1} processes or more share {torch.cuda.device_count()} GPUs: "
+                f"give torchrun --nproc_per_node={torch.cuda.device_count()}"
+            )
+        device = f"cuda:{LOCAL_RANK}"
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        # gloo beside NCCL: flags are agreed on without waiting for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def share_of_step(batch_size, micro_batches):
+    """
+    How a step of `micro_batches` of up to batch_size sequences is shared by the ranks: (sequences
+    of a micro-batch, micro-batches of each rank). The step has the same sequences in any case.
+    """
+    total = batch_size * micro_batches
+    if total % WORLD_SIZE:
+        raise UserError(
+            f"a step of {total} sequences cannot be shared by {WORLD_SIZE} processes: make "
+            f"batch_size * gradient_accumulation_steps a multiple of {WORLD_SIZE}"
+        )
+    mine = total // WORLD_SIZE
+    n = -(-mine // batch_size)
+    while mine % n:
+        n += 1
+    return mine // n, n
+
+
+def shard(model, device):
+    """Cut the parameters of a Transformer, in place, into a part for each rank (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (WORLD_SIZE,))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def replicate(model, device):
+    """A module to call instead of the model, which averages its gradients over the ranks (DDP)."""
+    if WORLD_SIZE == 1:
+        return model
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        forward_sync_buffers=False,  # the RoPE tables never change
+        gradient_as_bucket_view=True,
+    )
+
+
+def sync_gradients(net, wanted):
+    """Whether the next backward pass averages gradients; only a step's last one has to."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = wanted
+    elif hasattr(net, "set_requires_gradient_sync"):  # FSDP2
+        net.set_requires_gradient_sync(wanted)
+
+
+def total(*numbers):
+    """The sums of some numbers over the ranks, float64."""
+    if WORLD_SIZE == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def any_rank(flag):
+    """Whether the flag is set in any rank."""
+    return total(float(flag))[0] > 0
+
+
+def whole(tensor):
+    """A tensor of which each rank may hold a part, in full; all ranks have to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def wait_for_all():
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def say(text):
+    if FIRST:
+        print(text, flush=WORLD_SIZE > 1)

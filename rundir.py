@@ -1,0 +1,111 @@
+"""
+The folder of a training run: one run at a time, its log, and what an earlier run left.
+
+log.jsonl has one JSON object a line; README.md says what is in it.
+"""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import shutil
+
+from tqdm import tqdm
+
+from configurator import UserError
+from files import atomic_write
+
+RUN_FILES = ("ckpt.pt", "ckpt_*", "best.pt", "model.bin", "tokenizer.bin", "tokenizer.model")
+LOG = "log.jsonl"
+
+
+class RunDir:
+    """out_dir of one run, made where it is absent, and locked until the process ends."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"out_dir = {path} cannot be made ({e.strerror}): name a folder"
+            ) from None
+        self.lock()
+        for part in glob.glob(self.file("*.part")):  # of a run that was killed while it wrote
+            remove(part)
+
+    def file(self, name):
+        return os.path.join(self.path, name)
+
+    def lock(self):
+        """Raise UserError where another run writes here: each would replace the other's files."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        folder = os.open(self.path, os.O_RDONLY)  # open, and so locked, until the process ends
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing to {self.path}: wait for it, or give another --out_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def set_aside_earlier_run(self):
+        """
+        Move what an earlier run left to `previous`, in place of one yet earlier. An interrupted
+        call is completed by the next one.
+        """
+        moving, previous = self.file("moving"), self.file("previous")
+        names = [n for pattern in (*RUN_FILES, LOG) for n in glob.glob(self.file(pattern))]
+        if not names and not os.path.isdir(moving):
+            return
+        os.makedirs(moving, exist_ok=True)
+        for name in names:
+            os.replace(name, os.path.join(moving, os.path.basename(name)))
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(moving, previous)
+        print(f"a new run begins; the earlier one in {self.path} is moved to {previous}")
+
+    def open_log(self, step):
+        """
+        Begin the log at step 0, or go on with it: lines of later steps, which are taken again, and
+        a last one that was cut off are dropped.
+        """
+        path, kept = self.file(LOG), []
+        if step and os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                lines = f.readlines()
+            for line in lines:
+                with contextlib.suppress(ValueError, AttributeError):
+                    entry = json.loads(line)
+                    if entry.get("step", 0) <= step:
+                        kept.append(line)
+        with atomic_write(path, "w") as f:
+            f.writelines(kept)
+        self.log_file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, kind, **values):
+        """Append one line; floats get eight digits, and null where they are no number."""
+        for key, value in values.items():
+            if isinstance(value, float):
+                values[key] = float(f"{value:.8g}") if math.isfinite(value) else None
+        try:
+            print(
+                json.dumps({"kind": kind, **values}, allow_nan=False),
+                file=self.log_file,
+                flush=True,
+            )
+        except OSError as e:
+            tqdm.write(f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on")
+
+
+def remove(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(path)

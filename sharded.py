@@ -1,0 +1,80 @@
+"""
+Tensors that are spread over processes, in a folder: torch.distributed.checkpoint, made safe.
+
+Imported where it is needed only: it takes a second to load.
+"""
+
+import os
+import pickle
+import warnings
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import distribute_tensor
+
+CONTENTS = {  # what a table of contents, a pickle, is made of
+    "torch": {"Size", "float32", "float16", "bfloat16", "int64"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+}
+
+
+class ContentsUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in CONTENTS.get(module, ()):
+            raise pickle.UnpicklingError("it holds more than numbers")
+        return super().find_class(module, name)
+
+
+class NumbersReader(dcp.FileSystemReader):
+    """Reads tensors alone, so that a folder from a stranger cannot run code."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, ".metadata"), "rb") as f:
+            metadata = ContentsUnpickler(f).load()
+        kinds = {type(entry) for entry in metadata.state_dict_metadata.values()}
+        if kinds - {dcp.metadata.TensorStorageMetadata}:  # others are unpickled without care
+            raise pickle.UnpicklingError("it holds more than numbers")
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def write(folder, tensors):
+    """Write {name: tensor} to an empty folder; every rank calls this and writes its part."""
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
+    except dcp.api.CheckpointException as e:
+        raise first_failure(e) from None
+
+
+def read(folder, tensors):
+    """
+    Fill {name: tensor} from a folder that any number of processes wrote. Raises KeyError,
+    ValueError or RuntimeError where it does not fit, pickle.UnpicklingError where it is hostile.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that one process alone may read it
+            dcp.load(tensors, storage_reader=NumbersReader(folder))
+    except dcp.api.CheckpointException as e:
+        raise first_failure(e) from None
+
+
+def first_failure(error):
+    return next(iter(error.failures.values()))[0]
+
+
+def part_for(target, value):
+    """This rank's part of a whole tensor, spread as the DTensor `target` is."""
+    # every rank has read the whole, so none has to send it
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)

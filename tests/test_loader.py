@@ -1,0 +1,233 @@
+"""The order of training data: all of it, each once, shared without overlap, never validation."""
+
+import itertools
+import json
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import script
+
+from configurator import UserError
+from corpus import plan_shards, read_documents
+from dataset import (
+    DataPaths,
+    TokenData,
+    TrainBatches,
+    ahead,
+    permuted,
+    round_keys,
+    valid_batches,
+    valid_windows,
+    write_shards,
+)
+
+CASES = range(25)
+
+
+def random_shards(rng, n_shards=4, longest=400):
+    """Shards in which every token tells where it is, so that no two windows look alike."""
+    lengths = rng.integers(40, longest, n_shards)
+    ends = np.cumsum(lengths)
+    return [np.arange(e - n, e, dtype=np.uint16) for n, e in zip(lengths, ends, strict=True)]
+
+
+def all_windows(shards, seq_len):
+    return sorted(
+        tuple(map(int, shard[i : i + seq_len + 1]))
+        for shard in shards
+        for i in range(0, len(shard) - seq_len, seq_len)
+    )
+
+
+def as_tuples(x, y):
+    assert (x[:, 1:] == y[:, :-1]).all()
+    return [(*a, b[-1]) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 100, 1023, 1024, 1025, 99_991])
+def test_a_permutation_is_one(n):
+    for epoch in range(3):
+        assert np.array_equal(np.sort(permuted(np.arange(n), n, round_keys(7, epoch))), range(n))
+
+
+def test_a_permutation_looks_like_chance():
+    """Where numbers go, and which follow each other, is spread as evenly as chance would."""
+    n, seeds = 40, 4000
+    orders = np.array([permuted(np.arange(n), n, round_keys(s, 0)) for s in range(seeds)])
+
+    def excess(counts):  # chi-squared, in standard deviations from what chance gives
+        expected = counts.sum() / counts.size
+        chi, freedom = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
+        return abs(chi - freedom) / np.sqrt(2 * freedom)
+
+    for i in (0, 1, n // 2, n - 1):
+        assert excess(np.bincount(orders[:, i], minlength=n)) < 5
+    steps = (orders[:, 1:] - orders[:, :-1]) % n
+    assert excess(np.bincount(steps.ravel(), minlength=n)[1:]) < 5
+    large = permuted(np.arange(100_000), 100_000, round_keys(1, 2))
+    assert abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.02
+    assert abs(np.corrcoef(large[1:], large[:-1])[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_epoch_sees_every_window_once_across_ranks_and_workers(case):
+    rng = np.random.default_rng(case)
+    shards, seq_len = random_shards(rng), int(rng.integers(1, 30))
+    batches = TrainBatches(shards, seq_len, seed=case)
+    expected = all_windows(shards, seq_len)
+    n = batches.n_windows
+    assert n == len(expected)
+    assert batches.coverage == n * seq_len / sum(len(s) - 1 for s in shards)
+    world, workers = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    readers, epoch = world * workers, int(rng.integers(0, 3))
+    seen = []
+    for rank, worker in itertools.product(range(world), range(workers)):
+        first = rank * workers + worker
+        mine = len(range(first, n, readers))
+        size = int(rng.integers(1, 6))  # of a batch: each reader may have its own
+        for i in range(0, mine, size):
+            here = min(size, mine - i)
+            seen += as_tuples(*batches.at(epoch * n + first + i * readers, here, stride=readers))
+    assert sorted(seen) == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_going_to_a_position_is_reading_up_to_it(case):
+    rng = np.random.default_rng(100 + case)
+    shards, seq_len = random_shards(rng), int(rng.integers(2, 30))
+    read = TrainBatches(shards, seq_len, seed=case)
+    size = int(rng.integers(1, 9))
+    one_by_one = [as_tuples(*read.at(k * size, size)) for k in range(3 * read.n_windows // size)]
+    for k in rng.permutation(len(one_by_one))[:10]:
+        fresh = TrainBatches(shards, seq_len, seed=case)
+        assert as_tuples(*fresh.at(int(k) * size, size)) == one_by_one[k]
+    stream = [row for rows in one_by_one for row in rows]
+    n = read.n_windows
+    assert sorted(stream[:n]) == sorted(stream[n : 2 * n]) == all_windows(shards, seq_len)
+    if n > 8:  # by chance once in 9! times
+        assert stream[:n] != stream[n : 2 * n]
+        assert as_tuples(*TrainBatches(shards, seq_len, seed=case + 1).at(0, n)) != stream[:n]
+
+
+def test_a_far_position_costs_what_a_near_one_does():
+    shards = [np.zeros(1 << 26, np.uint16)]
+    batches = TrainBatches(shards, 1, seed=1)
+
+    def seconds(position):
+        start = time.perf_counter()
+        for k in range(50):
+            batches.at(position + 32 * k, 32)
+        return time.perf_counter() - start
+
+    seconds(0)
+    # a stored permutation of 67 million takes seconds at each new epoch
+    assert seconds(10**12) < 0.5 > seconds(0)
+
+
+def test_memory_maps_do_not_fill_the_memory(tmp_path):
+    """Reading 256 MB of shards through leaves no copy of them in this process."""
+    folder = tmp_path / "tok105"
+    folder.mkdir()
+    for i in range(2):
+        with open(folder / f"data0{i}.bin", "wb") as f:
+            f.truncate(128 << 20)
+
+    def own_bytes():
+        with open("/proc/self/status") as f:
+            (line,) = [line for line in f if line.startswith("RssAnon")]
+        return int(line.split()[1]) << 10
+
+    before = own_bytes()
+    data = TokenData(DataPaths(tmp_path, "custom", 105), 1024)
+    batches = TrainBatches(data.train, 1024, seed=1)
+    for k in range(0, batches.n_windows, 64):
+        batches.at(k, 64)
+    assert batches.n_windows == (64 << 10) - 1
+    assert own_bytes() - before < 48 << 20
+
+
+def test_batches_made_ahead_come_in_order_and_errors_come_through():
+    assert list(itertools.islice(ahead(lambda k: k * k), 50)) == [k * k for k in range(50)]
+
+    def failing(k):
+        if k == 5:
+            raise UserError("the disk is gone")
+        return k
+
+    stream = ahead(failing, depth=3)
+    assert [next(stream) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="the disk is gone"):
+        next(stream)
+
+
+# ---- validation
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_validation_is_fixed_whole_and_shared(case):
+    rng = np.random.default_rng(200 + case)
+    (shard,) = random_shards(rng, n_shards=1)
+    seq_len, size, world = (int(rng.integers(1, top)) for top in (30, 9, 5))
+    whole = list(valid_batches([shard], seq_len, size, 1000))
+    targets = np.concatenate([y.numpy().ravel() for _, y in whole])
+    assert targets[targets >= 0].tolist() == shard[1:].tolist()  # each token but the first, once
+    assert all((x >= 0).all() for x, _ in whole)
+    shared = [list(valid_batches([shard], seq_len, size, 1000, r, world)) for r in range(world)]
+    assert len({len(part) for part in shared}) == 1  # no rank waits for another
+    for i, (x, y) in enumerate(whole):
+        rank_x, rank_y = shared[i % world][i // world]
+        assert (x == rank_x).all() and (y == rank_y).all()
+    n_targets = sum(int((y >= 0).sum()) for part in shared for _, y in part)
+    assert n_targets == len(shard) - 1
+    few = list(valid_batches([shard], seq_len, size, 2))
+    n_windows = len(valid_windows([shard], seq_len))
+    assert n_windows == -(-(len(shard) - 1) // seq_len)
+    assert sum(len(x) for x, _ in few) == min(2 * size, n_windows)
+
+
+def test_nothing_of_validation_is_trained_on(tmp_path, tokenizers):
+    """Stories that come twice, one time with other spaces, are in one part of the split only."""
+    rng = np.random.default_rng(0)
+    texts = [f"Story {i}: Ben ran {i * 7} times." for i in range(300)]
+    texts += [texts[i] for i in rng.integers(0, 300, 200)]
+    texts += [texts[i].replace(" ", "  ") for i in rng.integers(0, 300, 100)]
+    texts = [texts[i] for i in rng.permutation(len(texts))]
+    source = tmp_path / "a.txt"
+    source.write_text("<|endoftext|>".join(texts))
+    plan, tokenizer = plan_shards(str(source)), tokenizers[512]
+    meta = write_shards(str(tmp_path / "tok512"), tokenizer, plan, num_workers=2)
+
+    def plain(documents):
+        return Counter(" ".join(text.split()) for text in documents)
+
+    held_out = plain(read_documents(plan[0]))
+    data = TokenData(DataPaths(tmp_path, "custom", 512), 8, tokenizer)
+
+    def documents(shard):
+        starts = [*np.flatnonzero(shard == tokenizer.bos_id), len(shard)]
+        return [tokenizer.decode(shard[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+
+    trained = plain(d for shard in data.train for d in documents(shard))
+    assert plain(d for shard in data.valid for d in documents(shard)) == held_out
+    assert held_out and not held_out.keys() & trained.keys()
+    assert held_out.keys() | trained.keys() == plain(texts).keys()
+    n_held_out = sum(shard["held_out"] for shard in meta["shards"])
+    assert n_held_out == sum(plain(texts)[d] for d in held_out) - sum(held_out.values()) > 0
+    assert trained == Counter({d: n for d, n in plain(texts).items() if d not in held_out})
+
+
+def test_left_out_documents_are_said_and_another_validation_text_changes_all(tmp_path, stories):
+    flags = [f"--data_dir={tmp_path}", "--vocab_size=105", f"--source={tmp_path / 'a.jsonl'}"]
+    lines = [json.dumps({"text": text}) + "\n" for text in stories[:200]]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    for name, part in (("v1.jsonl", lines[:10]), ("v2.jsonl", lines[20:25])):
+        (tmp_path / name).write_text("".join(part))
+    assert script("tinystories.py", "train_vocab", *flags).returncode == 0
+    for name, n in (("v1.jsonl", 10), ("v2.jsonl", 5)):
+        done = script("tinystories.py", "pretokenize", *flags, f"--valid_source={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        assert f"{n} training documents are in the validation text too" in done.stdout
+        meta = json.loads((tmp_path / "tok105" / "shards.json").read_text())
+        assert sum(s["documents"] for s in meta["shards"]) == 200

@@ -1,0 +1,184 @@
+"""Many processes: the same losses however many share a run, and checkpoints that fit any number."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY, read_log, script, train
+
+from checkpoint import load_checkpoint, load_model
+
+STEPS, HALF = 20, 10
+WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]
+
+
+def launch(n, data_dir, out_dir, *words, **options):
+    """Start a run of n processes under torchrun; returns the Popen."""
+    with socket.socket() as s:  # a free port: several tests may run at once
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+    command += [f"--master_port={port}", str(REPO / "train.py"), *TINY]
+    command += [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def train_with(n, data_dir, out_dir, *words):
+    """A run of n processes to its end; returns what was printed."""
+    if n == 1 and "--fsdp" not in words:
+        done = train(data_dir, out_dir, *words)
+        output, errors, status = done.stdout, done.stderr, done.returncode
+    else:
+        process = launch(n, data_dir, out_dir, *words)
+        output, errors = process.communicate(timeout=120)
+        status = process.returncode
+    assert status == 0, output + errors
+    return output
+
+
+def losses(out_dir):
+    entries = [e for e in read_log(out_dir) if e["kind"] in ("train", "eval")]
+    return {(e["kind"], e["step"]): e.get("loss", e.get("val_loss")) for e in entries}
+
+
+def assert_same_losses(a, b, tolerance=1e-5):
+    a, b = losses(a), losses(b)
+    assert a.keys() == b.keys()
+    assert len(a) == STEPS + STEPS // HALF
+    assert max(abs(a[key] - b[key]) for key in a) < tolerance
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, practice):
+    """The same 20 steps by one process, by DDP with 2 and 4, and by FSDP with 2."""
+    folder = tmp_path_factory.mktemp("parallel")
+    train_with(1, practice, folder / "one", *WORDS)
+    for n, name, words in ((2, "ddp2", []), (4, "ddp4", []), (2, "fsdp2", ["--fsdp"])):
+        text = train_with(n, practice, folder / name, *WORDS, *words)
+        assert f"{n} processes ({'FSDP' if words else 'DDP'})" in text
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2"])
+def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
+    assert_same_losses(runs / "one", runs / name)
+    assert read_log(runs / name)[-1]["reason"] == "finished"
+    one, many = ((runs / n / "model.bin").read_bytes() for n in ("one", name))
+    one, many = (np.frombuffer(data[28:], "<f4") for data in (one, many))
+    np.testing.assert_allclose(one, many, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "source, n, words",
+    [
+        ("ddp2", 1, []),
+        ("ddp2", 4, []),
+        ("fsdp2", 1, []),
+        ("fsdp2", 4, ["--fsdp"]),
+        ("fsdp2", 2, []),
+        ("one", 2, ["--fsdp"]),
+    ],
+)
+def test_a_checkpoint_is_resumed_by_any_number(runs, practice, tmp_path, source, n, words):
+    out = tmp_path / "out"
+    out.mkdir()
+    half = f"ckpt_{HALF:06}.pt"
+    copy = shutil.copytree if (runs / source / half).is_dir() else shutil.copyfile
+    copy(runs / source / half, out / "ckpt.pt")
+    shutil.copyfile(runs / source / "log.jsonl", out / "log.jsonl")
+    train_with(n, practice, out, *WORDS, "--init_from=resume", *words)
+    assert_same_losses(runs / "one", out)
+    assert max(e.get("step", 0) for e in read_log(out)) == STEPS
+    assert (out / "ckpt.pt").is_dir() == ("--fsdp" in words)
+    model = load_model(load_checkpoint(out / "ckpt.pt"), out / "ckpt.pt").state_dict()
+    whole = load_checkpoint(runs / "one" / "ckpt.pt")["model"]
+    for name in whole:
+        torch.testing.assert_close(model[name], whole[name], atol=1e-4, rtol=0)
+
+
+def test_a_sharded_checkpoint_is_exported_and_tells_the_same(runs, tmp_path):
+    sharded = runs / "fsdp2" / "ckpt.pt"
+    done = script("export.py", tmp_path / "model.bin", f"--checkpoint={sharded}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.bin").read_bytes() == (runs / "fsdp2" / "model.bin").read_bytes()
+    done = script("sample.py", f"--out_dir={runs / 'fsdp2'}", "--max_new_tokens=5", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+
+
+def test_accumulation_is_shared_too(runs, practice, tmp_path):
+    """Two micro-batches of 4, one for each process, are the step of one batch of 8."""
+    words = ["--batch_size=4", "--gradient_accumulation_steps=2"]
+    train_with(2, practice, tmp_path / "two", *WORDS, *words)
+    words[1] = "--gradient_accumulation_steps=4"  # two for each
+    words[0] = "--batch_size=2"
+    train_with(2, practice, tmp_path / "four", *WORDS, *words)
+    for name in ("two", "four"):
+        a, b = losses(runs / "one"), losses(tmp_path / name)
+        trains = [key for key in a if key[0] == "train"]  # evaluation has other batches
+        assert max(abs(a[key] - b[key]) for key in trains) < 1e-5
+
+
+def test_sigterm_to_torchrun_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tmp_path):
+    out = tmp_path / "out"
+    process = launch(2, practice, out, *WORDS, "--eval_iters=100")  # slower
+    while process.poll() is None:
+        if (out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text():
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.02)
+    output, errors = process.communicate(timeout=60)
+    last = read_log(out)[-1]
+    assert last["reason"] == "interrupted", output + errors
+    assert load_checkpoint(out / "ckpt.pt")["iter_num"] == last["step"] < STEPS
+    train_with(2, practice, out, *WORDS, "--init_from=resume", "--eval_iters=4")
+    a, b = losses(runs / "one"), losses(out)
+    for key in a:
+        if key[0] == "train":
+            assert abs(a[key] - b[key]) < 1e-5
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_message(practice, tmp_path):
+    words = ["--batch_size=7"]
+    process = launch(2, practice, tmp_path / "out", *words)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (said,) = [line for line in errors.splitlines() if "error: " in line]
+    assert said == (
+        "[rank0]: error: a step of 7 sequences cannot be shared by 2 processes: make "
+        "batch_size * gradient_accumulation_steps a multiple of 2"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
+    """Rank 1 is killed from outside; rank 0 does not wait for ever, and says what happened."""
+    out = tmp_path / "out"
+    process = launch(2, practice, out, "--max_iters=100000", "--eval_interval=100000")
+    while not ((out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                environ = f.read().split(b"\0")
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                mine = f"--out_dir={out}".encode() in f.read().split(b"\0")
+        except OSError:
+            continue
+        for word in environ:
+            if mine and word.startswith(b"RANK="):
+                ranks[int(word[5:])] = pid
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors or "exitcode  : -9" in errors
