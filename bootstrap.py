@@ -193,14 +193,13 @@ def story():
         lambda: script("tinystories.py", "pretokenize", *vocab),
         shards if complete(shards) else "",
     )
-    checkpoint = os.path.join(OUT, "ckpt.pt")
-    go_on = ["--init_from=resume"] if os.path.exists(checkpoint) else []
+    best = os.path.join(OUT, "best.pt")
 
     def train_model():
-        if finished(OUT) and go_on:  # only model.bin was deleted
-            script("export.py", model, f"--checkpoint={checkpoint}")
+        if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
+            script("export.py", model, f"--checkpoint={best}")
         else:
-            script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", *go_on)
+            script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", "--resume=auto")
 
     step(
         6,

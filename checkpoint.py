@@ -9,6 +9,7 @@ that of the lowest validation loss. Each is a dict of plain values and tensors:
     optimizer        {"<parameter>.<name>": tensor}, the optimizer's memory
     iter_num         steps done
     n_sequences      training sequences seen: the loader's position
+    n_windows        sequences of an epoch
     evaluated        step of the last evaluation
     train_s          seconds of training so far
     best_val_loss    lowest validation loss so far, nats a token
@@ -70,6 +71,13 @@ def rng_states():
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def seed_all(seed):
+    """Set the random number generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
 
 
 def set_rng_states(states):
@@ -378,6 +386,8 @@ def load_latest(folder):
                 f"{path} holds weights but no run that can be resumed; to train on from the "
                 f"weights: --init_from={path} and another --out_dir"
             )
+        if checkpoint["format"] != FORMAT:
+            raise UserError(f"{path} is of another version of this program and cannot be resumed")
         if os.path.basename(path) != LATEST:
             why = f"{first_error}; " if first_error else ""
             parallel.say(f"{why}going on from {path}, step {checkpoint['iter_num']}")

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from configurator import UserError
 from files import atomic_write
 
-RUN_FILES = ("ckpt.pt", "ckpt_*", "best.pt", "model.bin", "tokenizer.bin", "tokenizer.model")
+WORTH_KEEPING = ("ckpt*", "best.pt*", "model.bin")
 LOG = "log.jsonl"
+COMPANIONS = ("tokenizer.bin", "tokenizer.model", LOG)
 
 
 class RunDir:
@@ -32,7 +33,9 @@ class RunDir:
                 f"out_dir = {path} cannot be made ({e.strerror}): name a folder"
             ) from None
         self.lock()
-        for part in glob.glob(self.file("*.part")):  # of a run that was killed while it wrote
+        for part in glob.glob(
+            os.path.join(glob.escape(path), "*.part")
+        ):  # of a run that was killed while it wrote
             remove(part)
 
     def file(self, name):
@@ -56,15 +59,16 @@ class RunDir:
 
     def set_aside_earlier_run(self):
         """
-        Move what an earlier run left to `previous`, in place of one yet earlier. An interrupted
-        call is completed by the next one.
+        Move what an earlier run left to `previous`, in place of one yet earlier. A run that came to
+        no checkpoint replaces nothing. An interrupted call is completed by the next one.
         """
         moving, previous = self.file("moving"), self.file("previous")
-        names = [n for pattern in (*RUN_FILES, LOG) for n in glob.glob(self.file(pattern))]
+        folder = glob.escape(self.path)
+        names = [n for pattern in WORTH_KEEPING for n in glob.glob(os.path.join(folder, pattern))]
         if not names and not os.path.isdir(moving):
             return
         os.makedirs(moving, exist_ok=True)
-        for name in names:
+        for name in (*filter(os.path.exists, map(self.file, COMPANIONS)), *names):
             os.replace(name, os.path.join(moving, os.path.basename(name)))
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(moving, previous)

@@ -16,8 +16,8 @@ from hardware import autocast, pick_device, pick_dtype
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # folder of ckpt.pt and tokenizer.model
-checkpoint = ""  # a checkpoint elsewhere; empty: out_dir/ckpt.pt
+out_dir = "out"  # folder of a training run
+checkpoint = ""  # a checkpoint; empty: best.pt in out_dir, which model.bin is made of, or ckpt.pt
 tokenizer = ""  # a tokenizer model elsewhere; empty: tokenizer.model beside the checkpoint
 start = ""  # prompt, or FILE:prompt.txt for a text in a file
 num_samples = 1  # stories
@@ -47,7 +47,9 @@ if start.startswith("FILE:"):
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the prompt {start}: {e}") from None
 
-checkpoint = checkpoint or os.path.join(out_dir, "ckpt.pt")
+if not checkpoint:
+    best, latest = (os.path.join(out_dir, name) for name in ("best.pt", "ckpt.pt"))
+    checkpoint = best if os.path.exists(best) else latest
 tokenizer = Tokenizer(tokenizer or os.path.join(os.path.dirname(checkpoint), "tokenizer.model"))
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)

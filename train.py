@@ -35,6 +35,7 @@ from checkpoint import (  # noqa: E402
     put_aside_damaged,
     restore,
     rng_states,
+    seed_all,
     set_rng_states,
     versions,
 )
@@ -167,7 +168,10 @@ def check_settings():
 # ---- the checkpoint to begin from, if any
 
 checkpoint, checkpoint_path, damaged = None, None, []
+run = None  # the RunDir, of the first rank
 if init_from == "resume" or resume == "auto":
+    if FIRST and os.path.isdir(out_dir) and not eval_only:
+        run = RunDir(out_dir)  # before anything is read: another run may still be writing here
     checkpoint, checkpoint_path, damaged = load_latest(out_dir)
 is_resumed = checkpoint is not None
 if is_resumed:
@@ -176,7 +180,10 @@ if is_resumed:
         if (old := checkpoint["versions"][name]) != version:
             say(f"the checkpoint is of {name} {old}, this is {version}: last digits may differ")
 elif init_from == "resume":
-    raise UserError(f"checkpoint {os.path.join(out_dir, 'ckpt.pt')} does not exist; start one")
+    raise UserError(
+        f"{os.path.join(out_dir, 'ckpt.pt')} does not exist: name the --out_dir of an earlier run, "
+        f"or start one without --init_from=resume"
+    )
 elif init_from != "scratch":
     if not os.path.exists(init_from):
         raise UserError(
@@ -193,6 +200,12 @@ check_settings()
 
 device = parallel.start(device)
 dtype = pick_dtype(dtype, device)
+first_step = checkpoint["iter_num"] if is_resumed else 0
+if parallel.total(first_step) != [first_step * WORLD_SIZE]:
+    raise UserError(
+        f"the machines find different checkpoints in {out_dir}: "
+        f"put --out_dir on a disk that all of them share"
+    )
 if fsdp and WORLD_SIZE == 1:
     print("fsdp has nothing to share in one process; start several with torchrun")
     fsdp = False
@@ -220,7 +233,7 @@ if batches.n_windows < step_size:
         f"than the {step_size} of one step: give more text or a smaller --batch_size"
     )
 
-torch.manual_seed(seed)
+seed_all(seed)
 torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 if checkpoint and not is_resumed:
     checkpoint["model_args"] = args.to_dict()
@@ -248,6 +261,11 @@ if is_resumed:
     iter_num, n_sequences = checkpoint["iter_num"], checkpoint["n_sequences"]
     evaluated, train_s = checkpoint["evaluated"], checkpoint["train_s"]
     best_val_loss = checkpoint["best_val_loss"]
+    if checkpoint["n_windows"] != batches.n_windows:
+        say(
+            f"the shards are not those of the run so far: {batches.n_windows:,} sequences instead "
+            f"of {checkpoint['n_windows']:,}; going on at the same place of another order"
+        )
     if checkpoint["scaler"]:  # empty where the run so far was not in float16
         scaler.load_state_dict(checkpoint["scaler"])
     set_rng_states(checkpoint["rng"])
@@ -259,8 +277,10 @@ def micro_batch(k):
     step, i = divmod(k, n_micro_batches)
     position = first_sequence + step * step_size + i * micro_batch_size * WORLD_SIZE + RANK
     x, y = batches.at(position, micro_batch_size, stride=WORLD_SIZE)
-    # pinned memory is copied while the GPU computes
-    return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+    if device.type == "cuda":  # pinned memory is copied while the GPU computes
+        torch.cuda.set_device(device)  # of this thread, which would pin for the first GPU
+        x, y = x.pin_memory(), y.pin_memory()
+    return x, y
 
 
 def to_device(x, y):
@@ -362,6 +382,7 @@ def save(is_best=False):
         "scaler": scaler.state_dict(),
         "iter_num": iter_num,
         "n_sequences": n_sequences,
+        "n_windows": batches.n_windows,
         "evaluated": evaluated,
         "train_s": train_s,
         "best_val_loss": best_val_loss,
@@ -473,7 +494,7 @@ if iter_num >= max_iters and evaluated == iter_num:
 
 parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
 if FIRST:
-    run = RunDir(out_dir)
+    run = run or RunDir(out_dir)
     if is_resumed:
         put_aside_damaged(damaged)
     else:
@@ -532,6 +553,8 @@ while iter_num < max_iters and not stop:
         elapsed = time.perf_counter() - clock  # with the device waited for
         train_s += elapsed
         stop_if_diverged("loss", loss)
+        if not scaler.is_enabled():  # which passes over steps with an infinite gradient
+            stop_if_diverged("gradient norm", grad_norm)
         tok_s = unlogged_steps * step_size * max_seq_len / elapsed
         lr = learning_rate(iter_num - 1)
         log("train", **now(), loss=loss, lr=lr, grad_norm=grad_norm, tok_s=round(tok_s))

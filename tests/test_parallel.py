@@ -1,6 +1,8 @@
 """Many processes: the same losses however many share a run, and checkpoints that fit any number."""
 
 import os
+import pickle
+import resource
 import shutil
 import signal
 import socket
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, read_log, script, train
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from checkpoint import load_checkpoint, load_model
+from checkpoint import checksum, load_checkpoint, load_model
+from configurator import UserError
 
 STEPS, HALF = 20, 10
 WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]
@@ -112,6 +116,71 @@ def test_a_sharded_checkpoint_is_exported_and_tells_the_same(runs, tmp_path):
     assert (tmp_path / "model.bin").read_bytes() == (runs / "fsdp2" / "model.bin").read_bytes()
     done = script("sample.py", f"--out_dir={runs / 'fsdp2'}", "--max_new_tokens=5", "--device=cpu")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_sharded_checkpoint_that_is_damaged_is_named(runs, practice, tmp_path):
+    """A flipped bit, a missing file: the checkpoint before is taken."""
+    for i, harm in enumerate(("bit", "file")):
+        out = tmp_path / f"out{i}"
+        shutil.copytree(runs / "fsdp2", out)
+        part = out / "ckpt.pt" / "__1_0.distcp"
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= 1
+        part.write_bytes(data) if harm == "bit" else part.unlink()
+        with pytest.raises(UserError, match=r"is damaged: .*__1_0.distcp is not as it was written"):
+            load_checkpoint(out / "ckpt.pt")
+        text = train_with(1, practice, out, *WORDS, "--init_from=resume")
+        assert f"going on from {out / f'ckpt_{HALF:06}.pt'}, step {HALF}" in text
+        assert_same_losses(runs / "one", out)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.mkdir, ("hostile-code-ran",))
+
+
+def test_a_sharded_checkpoint_from_a_stranger_runs_no_code(runs, tmp_path, monkeypatch):
+    """Neither through its table of contents, a pickle, nor through what that says is no tensor."""
+    monkeypatch.chdir(tmp_path)
+    good = runs / "fsdp2" / "ckpt.pt"
+    name = "model.norm.weight"
+    contents = pickle.loads((good / ".metadata").read_bytes())
+    contents.state_dict_metadata[name] = BytesStorageMetadata()
+    code = pickle.dumps(Hostile())
+    pointing = pickle.dumps(contents)
+    for i, (metadata, data) in enumerate([(code, None), (pointing, code)]):
+        bad = tmp_path / f"bad{i}"
+        shutil.copytree(good, bad)
+        (bad / ".metadata").write_bytes(metadata)
+        if data:
+            for part in bad.glob("*.distcp"):
+                part.write_bytes(data * 100)
+        about = load_checkpoint(good)
+        about["files"] = {n: checksum(bad / n) for n in about["files"]}  # it seems to be whole
+        torch.save(about, bad / "run.pt")
+        with pytest.raises(UserError, match="does not fit this model: it holds more than numbers"):
+            load_model(load_checkpoint(bad), bad)
+    assert not os.path.exists("hostile-code-ran")
+
+
+def test_a_full_disk_costs_no_sharded_checkpoint(runs, practice, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(runs / "fsdp2", out)
+    words = [*WORDS, "--init_from=resume", "--fsdp", f"--max_iters={STEPS + 2}"]
+    limit = (150_000, 150_000)  # less than a rank's part
+    process = launch(
+        2,
+        practice,
+        out,
+        *words,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = f"cannot write {out / 'ckpt.pt'}: "
+    assert f"warning: {said}" in errors and f"of the {STEPS + 2} steps, {STEPS} are in" in errors
+    assert load_checkpoint(out / "ckpt.pt")["iter_num"] == STEPS
+    assert not list(out.glob("*.part"))
 
 
 def test_accumulation_is_shared_too(runs, practice, tmp_path):

@@ -1,0 +1,385 @@
+"""Nothing lost: killed runs end as if they had not been, and no damage goes unsaid."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, read_log, refused, script, train
+
+import checkpoint
+from checkpoint import CheckpointWriter, load_checkpoint, load_latest
+from configurator import UserError
+from rundir import RunDir
+
+STEPS = 120
+WORDS = [f"--max_iters={STEPS}", "--save_interval=1", "--log_interval=1", "--keep_last=3"]
+
+
+def same(a, b):
+    """Whether two nested values are equal, tensors to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def story_of(out):
+    """All losses of a run by step, evaluations too, and how often each was logged."""
+    log = [e for e in read_log(out) if e["kind"] in ("train", "eval")]
+    return [(e["kind"], e["step"], e.get("loss", e.get("val_loss"))) for e in log]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, practice):
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = train(practice, out, *WORDS)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def run_until(practice, out, killed):
+    """Start a run or go on with it; SIGKILL it once killed() says so. Returns whether it was."""
+    command = [sys.executable, REPO / "train.py", *TINY, *WORDS, "--resume=auto"]
+    process = subprocess.Popen(
+        [*map(str, command), f"--data_dir={practice}", f"--out_dir={out}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None:
+        if killed():
+            process.kill()
+            break
+        time.sleep(0.0005)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode in (0, -signal.SIGKILL), text
+    return process.returncode != 0
+
+
+def last_step(out):
+    try:
+        return max((entry.get("step", 0) for entry in read_log(out)), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def is_saving(out):
+    return out.is_dir() and any(n.startswith("ckpt.pt.") for n in os.listdir(out))
+
+
+def test_a_run_killed_at_twenty_moments_ends_as_if_it_had_not_been(whole, practice, tmp_path):
+    """
+    SIGKILL at any time from the start of the process on, at any time after some steps, and while a
+    checkpoint is being written; the run is resumed each time. Weights, optimizer, losses and
+    model.bin end as those of a run that was left alone.
+    """
+    out, rng, kinds = tmp_path / "out", random.Random(1), []
+    for i in range(20):
+        begin, first, after, steps = time.monotonic(), last_step(out), rng.uniform(0, 3), i % 4
+        moments = {
+            "any time": lambda begin=begin, after=after: time.monotonic() - begin > after,
+            "in training": lambda first=first: last_step(out) > first and rng.random() < 0.05,
+            "in a save": lambda first=first, steps=steps: (
+                last_step(out) > first + steps and is_saving(out)
+            ),
+        }
+        kind = list(moments)[i % 3]
+        if run_until(practice, out, moments[kind]):
+            kinds.append(kind)
+    n_steps = last_step(out)
+    assert not run_until(practice, out, lambda: False)
+    assert len(kinds) == 20 and n_steps < STEPS, (kinds, n_steps)
+    expected, found = (load_checkpoint(o / "ckpt.pt") for o in (whole, out))
+    for name in ("model", "optimizer", "iter_num", "n_sequences", "best_val_loss", "rng"):
+        assert same(expected[name], found[name]), name
+    assert story_of(whole) == story_of(out)
+    assert (whole / "model.bin").read_bytes() == (out / "model.bin").read_bytes()
+    assert set(os.listdir(out)) == set(os.listdir(whole))  # nothing half-written is left
+
+
+# ---- starting, going on, fine-tuning
+
+
+def test_resume_auto_starts_goes_on_and_ends(whole, practice, tmp_path):
+    out = tmp_path / "out"
+    first = train(practice, out, "--resume=auto", "--max_iters=20")
+    assert first.returncode == 0 and "0 of 20 steps done" in first.stdout
+    second = train(practice, out, "--resume=auto", "--max_iters=20")
+    assert second.returncode == 0, second.stderr
+    assert f"the run in {out} has done its 20 steps" in second.stdout
+    third = train(practice, out, "--resume=auto", "--max_iters=25")
+    assert third.returncode == 0 and "20 of 25 steps done" in third.stdout
+    assert not (out / "previous").exists()
+    refused(
+        train(practice, out, "--resume=auto", "--dim=64"),
+        "cannot resume with dim = 64: the checkpoint's model has 32",
+    )
+
+
+def test_weights_alone_start_a_new_run(whole, practice, tmp_path):
+    """The architecture comes with the weights; optimizer, steps and data begin anew."""
+    out, tuned = tmp_path / "out", whole / "ckpt.pt"
+    flags = [f"--init_from={tuned}", f"--data_dir={practice}", f"--out_dir={out}", "--device=cpu"]
+    done = script("train.py", *flags, "--dtype=float32", "--max_iters=10", "--eval_iters=4")
+    assert done.returncode == 0, done.stderr
+    log = read_log(out)
+    assert log[0]["model_args"] == read_log(whole)[0]["model_args"]
+    assert log[0]["config"]["batch_size"] == 32  # no setting but the model's is taken over
+    assert log[1]["step"] == 1 and log[1]["loss"] < 4 < 5.5 < read_log(whole)[1]["loss"]
+    done = script("train.py", *flags, "--max_seq_len=32", "--max_iters=2")
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(out / "ckpt.pt")["model_args"]["max_seq_len"] == 32
+    refused(script("train.py", *flags, "--dim=64"), f"from {tuned} with dim = 64: its model has 32")
+    refused(script("train.py", *flags, "--n_layers=1"), "with n_layers = 1: its model has 2")
+    old = {"model": load_checkpoint(tuned)["model"], "iter_num": 5}
+    args = load_checkpoint(tuned)["model_args"]
+    for name in ("tie_embeddings", "norm_eps", "rope_theta", "hidden_dim"):  # not in llama2.c's
+        del args[name]
+    torch.save({**old, "model_args": args}, tmp_path / "llama2c.pt")
+    flags[0] = f"--init_from={tmp_path / 'llama2c.pt'}"
+    done = script("train.py", *flags, "--max_iters=2")
+    assert done.returncode == 0, done.stderr
+    evaluated = script("train.py", *flags, "--eval_only")
+    assert evaluated.returncode == 0 and "validation loss" in evaluated.stdout
+    shutil.copy(tmp_path / "llama2c.pt", out / "ckpt.pt")
+    done = script("train.py", f"--data_dir={practice}", f"--out_dir={out}", "--init_from=resume")
+    refused(done, "holds weights but no run that can be resumed", "--init_from=")
+
+
+def test_a_stop_during_an_evaluation_is_made_up_for(whole, practice, tmp_path):
+    """SIGTERM while a long evaluation runs: it ends at once, and the resumed run begins with it."""
+    out = tmp_path / "out"
+    command = [sys.executable, REPO / "train.py", *TINY, *WORDS, f"--data_dir={practice}"]
+    command += [f"--out_dir={out}", "--eval_interval=3", "--eval_iters=100000", "--batch_size=1"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+        while last_step(out) < 3:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        text = process.stdout.read()
+    assert process.returncode == 0 and "stopped at step 3" in text
+    stopped = load_checkpoint(out / "ckpt.pt")
+    assert (stopped["iter_num"], stopped["evaluated"]) == (3, 0)
+    done = script(
+        "train.py", "--init_from=resume", f"--out_dir={out}", "--max_iters=4", "--eval_iters=3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [e["step"] for e in read_log(out) if e["kind"] == "eval"] == [3, 4]
+
+
+def test_two_runs_do_not_share_a_folder(practice, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
+    command += [f"--out_dir={out}", "--max_iters=100000"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+        while last_step(out) < 1:
+            time.sleep(0.01)
+        for words in ([], ["--resume=auto"]):
+            done = train(practice, out, "--max_iters=200000", *words)
+            refused(done, f"another run is writing to {out}")
+        process.kill()
+    assert train(practice, out, "--max_iters=3").returncode == 0
+
+
+def test_an_interrupted_setting_aside_is_completed(tmp_path):
+    def fill(folder, text):
+        folder.mkdir(exist_ok=True)
+        for name in ("ckpt.pt", "log.jsonl", "model.bin"):
+            (folder / name).write_text(text)
+
+    fill(tmp_path, "old")
+    (tmp_path / "moving").mkdir()
+    os.replace(tmp_path / "ckpt.pt", tmp_path / "moving" / "ckpt.pt")  # killed here
+    fill(tmp_path / "previous", "older")
+    run = RunDir(tmp_path)
+    run.set_aside_earlier_run()
+    assert os.listdir(tmp_path) == ["previous"]
+    found = {path.name: path.read_text() for path in (tmp_path / "previous").iterdir()}
+    assert found == dict.fromkeys(("ckpt.pt", "log.jsonl", "model.bin"), "old")
+    (tmp_path / "log.jsonl").write_text("of a run without a checkpoint")
+    run.set_aside_earlier_run()
+    assert (tmp_path / "previous" / "log.jsonl").read_text() == "old"
+
+
+def test_the_log_goes_on_where_the_checkpoint_is(tmp_path):
+    lines = [{"kind": "start"}, *({"kind": "train", "step": i} for i in range(1, 9))]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
+    (tmp_path / "log.jsonl").write_text(text)
+    run = RunDir(tmp_path)
+    run.open_log(5)
+    run.log("train", step=6, loss=float("nan"), lr=1 / 3)
+    assert read_log(tmp_path) == [
+        *lines[:6],
+        {"kind": "train", "step": 6, "loss": None, "lr": 0.33333333},
+    ]
+
+
+# ---- the writer
+
+
+def small_checkpoint(step):
+    return {"iter_num": step, "model": {"w": torch.full((100, 10), float(step))}, "model_args": {}}
+
+
+def steps_in(folder):
+    return {path.name: load_checkpoint(path)["iter_num"] for path in folder.iterdir()}
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    writer = CheckpointWriter(str(tmp_path), keep_last=3)
+    for step in range(10, 60, 10):
+        writer.save(small_checkpoint(step), is_best=step == 20)
+    writer.wait()
+    names = {"ckpt.pt": 50, "ckpt_000040.pt": 40, "ckpt_000030.pt": 30, "best.pt": 20}
+    assert steps_in(tmp_path) == names
+    writer = CheckpointWriter(str(tmp_path), keep_last=1, latest_step=50)
+    writer.save(small_checkpoint(60))
+    writer.wait()
+    assert steps_in(tmp_path) == {"ckpt.pt": 60, "best.pt": 20}
+
+
+def test_without_hard_links_the_same_is_kept(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links on this file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_last_ones_and_the_best_are_kept(tmp_path)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """save() returns before the file is there, and what is written is of the time of the call."""
+    go, save = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: go.wait(20) and save(*args))
+    state = small_checkpoint(1)
+    state["shared"] = state["model"]["w"]
+    writer = CheckpointWriter(str(tmp_path), keep_last=2)
+    writer.save(state)
+    assert not (tmp_path / "ckpt.pt").exists()
+    state["model"]["w"].fill_(7)
+    go.set()
+    writer.wait()
+    found = load_checkpoint(tmp_path / "ckpt.pt")
+    assert (found["model"]["w"] == 1).all()
+    assert found["shared"].data_ptr() == found["model"]["w"].data_ptr()  # written once
+    writer.save(state)
+    writer.wait()
+    assert (load_checkpoint(tmp_path / "ckpt.pt")["model"]["w"] == 7).all()
+
+
+# ---- damage
+
+
+def damaged_copies(whole):
+    """(what, bytes) of a checkpoint that lost its end or has one bit changed somewhere."""
+    rng = random.Random(0)
+    for n in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        yield f"{n} bytes", whole[:n]
+    for _ in range(300):
+        at = rng.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << rng.randrange(8)
+        yield f"a bit flipped at {at}", bytes(flipped)
+
+
+def test_no_damage_changes_a_number_unsaid(whole, tmp_path):
+    """Cut short: always refused. A flipped bit: refused, or (in padding) without effect."""
+    good = load_checkpoint(whole / "ckpt.pt")
+    data, path, refusals = (whole / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt", 0
+    for what, bad in damaged_copies(data):
+        path.write_bytes(bad)
+        try:
+            found = load_checkpoint(path)
+        except UserError as e:
+            assert "is damaged or no checkpoint" in str(e) or "holds more than numbers" in str(e)
+            refusals += 1
+        else:
+            assert "bit" in what and same(found, good), what
+    assert refusals > 200
+
+
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole, practice, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    data = bytearray((out / "ckpt.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / "ckpt.pt").write_bytes(data)
+    done = train(practice, out, *WORDS, "--init_from=resume")
+    assert done.returncode == 0, done.stderr
+    older = out / f"ckpt_{STEPS - 1:06}.pt"
+    assert (
+        f"{out / 'ckpt.pt'} is damaged or no checkpoint of this program; "
+        f"going on from {older}, step {STEPS - 1}" in done.stdout
+    )
+    assert (out / "ckpt.pt.damaged").read_bytes() == data
+    assert same(
+        load_checkpoint(out / "ckpt.pt")["model"], load_checkpoint(whole / "ckpt.pt")["model"]
+    )
+    assert story_of(out) == story_of(whole)
+
+
+def test_where_nothing_is_whole_nothing_is_begun_anew(whole, practice, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("ckpt.pt", "ckpt_000100.pt", "best.pt"):
+        (out / name).write_text("scribbles")
+    for words in (["--resume=auto"], ["--init_from=resume"]):
+        refused(train(practice, out, *words), "ckpt.pt is damaged", "no other checkpoint in")
+    refused(train(practice, out, f"--init_from={out / 'best.pt'}"), "best.pt is damaged")
+    assert len(os.listdir(out)) == 3
+    with pytest.raises(UserError, match="is a folder, and no sharded checkpoint"):
+        load_checkpoint(out)
+    assert load_latest(tmp_path) == (None, None, [])
+
+
+# ---- a full disk
+
+
+def limited(n_bytes):
+    """For a child process: no file may become longer, as on a disk that is full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def test_a_full_disk_costs_no_checkpoint(whole, practice, tmp_path):
+    """No later checkpoint fits: the earlier ones stay, the run goes on and says so at its end."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    size = (out / "ckpt.pt").stat().st_size
+    words = [*WORDS, "--init_from=resume", f"--max_iters={STEPS + 4}", "--eval_interval=2"]
+    done = train(practice, out, *words, preexec_fn=limited(size // 2))
+    refused(
+        done,
+        f"cannot write {out / 'ckpt.pt'}: File too large",
+        f"of the {STEPS + 4} steps, {STEPS} are in ckpt.pt",
+    )
+    assert f"warning: cannot write {out / 'ckpt.pt'}" in done.stderr
+    assert f"that of step {STEPS} is untouched" in done.stderr
+    assert before == {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    assert not list(out.glob("*.part"))
+    done = train(practice, out, *words)  # there is room again
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(out / "ckpt.pt")["iter_num"] == STEPS + 4
+
+
+def test_a_disk_that_has_room_again_is_used(tmp_path, monkeypatch, capsys):
+    writer, save = CheckpointWriter(str(tmp_path), keep_last=2), checkpoint.save_file
+
+    def full(*_):
+        raise UserError("No space left on device")
+
+    for step, function in ((1, save), (2, full), (3, save)):
+        monkeypatch.setattr(checkpoint, "save_file", function)
+        writer.save(small_checkpoint(step), is_best=True)
+        writer.wait()
+        assert (writer.error is not None) == (step == 2)
+    assert "No space left on device; that of step 1 is untouched" in capsys.readouterr().err
+    assert steps_in(tmp_path) == {"ckpt.pt": 3, "ckpt_000001.pt": 1, "best.pt": 3}
