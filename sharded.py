@@ -38,15 +38,17 @@ class ContentsUnpickler(pickle.Unpickler):
 class NumbersReader(dcp.FileSystemReader):
     """Reads tensors alone, so that a folder from a stranger cannot run code."""
 
-    def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, ".metadata"), "rb") as f:
-            metadata = ContentsUnpickler(f).load()
-        kinds = {type(entry) for entry in metadata.state_dict_metadata.values()}
+    def __init__(self, folder):
+        super().__init__(folder)
+        with open(os.path.join(folder, ".metadata"), "rb") as f:
+            self.contents = ContentsUnpickler(f).load()
+        kinds = {type(entry) for entry in self.contents.state_dict_metadata.values()}
         if kinds - {dcp.metadata.TensorStorageMetadata}:  # others are unpickled without care
             raise pickle.UnpicklingError("it holds more than numbers")
-        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        self.contents.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
+
+    def read_metadata(self, *args, **kwargs):
+        return self.contents
 
 
 def write(folder, tensors):
@@ -62,10 +64,11 @@ def read(folder, tensors):
     Fill {name: tensor} from a folder that any number of processes wrote. Raises KeyError,
     ValueError or RuntimeError where it does not fit, pickle.UnpicklingError where it is hostile.
     """
+    reader = NumbersReader(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that one process alone may read it
-            dcp.load(tensors, storage_reader=NumbersReader(folder))
+            dcp.load(tensors, storage_reader=reader)
     except dcp.api.CheckpointException as e:
         raise first_failure(e) from None
 
