@@ -1,6 +1,7 @@
 # make story   from nothing to a story: environment, practice corpus, vocabulary, training, text
 # make test    all tests
 # make run     the C engine; make debug: run_debug, the same with sanitizers
+# make bench   what the loader and the checkpoints take (10 minutes)
 # make lint    ruff; make clean: removes what was built, not data, models or environment
 #
 # PYTHON=...   the Python to begin from; a fitting torch that it has is used as it is
@@ -15,7 +16,7 @@ CFLAGS ?= -std=c11 -O3 -Wall -Wextra $(or $(call has,-march=native),$(call has,-
           $(or $(call has,-fopenmp),$(call has,-fopenmp-simd))
 SANITIZE = -std=c11 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: story test lint clean debug dev
+.PHONY: story test bench lint clean debug dev
 
 run: run.c
 	$(CC) $(CFLAGS) run.c -o run -lm
@@ -33,6 +34,10 @@ dev:
 
 test: dev
 	.venv/bin/python -m pytest
+
+bench: dev
+	.venv/bin/python bench.py loader
+	.venv/bin/python bench.py checkpoint
 
 lint: dev
 	.venv/bin/ruff check .

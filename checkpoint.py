@@ -54,7 +54,10 @@ from rundir import remove
 FORMAT = 2
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
-NEEDED_TO_RESUME = {"format", "iter_num", "n_sequences", "rng", "config"}
+NEEDED_TO_RESUME = set(
+    "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler rng "
+    "tokenizer_hash config versions".split()
+)
 
 
 # ---- what is saved
@@ -290,7 +293,10 @@ def link_or_copy(path, target):
         try:
             os.link(source, destination)
         except OSError:
-            shutil.copyfile(source, destination)
+            with open(source, "rb") as src, open(destination, "wb") as dst:
+                shutil.copyfileobj(src, dst, 1 << 22)
+                dst.flush()
+                os.fsync(dst.fileno())
 
     remove(target)
     if os.path.isdir(path):
@@ -325,8 +331,18 @@ def checksum(path):
 def load_checkpoint(path, device="cpu"):
     """
     Read a checkpoint; of a sharded one all but its tensors. Raises UserError, in one sentence, for
-    one that is damaged or none at all.
+    one that is damaged or none at all; it offers the one before where there is one.
     """
+    try:
+        return load_whole(path, device)
+    except UserError as e:
+        older = [p for p in numbered_in(os.path.dirname(path)) if p != os.fspath(path)]
+        offer = f"; an earlier one is {older[0]}" if older else ""
+        raise UserError(f"{e}{offer}") from None
+
+
+def load_whole(path, device="cpu"):
+    """load_checkpoint without the offer."""
     if os.path.isdir(path):
         file = os.path.join(path, RUN_FILE)
         if not os.path.exists(file):
@@ -376,7 +392,7 @@ def load_latest(folder):
     damaged, first_error = [], None
     for path in paths:
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_whole(path)
         except UserError as e:
             damaged.append(path)
             first_error = first_error or e

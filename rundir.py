@@ -33,10 +33,12 @@ class RunDir:
                 f"out_dir = {path} cannot be made ({e.strerror}): name a folder"
             ) from None
         self.lock()
-        for part in glob.glob(
-            os.path.join(glob.escape(path), "*.part")
-        ):  # of a run that was killed while it wrote
-            remove(part)
+        for part in self.find(f"{name}*.part" for name in (*WORTH_KEEPING, *COMPANIONS)):
+            remove(part)  # of a run that was killed while it wrote
+
+    def find(self, patterns):
+        folder = glob.escape(self.path)
+        return [path for p in patterns for path in glob.glob(os.path.join(folder, p))]
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -63,8 +65,7 @@ class RunDir:
         no checkpoint replaces nothing. An interrupted call is completed by the next one.
         """
         moving, previous = self.file("moving"), self.file("previous")
-        folder = glob.escape(self.path)
-        names = [n for pattern in WORTH_KEEPING for n in glob.glob(os.path.join(folder, pattern))]
+        names = self.find(WORTH_KEEPING)
         if not names and not os.path.isdir(moving):
             return
         os.makedirs(moving, exist_ok=True)
