@@ -54,10 +54,15 @@ from rundir import remove
 FORMAT = 2
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
+NESTED = ("model", "model_args", "optimizer", "config", "rng", "versions", "files")
 NEEDED_TO_RESUME = set(
     "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler rng "
     "tokenizer_hash config versions".split()
 )
+
+
+class Damaged(UserError):
+    """A checkpoint that was changed or never was one; another may be whole."""
 
 
 # ---- what is saved
@@ -71,7 +76,7 @@ def rng_states():
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -87,7 +92,7 @@ def set_rng_states(states):
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
 
 
@@ -144,7 +149,7 @@ class Snapshot:
         """A nested dict with every tensor copied; tensors that are one stay one."""
         self.seen = {}
         copy = self.copied(value, ())
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies were only queued
         return copy
 
@@ -170,20 +175,23 @@ class CheckpointWriter:
     Writes the checkpoints of one run to `folder`, in the background: training goes on as soon as
     the tensors are copied. The latest keep_last are kept, and the best. A failure, a full disk for
     example, costs nothing but this checkpoint: it is said, kept as `error`, and the next save tries
-    again. latest_step is the step of the ckpt.pt that is there, None without one.
+    again; best_failed says, until it is set to False, that it was the best that is not there.
+    latest_step is the step of the ckpt.pt that is there, None without one.
     """
 
     def __init__(self, folder, keep_last, latest_step=None):
         self.folder, self.keep_last, self.latest_step = folder, keep_last, latest_step
         self.latest = os.path.join(folder, LATEST)
-        self.snapshot, self.thread, self.error = Snapshot(), None, None
+        self.snapshot, self.thread = Snapshot(), None
+        self.error, self.best_failed = None, False
 
     def save(self, checkpoint, is_best=False):
         """Begin to save; waits first for an earlier save that is not done yet."""
         self.wait()
-        copy = self.snapshot.take(checkpoint)
-        self.thread = threading.Thread(target=self.write, args=(copy, is_best), name="checkpoint")
-        self.thread.start()
+        with self.reporting(is_best):
+            copy = self.snapshot.take(checkpoint)
+            self.thread = threading.Thread(target=self.write, args=(copy, is_best))
+            self.thread.start()
 
     def wait(self):
         """Return when nothing is being written any more."""
@@ -193,7 +201,7 @@ class CheckpointWriter:
 
     def write(self, checkpoint, is_best):
         part = f"{self.latest}.{os.getpid()}.part"
-        with self.reporting(part):
+        with self.reporting(is_best, part):
             save_file(part, checkpoint)
             self.install(part, checkpoint["iter_num"], is_best)
 
@@ -221,7 +229,7 @@ class CheckpointWriter:
                 self.install(part, step, is_best)
 
         for job in (begin, write_tensors, finish):
-            with self.reporting(part):
+            with self.reporting(is_best, part):
                 job()
             if parallel.any_rank(self.error is not None):
                 self.error = self.error or "another rank cannot write its part of the checkpoint"
@@ -229,12 +237,14 @@ class CheckpointWriter:
         self.latest_step = step
 
     @contextlib.contextmanager
-    def reporting(self, part):
+    def reporting(self, is_best, part=None):
         try:
             yield
             self.error = None
         except Exception as e:  # torch reports a full disk as a RuntimeError, dcp in one of its own
-            remove(part)
+            if part:
+                remove(part)
+            self.best_failed = self.best_failed or is_best
             self.error = f"cannot write {self.latest}: {reason(e)}"
             kept = f"that of step {self.latest_step} is untouched" if self.latest_step else ""
             tqdm.write("; ".join(filter(None, (f"warning: {self.error}", kept))), file=sys.stderr)
@@ -244,16 +254,12 @@ class CheckpointWriter:
         if is_best:  # first: a run killed in between comes here again, and not if it were last
             best = os.path.join(self.folder, BEST)
             link_or_copy(part, f"{best}.part")
-            if os.path.isdir(best) or os.path.isdir(f"{best}.part"):
-                remove(best)
-            os.replace(f"{best}.part", best)
+            replace(f"{best}.part", best)
         if os.path.exists(self.latest) and self.latest_step is not None:
             older = os.path.join(self.folder, numbered(self.latest_step))
             remove(older)
             link_or_move(self.latest, older)
-        if os.path.isdir(part) or os.path.isdir(self.latest):
-            remove(self.latest)  # no folder can be replaced in one go; the older one is there
-        os.replace(part, self.latest)
+        replace(part, self.latest)
         self.latest_step = step
         flush_folder(self.folder)
         for path in numbered_in(self.folder)[self.keep_last - 1 :]:
@@ -286,6 +292,18 @@ def link_or_move(path, target):
         os.replace(path, target)
 
 
+def replace(path, target):
+    """os.replace, for a folder as well: there are some microseconds in which `target` is absent."""
+    old = None
+    if os.path.isdir(target) or (os.path.isdir(path) and os.path.exists(target)):
+        old = f"{target}.old.part"
+        remove(old)
+        os.replace(target, old)
+    os.replace(path, target)
+    if old:
+        remove(old)
+
+
 def link_or_copy(path, target):
     """A second name for a file or for those of a folder; a copy where that is impossible."""
 
@@ -301,6 +319,7 @@ def link_or_copy(path, target):
     remove(target)
     if os.path.isdir(path):
         shutil.copytree(path, target, copy_function=one)
+        flush_folder(target)
     else:
         one(path, target)
 
@@ -312,8 +331,13 @@ def numbered(step):
 def numbered_in(folder):
     """Paths of the earlier checkpoints of a folder, the latest first."""
     found = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
-    steps = {path: re.fullmatch(r"ckpt_(\d+)\.pt", os.path.basename(path)) for path in found}
-    return sorted((p for p in found if steps[p]), key=lambda p: -int(steps[p][1]))
+    return sorted(filter(step_of, found), key=step_of, reverse=True)
+
+
+def step_of(path):
+    """The step in an earlier checkpoint's name; 0 where it is none."""
+    match = re.fullmatch(r"ckpt_(\d+)\.pt", os.path.basename(path))
+    return int(match[1]) if match else 0
 
 
 def checksum(path):
@@ -336,8 +360,9 @@ def load_checkpoint(path, device="cpu"):
     try:
         return load_whole(path, device)
     except UserError as e:
-        older = [p for p in numbered_in(os.path.dirname(path)) if p != os.fspath(path)]
-        offer = f"; an earlier one is {older[0]}" if older else ""
+        older = numbered_in(os.path.dirname(path))
+        is_numbered = os.path.basename(path) not in (LATEST, BEST)
+        offer = f"; an earlier one is {older[0]}" if older and not is_numbered else ""
         raise UserError(f"{e}{offer}") from None
 
 
@@ -346,46 +371,51 @@ def load_whole(path, device="cpu"):
     if os.path.isdir(path):
         file = os.path.join(path, RUN_FILE)
         if not os.path.exists(file):
-            raise UserError(f"{path} is a folder, and no sharded checkpoint: it has no {RUN_FILE}")
-        checkpoint = load_file(file, device)
-        for name, expected in checkpoint.get("files", {}).items():
-            name = os.path.join(path, os.path.basename(name))
-            if not os.path.exists(name) or checksum(name) != expected:
-                raise UserError(f"{path} is damaged: {name} is not as it was written")
-        needed = {"model_args", "files"}
+            raise Damaged(f"{path} is a folder, and no sharded checkpoint: it has no {RUN_FILE}")
+        checkpoint, needed = load_file(file, device), ("files", "model_args")
     else:
-        checkpoint, needed = load_file(path, device), {"model", "model_args"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint: it has no {' and '.join(sorted(needed))}")
+        checkpoint, needed = load_file(path, device), ("model", "model_args")
+    if not isinstance(checkpoint, dict) or any(name not in checkpoint for name in needed):
+        raise Damaged(f"{path} is no checkpoint: it has no {' and '.join(needed)}")
+    for name in NESTED:
+        if not isinstance(checkpoint.get(name, {}), dict):
+            raise Damaged(f"{path} is no checkpoint of this program: its {name} is no table")
+    for name, expected in checkpoint.get("files", {}).items() if os.path.isdir(path) else ():
+        name = os.path.join(path, os.path.basename(str(name)))
+        if not os.path.isfile(name) or checksum(name) != expected:
+            raise Damaged(f"{path} is damaged: {name} is not as it was written")
     return checkpoint
 
 
 def load_file(path, device):
     if not os.path.exists(path):
         raise UserError(f"checkpoint {path} does not exist; train one with: python train.py")
-    damaged = f"{path} is damaged or no checkpoint of this program"
+    damaged = Damaged(f"{path} is damaged or no checkpoint of this program")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
-                raise UserError(damaged)
+                raise damaged
         return torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
-    except OSError as e:
+    except OSError as e:  # the file may be whole, and readable another time
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except pickle.UnpicklingError:
-        raise UserError(
+        raise Damaged(
             f"{path} holds more than numbers and was not loaded, since that could run code"
         ) from None
-    except Exception:  # what foreign bytes lead to is open-ended
-        raise UserError(damaged) from None
+    except Exception as e:  # what foreign bytes lead to is open-ended
+        if isinstance(e, MemoryError) or "allocate" in str(e):
+            raise UserError(f"there is not enough memory to read {path}") from None
+        raise damaged from None
 
 
 def load_latest(folder):
     """
     The latest checkpoint of a run that can be resumed, as (checkpoint, path, damaged): where
     ckpt.pt is damaged, the best of those that are not, with a printed line, and the paths of those
-    that are. (None, None, []) where there is none at all. Raises UserError where all are damaged.
+    that are. (None, None, []) where there is none at all. Raises UserError where all are damaged,
+    or one cannot be read, which says nothing of what is in it.
     """
     paths = [os.path.join(folder, LATEST), *numbered_in(folder), os.path.join(folder, BEST)]
     paths = [path for path in paths if os.path.exists(path)]
@@ -393,7 +423,7 @@ def load_latest(folder):
     for path in paths:
         try:
             checkpoint = load_whole(path)
-        except UserError as e:
+        except Damaged as e:
             damaged.append(path)
             first_error = first_error or e
             continue
@@ -413,11 +443,17 @@ def load_latest(folder):
     return None, None, []
 
 
-def put_aside_damaged(paths):
-    """Out of the way of good checkpoints, which are rotated and deleted by name."""
-    for path in paths:
-        remove(f"{path}.damaged")
-        os.replace(path, f"{path}.damaged")
+def put_aside(folder, damaged, step):
+    """
+    Out of the way of those that are rotated and deleted by name: damaged checkpoints, and of a run
+    that goes on from an earlier step those of later ones.
+    """
+    for path in damaged:
+        replace(path, f"{path}.damaged")
+    for path in numbered_in(folder):
+        if step_of(path) > step:
+            replace(path, f"{path}.later")
+            print(f"{path} is of a later step and now called {path}.later")
 
 
 def restore(model, optimizer, checkpoint, path):

@@ -39,9 +39,11 @@ def atomic_write(path, mode="wb"):
             os.fsync(f.fileno())
         os.replace(part, path)
         flush_folder(os.path.dirname(path))
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
+        if isinstance(e, OSError) and not e.filename:  # a full disk does not say where
+            e.filename = path
         raise
 
 
@@ -49,12 +51,12 @@ def flush_folder(folder):
     """Have the names in a folder on disk too, so that a rename outlives a power cut."""
     if os.name == "nt":  # has no such call for folders
         return
-    fd = os.open(folder or ".", os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse
+    with contextlib.suppress(OSError):  # some network file systems refuse
+        fd = os.open(folder or ".", os.O_RDONLY)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def write_json(path, value):

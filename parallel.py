@@ -52,6 +52,10 @@ def start(device):
     Join the processes that torchrun started; returns the torch device of this one: of the name
     "auto" or "cuda" each rank takes the GPU with its local number.
     """
+    if WORLD_SIZE > 1 and device.startswith(("cuda:", "mps")):
+        raise UserError(f"device = {device!r}: expected auto, cuda or cpu for several processes")
+    if WORLD_SIZE > 1 and device == "auto" and not torch.cuda.is_available():
+        device = "cpu"
     if WORLD_SIZE > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         if torch.cuda.device_count() <= LOCAL_RANK:
             raise UserError(
@@ -99,7 +103,7 @@ def shard(model, device):
 
 
 def replicate(model, device):
-    """A module to call instead of the model, which averages its gradients over the ranks (DDP)."""
+    """A module to call instead of `model`, which averages its gradients over the ranks (DDP)."""
     if WORLD_SIZE == 1:
         return model
     device_ids = [device] if device.type == "cuda" else None

@@ -10,15 +10,16 @@ import json
 import math
 import os
 import shutil
+import sys
 
 from tqdm import tqdm
 
 from configurator import UserError
 from files import atomic_write
 
-WORTH_KEEPING = ("ckpt*", "best.pt*", "model.bin")
 LOG = "log.jsonl"
-COMPANIONS = ("tokenizer.bin", "tokenizer.model", LOG)
+WORTH_KEEPING = ("ckpt*", "best.pt*")
+COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", LOG)
 
 
 class RunDir:
@@ -75,19 +76,19 @@ class RunDir:
         os.replace(moving, previous)
         print(f"a new run begins; the earlier one in {self.path} is moved to {previous}")
 
-    def open_log(self, step):
+    def open_log(self, step, evaluated):
         """
-        Begin the log at step 0, or go on with it: lines of later steps, which are taken again, and
-        a last one that was cut off are dropped.
+        Begin the log at step 0, or go on with it: lines of later steps and evaluations, which are
+        done again, and a last one that was cut off are dropped.
         """
         path, kept = self.file(LOG), []
         if step and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
                 lines = f.readlines()
             for line in lines:
-                with contextlib.suppress(ValueError, AttributeError):
+                with contextlib.suppress(ValueError, AttributeError, KeyError):
                     entry = json.loads(line)
-                    if entry.get("step", 0) <= step:
+                    if entry.get("step", 0) <= (evaluated if entry["kind"] == "eval" else step):
                         kept.append(line)
         with atomic_write(path, "w") as f:
             f.writelines(kept)
@@ -105,7 +106,8 @@ class RunDir:
                 flush=True,
             )
         except OSError as e:
-            tqdm.write(f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on")
+            warning = f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on"
+            tqdm.write(warning, file=sys.stderr)
 
 
 def remove(path):

@@ -45,6 +45,9 @@ class NumbersReader(dcp.FileSystemReader):
         kinds = {type(entry) for entry in self.contents.state_dict_metadata.values()}
         if kinds - {dcp.metadata.TensorStorageMetadata}:  # others are unpickled without care
             raise pickle.UnpicklingError("it holds more than numbers")
+        names = {place.relative_path for place in self.contents.storage_data.values()}
+        if any(os.path.basename(name) != name for name in names):
+            raise pickle.UnpicklingError("it points to files outside its folder")
         self.contents.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
 
     def read_metadata(self, *args, **kwargs):

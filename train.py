@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import fields
 
@@ -32,7 +33,7 @@ from checkpoint import (  # noqa: E402
     load_latest,
     load_model,
     optimizer_tensors,
-    put_aside_damaged,
+    put_aside,
     restore,
     rng_states,
     seed_all,
@@ -190,6 +191,8 @@ elif init_from != "scratch":
             f"init_from = {init_from!r}: expected scratch, resume, or the path of a checkpoint"
         )
     checkpoint, checkpoint_path = load_checkpoint(init_from), init_from
+    if os.path.realpath(init_from).startswith(os.path.realpath(os.path.join(out_dir, "previous"))):
+        raise UserError(f"a new run in {out_dir} would replace {init_from}: give another --out_dir")
     config = adopted(config, checkpoint["model_args"], given)
 elif eval_only:
     raise UserError("eval_only needs a model to evaluate: give --init_from=resume or a checkpoint")
@@ -209,6 +212,9 @@ if parallel.total(first_step) != [first_step * WORLD_SIZE]:
 if fsdp and WORLD_SIZE == 1:
     print("fsdp has nothing to share in one process; start several with torchrun")
     fsdp = False
+if fsdp and compile:
+    say("compile is left out under fsdp")
+    compile = False
 if fsdp and dtype is torch.float16:
     raise UserError("float16 cannot be used with fsdp: take --dtype=bfloat16 or float32")
 micro_batch_size, n_micro_batches = parallel.share_of_step(batch_size, gradient_accumulation_steps)
@@ -287,25 +293,23 @@ def to_device(x, y):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def compiled(net):
-    """The compiled module, made ready by one pass; the module itself where compiling fails."""
+def compiled(model):
+    """The compiled model, made ready by one pass; the model itself where compiling fails."""
     try:
         x, y = to_device(*batches.at(0, micro_batch_size))
-        fast = torch.compile(net)
+        fast = torch.compile(model)
         with autocast(device, dtype):
             fast(x, y).backward()
         return fast
     except Exception as e:
         say(f"torch.compile fails ({type(e).__name__}); going on without it")
-        return net
+        return model
     finally:
         model.zero_grad(set_to_none=True)
 
 
-net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
-wrapped = net
-if compile:
-    net = compiled(net)
+fast_model = compiled(model) if compile else model
+net = model if fsdp else parallel.replicate(fast_model, device)  # what a training step calls
 first_sequence = n_sequences
 stream = ahead(micro_batch)
 
@@ -335,7 +339,7 @@ def evaluate():
         n = int((y >= 0).sum())
         x, y = to_device(x, y)
         with autocast(device, dtype):  # a last, smaller batch is not worth compiling for
-            loss = (net if compile and len(x) == batch_size else model)(x, y)
+            loss = (fast_model if len(x) == batch_size else model)(x, y)
         if n:  # a rank may have one batch less than others
             total, n_targets = total + loss.item() * n, n_targets + n
     model.train()
@@ -359,7 +363,7 @@ def training_step():
     total = 0.0
     for i in range(n_micro_batches):
         x, y = to_device(*next(stream))
-        parallel.sync_gradients(wrapped, i == n_micro_batches - 1)
+        parallel.sync_gradients(net, i == n_micro_batches - 1)
         with autocast(device, dtype):
             loss = net(x, y) / n_micro_batches
         scaler.scale(loss).backward()
@@ -375,7 +379,9 @@ def training_step():
 
 
 def save(is_best=False):
-    """Begin to write a checkpoint; training goes on meanwhile."""
+    """Begin to write a checkpoint; training goes on meanwhile (but for FSDP)."""
+    if not is_best:
+        forget_unwritten_best()
     checkpoint = {
         "format": FORMAT,
         "model_args": args.to_dict(),
@@ -399,17 +405,20 @@ def save(is_best=False):
 
 
 def export_best():
-    """Write model.bin; a failure is said and costs nothing else."""
-    plain = model
+    """Write model.bin; a failure is said and costs nothing else. Returns whether it is written."""
+    plain, failed = model, False
     if fsdp:
         state = {name: parallel.whole(t).cpu() for name, t in model.state_dict().items()}
-        plain = Transformer(args)
-        plain.load_state_dict(state)
+        if FIRST:
+            plain = Transformer(args)
+            plain.load_state_dict(state)
     if FIRST:
         try:
             export_model(plain, model_path)
         except UserError as e:
-            tqdm.write(f"warning: {e}; training goes on")
+            failed = True
+            tqdm.write(f"warning: {e}; training goes on", file=sys.stderr)
+    return not parallel.any_rank(failed)
 
 
 def log(kind, **values):
@@ -428,12 +437,18 @@ def now():
 
 
 def request_stop(signum, frame):
-    """First Ctrl-C or SIGTERM: stop after this step. A second one ends at once."""
+    """
+    First Ctrl-C or SIGTERM: stop after this step. A second one ends at once, but not under
+    torchrun, which sends each process what the system may have sent it already.
+    """
     global stopping
+    if not stopping and FIRST:
+        more = "; once more ends at once, without a checkpoint" if WORLD_SIZE == 1 else ""
+        tqdm.write(f"stopping after this step{more}")
+    elif stopping and WORLD_SIZE == 1:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
     stopping = True
-    signal.signal(signum, signal.SIG_DFL)
-    if FIRST:
-        tqdm.write("stopping after this step; once more ends at once, without a checkpoint")
 
 
 def stop_if_diverged(what, loss):
@@ -448,24 +463,33 @@ def stop_if_diverged(what, loss):
         )
 
 
+def forget_unwritten_best():
+    """Where the best model could not be written, go back to the loss of the one before it."""
+    global best_val_loss
+    if parallel.any_rank(writer.best_failed):
+        best_val_loss, writer.best_failed = best_before, False
+
+
 def evaluate_and_keep():
     """
     Evaluate; export the best model so far, and save where always_save_checkpoint says so. Returns
     False where a stop came between: then a resumed run begins with this evaluation.
     """
-    global evaluated, val_loss, best_val_loss
+    global evaluated, val_loss, best_val_loss, best_before
     val_loss = evaluate()
     if val_loss is None:
         return False
     stop_if_diverged("validation loss", val_loss)
     evaluated = iter_num
     log("eval", **now(), val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
+    forget_unwritten_best()
     is_best = val_loss < best_val_loss
     if FIRST:
         tqdm.write(f"step {iter_num}: {show(val_loss)}{', the best so far' if is_best else ''}")
     if is_best:
-        best_val_loss = val_loss
-        export_best()
+        is_best = export_best()
+    if is_best:  # and written: else a later one has to beat what is there
+        best_before, best_val_loss = best_val_loss, val_loss
     if is_best or always_save_checkpoint or time_to_save():
         save(is_best)
     return True
@@ -496,7 +520,7 @@ parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
 if FIRST:
     run = run or RunDir(out_dir)
     if is_resumed:
-        put_aside_damaged(damaged)
+        put_aside(out_dir, damaged, iter_num)
     else:
         run.set_aside_earlier_run()
     if tokenizer:  # so that out_dir has all that ./run and sample.py need
@@ -508,7 +532,7 @@ if FIRST:
             shutil.copyfileobj(src, dst)
     else:
         print(f"without {paths.tokenizer_model}, bits per byte are unknown and no text can be told")
-    run.open_log(iter_num)
+    run.open_log(iter_num, evaluated)
 parallel.wait_for_all()
 is_latest = is_resumed and os.path.basename(checkpoint_path) == "ckpt.pt"
 writer = CheckpointWriter(out_dir, keep_last, iter_num if is_latest else None)
@@ -536,7 +560,7 @@ log(
 
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, request_stop)
-val_loss = math.inf
+val_loss, best_before = math.inf, best_val_loss
 bar = tqdm(total=max_iters, initial=iter_num, unit="step", dynamic_ncols=True, disable=not FIRST)
 stop = False
 if iter_num != evaluated and (iter_num % eval_interval == 0 or iter_num == max_iters):
@@ -568,7 +592,7 @@ while iter_num < max_iters and not stop:
         clock = time.perf_counter()
 bar.close()
 writer.wait()
-if writer.latest_step != iter_num:
+if parallel.any_rank(FIRST and writer.latest_step != iter_num):
     save()
     writer.wait()
 finished = iter_num >= max_iters and evaluated == iter_num
@@ -579,10 +603,8 @@ log(
     best_val_loss=best_val_loss,
 )
 if writer.error:
-    raise UserError(
-        f"{writer.error}; of the {iter_num} steps, "
-        + (f"{writer.latest_step} are in ckpt.pt" if writer.latest_step else "none are saved")
-    )
+    saved = writer.latest_step or first_step
+    raise UserError(f"{writer.error}; of the {iter_num} steps, {saved or 'none'} are saved")
 if finished:
     say(f"best {show(best_val_loss)}; wrote {model_path}")
     if val_loss > best_val_loss:

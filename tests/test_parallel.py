@@ -16,6 +16,7 @@ import torch
 from conftest import REPO, TINY, read_log, script, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+import sharded
 from checkpoint import checksum, load_checkpoint, load_model
 from configurator import UserError
 
@@ -142,6 +143,9 @@ class Hostile:
 def test_a_sharded_checkpoint_from_a_stranger_runs_no_code(runs, tmp_path, monkeypatch):
     """Neither through its table of contents, a pickle, nor through what that says is no tensor."""
     monkeypatch.chdir(tmp_path)
+    metadata_module = BytesStorageMetadata.__module__
+    more = sharded.CONTENTS[metadata_module] | {BytesStorageMetadata.__name__}
+    monkeypatch.setitem(sharded.CONTENTS, metadata_module, more)  # refused all the same
     good = runs / "fsdp2" / "ckpt.pt"
     name = "model.norm.weight"
     contents = pickle.loads((good / ".metadata").read_bytes())
@@ -178,7 +182,7 @@ def test_a_full_disk_costs_no_sharded_checkpoint(runs, practice, tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     said = f"cannot write {out / 'ckpt.pt'}: "
-    assert f"warning: {said}" in errors and f"of the {STEPS + 2} steps, {STEPS} are in" in errors
+    assert f"warning: {said}" in errors and f"of the {STEPS + 2} steps, {STEPS} are saved" in errors
     assert load_checkpoint(out / "ckpt.pt")["iter_num"] == STEPS
     assert not list(out.glob("*.part"))
 
@@ -196,11 +200,32 @@ def test_accumulation_is_shared_too(runs, practice, tmp_path):
         assert max(abs(a[key] - b[key]) for key in trains) < 1e-5
 
 
-def test_sigterm_to_torchrun_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tmp_path):
+def ranks_of(out_dir):
+    """{rank: process id} of the processes that train into a folder."""
+    found = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                environ = f.read().split(b"\0")
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                mine = f"--out_dir={out_dir}".encode() in f.read().split(b"\0")
+        except OSError:
+            continue
+        for word in environ:
+            if mine and word.startswith(b"RANK="):
+                found[int(word[5:])] = pid
+    return found
+
+
+@pytest.mark.parametrize("to", ["torchrun", "all processes"])
+def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tmp_path, to):
+    """Some systems signal every process, and torchrun then signals its own once more."""
     out = tmp_path / "out"
     process = launch(2, practice, out, *WORDS, "--eval_iters=100")  # slower
     while process.poll() is None:
         if (out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text():
+            for pid in ranks_of(out).values() if to == "all processes" else ():
+                os.kill(pid, signal.SIGTERM)
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.02)
@@ -235,19 +260,8 @@ def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
     while not ((out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text()):
         assert process.poll() is None
         time.sleep(0.05)
-    ranks = {}
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as f:
-                environ = f.read().split(b"\0")
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                mine = f"--out_dir={out}".encode() in f.read().split(b"\0")
-        except OSError:
-            continue
-        for word in environ:
-            if mine and word.startswith(b"RANK="):
-                ranks[int(word[5:])] = pid
-    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks_of(out)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in errors or "exitcode  : -9" in errors
+    assert "[rank0]: error: lost another process; its own message says why" in errors

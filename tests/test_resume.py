@@ -205,17 +205,19 @@ def test_an_interrupted_setting_aside_is_completed(tmp_path):
     assert os.listdir(tmp_path) == ["previous"]
     found = {path.name: path.read_text() for path in (tmp_path / "previous").iterdir()}
     assert found == dict.fromkeys(("ckpt.pt", "log.jsonl", "model.bin"), "old")
-    (tmp_path / "log.jsonl").write_text("of a run without a checkpoint")
+    for name in ("log.jsonl", "model.bin"):  # of a run that was killed in its first save
+        (tmp_path / name).write_text("young")
     run.set_aside_earlier_run()
-    assert (tmp_path / "previous" / "log.jsonl").read_text() == "old"
+    assert (tmp_path / "previous" / "ckpt.pt").read_text() == "old"
 
 
 def test_the_log_goes_on_where_the_checkpoint_is(tmp_path):
     lines = [{"kind": "start"}, *({"kind": "train", "step": i} for i in range(1, 9))]
+    lines.insert(6, {"kind": "eval", "step": 5})  # after which no checkpoint was written
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
     (tmp_path / "log.jsonl").write_text(text)
     run = RunDir(tmp_path)
-    run.open_log(5)
+    run.open_log(5, 4)
     run.log("train", step=6, loss=float("nan"), lr=1 / 3)
     assert read_log(tmp_path) == [
         *lines[:6],
@@ -326,6 +328,52 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole, practice
     assert story_of(out) == story_of(whole)
 
 
+def test_what_cannot_be_read_is_not_taken_for_damaged(whole, tmp_path, monkeypatch):
+    """No memory, no permission, a disk that fails: nothing is renamed, no step is lost."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for error, said in (
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory to read"),
+        (PermissionError(13, "Permission denied"), "ckpt.pt: Permission denied"),
+    ):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fails)
+        with pytest.raises(UserError, match=said):
+            load_latest(out)
+
+
+def test_checkpoints_of_later_steps_are_not_in_the_way(whole, practice, tmp_path):
+    """A run that is taken back to an earlier checkpoint does not mix it with its other future."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    os.replace(out / f"ckpt_{STEPS - 2:06}.pt", out / "ckpt.pt")
+    later = out / f"ckpt_{STEPS - 1:06}.pt"
+    done = train(practice, out, *WORDS, "--init_from=resume", "--keep_last=2")
+    assert done.returncode == 0 and f"now called {later}.later" in done.stdout
+    steps = {path.name: load_checkpoint(path)["iter_num"] for path in out.glob("ckpt*")}
+    assert steps == {"ckpt.pt": STEPS, later.name: STEPS - 1, f"{later.name}.later": STEPS - 1}
+    assert story_of(out) == story_of(whole)
+
+
+def test_odd_checkpoints_are_refused_in_a_sentence(whole, practice, tmp_path):
+    good, path = load_checkpoint(whole / "ckpt.pt"), tmp_path / "ckpt.pt"
+    for name in ("model", "model_args", "optimizer", "config", "rng", "versions"):
+        torch.save({**good, name: 5}, path)
+        with pytest.raises(UserError, match=f"no checkpoint of this program: its {name} is no"):
+            load_checkpoint(path)
+    (tmp_path / "sharded").mkdir()
+    torch.save([1], tmp_path / "sharded" / "run.pt")
+    with pytest.raises(UserError, match="is no checkpoint: it has no files and model_args"):
+        load_checkpoint(tmp_path / "sharded")
+    previous = tmp_path / "out" / "previous"
+    shutil.copytree(whole, previous)
+    done = train(practice, tmp_path / "out", f"--init_from={previous / 'best.pt'}")
+    refused(done, "would replace", "give another --out_dir")
+
+
 def test_where_nothing_is_whole_nothing_is_begun_anew(whole, practice, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -359,7 +407,7 @@ def test_a_full_disk_costs_no_checkpoint(whole, practice, tmp_path):
     refused(
         done,
         f"cannot write {out / 'ckpt.pt'}: File too large",
-        f"of the {STEPS + 4} steps, {STEPS} are in ckpt.pt",
+        f"of the {STEPS + 4} steps, {STEPS} are saved",
     )
     assert f"warning: cannot write {out / 'ckpt.pt'}" in done.stderr
     assert f"that of step {STEPS} is untouched" in done.stderr
@@ -368,6 +416,41 @@ def test_a_full_disk_costs_no_checkpoint(whole, practice, tmp_path):
     done = train(practice, out, *words)  # there is room again
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(out / "ckpt.pt")["iter_num"] == STEPS + 4
+    evals = [e for e in read_log(out) if e["kind"] == "eval"]
+    best = min(evals, key=lambda e: e["val_loss"])
+    assert load_checkpoint(out / "best.pt")["iter_num"] == best["step"]
+
+
+def test_a_disk_that_is_full_from_the_start_is_said(practice, tmp_path):
+    done = train(practice, tmp_path / "out", "--max_iters=3", preexec_fn=limited(1000))
+    refused(done, str(tmp_path / "out" / "tokenizer.bin"), "File too large")
+
+
+def test_a_best_model_that_could_not_be_written_is_made_up_for(practice, tmp_path):
+    """While the first best model is written the disk is full: the next evaluation replaces it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "best.pt.part").mkdir()  # a name that cannot be written to
+    (out / "best.pt.part" / "in the way").touch()
+    code = f"""
+import sys, checkpoint
+real = checkpoint.link_or_copy
+def fails_once(*args):
+    checkpoint.link_or_copy = real
+    raise OSError(28, "No space left on device")
+checkpoint.link_or_copy = fails_once
+sys.argv = {["train.py", *TINY, f"--data_dir={practice}", f"--out_dir={out}", "--max_iters=6"]}
+sys.argv += ["--eval_interval=2", "--base_learning_rate=1e-9", "--seed=3"]
+exec(compile(open({str(REPO / "train.py")!r}).read(), {str(REPO / "train.py")!r}, "exec"))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stderr
+    evals = {e["step"]: e["val_loss"] for e in read_log(out) if e["kind"] == "eval"}
+    step = load_checkpoint(out / "best.pt")["iter_num"]
+    assert step > 2 and evals[step] == min(evals[4], evals[6])
+    assert load_checkpoint(out / "ckpt.pt")["best_val_loss"] == pytest.approx(evals[step])
 
 
 def test_a_disk_that_has_room_again_is_used(tmp_path, monkeypatch, capsys):
