@@ -17,6 +17,7 @@ that of the lowest validation loss. Each is a dict of plain values and tensors:
     rng              states of the random numbers of Python, numpy and torch
     tokenizer_hash   of the tokenizer model, "" where it is unknown
     config           the settings of train.py
+    compute_dtype    of the matrix products
     versions         of Python and the packages
     format           FORMAT
 
@@ -57,7 +58,7 @@ RUN_FILE = "run.pt"  # of a sharded checkpoint
 NESTED = ("model", "model_args", "optimizer", "config", "rng", "versions", "files")
 NEEDED_TO_RESUME = set(
     "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler rng "
-    "tokenizer_hash config versions".split()
+    "tokenizer_hash config versions compute_dtype".split()
 )
 
 
@@ -190,7 +191,9 @@ class CheckpointWriter:
         self.wait()
         with self.reporting(is_best):
             copy = self.snapshot.take(checkpoint)
-            self.thread = threading.Thread(target=self.write, args=(copy, is_best))
+            self.thread = threading.Thread(
+                target=self.write, args=(copy, is_best), name=parallel.WAITED_FOR
+            )
             self.thread.start()
 
     def wait(self):
@@ -200,7 +203,7 @@ class CheckpointWriter:
             self.thread = None
 
     def write(self, checkpoint, is_best):
-        part = f"{self.latest}.{os.getpid()}.part"
+        part, self.error = f"{self.latest}.{os.getpid()}.part", None
         with self.reporting(is_best, part):
             save_file(part, checkpoint)
             self.install(part, checkpoint["iter_num"], is_best)
@@ -228,6 +231,7 @@ class CheckpointWriter:
                 save_file(os.path.join(part, RUN_FILE), {**checkpoint, "files": files})
                 self.install(part, step, is_best)
 
+        self.error = None
         for job in (begin, write_tensors, finish):
             with self.reporting(is_best, part):
                 job()
@@ -240,14 +244,14 @@ class CheckpointWriter:
     def reporting(self, is_best, part=None):
         try:
             yield
-            self.error = None
         except Exception as e:  # torch reports a full disk as a RuntimeError, dcp in one of its own
             if part:
                 remove(part)
             self.best_failed = self.best_failed or is_best
             self.error = f"cannot write {self.latest}: {reason(e)}"
-            kept = f"that of step {self.latest_step} is untouched" if self.latest_step else ""
-            tqdm.write("; ".join(filter(None, (f"warning: {self.error}", kept))), file=sys.stderr)
+            kept = f"; that of step {self.latest_step} is untouched" if self.latest_step else ""
+            advice = "the next save tries again: make room meanwhile"
+            tqdm.write(f"warning: {self.error}{kept}; {advice}", file=sys.stderr)
 
     def install(self, part, step, is_best):
         """Make `part` the latest checkpoint; the one before gets its step into its name."""
@@ -361,8 +365,8 @@ def load_checkpoint(path, device="cpu"):
         return load_whole(path, device)
     except UserError as e:
         older = numbered_in(os.path.dirname(path))
-        is_numbered = os.path.basename(path) not in (LATEST, BEST)
-        offer = f"; an earlier one is {older[0]}" if older and not is_numbered else ""
+        is_newest = os.path.basename(path) in (LATEST, BEST)
+        offer = f"; an earlier one is {older[0]}" if older and is_newest else ""
         raise UserError(f"{e}{offer}") from None
 
 
@@ -370,6 +374,9 @@ def load_whole(path, device="cpu"):
     """load_checkpoint without the offer."""
     if os.path.isdir(path):
         file = os.path.join(path, RUN_FILE)
+        if not os.path.exists(file) and os.path.exists(os.path.join(path, LATEST)):
+            best = next(n for n in (BEST, LATEST) if os.path.exists(os.path.join(path, n)))
+            raise UserError(f"{path} is the folder of a run: name {os.path.join(path, best)}")
         if not os.path.exists(file):
             raise Damaged(f"{path} is a folder, and no sharded checkpoint: it has no {RUN_FILE}")
         checkpoint, needed = load_file(file, device), ("files", "model_args")
@@ -413,34 +420,38 @@ def load_file(path, device):
 def load_latest(folder):
     """
     The latest checkpoint of a run that can be resumed, as (checkpoint, path, damaged): where
-    ckpt.pt is damaged, the best of those that are not, with a printed line, and the paths of those
-    that are. (None, None, []) where there is none at all. Raises UserError where all are damaged,
-    or one cannot be read, which says nothing of what is in it.
+    ckpt.pt is damaged, the latest of those that are not, with a printed line, and the paths of
+    those that are. (None, None, []) where there is none at all. Raises UserError where all are
+    damaged, or one cannot be read, which says nothing of what is in it.
     """
-    paths = [os.path.join(folder, LATEST), *numbered_in(folder), os.path.join(folder, BEST)]
-    paths = [path for path in paths if os.path.exists(path)]
-    damaged, first_error = [], None
+    latest, best = os.path.join(folder, LATEST), os.path.join(folder, BEST)
+    paths = [path for path in (latest, best, *numbered_in(folder)) if os.path.exists(path)]
+    whole, damaged, why = [], [], f"{latest} does not exist"
     for path in paths:
         try:
-            checkpoint = load_whole(path)
+            whole.append((load_whole(path), path))
         except Damaged as e:
+            why = str(e) if not damaged else f"{why}; so is {path}"
             damaged.append(path)
-            first_error = first_error or e
-            continue
-        if NEEDED_TO_RESUME - checkpoint.keys():
-            raise UserError(
-                f"{path} holds weights but no run that can be resumed; to train on from the "
-                f"weights: --init_from={path} and another --out_dir"
-            )
-        if checkpoint["format"] != FORMAT:
-            raise UserError(f"{path} is of another version of this program and cannot be resumed")
-        if os.path.basename(path) != LATEST:
-            why = f"{first_error}; " if first_error else ""
-            parallel.say(f"{why}going on from {path}, step {checkpoint['iter_num']}")
-        return checkpoint, path, damaged
-    if first_error:
-        raise UserError(f"{first_error}; no other checkpoint in {folder} is whole")
-    return None, None, []
+        if whole and path != best:  # of the numbered ones the first is the latest
+            break
+    if damaged and not whole:
+        raise UserError(
+            f"{why}; no other checkpoint in {folder} is whole: to begin anew give another --out_dir"
+        )
+    if not whole:
+        return None, None, []
+    checkpoint, path = max(whole, key=lambda one: one[0].get("iter_num", 0))
+    if NEEDED_TO_RESUME - checkpoint.keys():
+        raise UserError(
+            f"{path} holds weights but no run that can be resumed; to train on from the "
+            f"weights: --init_from={path} and another --out_dir"
+        )
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} is of another version of this program and cannot be resumed")
+    if path != latest:
+        parallel.say(f"{why}; going on from {path}, step {checkpoint['iter_num']}")
+    return checkpoint, path, damaged
 
 
 def put_aside(folder, damaged, step):
@@ -450,6 +461,7 @@ def put_aside(folder, damaged, step):
     """
     for path in damaged:
         replace(path, f"{path}.damaged")
+        print(f"{path} is now called {path}.damaged")
     for path in numbered_in(folder):
         if step_of(path) > step:
             replace(path, f"{path}.later")

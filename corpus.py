@@ -66,6 +66,8 @@ def plan_shards(source, valid_source=""):
         valid_files = text_files(valid_source)
         valid = [[Span(f, 0, os.path.getsize(f)) for f in valid_files]]
         files = [f for f in files if not any(os.path.samefile(f, v) for v in valid_files)]
+        if not files:
+            raise UserError(f"{valid_source} is all of {source}: nothing is left to train on")
     total = sum(map(os.path.getsize, files))
     n = min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS)
     n = max(n, -(-total // LARGE_SHARD))

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import zlib
 
@@ -51,6 +52,7 @@ class DataPaths:
             raise UserError(
                 f"vocab_size = {vocab_size}: expected 0 (Llama 2's) or the size of a vocabulary"
             )
+        self.data_dir = data_dir
         self.is_llama2 = vocab_source == "llama2" or vocab_size == 0
         self.vocab_size = LLAMA2_VOCAB_SIZE if self.is_llama2 else vocab_size
         self.stories = os.path.join(data_dir, TINYSTORIES)
@@ -60,8 +62,13 @@ class DataPaths:
         self.shards = self.stories if self.is_llama2 else os.path.join(data_dir, name)
 
     def make_hint(self):
-        """The flags that name this vocabulary on tinystories.py's command line."""
-        return "--vocab_source=llama2" if self.is_llama2 else f"--vocab_size={self.vocab_size}"
+        """The flags that name this vocabulary and its folder on tinystories.py's command line."""
+        flag = "--vocab_source=llama2" if self.is_llama2 else f"--vocab_size={self.vocab_size}"
+        return (
+            flag
+            if self.data_dir == "data"
+            else f"{flag} --data_dir={shlex.quote(str(self.data_dir))}"
+        )
 
 
 # ---- writing
@@ -140,7 +147,7 @@ def write_shards(folder, tokenizer, plan, num_workers):
         name, source = f"data{i:0{width}}.bin", [span.key() for span in spans]
         shard = kept.get(tuple(source))
         path = os.path.join(folder, name)
-        if shard and shard["name"] == name and shard_size_fits(path, shard["tokens"], dtype):
+        if shard and shard["name"] == name and shard_is_whole(path, shard, dtype):
             done[i] = shard
         else:
             todo.append((i, name, source, spans))
@@ -176,6 +183,11 @@ def write_shards(folder, tokenizer, plan, num_workers):
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    meta["held_out"] = sum(shard["held_out"] for shard in done.values())
+    if not any(shard["documents"] for i, shard in done.items() if i):
+        raise UserError(
+            "every training document is in the validation text too: give another --valid_source"
+        )
     listed = {shard["name"] for shard in meta["shards"]}
     for shard in old["shards"]:  # left from a corpus with more shards
         if shard["name"] not in listed:
@@ -189,6 +201,13 @@ def write_shards(folder, tokenizer, plan, num_workers):
 def leave_ctrl_c():
     """In a worker: Ctrl-C is for the parent, which then asks for no more shards."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def shard_is_whole(path, shard, dtype):
+    if not shard_size_fits(path, shard["tokens"], dtype):
+        return False
+    with open(path, "rb") as f:
+        return zlib.crc32(f.read()) == shard["crc32"]
 
 
 def shard_size_fits(path, n_tokens, dtype):
@@ -306,7 +325,7 @@ class TokenData:
                 expected = meta["shards"][i].get("crc32", crc) if meta else crc
                 if crc != expected:
                     raise UserError(
-                        f"shard {shard.filename} has changed; delete it and run: {again}"
+                        f"shard {shard.filename} has changed; make it anew with: {again}"
                     )
 
     def tokens_per_byte(self):

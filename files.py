@@ -42,7 +42,7 @@ def atomic_write(path, mode="wb"):
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
-        if isinstance(e, OSError) and not e.filename:  # a full disk does not say where
+        if isinstance(e, OSError):  # which names the .part file, or for a full disk nothing
             e.filename = path
         raise
 

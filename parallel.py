@@ -11,7 +11,9 @@ is needed. Rank 0 alone prints and writes, but for the sharded checkpoints of FS
 
 import atexit
 import os
+import re
 import sys
+import threading
 import time
 
 import torch
@@ -25,11 +27,13 @@ RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0
+LOST = re.compile("gloo|Connection (closed|reset)|Broken pipe|NCCL", re.IGNORECASE)
+WAITED_FOR = "checkpoint"  # name of the threads that have to end before a process does
 GRACE_S = 2  # in which the first rank of a machine may say what all of them have to say
 
 
 def errors_of_ranks():
-    """What all ranks of a machine have to say is said once; torch adds the rank to the line."""
+    """Errors name their rank, and what all ranks of a machine have to say is said once."""
     if WORLD_SIZE == 1:
         return
     one_sentence = sys.excepthook
@@ -38,11 +42,24 @@ def errors_of_ranks():
         if issubclass(kind, UserError):
             if LOCAL_RANK:
                 time.sleep(GRACE_S)  # torchrun ends this process once the first rank has ended
-        elif issubclass(kind, dist.DistError) or "gloo" in str(error):
+        elif issubclass(kind, dist.DistError) or LOST.search(str(error)):
             time.sleep(GRACE_S)
-            kind, error = UserError, UserError("lost another process; its own message says why")
-        atexit.unregister(dist.destroy_process_group)  # which would wait for the others
+            kind, error = (
+                UserError,
+                UserError(
+                    "another process is gone; if it could say why, it did. "
+                    "The latest checkpoint is whole: --init_from=resume goes on from there"
+                ),
+            )
+        sys.stderr = sys.__stderr__  # torch has put a buffer in its place
+        print(f"[rank{RANK}]: ", end="", file=sys.stderr)
         one_sentence(kind, error, traceback)
+        for thread in threading.enumerate():
+            if thread.name == WAITED_FOR:
+                thread.join()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the usual end would wait for ranks that wait for this one
 
     sys.excepthook = hook
 

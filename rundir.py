@@ -6,6 +6,7 @@ log.jsonl has one JSON object a line; README.md says what is in it.
 
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,8 @@ class RunDir:
 
     def __init__(self, path):
         self.path = path
+        if os.path.isfile(path):
+            raise UserError(f"out_dir = {path} is a file: name a folder")
         try:
             os.makedirs(path, exist_ok=True)
         except OSError as e:
@@ -62,17 +65,19 @@ class RunDir:
 
     def set_aside_earlier_run(self):
         """
-        Move what an earlier run left to `previous`, in place of one yet earlier. A run that came to
-        no checkpoint replaces nothing. An interrupted call is completed by the next one.
+        Move what an earlier run left to `previous`, or previous_2 and so on where there is one from
+        before; what came to no checkpoint is not worth that. The next call completes a call that
+        was interrupted.
         """
-        moving, previous = self.file("moving"), self.file("previous")
+        moving = self.file("moving")
         names = self.find(WORTH_KEEPING)
         if not names and not os.path.isdir(moving):
             return
         os.makedirs(moving, exist_ok=True)
         for name in (*filter(os.path.exists, map(self.file, COMPANIONS)), *names):
             os.replace(name, os.path.join(moving, os.path.basename(name)))
-        shutil.rmtree(previous, ignore_errors=True)
+        names = (f"previous_{i}" if i > 1 else "previous" for i in itertools.count(1))
+        previous = next(path for path in map(self.file, names) if not os.path.exists(path))
         os.replace(moving, previous)
         print(f"a new run begins; the earlier one in {self.path} is moved to {previous}")
 

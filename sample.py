@@ -50,10 +50,10 @@ if start.startswith("FILE:"):
 if not checkpoint:
     best, latest = (os.path.join(out_dir, name) for name in ("best.pt", "ckpt.pt"))
     checkpoint = best if os.path.exists(best) else latest
-tokenizer = Tokenizer(tokenizer or os.path.join(os.path.dirname(checkpoint), "tokenizer.model"))
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 model = load_model(load_checkpoint(checkpoint), checkpoint).to(device).eval()
+tokenizer = Tokenizer(tokenizer or os.path.join(os.path.dirname(checkpoint), "tokenizer.model"))
 if tokenizer.vocab_size != model.args.vocab_size:
     raise UserError(
         f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, but the model's vocabulary "

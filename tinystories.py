@@ -13,6 +13,7 @@ with <|endoftext|> between them), .json or .jsonl. The first shard is validation
 
 import json
 import os
+import shlex
 import shutil
 
 from tqdm import tqdm
@@ -105,7 +106,8 @@ def download_pretokenized():
         archive = os.path.join(data_dir, f"{name}.tar.gz")
         fetch("enio/TinyStories", f"{name}/{name}.tar.gz", archive)
         unpack(archive, paths.shards)
-    print(f"next: python train.py --vocab_size={pretokenized}{data_dir_flag()}")
+    hint = DataPaths(data_dir, "custom", pretokenized).make_hint()
+    print(f"next: python train.py {hint}")
 
 
 def synth_stage():
@@ -215,18 +217,18 @@ def pretokenize_stage():
         )
     tokenizer.export(paths.tokenizer_bin)
     meta = write_shards(paths.shards, tokenizer, corpus_plan(), worker_count())
-    counts = ("documents", "tokens", "bytes", "unk", "held_out")
+    counts = ("documents", "tokens", "bytes", "unk")
     total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
     print(
         f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
         f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
         f"in {len(meta['shards'])} shards in {paths.shards}"
     )
-    if total["held_out"]:
-        print(f"{total['held_out']:,} training documents are in the validation text too: left out")
+    if meta["held_out"]:
+        print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
     if total["unk"]:
         print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
-    print(f"next: python train.py {paths.make_hint()}{data_dir_flag()}")
+    print(f"next: python train.py {paths.make_hint()}")
 
 
 def worker_count():
@@ -236,17 +238,13 @@ def worker_count():
     return num_workers or (len(affinity(0)) if affinity else os.cpu_count())
 
 
-def data_dir_flag():
-    return "" if data_dir == "data" else f" --data_dir={data_dir}"
-
-
 def same_flags():
     """The flags that name the same corpus and vocabulary in the next command."""
     flags = [DataPaths(data_dir, vocab_source, vocab_size).make_hint()]
-    flags += [f"--source={source}"] * bool(source) + [f"--valid_source={valid_source}"] * bool(
-        valid_source
-    )
-    return " ".join(flags) + data_dir_flag()
+    for name, value in (("source", source), ("valid_source", valid_source)):
+        if value:
+            flags.append(f"--{name}={shlex.quote(value)}")
+    return " ".join(flags)
 
 
 def next_steps():

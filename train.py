@@ -14,6 +14,7 @@ checkpoint.
 
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import time
 from dataclasses import fields
 
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins Ctrl-C just ends this
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -103,26 +105,30 @@ FIXED_BY_CHECKPOINT = set(
     "vocab_size vocab_source max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
     "tie_embeddings".split()
 )
-OF_ONE_START = set("out_dir init_from resume eval_only device dtype fsdp compile".split())
+OF_ONE_START = set("out_dir init_from resume eval_only device fsdp compile".split())
 AT_LEAST_1 = (
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
     "keep_last"
 ).split()
 
 
-def resumed(config, old, given):
-    """Settings to resume with: those of the checkpoint, `old`, but for what was given now."""
-    config = dict(config)
+def resumed(config, checkpoint, given):
+    """Settings to resume with: those of the checkpoint, but for what was given now."""
+    config, old = dict(config), checkpoint["config"]
+    changed = []
     for name in config.keys() & old.keys() - OF_ONE_START:
         if name not in given:
             config[name] = old[name]
         elif config[name] != old[name]:
-            if name in FIXED_BY_CHECKPOINT:
-                raise UserError(
-                    f"cannot resume with {name} = {config[name]}: "
-                    f"the checkpoint's model has {old[name]}"
-                )
-            say(f"resuming with {name} = {config[name]} instead of {old[name]}")
+            changed.append(name)
+    for name in FIXED_BY_CHECKPOINT.intersection(changed):
+        raise UserError(
+            f"cannot resume with {name} = {config[name]}: the checkpoint's model has "
+            f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or begin a new run "
+            f"with another --out_dir"
+        )
+    for name in sorted(changed):
+        say(f"resuming with {name} = {config[name]} instead of {old[name]}")
     return config
 
 
@@ -176,7 +182,9 @@ if init_from == "resume" or resume == "auto":
     checkpoint, checkpoint_path, damaged = load_latest(out_dir)
 is_resumed = checkpoint is not None
 if is_resumed:
-    config = resumed(config, checkpoint["config"], given)
+    config = resumed(config, checkpoint, given)
+    if init_from not in ("scratch", "resume"):
+        say(f"going on with the run in {out_dir}; init_from = {init_from} was for its start")
     for name, version in versions().items():
         if (old := checkpoint["versions"][name]) != version:
             say(f"the checkpoint is of {name} {old}, this is {version}: last digits may differ")
@@ -191,8 +199,6 @@ elif init_from != "scratch":
             f"init_from = {init_from!r}: expected scratch, resume, or the path of a checkpoint"
         )
     checkpoint, checkpoint_path = load_checkpoint(init_from), init_from
-    if os.path.realpath(init_from).startswith(os.path.realpath(os.path.join(out_dir, "previous"))):
-        raise UserError(f"a new run in {out_dir} would replace {init_from}: give another --out_dir")
     config = adopted(config, checkpoint["model_args"], given)
 elif eval_only:
     raise UserError("eval_only needs a model to evaluate: give --init_from=resume or a checkpoint")
@@ -210,7 +216,7 @@ if parallel.total(first_step) != [first_step * WORLD_SIZE]:
         f"put --out_dir on a disk that all of them share"
     )
 if fsdp and WORLD_SIZE == 1:
-    print("fsdp has nothing to share in one process; start several with torchrun")
+    print("warning: fsdp has nothing to share in one process; start several with torchrun")
     fsdp = False
 if fsdp and compile:
     say("compile is left out under fsdp")
@@ -267,6 +273,8 @@ if is_resumed:
     iter_num, n_sequences = checkpoint["iter_num"], checkpoint["n_sequences"]
     evaluated, train_s = checkpoint["evaluated"], checkpoint["train_s"]
     best_val_loss = checkpoint["best_val_loss"]
+    if checkpoint["compute_dtype"] != str(dtype):
+        say(f"computing in {dtype} from now on, so far in {checkpoint['compute_dtype']}")
     if checkpoint["n_windows"] != batches.n_windows:
         say(
             f"the shards are not those of the run so far: {batches.n_windows:,} sequences instead "
@@ -395,6 +403,7 @@ def save(is_best=False):
         "tokenizer_hash": tokenizer.hash if tokenizer else "",
         "config": config,
         "rng": rng_states(),
+        "compute_dtype": str(dtype),
         "versions": versions(),
     }
     if fsdp:
@@ -609,7 +618,12 @@ if finished:
     say(f"best {show(best_val_loss)}; wrote {model_path}")
     if val_loss > best_val_loss:
         say("the last step was worse: model.bin and best.pt are of the best, ckpt.pt of the last")
-    say(f'next: ./run {model_path} -i "Once upon a time"')
+    if tokenizer:
+        say(f'next: ./run {shlex.quote(model_path)} -i "Once upon a time"')
 else:
     say(f"stopped at step {iter_num}; {os.path.join(out_dir, 'ckpt.pt')} is saved")
-    say(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
+    launch = "python"
+    if WORLD_SIZE > 1:
+        launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
+    words = f"--init_from=resume --out_dir={shlex.quote(out_dir)}{' --fsdp' if fsdp else ''}"
+    say(f"to go on: {launch} train.py {words}")

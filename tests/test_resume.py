@@ -202,13 +202,14 @@ def test_an_interrupted_setting_aside_is_completed(tmp_path):
     fill(tmp_path / "previous", "older")
     run = RunDir(tmp_path)
     run.set_aside_earlier_run()
-    assert os.listdir(tmp_path) == ["previous"]
-    found = {path.name: path.read_text() for path in (tmp_path / "previous").iterdir()}
+    assert sorted(os.listdir(tmp_path)) == ["previous", "previous_2"]
+    found = {path.name: path.read_text() for path in (tmp_path / "previous_2").iterdir()}
     assert found == dict.fromkeys(("ckpt.pt", "log.jsonl", "model.bin"), "old")
     for name in ("log.jsonl", "model.bin"):  # of a run that was killed in its first save
         (tmp_path / name).write_text("young")
     run.set_aside_earlier_run()
-    assert (tmp_path / "previous" / "ckpt.pt").read_text() == "old"
+    assert sorted(os.listdir(tmp_path))[-2:] == ["previous", "previous_2"]
+    assert (tmp_path / "previous" / "ckpt.pt").read_text() == "older"
 
 
 def test_the_log_goes_on_where_the_checkpoint_is(tmp_path):
@@ -313,12 +314,14 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole, practice
     shutil.copytree(whole, out)
     data = bytearray((out / "ckpt.pt").read_bytes())
     data[len(data) // 2] ^= 1
-    (out / "ckpt.pt").write_bytes(data)
+    for name in ("ckpt.pt", "best.pt"):  # often one file on disk
+        (out / name).write_bytes(data)
     done = train(practice, out, *WORDS, "--init_from=resume")
     assert done.returncode == 0, done.stderr
     older = out / f"ckpt_{STEPS - 1:06}.pt"
+    assert f"{out / 'ckpt.pt'} is now called {out / 'ckpt.pt.damaged'}" in done.stdout
     assert (
-        f"{out / 'ckpt.pt'} is damaged or no checkpoint of this program; "
+        f"{out / 'ckpt.pt'} is damaged or no checkpoint of this program; so is {out / 'best.pt'}; "
         f"going on from {older}, step {STEPS - 1}" in done.stdout
     )
     assert (out / "ckpt.pt.damaged").read_bytes() == data
@@ -370,8 +373,8 @@ def test_odd_checkpoints_are_refused_in_a_sentence(whole, practice, tmp_path):
         load_checkpoint(tmp_path / "sharded")
     previous = tmp_path / "out" / "previous"
     shutil.copytree(whole, previous)
-    done = train(practice, tmp_path / "out", f"--init_from={previous / 'best.pt'}")
-    refused(done, "would replace", "give another --out_dir")
+    done = train(practice, tmp_path / "out", f"--init_from={previous}")
+    refused(done, f"{previous} is the folder of a run: name {previous / 'best.pt'}")
 
 
 def test_where_nothing_is_whole_nothing_is_begun_anew(whole, practice, tmp_path):
@@ -383,8 +386,10 @@ def test_where_nothing_is_whole_nothing_is_begun_anew(whole, practice, tmp_path)
         refused(train(practice, out, *words), "ckpt.pt is damaged", "no other checkpoint in")
     refused(train(practice, out, f"--init_from={out / 'best.pt'}"), "best.pt is damaged")
     assert len(os.listdir(out)) == 3
-    with pytest.raises(UserError, match="is a folder, and no sharded checkpoint"):
+    with pytest.raises(UserError, match=r"is the folder of a run: name .*best.pt"):
         load_checkpoint(out)
+    with pytest.raises(UserError, match="is a folder, and no sharded checkpoint"):
+        load_checkpoint(tmp_path)
     assert load_latest(tmp_path) == (None, None, [])
 
 
@@ -429,16 +434,13 @@ def test_a_disk_that_is_full_from_the_start_is_said(practice, tmp_path):
 def test_a_best_model_that_could_not_be_written_is_made_up_for(practice, tmp_path):
     """While the first best model is written the disk is full: the next evaluation replaces it."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "best.pt.part").mkdir()  # a name that cannot be written to
-    (out / "best.pt.part" / "in the way").touch()
     code = f"""
-import sys, checkpoint
-real = checkpoint.link_or_copy
+import sys, checkpoint as module
+real = module.link_or_copy
 def fails_once(*args):
-    checkpoint.link_or_copy = real
+    module.link_or_copy = real
     raise OSError(28, "No space left on device")
-checkpoint.link_or_copy = fails_once
+module.link_or_copy = fails_once
 sys.argv = {["train.py", *TINY, f"--data_dir={practice}", f"--out_dir={out}", "--max_iters=6"]}
 sys.argv += ["--eval_interval=2", "--base_learning_rate=1e-9", "--seed=3"]
 exec(compile(open({str(REPO / "train.py")!r}).read(), {str(REPO / "train.py")!r}, "exec"))

@@ -241,7 +241,7 @@ def test_bad_settings_are_refused_before_training(practice, tmp_path, words, par
 def test_an_out_dir_that_is_a_file(practice, tmp_path):
     (tmp_path / "out").write_text("a file")
     done = train(practice, tmp_path / "out", "--max_iters=2")
-    refused(done, "out_dir = ", "cannot be made (File exists): name a folder")
+    refused(done, "out_dir = ", "is a file: name a folder")
 
 
 def test_shards_of_another_vocabulary(practice, tmp_path):
