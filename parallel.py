@@ -10,6 +10,7 @@ is needed. Rank 0 alone prints and writes, but for the sharded checkpoints of FS
 """
 
 import atexit
+import contextlib
 import os
 import re
 import sys
@@ -86,8 +87,20 @@ def start(device):
     if WORLD_SIZE > 1:
         # gloo beside NCCL: flags are agreed on without waiting for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
     return device
+
+
+def leave():
+    """
+    End this process once all ranks have come here. The interpreter's own end races with gloo's
+    threads: on a busy machine it aborts now and then, and with it the whole job.
+    """
+    with contextlib.suppress(RuntimeError):  # a rank that failed has said so
+        wait_for_all()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def share_of_step(batch_size, micro_batches):
@@ -160,8 +173,7 @@ def whole(tensor):
 
 
 def wait_for_all():
-    if WORLD_SIZE > 1:
-        dist.barrier()
+    total(0.0)
 
 
 def say(text):
