@@ -40,7 +40,6 @@ import shutil
 import sys
 import threading
 import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ from tqdm import tqdm
 
 import parallel
 from configurator import UserError
-from files import atomic_write, flush_folder
+from files import atomic_write, checksum, flush_folder
 from model import ModelArgs, Transformer
 from rundir import remove
 
@@ -342,15 +341,6 @@ def step_of(path):
     """The step in an earlier checkpoint's name; 0 where it is none."""
     match = re.fullmatch(r"ckpt_(\d+)\.pt", os.path.basename(path))
     return int(match[1]) if match else 0
-
-
-def checksum(path):
-    """[size, CRC-32] of a file."""
-    crc, size = 0, 0
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return [size, crc]
 
 
 # ---- reading

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from corpus import SIDECAR, read_documents
-from files import atomic_write, write_json
+from files import atomic_write, checksum, write_json
 from tokenizer import Tokenizer, bytes_in
 
 SIDECAR_FORMAT = 2
@@ -204,10 +204,8 @@ def leave_ctrl_c():
 
 
 def shard_is_whole(path, shard, dtype):
-    if not shard_size_fits(path, shard["tokens"], dtype):
-        return False
-    with open(path, "rb") as f:
-        return zlib.crc32(f.read()) == shard["crc32"]
+    size = shard["tokens"] * np.dtype(dtype).itemsize
+    return os.path.exists(path) and checksum(path) == [size, shard["crc32"]]
 
 
 def shard_size_fits(path, n_tokens, dtype):

@@ -59,6 +59,15 @@ def flush_folder(folder):
             os.close(fd)
 
 
+def checksum(path):
+    """[size, CRC-32] of a file."""
+    crc, size = 0, 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return [size, crc]
+
+
 def write_json(path, value):
     """Write `value` to `path` as indented JSON, atomically."""
     with atomic_write(path, "w") as f:

@@ -45,12 +45,10 @@ def errors_of_ranks():
                 time.sleep(GRACE_S)  # torchrun ends this process once the first rank has ended
         elif issubclass(kind, dist.DistError) or LOST.search(str(error)):
             time.sleep(GRACE_S)
-            kind, error = (
-                UserError,
-                UserError(
-                    "another process is gone; if it could say why, it did. "
-                    "The latest checkpoint is whole: --init_from=resume goes on from there"
-                ),
+            kind = UserError
+            error = UserError(
+                "another process is gone; if it could say why, it did. The latest checkpoint is "
+                f"whole: --init_from=resume goes on from there ({str(error).partition(chr(10))[0]})"
             )
         sys.stderr = sys.__stderr__  # torch has put a buffer in its place
         print(f"[rank{RANK}]: ", end="", file=sys.stderr)

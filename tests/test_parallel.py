@@ -17,8 +17,9 @@ from conftest import REPO, TINY, read_log, script, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import sharded
-from checkpoint import checksum, load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model
 from configurator import UserError
+from files import checksum
 
 STEPS, HALF = 20, 10
 WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]
