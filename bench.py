@@ -1,14 +1,23 @@
 """
-Measure what limits training beside the arithmetic.
+Measure how fast training is, and what limits it.
 
+    python bench.py train         # tokens/s of the plain recipe and of ours, at two shapes
+    python bench.py speedrun --data_dir=data --minutes=10  # bits per byte against time, of both
     python bench.py loader        # tokens/s of the training batches alone
     python bench.py checkpoint    # size and time of checkpoints, and what they cost training
+
+`train --llama2c=PATH` measures a checkout of karpathy/llama2.c as well. `speedrun` writes
+speedrun.json and speedrun.png to --out; runs that are complete there are not done again.
 
 Figures of shared machines vary: variants alternate in one process, and medians are printed.
 """
 
+import importlib.util
+import math
 import os
+import shutil
 import statistics
+import sys
 import tempfile
 import time
 
@@ -18,19 +27,40 @@ import torch
 from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
 from dataset import TrainBatches, ahead
-from hardware import autocast, describe, pick_device, pick_dtype
-from model import ModelArgs, Transformer
+from files import write_json
+from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
+from model import ARCHS, ModelArgs, Transformer
+from optim import make_optimizer
+from trials import race, read_run, same_run, shards_hint, start, train_settings, value_at
 
 # -----------------------------------------------------------------------------
-what = ""  # loader or checkpoint
-batch_size = 32  # sequences a batch (loader)
+what = ""  # train, speedrun, loader or checkpoint
+batch_size = 32  # sequences a batch (loader; train at the given shape)
 max_seq_len = 256  # tokens a sequence
-n_tokens = 100_000_000  # of the shards (loader)
-# checkpoint
+# train
+shapes = "128,288"  # names in SHAPES; or given: dim, n_layers, n_heads and so on, as set here
+ways = "plain,eager,compiled,modded"  # names in WAYS
+llama2c = ""  # a checkout of karpathy/llama2.c, to measure its model too
+train_rounds = 7  # in which the ways alternate
+train_steps = 4  # of each way in a round
+# speedrun
+data_dir = "data"  # with the shards of both recipes' vocabularies
+minutes = 10.0  # of training; a sprint of ours has a fifteenth
+seeds = 1  # every run is done so many times; medians are printed
+out = "out/speedrun"  # folder of the runs and the results
+plain = "config/plain_llama2c.py"  # the recipe to compare with
+ours = "config/speedrun_cpu.py"  # our recipe
+plain_eval_interval = 50  # steps between evaluations in a run of ten minutes; others have as many
+ours_eval_interval = 500  # likewise, of ours
+eval_windows = 2000  # validation sequences at most, evenly spaced; the whole of a shorter text
+# loader
+n_tokens = 100_000_000  # of the shards
+# checkpoint, and train at the given shape
 dim = 512  # 42 million parameters, as llama2.c's stories42M
 n_layers = 8
 n_heads = 8
 vocab_size = 32000
+# checkpoint
 step_size = 4  # sequences a training step
 save_interval = 50  # steps of a round, in which one checkpoint is written
 rounds = 3  # with and without, alternating
@@ -91,14 +121,13 @@ def bench_checkpoint():
         dim=dim, n_layers=n_layers, n_heads=n_heads, vocab_size=vocab_size, max_seq_len=max_seq_len
     )
     model = Transformer(args).to(device)
+    model.dtype = dtype
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, vocab_size, (step_size, max_seq_len + 1), device=device)
     x, y = tokens[:, :-1], tokens[:, 1:].contiguous()
 
     def step():
-        with autocast(device, dtype):
-            loss = model(x, y)
-        loss.backward()
+        model(x, y).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -155,11 +184,314 @@ def bench_checkpoint():
         )
 
 
-BENCHES = {"loader": bench_loader, "checkpoint": bench_checkpoint}
+# ---- train
+
+SHAPES = {
+    "128": {
+        "dim": 128,
+        "n_layers": 5,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "vocab_size": 512,
+        "batch_size": 32,
+    },
+    "288": {"dim": 288, "n_layers": 6, "n_heads": 6, "vocab_size": 4096, "batch_size": 16},
+    "given": {
+        "dim": dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "vocab_size": vocab_size,
+        "batch_size": batch_size,
+    },
+}
+# name -> arch, optimizer, whether in the fastest number format (or float32), whether compiled
+WAYS = {
+    "plain": ("llama", "adamw", False, False),
+    "eager": ("llama", "adamw", True, False),
+    "compiled": ("llama", "adamw", True, True),
+    "modded": ("modded", "muon", True, True),
+}
+
+
+def our_way(name, args):
+    """A model of ours and its optimizer: (model, function of x and y to the loss, optimizer)."""
+    _, optimizer, is_fast, is_compiled = WAYS[name]
+    model = Transformer(args).to(device)
+    model.dtype = dtype if is_fast else torch.float32
+    if is_compiled:
+        model.fast_hidden = torch.compile(model.hidden, dynamic=False)
+    return model, model, make_optimizer(model, optimizer, train_settings())
+
+
+def llama2c_way(shape):
+    """
+    llama2.c's model and optimizer, as our_way; compiled where that makes it faster, which it does
+    not at a dim of 128.
+    """
+    path = os.path.join(llama2c, "model.py")
+    spec = importlib.util.spec_from_file_location("llama2c_model", path)
+    theirs = sys.modules["llama2c_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    model = theirs.Transformer(theirs.ModelArgs(**shape, multiple_of=32)).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    call = torch.compile(model) if shape["dim"] > 128 else model
+
+    def loss_of(x, y):
+        call(x, y)
+        return model.last_loss
+
+    return model, loss_of, optimizer
+
+
+def bench_shape(name, wanted):
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    shape = {"max_seq_len": max_seq_len, **SHAPES[name]}
+    n_rows = shape.pop("batch_size")
+    tokens = torch.randint(0, shape["vocab_size"], (n_rows, max_seq_len + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    try:
+        all_args = {way: ModelArgs(**shape, **ARCHS[arch]) for way, (arch, *_) in WAYS.items()}
+    except ValueError as e:
+        raise UserError(f"shape {name}: {e}") from None
+    flops = {way: Transformer(args).flops_per_token() for way, args in all_args.items()}
+    flops["llama2c"] = flops["plain"]
+    found = {}
+    for way in wanted:
+        model, loss_of, optimizer = (
+            llama2c_way(shape) if way == "llama2c" else our_way(way, all_args[way])
+        )
+
+        def step(model=model, loss_of=loss_of, optimizer=optimizer):
+            loss_of(x, y).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        is_fast = way in WAYS and WAYS[way][2]
+        found[way] = {
+            "step": step,
+            "flops": flops[way],
+            "dtype": dtype if is_fast else torch.float32,
+            "first": seconds(step),
+            "speeds": [],
+            "shares": [],
+        }
+        step()
+    for _ in range(train_rounds):
+        peaks = {d: peak_flops(device, d) for d in (torch.float32, dtype)}
+        for one in found.values():
+            took = seconds(lambda one=one: [one["step"]() for _ in range(train_steps)])
+            one["speeds"].append(train_steps * tokens[:, 1:].numel() / took)
+            if peak := peaks[one["dtype"]]:
+                one["shares"].append(one["speeds"][-1] * one["flops"] / peak)
+    base = found[wanted[0]]
+    print(
+        f"\n{name}: dim {shape['dim']}, {shape['n_layers']} layers, vocabulary "
+        f"{shape['vocab_size']}, {n_rows} x {max_seq_len} tokens a step; medians of "
+        f"{train_rounds} rounds of {train_steps} steps\n"
+        f"{'way':<10} {'tok/s':>9} {'from':>9} {'to':>9} {'ratio':>7} {'of peak':>8} "
+        f"{'first step':>11}"
+    )
+    for way, one in found.items():
+        ratio = statistics.median(a / b for a, b in zip(one["speeds"], base["speeds"], strict=True))
+        share = f"{statistics.median(one['shares']):.1%}" if one["shares"] else "unknown"
+        print(
+            f"{way:<10} {statistics.median(one['speeds']):>9,.0f} {min(one['speeds']):>9,.0f} "
+            f"{max(one['speeds']):>9,.0f} {ratio:>6.2f}x {share:>8} {one['first']:>9.1f} s"
+        )
+
+
+def bench_train():
+    wanted, names = ways.split(","), shapes.split(",")
+    for kind, given, known in (("ways", wanted, WAYS), ("shapes", names, SHAPES)):
+        if unknown := [name for name in given if name not in known]:
+            raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
+    if llama2c:
+        if not os.path.exists(os.path.join(llama2c, "model.py")):
+            raise UserError(f"llama2c = {llama2c!r} is no checkout: it has no model.py")
+        wanted = ["llama2c", *wanted]
+    print(
+        "plain: plain Llama, AdamW, float32; eager: the same model and optimizer in "
+        f"{str(dtype).removeprefix('torch.')}; compiled: and compiled; modded: our architecture, "
+        "Muon, compiled\nratio: to the first line; of peak: of the products this machine can do in "
+        "the number format; first step: with compilation"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compilation is measured in full
+        for name in names:
+            bench_shape(name, wanted)
+
+
+# ---- speedrun
+
+
+def curve(line):
+    return {k: line[k] for k in ("step", "tokens", "time_s", "train_s", "val_loss", "val_bpb")}
+
+
+def bench_speedrun():
+    sprint_minutes = minutes / 15
+    scale = minutes / 10
+    recipes = {
+        "plain": (plain, minutes, max(1, round(plain_eval_interval * scale))),
+        "ours": (ours, minutes, max(1, round(ours_eval_interval * scale))),
+        "sprint": (ours, sprint_minutes, 1_000_000_000),  # evaluated at its end alone
+    }
+    if minutes <= 0 or seeds < 1:
+        raise UserError("minutes and seeds must be above 0")
+    runs = {name: [] for name in recipes}
+    for seed in range(1337, 1337 + seeds):
+        for name, (recipe, length, interval) in recipes.items():
+            words = [
+                recipe,
+                f"--data_dir={os.path.abspath(data_dir)}",
+                f"--device={device}",
+                f"--max_minutes={length}",
+                f"--eval_interval={interval}",
+                f"--seed={seed}",
+            ]
+            settings = train_settings(words)
+            words.append(f"--eval_iters={math.ceil(eval_windows / settings['batch_size'])}")
+            settings = train_settings(words)
+            if hint := shards_hint(settings, data_dir):
+                raise UserError(f"{data_dir} lacks the shards of {recipe}; make them with: {hint}")
+            runs[name].append((seed, words, settings))
+
+    done = {name: [] for name in recipes}
+    for i in range(seeds):
+        for name in recipes:
+            seed, words, settings = runs[name][i]
+            where = os.path.join(out, f"{name}-{seed}")
+            run = read_run(where)
+            if run and same_run(run["start"]["config"], settings):
+                print(f"{where} is complete")
+            else:
+                print(f"training {name}, seed {seed}: {recipes[name][1]:g} minutes, in {where}")
+                shutil.rmtree(where, ignore_errors=True)  # of a run that was stopped, or another
+                if start(words, where).returncode or not (run := read_run(where)):
+                    raise UserError(f"the run in {where} did not finish; the same command goes on")
+            if run["evals"][-1]["val_bpb"] is None:
+                raise UserError(f"{where}: without a tokenizer in {data_dir} bytes are unknown")
+            done[name].append(run)
+    report(done)
+
+
+def report(done):
+    """Print the tables of finished runs, {name: [run of each seed]}, and write the files."""
+    medians = statistics.median
+    races = [race(*of_seed) for of_seed in zip(*done.values(), strict=True)]
+    result = {key: medians(r[key] for r in races) for key in races[0]}
+
+    def time_of(value):
+        return f"{value:,.0f} s" if math.isfinite(value) else "never"
+
+    print(f"\nbits per byte after minutes of training, {describe(device)['device_name']}")
+    print(f"{'minutes':>8} {'plain':>8} {'ours':>8}")
+    for k in range(1, 11):
+        cells = []
+        for name in ("plain", "ours"):
+            found = [value_at(run["evals"], 60 * minutes * k / 10) for run in done[name]]
+            cells.append("-" if None in found else f"{medians(found):.4f}")
+        print(f"{minutes * k / 10:>8.2g} {cells[0]:>8} {cells[1]:>8}")
+    print(
+        f"final: plain {result['target']:.4f}, ours {result['ours_final']:.4f}, "
+        f"ours in {minutes / 15:.2g} minutes {result['sprint_final']:.4f}"
+    )
+    title = "to the plain recipe's final value"
+    head = f"{'training':>9} {'ratio':>7} {'all':>9} {'ratio':>7}"
+    print(f"\n{title:<42} {head}")
+    for name, label in (
+        ("plain", "plain"),
+        ("ours", "ours, the long run on its way"),
+        ("sprint", "ours, a run that ends there"),
+    ):
+        cells = ""
+        for clock in ("train_s", "time_s"):
+            ratio = result.get(f"{name}_{clock}_ratio", 1.0)
+            cells += f" {time_of(result[f'{name}_{clock}']):>9} {ratio:>6.1f}x"
+        print(f"  {label:<40}{cells}")
+    print("training: without compilation and evaluations; all: from the start of the process")
+
+    def of_json(values):
+        return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+    write_json(
+        os.path.join(out, "speedrun.json"),
+        {
+            "minutes": minutes,
+            "hardware": describe(device),
+            "commit": git_commit(),
+            "median": of_json(result),
+            "seeds": [of_json(r) for r in races],
+            "runs": {
+                name: [
+                    {
+                        "commit": run["start"]["commit"],
+                        "config": run["start"]["config"],
+                        "evals": [curve(line) for line in run["evals"]],
+                    }
+                    for run in found
+                ]
+                for name, found in done.items()
+            },
+        },
+    )
+    print(f"wrote {os.path.join(out, 'speedrun.json')}")
+    picture(done, result["target"])
+
+
+def picture(done, target):
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture without matplotlib: pip install matplotlib, and run this again")
+        return
+    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    labels = {
+        "plain": f"plain recipe ({os.path.basename(plain)})",
+        "ours": f"ours ({os.path.basename(ours)})",
+        "sprint": f"ours, ended after {minutes / 15:.2g} minutes",
+    }
+    for name, color, style in (("plain", "C7", "o-"), ("ours", "C0", "o-"), ("sprint", "C3", "*")):
+        for i, run in enumerate(done[name]):
+            x = [line["train_s"] / 60 for line in run["evals"]]
+            y = [line["val_bpb"] for line in run["evals"]]
+            size = 14 if name == "sprint" else 4
+            label = labels[name] if i == 0 else None
+            ax.plot(x, y, style, color=color, markersize=size, label=label)
+    ax.axhline(target, color="C7", linewidth=1, linestyle=":")
+    ax.set(
+        xlabel="training time (minutes)",
+        ylabel="validation loss (bits per byte)",
+        title=f"{minutes:g} minutes on {describe(device)['device_name']}",
+        xlim=(0, None),
+    )
+    ax.grid(alpha=0.3)
+    ax.legend()
+    path = os.path.join(out, "speedrun.png")
+    part = f"{path}.part"
+    fig.savefig(part, format="png", dpi=150)
+    os.replace(part, path)
+    print(f"wrote {path}")
+
+
+BENCHES = {
+    "train": bench_train,
+    "speedrun": bench_speedrun,
+    "loader": bench_loader,
+    "checkpoint": bench_checkpoint,
+}
 if what not in BENCHES:
     raise UserError(f"expected one of {', '.join(BENCHES)}, not {what!r}")
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 about = describe(device)
-print(f"{about['device_name']}, {about['threads']} threads, torch {about['torch']}, {dtype}")
+print(
+    f"{about['device_name']}, {about['threads']} threads, torch {about['torch']}, {dtype}",
+    flush=True,
+)
 BENCHES[what]()

@@ -1,13 +1,14 @@
 """
 From a checkpoint to model.bin, which run.c reads.
 
-    python export.py out/model.bin --checkpoint=out/ckpt.pt --version=0
+    python export.py out/model.bin --checkpoint=out/ckpt.pt --version=auto
 
-Version 0 is llama2.c's first format, byte for byte: seven little-endian int32 (dim, hidden_dim,
-n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; vocab_size negative where the output head
-has its own matrix), then float32 tensors in the order of v0_tensors.
+Version 0 is llama2.c's first format, byte for byte, and carries plain Llama 2. Version 3 says
+everything about itself and carries every option of ModelArgs. doc/format.md specifies both.
 
-To add a version: a writer in VERSIONS that refuses what it cannot carry.
+To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in tensors(), and the same
+in run.c and doc/format.md; until then both versions refuse it by name. To add a version: a writer
+in VERSIONS that refuses what it cannot carry.
 """
 
 import argparse
@@ -19,65 +20,193 @@ import torch
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError, one_sentence_errors
 from files import atomic_write
-from model import ModelArgs
+from model import ACTIVATIONS, ModelArgs
 
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 V0_CARRIED = {*V0_HEADER, "tie_embeddings"}
-TRAINING_ONLY = {"multiple_of", "dropout"}  # no reader needs them
+# no reader needs them; window_pattern is judged together with sliding_window
+TRAINING_ONLY = {"multiple_of", "dropout", "zero_init", "vocab_multiple", "window_pattern"}
+
+MAGIC = 0x616B3432  # "ak42" as a number, that of llama2.c's versions 1 and 2
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+DTYPES = ("float32",)
+
+# Bits of the field `options`, the lowest first
+V3_OPTIONS = (
+    "tie_embeddings",
+    "qk_norm",
+    "norm_gains",
+    "embedding_norm",
+    "residual_scalars",
+    "smear",
+)
+
+# Version 3: name, struct code, least and most value of each field, little-endian, without gaps
+V3_HEADER = (
+    ("magic", "I", MAGIC, MAGIC),
+    ("version", "i", 3, 3),
+    ("file_size", "Q", 1, 1 << 62),  # bytes
+    ("header_size", "I", 80, 80),  # bytes of these fields
+    ("options", "I", 0, (1 << len(V3_OPTIONS)) - 1),
+    ("dtype", "I", 0, len(DTYPES) - 1),  # of the tensors
+    ("activation", "I", 0, len(ACTIVATIONS) - 1),  # the place in ACTIVATIONS
+    ("dim", "i", 1, 1 << 16),
+    ("hidden_dim", "i", 1, 1 << 20),
+    ("n_layers", "i", 1, 1 << 12),
+    ("n_heads", "i", 1, 1 << 12),
+    ("n_kv_heads", "i", 1, 1 << 12),
+    ("vocab_size", "i", 3, 1 << 24),
+    ("max_seq_len", "i", 1, 1 << 24),
+    ("value_embeddings", "i", 0, 1 << 12),
+    ("bigram_rows", "i", 0, 1 << 28),
+    ("norm_eps", "f", 0, 1),
+    ("rope_theta", "f", 1, 1e12),
+    ("logit_softcap", "f", 0, 1e6),
+)
+V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
+MAX_WINDOW = 1 << 24
+V3_CARRIED = {*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"}
+
+LAYER_TENSORS = (
+    "attention_norm",
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "ffn_norm",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
 
 
-def refuse_unless_plain(args):
-    """Raise UserError, naming the option, for a model that is more than version 0 can say."""
+def windows(args):
+    """The window of each layer, 0 where it sees everything."""
+    return [args.window(layer) for layer in range(args.n_layers)]
+
+
+def not_carried(args, carried):
+    """The first field, of dataclasses, that readers of only the `carried` would miss, or None."""
     for field in fields(ModelArgs):
-        value = getattr(args, field.name)
-        if field.name not in V0_CARRIED | TRAINING_ONLY and value != field.default:
-            raise UserError(
-                f"version 0 cannot carry {field.name} = {value}: "
-                f"its readers take {field.default} for granted"
-            )
+        if field.name in carried | TRAINING_ONLY or getattr(args, field.name) == field.default:
+            continue
+        if field.name != "sliding_window" or any(windows(args)):
+            return field
+    return None
 
 
-def v0_tensors(model):
-    """The tensors of a version 0 file, in order."""
-    yield model.tok_embeddings.weight
-    for name in (
-        "attention_norm",
-        "attention.wq",
-        "attention.wk",
-        "attention.wv",
-        "attention.wo",
-        "ffn_norm",
-        "feed_forward.w1",
-        "feed_forward.w2",
-        "feed_forward.w3",
-    ):
-        for layer in model.layers:
-            yield layer.get_submodule(name).weight
-    yield model.norm.weight
-    yield model.rope_cos
-    yield model.rope_sin
-    if not model.args.tie_embeddings:
-        yield model.output.weight
+def refuse(args, carried, version):
+    """Raise UserError, naming the option, for a model that is more than the version can say."""
+    if field := not_carried(args, carried):
+        raise UserError(
+            f"version {version} cannot carry {field.name} = {getattr(args, field.name)}: "
+            f"its readers take {field.default} for granted"
+        )
+
+
+def tensors(model, with_rope_tables=False):
+    """
+    (name, parts) of each tensor of a model file, in the order of every version; the parts lie one
+    behind the other. Rows past vocab_size, and what the model does not have, are left out.
+    """
+    args, state = model.args, model.state_dict()
+    state |= {"rope_cos": model.rope_cos, "rope_sin": model.rope_sin}
+
+    def found(name, *keys):
+        parts = [state[key] for key in keys if key in state]
+        if name in ("tok_embeddings", "output", "value_embeddings"):
+            parts = [part[: args.vocab_size] for part in parts]
+        return [(name, parts)] if parts else []
+
+    def per_layer(name):
+        return found(name, *(f"layers.{i}.{name}.weight" for i in range(args.n_layers)))
+
+    yield from found("tok_embeddings", "tok_embeddings.weight")
+    for name in LAYER_TENSORS:
+        yield from per_layer(name)
+    yield from found("norm", "norm.weight")
+    if with_rope_tables:
+        yield from found("rope_cos", "rope_cos")
+        yield from found("rope_sin", "rope_sin")
+    if not args.tie_embeddings:
+        yield from found("output", "output.weight")
+    yield from per_layer("attention.q_norm")
+    yield from per_layer("attention.k_norm")
+    yield from found("embedding_norm", "embedding_norm.weight")
+    yield from found("residual_scalars", "residual_scalars")
+    yield from found("x0_scalars", "x0_scalars")
+    tables = (f"value_embeddings.{i}.weight" for i in range(args.value_embeddings))
+    yield from found("value_embeddings", *tables)
+    yield from found("bigram_embeddings", "bigram_embeddings.weight")
+    yield from found("smear_gate", "smear_gate.weight")
+
+
+def write_tensor(f, parts):
+    for part in parts:
+        f.write(part.detach().to("cpu", torch.float32).numpy().astype("<f4").tobytes())
 
 
 def write_v0(model, f):
     args = model.args
-    refuse_unless_plain(args)
+    refuse(args, V0_CARRIED, 0)
     header = [getattr(args, name) for name in V0_HEADER]
     if not args.tie_embeddings:
         header[V0_HEADER.index("vocab_size")] *= -1
     f.write(struct.pack("<7i", *header))
-    for tensor in v0_tensors(model):
-        f.write(tensor.detach().to("cpu", torch.float32).numpy().astype("<f4").tobytes())
+    for _, parts in tensors(model, with_rope_tables=True):
+        write_tensor(f, parts)
 
 
-VERSIONS = {0: write_v0}
+def v3_layout(model):
+    """{name: where its first byte lies} of the tensors of a version 3 file, and its size."""
+    places, end = {}, struct.calcsize(V3_STRUCT) + 4 * model.args.n_layers
+    for name, parts in tensors(model):
+        places[name] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = places[name] + 4 * sum(part.numel() for part in parts)
+    return places, end
 
 
-def export_model(model, path, version=0):
-    """Write a Transformer as a model file; on any error `path` stays as it was."""
+def write_v3(model, f):
+    args = model.args
+    refuse(args, V3_CARRIED, 3)
+    places, file_size = v3_layout(model)
+    values = {
+        **args.to_dict(),
+        "magic": MAGIC,
+        "version": 3,
+        "file_size": file_size,
+        "header_size": struct.calcsize(V3_STRUCT),
+        "options": sum(getattr(args, name) << bit for bit, name in enumerate(V3_OPTIONS)),
+        "dtype": DTYPES.index("float32"),
+        "activation": ACTIVATIONS.index(args.activation),
+    }
+    limits = [*V3_HEADER, ("sliding_window", "i", 0, MAX_WINDOW)]
+    for name, _, least, most in limits:
+        if not least <= values[name] <= most:
+            raise UserError(
+                f"version 3 cannot carry {name} = {values[name]}: expected {least} to {most}"
+            )
+    f.write(struct.pack(V3_STRUCT, *(values[name] for name, *_ in V3_HEADER)))
+    f.write(struct.pack(f"<{args.n_layers}i", *windows(args)))
+    for name, parts in tensors(model):
+        f.write(bytes(places[name] - f.tell()))
+        write_tensor(f, parts)
+
+
+VERSIONS = {0: write_v0, 3: write_v3}
+
+
+def export_model(model, path, version=None):
+    """
+    Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 where
+    that carries the model, so that llama2.c's readers take it, else 3.
+    """
+    if version is None:
+        version = 3 if not_carried(model.args, V0_CARRIED) else 0
     if version not in VERSIONS:
-        raise UserError(f"version {version}: expected one of {', '.join(map(str, VERSIONS))}")
+        raise UserError(
+            f"version {version}: expected auto or one of {', '.join(map(str, VERSIONS))}"
+        )
     try:
         with atomic_write(path) as f:
             VERSIONS[version](model, f)
@@ -90,9 +219,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a model.bin for ./run from a checkpoint.")
     parser.add_argument("path", help="the file to write, such as out/model.bin")
     parser.add_argument("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
-    parser.add_argument("--version", type=int, default=0, help="file format, default: %(default)s")
-    words = parser.parse_args()
-    export_model(
-        load_model(load_checkpoint(words.checkpoint), words.checkpoint), words.path, words.version
+    parser.add_argument(
+        "--version",
+        default="auto",
+        help="file format: 0, llama2.c's first, for plain Llama 2 alone; 3, which carries every "
+        "option; auto (default), 0 if it carries the model and else 3",
     )
+    words = parser.parse_args()
+    version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(words.version, words.version)
+    model = load_model(load_checkpoint(words.checkpoint), words.checkpoint)
+    export_model(model, words.path, version)
     print(f"wrote {words.path}")

@@ -1,13 +1,14 @@
 """
-The model: a plain Llama 2 decoder, and generation with a KV cache.
+The model: a Llama decoder with the options of today's speedruns, its loss, and generation.
 
-Pre-norm blocks of grouped-query attention with rotary embeddings and a SwiGLU feed-forward,
-RMSNorm, no biases. Every number of the architecture is a field of ModelArgs; it is saved in
-checkpoints, carried by export.py, and read by run.c. Parameter names are those of llama2.c and
-Meta's release.
+With every option of ModelArgs off it is plain Llama 2: pre-norm blocks of grouped-query attention
+with rotary embeddings and a SwiGLU feed-forward, RMSNorm, no biases. ARCHS names three choices of
+options. Every number of the architecture is a field of ModelArgs; it is saved in checkpoints,
+carried by export.py, and read by run.c. Parameter names are those of llama2.c and Meta's release.
 
-To add an option: a field in ModelArgs whose default leaves plain Llama unchanged, its use below,
-and a line in export.py that writes it or refuses it.
+To add an option: a field in ModelArgs whose default leaves plain Llama unchanged, its use below, a
+line in doc/format.md, export.py and run.c, a role in optim.py for its parameters, and a row in
+ablate.py.
 """
 
 import math
@@ -16,6 +17,26 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+ACTIVATIONS = ("swiglu", "relu2")
+
+# The presets of --arch: the options that differ from ModelArgs' defaults, which are Llama 2
+ARCHS = {
+    "llama": {},
+    # what Qwen3 of transformers and llama.cpp carries exactly
+    "portable": {"qk_norm": True, "tie_embeddings": False, "zero_init": True},
+    # the lowest loss in a given time, whatever it needs
+    "modded": {
+        "qk_norm": True,
+        "tie_embeddings": False,
+        "zero_init": True,
+        "norm_gains": False,
+        "activation": "relu2",
+        "embedding_norm": True,
+        "residual_scalars": True,
+        "bigram_rows": 16384,
+    },
+}
 
 
 @dataclass
@@ -27,21 +48,35 @@ class ModelArgs:
     n_heads: int = 6
     n_kv_heads: int = 0  # 0: as many as n_heads (no grouping)
     vocab_size: int = 4096
-    hidden_dim: int = 0  # 0: 2/3 of 4 * dim, rounded up to a multiple of multiple_of
-    multiple_of: int = 32
+    hidden_dim: int = 0  # 0: 2/3 of 4 * dim for SwiGLU, 4 * dim for ReLU², see multiple_of
+    multiple_of: int = 32  # rounds a hidden_dim that is not given up
     max_seq_len: int = 256
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_embeddings: bool = True  # the output head is the embedding table
     dropout: float = 0.0
+    # ---- options; off, and so plain Llama 2, by default
+    qk_norm: bool = False  # RMSNorm of each query and key head, before RoPE (Qwen3)
+    norm_gains: bool = True  # RMSNorm has learned gains; False: it only normalises
+    zero_init: bool = False  # projections into the residual stream, and an untied head, begin at 0
+    activation: str = "swiglu"  # of the feed-forward: swiglu, or relu2 (two matrices, not three)
+    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
+    sliding_window: int = 0  # a position of an S layer sees this many, itself included; 0: all
+    window_pattern: str = "SSSL"  # layer i has letter i modulo its length: S window, L everything
+    embedding_norm: bool = False  # RMSNorm behind the embedding
+    residual_scalars: bool = False  # layer i begins with a_i x + b_i x0; x0 is the embedding
+    value_embeddings: int = 0  # so many layers, the first ones, add an embedding to their values
+    bigram_rows: int = 0  # rows of a hashed table of (token before, token), added to the embedding
+    smear: bool = False  # a gate adds the embedding of the token before
+    vocab_multiple: int = 1  # rows of embedding and head in memory, rounded up; never exported
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("n_kv_heads", "hidden_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("n_kv_heads", "hidden_dim", "logit_softcap", "sliding_window"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -59,13 +94,45 @@ class ModelArgs:
                 f"dim / n_heads = {self.head_dim} is odd; rotary embeddings turn pairs, "
                 f"so it must be even"
             )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(
+                f"window_pattern = {self.window_pattern!r}: expected letters S (window) and L (all)"
+            )
+        if not 0 <= self.value_embeddings <= self.n_layers:
+            raise ValueError(
+                f"value_embeddings = {self.value_embeddings}: expected 0 to "
+                f"n_layers = {self.n_layers}"
+            )
+        if self.bigram_rows < 0 or self.bigram_rows == 1:
+            raise ValueError(f"bigram_rows = {self.bigram_rows}: expected 0 (none), or 2 or more")
+        if self.vocab_multiple < 1:
+            raise ValueError(f"vocab_multiple must be at least 1, not {self.vocab_multiple}")
         if not self.hidden_dim:
-            hidden = 2 * 4 * self.dim // 3
+            hidden = 4 * self.dim if self.activation == "relu2" else 2 * 4 * self.dim // 3
             self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     @property
     def head_dim(self):
         return self.dim // self.n_heads
+
+    @property
+    def vocab_rows(self):
+        """Rows of the embedding and the head in memory; those past vocab_size mean nothing."""
+        return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)
+
+    @property
+    def wide_embedding(self):
+        """Whether the embedding begins with a standard deviation of 1, and not 0.02."""
+        return not self.tie_embeddings and (self.zero_init or self.embedding_norm)
+
+    def window(self, layer):
+        """How many positions one of this layer sees, itself included; 0: all before it."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.sliding_window if letter == "S" else 0
 
     def to_dict(self):
         return asdict(self)
@@ -82,13 +149,23 @@ class ModelArgs:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, args, dim):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))  # (dim,)
+        self.shape, self.eps = (dim,), args.norm_eps
+        self.weight = nn.Parameter(torch.ones(dim)) if args.norm_gains else None  # (dim,)
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # in float32 whatever x is: PyTorch's kernel for bfloat16 on a CPU is seven times slower
+        return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
+
+
+def linear(x, *matrices):
+    """
+    x (..., n) times the transposes of one or more matrices (rows, n), in x's number format; one
+    product for all of them, (..., sum of rows).
+    """
+    weights = [m.weight.to(x.dtype) for m in matrices]
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
 def rope_tables(head_dim, max_seq_len, theta):
@@ -108,14 +185,91 @@ def apply_rope(x, cos, sin):
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
+def bigram_hash(before, tokens, rows):
+    """
+    The row of the bigram table for each token and the one before it, both int64 tensors of one
+    shape; `before` is -1 where there is none, which is row 0. run.c computes the same.
+    """
+    mixed = (before * 36313) ^ (tokens * 27191)
+    return torch.where(before < 0, 0, 1 + mixed % (rows - 1))
+
+
+def causal_mask(n_queries, n_keys, window, device):
+    """
+    (n_queries, n_keys) bool, true where a query may look: the last query stands at the last key,
+    and sees the `window` keys up to its own place, or all (0).
+    """
+    places = torch.arange(n_keys, device=device)
+    behind = places[n_keys - n_queries :, None] - places  # how far a key lies before a query
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def attend(q, k, v, window, dropout):
+    """
+    Causal attention of q (B, n_heads, T, head_dim) over k and v (B, n_kv_heads, S, head_dim), of
+    which the last T are the queries' own places: (B, n_heads, T, head_dim). window: as in
+    causal_mask.
+    """
+    T, S = q.shape[2], k.shape[2]
+    window = 0 if window >= S else window
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and T == S and not dropout:
+        if window and T % window == 0:
+            return attend_blocks(q, k, v, window)
+        if T <= 512:
+            return attend_all(q, k, v, window)
+    if T == 1 and window:  # decoding
+        k, v, window = k[:, :, -window:], v[:, :, -window:], 0
+    mask = causal_mask(T, S, window, q.device) if window or 1 < T < S else None
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and T > 1,
+        dropout_p=dropout,
+        enable_gqa=q.shape[1] > k.shape[1],
+    )
+
+
+def attend_all(q, k, v, window=0):
+    """attend with all scores written out: for short sequences faster on a CPU than SDPA."""
+    (B, n_heads, T, head_dim), n_kv_heads = q.shape, k.shape[1]
+    q = q.reshape(B, n_kv_heads, -1, head_dim)  # heads that share keys, one under the other
+    scores = (q * head_dim**-0.5) @ k.mT  # (B, n_kv_heads, n_heads / n_kv_heads * T, T)
+    mask = causal_mask(T, T, window, q.device).repeat(n_heads // n_kv_heads, 1)
+    weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
+    return (weights @ v).view(B, n_heads, T, head_dim)
+
+
+def attend_blocks(q, k, v, window):
+    """attend for T a multiple of window: a block of queries sees its own keys and those before."""
+    T, head_dim = q.shape[2:]
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+    q, k, v = (t.unflatten(2, (-1, window)) for t in (q, k, v))  # (B, heads, blocks, window, dim)
+
+    def with_block_before(t):
+        return torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t), dim=3)
+
+    scores = (q * head_dim**-0.5) @ with_block_before(k).mT  # (B, heads, blocks, window, 2 window)
+    mask = causal_mask(window, 2 * window, window, q.device)
+    is_first = torch.arange(T // window, device=q.device)[:, None, None] == 0
+    mask = mask & ~(is_first & (torch.arange(2 * window, device=q.device) < window))
+    weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
+    return (weights @ with_block_before(v)).flatten(2, 3)
+
+
 class KVCache:
-    """Keys and values of every position so far, and how many positions are filled."""
+    """
+    Keys and values of every position so far, how many positions are filled, and the last token.
+    """
 
     def __init__(self, args, batch_size, device, dtype):
         shape = (args.n_layers, batch_size, args.n_kv_heads, args.max_seq_len, args.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.n = 0
+        self.last = torch.full((batch_size, 1), -1, device=device)  # -1: there is none
 
     def append(self, layer, k, v):
         """Store k, v (B, n_kv_heads, T, head_dim) behind the filled part; return all up to them."""
@@ -128,78 +282,147 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, args, layer):
         super().__init__()
-        self.args, self.layer = args, layer
+        self.args, self.layer, self.window = args, layer, args.window(layer)
         kv_dim = args.n_kv_heads * args.head_dim
         self.wq = nn.Linear(args.dim, args.dim, bias=False)  # (dim, dim)
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)  # (kv_dim, dim)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)  # (kv_dim, dim)
         self.wo = nn.Linear(args.dim, args.dim, bias=False)  # (dim, dim)
+        if args.qk_norm:
+            self.q_norm = RMSNorm(args, args.head_dim)
+            self.k_norm = RMSNorm(args, args.head_dim)
 
-    def forward(self, x, cos, sin, cache):
+    def forward(self, x, extra_values, cos, sin, cache):
         args = self.args
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, args.n_heads, args.head_dim)
-        k = self.wk(x).view(B, T, args.n_kv_heads, args.head_dim)
-        v = self.wv(x).view(B, T, args.n_kv_heads, args.head_dim)
+        heads = linear(x, self.wq, self.wk, self.wv).view(B, T, -1, args.head_dim)
+        q, k, v = heads.split((args.n_heads, args.n_kv_heads, args.n_kv_heads), dim=2)
+        if extra_values is not None:
+            v = v + extra_values.view(v.shape)
+        if args.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
-        past = 0
         if cache is not None:
-            past = cache.n
             k, v = cache.append(self.layer, k, v)
-        repeats = args.n_heads // args.n_kv_heads
-        if repeats > 1:  # each key and value head serves several query heads
-            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-        mask = None
-        if past and T > 1:  # is_causal aligns the first query with the first key, so say it in full
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=not past and T > 1,
-            dropout_p=args.dropout if self.training else 0.0,
-        )
-        return self.wo(y.transpose(1, 2).reshape(B, T, args.dim))
+        y = attend(q, k, v, self.window, args.dropout if self.training else 0.0)
+        return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
+    """
+    SwiGLU, w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202), or squared ReLU, w2(relu(w1 x)²)
+    (So et al. 2021, arXiv:2109.08668).
+    """
 
     def __init__(self, args):
         super().__init__()
+        self.is_gated = args.activation == "swiglu"
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)  # (dim, hidden_dim)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
+        if self.is_gated:
+            self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if not self.is_gated:
+            return linear(F.relu(linear(x, self.w1)).square(), self.w2)
+        gate, up = linear(x, self.w1, self.w3).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.w2)
 
 
 class Block(nn.Module):
     def __init__(self, args, layer):
         super().__init__()
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = RMSNorm(args, args.dim)
         self.attention = Attention(args, layer)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args, args.dim)
         self.feed_forward = FeedForward(args)
         self.dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x, cos, sin, cache):
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache))
+    def forward(self, x, extra_values, cos, sin, cache):
+        h = self.attention(self.attention_norm(x), extra_values, cos, sin, cache)
+        x = x + self.dropout(h)
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """
+    The mean cross-entropy of hidden states through the head, a piece of the tokens at a time: the
+    logits, the largest tensor of a step, are never in memory as a whole, and their gradients are
+    taken while a piece is still in the cache. Computing those in the forward pass is the idea of
+    Liger Kernel's fused loss (Hsu et al. 2024, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, softcap):
+        """
+        x (N, dim); weight (rows, dim), of which vocab_size count; targets (N,) int64, -1 where a
+        place does not count; softcap as in ModelArgs -> the mean in nats, float32.
+        """
+        wants_gradients = any(ctx.needs_input_grad)
+        w = weight.to(x.dtype)
+        dx = torch.empty_like(x) if wants_gradients else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if wants_gradients else None
+        n = (targets >= 0).sum()
+        total = x.new_zeros((), dtype=torch.float32)
+        # about as much as a CPU's cache holds; a GPU wants large products
+        size = max(1, (1 << 20 if x.device.type == "cpu" else 1 << 27) // len(w))
+        for i in range(0, len(x), size):
+            h, y = x[i : i + size], targets[i : i + size, None]
+            logits = h @ w.t()  # (size, rows)
+            if softcap:
+                capped = logits.float().div_(softcap).tanh_()
+                logits = capped * softcap
+            logits[:, vocab_size:] = -math.inf
+            log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
+            counts, y = y >= 0, y.clamp(min=0)
+            total -= (log_p.gather(1, y) * counts).sum()
+            if wants_gradients:  # of the sum: with respect to logits, p minus one at the target
+                d = log_p.exp_().scatter_add_(
+                    1, y, y.new_full((), -1.0, dtype=log_p.dtype).expand_as(y)
+                )
+                if softcap:
+                    d *= 1 - capped.square_()
+                d = (d * counts).to(x.dtype)
+                torch.mm(d, w, out=dx[i : i + size])
+                dw += d.t() @ h
+        ctx.save_for_backward(dx, dw, n)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw, n = ctx.saved_tensors
+        scale = gradient / n
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None
+
+
 class Transformer(nn.Module):
+    """
+    The model. `dtype` is the number format of its products, float32 unless it is set; fast_hidden,
+    if it is set, a compiled `hidden` that training steps use instead.
+    """
+
     def __init__(self, args):
         super().__init__()
-        self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)  # (vocab_size, dim)
+        self.args, self.dtype, self.fast_hidden = args, torch.float32, None
+        self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)  # (vocab_rows, dim)
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)  # (vocab_size, dim)
+        self.norm = RMSNorm(args, args.dim)
+        self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)  # (vocab_rows, dim)
+        if args.embedding_norm:
+            self.embedding_norm = RMSNorm(args, args.dim)
+        if args.bigram_rows:
+            self.bigram_embeddings = nn.Embedding(args.bigram_rows, args.dim)
+        if args.smear:
+            self.smear_gate = nn.Linear(args.dim, 1, bias=False)
+        if args.residual_scalars:
+            self.residual_scalars = nn.Parameter(torch.empty(args.n_layers))
+            self.x0_scalars = nn.Parameter(torch.empty(args.n_layers))
+        self.value_embeddings = nn.ModuleList(
+            nn.Embedding(args.vocab_rows, args.n_kv_heads * args.head_dim)
+            for _ in range(args.value_embeddings)
+        )
         cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -207,44 +430,111 @@ class Transformer(nn.Module):
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
+    @torch.no_grad()
     def init_weights(self):
         """
         Normal with std 0.02; the two projections that write to the residual stream get
         0.02 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2).
+
+        With zero_init those, and an untied head, begin at zero: each block passes on what it gets,
+        and all tokens are equally likely. The embedding then has std 1, see wide_embedding.
         """
+        args = self.args
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 continue
             writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-            std = 0.02 / math.sqrt(2 * self.args.n_layers) if writes_residual else 0.02
+            std = 0.02 / math.sqrt(2 * args.n_layers) if writes_residual else 0.02
+            if args.zero_init:
+                is_zero = writes_residual or (name == "output.weight" and not args.tie_embeddings)
+                std = 0.0 if is_zero else std
+            if name.startswith("tok_embeddings") and args.wide_embedding:
+                std = 1.0
+            if name.startswith(("bigram_embeddings", "smear_gate", "value_embeddings")):
+                std = 0.0
             nn.init.normal_(p, mean=0.0, std=std)
+        if args.residual_scalars:
+            self.residual_scalars.fill_(1.0)
+            self.x0_scalars.zero_()
 
     def n_params(self):
         """Number of trained numbers; a shared table counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, tokens, targets=None, cache=None):
+    def flops_per_token(self):
         """
-        tokens (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), where -1 marks a
-        place that does not count, the mean cross-entropy in nats instead. With a KVCache, tokens
-        follow the positions it holds, and only the logits of the last, (B, 1, vocab_size), come
-        back. Raises ValueError past max_seq_len.
+        Floating-point operations of training on one token: 6 for each number of the matrices (2
+        forward, 4 backward), and 12 * dim for each key that an average position of a full sequence
+        sees, of each layer (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which counts
+        the keys behind a position as well). Look-ups, norms and the softmax are not counted.
+        """
+        args, T = self.args, self.args.max_seq_len
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        keys = 0.0
+        for layer in range(args.n_layers):
+            window = min(args.window(layer) or T, T)
+            keys += window - window * (window - 1) / (2 * T)
+        return 6 * matrices + 12 * args.dim * keys
+
+    def embed(self, tokens, before):
+        """What the first layer gets, (B, T, dim), of tokens and those before them, -1: none."""
+        x = self.tok_embeddings(tokens).to(self.dtype)
+        if self.args.embedding_norm:
+            x = self.embedding_norm(x)
+        if self.args.smear:
+            earlier = self.tok_embeddings(before.clamp(min=0)).to(self.dtype)
+            if self.args.embedding_norm:
+                earlier = self.embedding_norm(earlier)
+            gate = torch.sigmoid(linear(x, self.smear_gate)) * (before >= 0)[..., None]
+            x = x + gate * earlier
+        if self.args.bigram_rows:
+            rows = bigram_hash(before, tokens, self.args.bigram_rows)
+            x = x + self.bigram_embeddings(rows).to(self.dtype)
+        return self.dropout(x)
+
+    def hidden(self, tokens, cache=None):
+        """
+        tokens (B, T) -> what the head reads, (B, T, dim); with a cache, of the last position alone.
         """
         start = cache.n if cache is not None else 0
         end = start + tokens.shape[1]
+        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
+        first = tokens.new_full((len(tokens), 1), -1) if cache is None else cache.last
+        x = x0 = self.embed(tokens, torch.cat((first, tokens[:, :-1]), dim=1))
+        if self.args.residual_scalars:  # once for all layers
+            kept, added = self.residual_scalars.to(x.dtype), self.x0_scalars.to(x.dtype)
+        for i, block in enumerate(self.layers):
+            if self.args.residual_scalars:
+                x = kept[i] * x + added[i] * x0
+            extra_values = None
+            if i < len(self.value_embeddings):
+                extra_values = self.value_embeddings[i](tokens).to(x.dtype)
+            x = block(x, extra_values, cos, sin, cache)
+        if cache is not None:
+            cache.n, cache.last = end, tokens[:, -1:]
+            x = x[:, -1:]
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """
+        tokens (B, T) int64 -> logits (B, T, vocab_size), float32; with targets (B, T), where -1
+        marks a place that does not count, the mean cross-entropy in nats instead. With a KVCache,
+        tokens follow the positions it holds, and only the logits of the last, (B, 1, vocab_size),
+        come back. Raises ValueError past max_seq_len.
+        """
+        end = tokens.shape[1] + (cache.n if cache is not None else 0)
         if end > self.args.max_seq_len:
             raise ValueError(f"{end} positions exceed max_seq_len = {self.args.max_seq_len}")
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
-        x = self.dropout(self.tok_embeddings(tokens))
-        for block in self.layers:
-            x = block(x, cos, sin, cache)
-        if cache is not None:
-            cache.n = end
-            x = x[:, -1:]
-        logits = self.output(self.norm(x))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        hidden = self.fast_hidden if self.fast_hidden and self.training else self.hidden
+        x = hidden(tokens, cache)
+        vocab_size, softcap = self.args.vocab_size, self.args.logit_softcap
+        if targets is not None:
+            weight = self.output.weight
+            return CrossEntropy.apply(
+                x.flatten(0, 1), weight, targets.flatten(), vocab_size, softcap
+            )
+        logits = linear(x, self.output)[..., :vocab_size].float()
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     @torch.inference_mode()
     def generate(
@@ -265,7 +555,7 @@ class Transformer(nn.Module):
                 f"max_seq_len = {self.args.max_seq_len}"
             )
         weight = self.tok_embeddings.weight
-        cache = KVCache(self.args, 1, weight.device, weight.dtype)
+        cache = KVCache(self.args, 1, weight.device, self.dtype)
         step = torch.tensor([tokens], device=weight.device)
         # one more than max_seq_len: the token after the last position is still a prediction
         for _ in range(min(max_new_tokens, self.args.max_seq_len + 1 - len(tokens))):

@@ -1,4 +1,4 @@
-// Inference of a Llama model from model.bin (version 0, fp32) in one C file.
+// Inference of a Llama model from model.bin (versions 0 and 3, fp32) in one C file.
 //
 //   ./run model.bin -z tok.bin -i "Once upon a time"
 //
@@ -7,7 +7,9 @@
 // (rows, columns), row-major. No input may crash it: every size is checked before it is used, and
 // whatever does not fit ends in die() with one sentence.
 //
-// To add an architecture option: read it in load_model(), apply it in forward(), and see export.py.
+// To add an architecture option: its field or bit in Header and Config, its range in
+// check_config(), its tensor in find_weights(), its use in forward(), and the same in export.py and
+// doc/format.md.
 
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
@@ -110,45 +112,91 @@ static void close_file(File *f) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The model file: seven int32 and the weights, all fp32, in the order of the pointers below
+// The model file, see doc/format.md: a header, and the weights, all fp32
 
+typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
+
+// With every option off, as in version 0, the model is Llama 2.
 typedef struct {
+    int version;     // of the file
     int dim;         // width of the residual stream
     int hidden_dim;  // width inside the feed-forward
     int n_layers;
     int n_heads;     // query heads
     int n_kv_heads;  // key and value heads; each serves n_heads / n_kv_heads query heads
-    int vocab_size;  // negative in the file where the head has its own matrix
+    int vocab_size;
     int seq_len;     // longest context
+    float norm_eps;
+    float rope_theta;
+    Activation activation;  // of the feed-forward
+    float logit_softcap;    // c: logits become c * tanh(logits / c); 0: none
+    int value_embeddings;   // so many layers, the first ones, add an embedding to their values
+    int bigram_rows;        // of a hashed table of (token before, token); 0: none
+    bool tie_embeddings;    // the output head is the embedding table
+    bool qk_norm;           // RMSNorm of each query and key head, before RoPE
+    bool norm_gains;        // RMSNorm has gains
+    bool embedding_norm;    // RMSNorm behind the embedding
+    bool residual_scalars;  // a layer begins with a x + b x0; x0 is the embedding
+    bool smear;             // a gate adds the embedding of the token before
 } Config;
 
-enum { HEADER_BYTES = 7 * 4 };
-
-// What version 0 has no field for: Llama 2's values. export.py refuses a model with others.
-static const float NORM_EPS = 1e-5f;
-static const float ROPE_THETA = 10000.0f;
-
+// Version 3's header; behind it the window of each layer, int32 (n_layers).
 typedef struct {
-    const float *tok_embeddings;  // (vocab_size, dim)
-    const float *attention_norm;  // (n_layers, dim)
-    const float *wq;              // (n_layers, n_heads * head_dim, dim)
-    const float *wk;              // (n_layers, n_kv_heads * head_dim, dim)
-    const float *wv;              // (n_layers, n_kv_heads * head_dim, dim)
-    const float *wo;              // (n_layers, dim, n_heads * head_dim)
-    const float *ffn_norm;        // (n_layers, dim)
-    const float *w1;              // (n_layers, hidden_dim, dim)
-    const float *w2;              // (n_layers, dim, hidden_dim)
-    const float *w3;              // (n_layers, hidden_dim, dim)
-    const float *norm;            // (dim)
-    const float *output;          // (vocab_size, dim), the embeddings where tied
+    uint32_t magic;
+    int32_t version;
+    uint64_t file_size;
+    uint32_t header_size, options, dtype, activation;
+    int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
+    int32_t value_embeddings, bigram_rows;
+    float norm_eps, rope_theta, logit_softcap;
+} Header;
+
+_Static_assert(sizeof(Header) == 80, "the header has no gaps");
+
+enum { MAGIC = 0x616b3432, V0_HEADER_BYTES = 7 * 4, ALIGNMENT = 64, MAX_CONTEXT = 1 << 24 };
+
+enum {  // bits of Header.options
+    TIE_EMBEDDINGS = 1,
+    QK_NORM = 2,
+    NORM_GAINS = 4,
+    EMBEDDING_NORM = 8,
+    RESIDUAL_SCALARS = 16,
+    SMEAR = 32,
+    KNOWN_OPTIONS = 63,
+};
+
+// NULL where the model has none
+typedef struct {
+    const float *tok_embeddings;    // (vocab_size, dim)
+    const float *attention_norm;    // (n_layers, dim)
+    const float *wq;                // (n_layers, n_heads * head_dim, dim)
+    const float *wk;                // (n_layers, n_kv_heads * head_dim, dim)
+    const float *wv;                // (n_layers, n_kv_heads * head_dim, dim)
+    const float *wo;                // (n_layers, dim, n_heads * head_dim)
+    const float *ffn_norm;          // (n_layers, dim)
+    const float *w1;                // (n_layers, hidden_dim, dim)
+    const float *w2;                // (n_layers, dim, hidden_dim)
+    const float *w3;                // (n_layers, hidden_dim, dim), of SwiGLU
+    const float *norm;              // (dim)
+    const float *output;            // (vocab_size, dim), the embeddings where tied
+    const float *q_norm;            // (n_layers, head_dim)
+    const float *k_norm;            // (n_layers, head_dim)
+    const float *embedding_norm;    // (dim)
+    const float *residual_scalars;  // (n_layers)
+    const float *x0_scalars;        // (n_layers)
+    const float *value_embeddings;  // (value_embeddings, vocab_size, n_kv_heads * head_dim)
+    const float *bigram;            // (bigram_rows, dim)
+    const float *smear_gate;        // (dim)
 } Weights;
 
 typedef struct {
     File file;
     Config config;
     Weights weights;
+    int *windows;  // (n_layers) a position sees this many, itself included; 0: all
     // activations of one position
     float *x;       // (dim) the residual stream
+    float *x0;      // (dim) what the first layer gets
     float *xb;      // (dim) normed, or attention's output
     float *xb2;     // (dim) what a block adds to x
     float *hb;      // (hidden_dim)
@@ -157,6 +205,7 @@ typedef struct {
     float *scores;  // (n_heads, n_positions)
     float *logits;  // (vocab_size)
     // of all positions so far
+    int token;         // the latest
     int n_positions;   // as many as the caller asked for, at most seq_len
     float *key_cache;  // (n_layers, n_positions, n_kv_heads * head_dim)
     float *value_cache;
@@ -167,7 +216,7 @@ typedef struct {
 static void check_config(const Config *c, const char *path) {
     struct {
         const char *name;
-        int value, min, max;
+        double value, min, max;
     } ranges[] = {
         {"dim", c->dim, 1, 1 << 16},
         {"hidden_dim", c->hidden_dim, 1, 1 << 20},
@@ -175,98 +224,182 @@ static void check_config(const Config *c, const char *path) {
         {"n_heads", c->n_heads, 1, 1 << 12},
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 12},
         {"vocab_size", c->vocab_size, 3, 1 << 24},  // unk, BOS and EOS at the least
-        {"seq_len", c->seq_len, 1, 1 << 24},
+        {"max_seq_len", c->seq_len, 1, MAX_CONTEXT},
+        {"value_embeddings", c->value_embeddings, 0, 1 << 12},
+        {"bigram_rows", c->bigram_rows, 0, 1 << 28},
+        {"norm_eps", c->norm_eps, 0, 1},
+        {"rope_theta", c->rope_theta, 1, 1e12},
+        {"logit_softcap", c->logit_softcap, 0, 1e6},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
-        if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
-            die("%s is not a version 0 model file: its header says %s = %d, expected %d to %d",
-                path, ranges[i].name, ranges[i].value, ranges[i].min, ranges[i].max);
+        if (!(ranges[i].value >= ranges[i].min && ranges[i].value <= ranges[i].max))
+            die("%s is not a version %d model file: its header says %s = %.10g, expected %.10g to "
+                "%.10g", path, c->version, ranges[i].name, ranges[i].value, ranges[i].min,
+                ranges[i].max);
     }
     if (c->dim % c->n_heads || (c->dim / c->n_heads) % 2 || c->n_heads % c->n_kv_heads)
-        die("%s is not a version 0 model file: dim %d, %d heads and %d key/value heads do not fit",
-            path, c->dim, c->n_heads, c->n_kv_heads);
+        die("%s is not a version %d model file: dim %d, %d heads and %d key/value heads do not fit",
+            path, c->version, c->dim, c->n_heads, c->n_kv_heads);
+    if (c->value_embeddings > c->n_layers)
+        die("%s is not a version %d model file: value_embeddings = %d do not fit %d layers",
+            path, c->version, c->value_embeddings, c->n_layers);
+    if (c->bigram_rows == 1)
+        die("%s is not a version %d model file: bigram_rows = 1, expected 0, or 2 or more",
+            path, c->version);
 }
 
-// Say what the file is if it is a well-known other kind.
-static void check_magic(const File *f) {
+// The version of the file; what it is if it is a well-known other kind is said.
+static int find_version(const File *f) {
     uint32_t words[2] = {0};
     memcpy(words, f->data, f->size < sizeof words ? f->size : sizeof words);
-    if (words[0] == 0x616b3432)
-        die("%s is a version %u model file, and this engine reads version 0: "
-            "make one with export.py --version=0", f->path, words[1]);
+    if (words[0] == MAGIC && words[1] != 3)
+        die("%s is a version %u model file, and this engine reads versions 0 and 3: "
+            "make one with export.py", f->path, words[1]);
     if (!memcmp(words, "GGUF", 4))
         die("%s is a GGUF file; this engine reads model.bin as export.py writes it", f->path);
     if (!memcmp(words, "PK\3\4", 4))
         die("%s is a checkpoint or zip file; make a model.bin of it: "
             "python export.py model.bin --checkpoint=%s", f->path, f->path);
-    if (f->size < HEADER_BYTES)
-        die("%s has %zu bytes, less than the header of a model file", f->path, f->size);
+    int version = words[0] == MAGIC ? 3 : 0;
+    if (f->size < (version ? sizeof(Header) : V0_HEADER_BYTES))
+        die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
+            version);
+    return version;
+}
+
+static Config read_v0(const File *f) {
+    int32_t h[7];
+    memcpy(h, f->data, V0_HEADER_BYTES);
+    bool tied = h[5] > 0;  // vocab_size is negative where the head has its own matrix
+    return (Config){
+        .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3], .n_kv_heads = h[4],
+        .vocab_size = tied || h[5] == INT32_MIN ? h[5] : -h[5], .seq_len = h[6],
+        .norm_eps = 1e-5f, .rope_theta = 10000.0f,  // Llama 2's, which the version has no field for
+        .tie_embeddings = tied, .norm_gains = true,
+    };
+}
+
+static Config read_v3(const File *f) {
+    static const char *remedy = "build run.c of the version that wrote it, or export it again";
+    Header h;
+    memcpy(&h, f->data, sizeof h);
+    if (h.file_size != f->size)
+        die("%s has %zu bytes where its header says %llu: it is %s; copy or export it again",
+            f->path, f->size, (unsigned long long)h.file_size,
+            f->size < h.file_size ? "truncated" : "too long");
+    if (h.header_size != sizeof h)
+        die("%s has a header of %u bytes, and this engine knows one of %zu: %s", f->path,
+            h.header_size, sizeof h, remedy);
+    if (h.options & ~(uint32_t)KNOWN_OPTIONS)
+        die("%s has the options 0x%x, which this engine does not know: %s", f->path,
+            h.options & ~(uint32_t)KNOWN_OPTIONS, remedy);
+    if (h.dtype != 0)
+        die("%s has number format %u, and this engine reads 0 (float32): %s", f->path, h.dtype,
+            remedy);
+    if (h.activation >= N_ACTIVATIONS)
+        die("%s has activation %u, and this engine knows 0 (swiglu) and 1 (relu2): %s", f->path,
+            h.activation, remedy);
+    return (Config){
+        .version = 3, .dim = h.dim, .hidden_dim = h.hidden_dim, .n_layers = h.n_layers,
+        .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .vocab_size = h.vocab_size,
+        .seq_len = h.seq_len, .norm_eps = h.norm_eps, .rope_theta = h.rope_theta,
+        .activation = (Activation)h.activation, .logit_softcap = h.logit_softcap,
+        .value_embeddings = h.value_embeddings, .bigram_rows = h.bigram_rows,
+        .tie_embeddings = h.options & TIE_EMBEDDINGS, .qk_norm = h.options & QK_NORM,
+        .norm_gains = h.options & NORM_GAINS, .embedding_norm = h.options & EMBEDDING_NORM,
+        .residual_scalars = h.options & RESIDUAL_SCALARS, .smear = h.options & SMEAR,
+    };
+}
+
+// The tensors behind a header of header_bytes, whose sizes have to add up to the file's. Within the
+// ranges of check_config() no 64-bit product or sum overflows.
+static Weights find_weights(const File *f, const Config *c, uint64_t header_bytes) {
+    Weights w = {0};
+    uint64_t dim = c->dim, hidden = c->hidden_dim, layers = c->n_layers, vocab = c->vocab_size;
+    uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
+    uint64_t gains = c->norm_gains, head_gains = c->qk_norm && c->norm_gains;
+    struct {
+        const float **pointer;
+        uint64_t count;  // 0: the model has none
+        uint64_t at;     // its first byte
+    } tensors[] = {
+        {&w.tok_embeddings, vocab * dim, 0},
+        {&w.attention_norm, gains * layers * dim, 0},
+        {&w.wq, layers * dim * dim, 0},
+        {&w.wk, layers * kv_dim * dim, 0},
+        {&w.wv, layers * kv_dim * dim, 0},
+        {&w.wo, layers * dim * dim, 0},
+        {&w.ffn_norm, gains * layers * dim, 0},
+        {&w.w1, layers * hidden * dim, 0},
+        {&w.w2, layers * dim * hidden, 0},
+        {&w.w3, c->activation == SWIGLU ? layers * hidden * dim : 0, 0},
+        {&w.norm, gains * dim, 0},
+        // version 0's rotary tables, which are computed here instead
+        {&(const float *){NULL}, c->version == 0 ? (uint64_t)c->seq_len * head_dim : 0, 0},
+        {&w.output, c->tie_embeddings ? 0 : vocab * dim, 0},
+        {&w.q_norm, head_gains * layers * head_dim, 0},
+        {&w.k_norm, head_gains * layers * head_dim, 0},
+        {&w.embedding_norm, c->embedding_norm ? gains * dim : 0, 0},
+        {&w.residual_scalars, c->residual_scalars ? layers : 0, 0},
+        {&w.x0_scalars, c->residual_scalars ? layers : 0, 0},
+        {&w.value_embeddings, c->value_embeddings * vocab * kv_dim, 0},
+        {&w.bigram, c->bigram_rows * dim, 0},
+        {&w.smear_gate, c->smear ? dim : 0, 0},
+    };
+    size_t n_tensors = sizeof tensors / sizeof *tensors;
+    uint64_t alignment = c->version == 0 ? sizeof(float) : ALIGNMENT, end = header_bytes;
+    for (size_t i = 0; i < n_tensors; i++) {
+        if (!tensors[i].count) continue;
+        tensors[i].at = (end + alignment - 1) / alignment * alignment;
+        end = tensors[i].at + tensors[i].count * sizeof(float);
+    }
+    if (end != f->size)
+        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
+            "it is %s, or no version %d model file", f->path, f->size, c->dim, c->n_layers,
+            c->vocab_size, (unsigned long long)end, f->size < end ? "truncated" : "too long",
+            c->version);
+    for (size_t i = 0; i < n_tensors; i++)
+        if (tensors[i].count) *tensors[i].pointer = (const float *)(f->data + tensors[i].at);
+    if (c->tie_embeddings) w.output = w.tok_embeddings;
+    return w;
 }
 
 // Map the model file and make room for n_positions (0: the whole context) of one sequence.
 static Model load_model(const char *path, int n_positions) {
     Model m = {.file = open_file(path, "model file")};
     Config *c = &m.config;
-    check_magic(&m.file);
-    int32_t header[7];
-    memcpy(header, m.file.data, HEADER_BYTES);
-    bool tied = header[5] > 0;
-    *c = (Config){header[0], header[1], header[2], header[3], header[4],
-                  tied || header[5] == INT32_MIN ? header[5] : -header[5], header[6]};
+    *c = find_version(&m.file) == 0 ? read_v0(&m.file) : read_v3(&m.file);
     check_config(c, path);
-
-    // 64-bit products cannot overflow within the ranges checked above
-    uint64_t dim = c->dim, hidden = c->hidden_dim, layers = c->n_layers, vocab = c->vocab_size;
-    uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    struct {
-        const float **pointer;
-        uint64_t count;
-    } tensors[] = {
-        {&m.weights.tok_embeddings, vocab * dim},
-        {&m.weights.attention_norm, layers * dim},
-        {&m.weights.wq, layers * dim * dim},
-        {&m.weights.wk, layers * kv_dim * dim},
-        {&m.weights.wv, layers * kv_dim * dim},
-        {&m.weights.wo, layers * dim * dim},
-        {&m.weights.ffn_norm, layers * dim},
-        {&m.weights.w1, layers * hidden * dim},
-        {&m.weights.w2, layers * dim * hidden},
-        {&m.weights.w3, layers * hidden * dim},
-        {&m.weights.norm, dim},
-        {NULL, (uint64_t)c->seq_len * head_dim},  // rotary tables, which are computed here instead
-        {&m.weights.output, tied ? 0 : vocab * dim},
-    };
-    size_t n_tensors = sizeof tensors / sizeof *tensors;
-    uint64_t expected = HEADER_BYTES;
-    for (size_t i = 0; i < n_tensors; i++) expected += tensors[i].count * sizeof(float);
-    if (expected != m.file.size)
-        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
-            "it is %s, or no version 0 model file", path, m.file.size, c->dim, c->n_layers,
-            c->vocab_size, (unsigned long long)expected,
-            m.file.size < expected ? "truncated" : "too long");
-    const float *next = (const float *)(m.file.data + HEADER_BYTES);
-    for (size_t i = 0; i < n_tensors; i++) {
-        if (tensors[i].pointer) *tensors[i].pointer = next;
-        next += tensors[i].count;
+    size_t windows_at = sizeof(Header), windows_bytes = (size_t)c->n_layers * sizeof(int32_t);
+    m.weights = find_weights(&m.file, c, c->version == 0 ? V0_HEADER_BYTES
+                                                         : windows_at + windows_bytes);
+    m.windows = alloc(c->n_layers, sizeof(int32_t));
+    if (c->version == 3) memcpy(m.windows, m.file.data + windows_at, windows_bytes);
+    for (int l = 0; l < c->n_layers; l++) {
+        if (m.windows[l] < 0 || m.windows[l] > MAX_CONTEXT)
+            die("%s is not a version 3 model file: its header says that layer %d has a window of "
+                "%d, expected 0 to %d", path, l, m.windows[l], MAX_CONTEXT);
     }
-    if (tied) m.weights.output = m.weights.tok_embeddings;
 
+    size_t dim = c->dim, hidden = c->hidden_dim, layers = c->n_layers;
+    size_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
     m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
-    size_t positions = (size_t)m.n_positions;
+    uint64_t positions = m.n_positions;
     m.x = alloc(dim, sizeof(float));
+    m.x0 = alloc(dim, sizeof(float));
     m.xb = alloc(dim, sizeof(float));
     m.xb2 = alloc(dim, sizeof(float));
     m.hb = alloc(hidden, sizeof(float));
     m.hb2 = alloc(hidden, sizeof(float));
     m.q = alloc(dim, sizeof(float));
     m.scores = alloc(c->n_heads * positions, sizeof(float));
-    m.logits = alloc(vocab, sizeof(float));
+    m.logits = alloc(c->vocab_size, sizeof(float));
     m.key_cache = alloc(layers * positions, kv_dim * sizeof(float));
     m.value_cache = alloc(layers * positions, kv_dim * sizeof(float));
     m.rope_cos = alloc(positions * head_dim / 2, sizeof(float));
     m.rope_sin = alloc(positions * head_dim / 2, sizeof(float));
     for (size_t i = 0; i < head_dim / 2; i++) {
-        float freq = powf(ROPE_THETA, -(float)(2 * i) / (float)head_dim);
+        float freq = powf(c->rope_theta, -(float)(2 * i) / (float)head_dim);
         for (size_t pos = 0; pos < positions; pos++) {
             m.rope_cos[pos * (head_dim / 2) + i] = cosf((float)pos * freq);
             m.rope_sin[pos * (head_dim / 2) + i] = sinf((float)pos * freq);
@@ -276,20 +409,40 @@ static Model load_model(const char *path, int n_positions) {
 }
 
 static void free_model(Model *m) {
-    float *buffers[] = {m->x, m->xb, m->xb2, m->hb, m->hb2, m->q, m->scores, m->logits,
+    float *buffers[] = {m->x, m->x0, m->xb, m->xb2, m->hb, m->hb2, m->q, m->scores, m->logits,
                         m->key_cache, m->value_cache, m->rope_cos, m->rope_sin};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    free(m->windows);
     close_file(&m->file);
 }
 
 // ------------------------------------------------------------------------------------------------
 // The forward pass
 
-static void rmsnorm(float *out, const float *x, const float *weight, int n) {
+// Row `row` of a tensor of rows of n; NULL of one that the model does not have.
+static const float *row_of(const float *tensor, size_t row, size_t n) {
+    return tensor ? tensor + row * n : NULL;
+}
+
+// x / rms(x) * weight (n), without the last factor where weight is NULL.
+static void rmsnorm(float *out, const float *x, const float *weight, int n, float eps) {
     float sum = 0.0f;
     for (int i = 0; i < n; i++) sum += x[i] * x[i];
-    float scale = 1.0f / sqrtf(sum / (float)n + NORM_EPS);
-    for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
+    float scale = 1.0f / sqrtf(sum / (float)n + eps);
+    if (weight) {
+        for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
+    } else {
+        for (int i = 0; i < n; i++) out[i] = scale * x[i];
+    }
+}
+
+// RMSNorm of each head of x (n_heads, head_dim), in place.
+static void norm_heads(float *x, const float *weight, int n_heads, int head_dim, float eps) {
+    for (int h = 0; h < n_heads; h++, x += head_dim) rmsnorm(x, x, weight, head_dim, eps);
+}
+
+static void add(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
 // x = softmax(x / temperature)
@@ -345,28 +498,73 @@ static void rope(float *x, int n_heads, int head_dim, const float *cos, const fl
     }
 }
 
-// Attention of one position over itself and all before: out (n_heads, head_dim) from q, keys and
-// values (n_positions, n_kv_heads, head_dim).
-static void attention(Model *m, float *out, const float *keys, const float *values, int pos) {
+// Attention of position pos over itself and those from `first` on: out (n_heads, head_dim) from q,
+// keys and values (n_positions, n_kv_heads, head_dim).
+static void attention(Model *m, float *out, const float *keys, const float *values, int first,
+                      int pos) {
     const Config *c = &m->config;
     int head_dim = c->dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
     int group = c->n_heads / c->n_kv_heads;
     float scale = 1.0f / sqrtf((float)head_dim);
-#pragma omp parallel for schedule(static) if ((int64_t)(pos + 1) * c->dim >= 65536)
+#pragma omp parallel for schedule(static) if ((int64_t)(pos + 1 - first) * c->dim >= 65536)
     for (int h = 0; h < c->n_heads; h++) {
         const float *q = m->q + (size_t)h * head_dim;
         const float *k = keys + (size_t)(h / group) * head_dim;
         const float *v = values + (size_t)(h / group) * head_dim;
         float *scores = m->scores + (size_t)h * m->n_positions;
         float *y = out + (size_t)h * head_dim;
-        for (int t = 0; t <= pos; t++) scores[t] = scale * dot(q, k + (size_t)t * kv_dim, head_dim);
-        softmax(scores, pos + 1, 1.0f);
+        for (int t = first; t <= pos; t++)
+            scores[t] = scale * dot(q, k + (size_t)t * kv_dim, head_dim);
+        softmax(scores + first, pos + 1 - first, 1.0f);
         memset(y, 0, head_dim * sizeof(float));
-        for (int t = 0; t <= pos; t++) {
+        for (int t = first; t <= pos; t++) {
             const float *vt = v + (size_t)t * kv_dim;
             for (int i = 0; i < head_dim; i++) y[i] += scores[t] * vt[i];
         }
     }
+}
+
+static void embedding_of(const Model *m, float *out, int token) {
+    const Config *c = &m->config;
+    const float *row = m->weights.tok_embeddings + (size_t)token * c->dim;
+    if (c->embedding_norm) rmsnorm(out, row, m->weights.embedding_norm, c->dim, c->norm_eps);
+    else memcpy(out, row, c->dim * sizeof(float));
+}
+
+// The row of the bigram table for a token and the one before it, as bigram_hash() in model.py.
+static size_t bigram_hash(int before, int token, int rows) {
+    if (before < 0) return 0;
+    return 1 + (((uint64_t)before * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
+}
+
+// x = what the first layer gets of a token and the one before it, -1: there is none.
+static void embed(Model *m, int before, int token) {
+    const Config *c = &m->config;
+    embedding_of(m, m->x, token);
+    if (c->smear && before >= 0) {
+        float gate = 1.0f / (1.0f + expf(-dot(m->weights.smear_gate, m->x, c->dim)));
+        embedding_of(m, m->xb, before);
+        for (int i = 0; i < c->dim; i++) m->x[i] += gate * m->xb[i];
+    }
+    if (c->bigram_rows) {
+        size_t row = bigram_hash(before, token, c->bigram_rows);
+        add(m->x, m->weights.bigram + row * c->dim, c->dim);
+    }
+}
+
+// xb2 = what the feed-forward of layer l makes of xb.
+static void feed_forward(Model *m, size_t l) {
+    int dim = m->config.dim, hidden = m->config.hidden_dim;
+    size_t size = (size_t)hidden * dim;
+    matmul(m->hb, m->xb, m->weights.w1 + l * size, dim, hidden);
+    if (m->config.activation == SWIGLU) {  // silu(w1 x) * w3 x
+        matmul(m->hb2, m->xb, m->weights.w3 + l * size, dim, hidden);
+        for (int i = 0; i < hidden; i++)
+            m->hb[i] = m->hb[i] / (1.0f + expf(-m->hb[i])) * m->hb2[i];
+    } else {  // relu(w1 x)²
+        for (int i = 0; i < hidden; i++) m->hb[i] = m->hb[i] < 0.0f ? 0.0f : m->hb[i] * m->hb[i];
+    }
+    matmul(m->xb2, m->hb, m->weights.w2 + l * size, hidden, dim);
 }
 
 // Run one token at position pos < n_positions through the model, behind those given before it.
@@ -374,38 +572,49 @@ static void attention(Model *m, float *out, const float *keys, const float *valu
 static float *forward(Model *m, int token, int pos, bool want_logits) {
     const Config *c = &m->config;
     const Weights *w = &m->weights;
-    int dim = c->dim, hidden = c->hidden_dim;
-    int head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
+    int dim = c->dim, head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
     const float *cos = m->rope_cos + (size_t)pos * (head_dim / 2);
     const float *sin = m->rope_sin + (size_t)pos * (head_dim / 2);
 
-    memcpy(m->x, w->tok_embeddings + (size_t)token * dim, dim * sizeof(float));
+    embed(m, pos ? m->token : -1, token);
+    m->token = token;
+    memcpy(m->x0, m->x, dim * sizeof(float));
     for (size_t l = 0; l < (size_t)c->n_layers; l++) {
         float *keys = m->key_cache + l * m->n_positions * kv_dim;
         float *values = m->value_cache + l * m->n_positions * kv_dim;
         float *k = keys + (size_t)pos * kv_dim, *v = values + (size_t)pos * kv_dim;
 
-        rmsnorm(m->xb, m->x, w->attention_norm + l * dim, dim);
+        if (c->residual_scalars) {
+            float kept = w->residual_scalars[l], added = w->x0_scalars[l];
+            for (int i = 0; i < dim; i++) m->x[i] = kept * m->x[i] + added * m->x0[i];
+        }
+        rmsnorm(m->xb, m->x, row_of(w->attention_norm, l, dim), dim, c->norm_eps);
         matmul(m->q, m->xb, w->wq + l * dim * dim, dim, dim);
         matmul(k, m->xb, w->wk + l * kv_dim * dim, dim, kv_dim);
         matmul(v, m->xb, w->wv + l * kv_dim * dim, dim, kv_dim);
+        if (l < (size_t)c->value_embeddings)
+            add(v, w->value_embeddings + (l * c->vocab_size + token) * kv_dim, kv_dim);
+        if (c->qk_norm) {
+            norm_heads(m->q, row_of(w->q_norm, l, head_dim), c->n_heads, head_dim, c->norm_eps);
+            norm_heads(k, row_of(w->k_norm, l, head_dim), c->n_kv_heads, head_dim, c->norm_eps);
+        }
         rope(m->q, c->n_heads, head_dim, cos, sin);
         rope(k, c->n_kv_heads, head_dim, cos, sin);
-        attention(m, m->xb, keys, values, pos);
+        int window = m->windows[l];
+        attention(m, m->xb, keys, values, window && window <= pos ? pos + 1 - window : 0, pos);
         matmul(m->xb2, m->xb, w->wo + l * dim * dim, dim, dim);
-        for (int i = 0; i < dim; i++) m->x[i] += m->xb2[i];
+        add(m->x, m->xb2, dim);
 
-        rmsnorm(m->xb, m->x, w->ffn_norm + l * dim, dim);
-        matmul(m->hb, m->xb, w->w1 + l * hidden * dim, dim, hidden);
-        matmul(m->hb2, m->xb, w->w3 + l * hidden * dim, dim, hidden);
-        for (int i = 0; i < hidden; i++)  // SwiGLU: silu(w1 x) * w3 x
-            m->hb[i] = m->hb[i] / (1.0f + expf(-m->hb[i])) * m->hb2[i];
-        matmul(m->xb2, m->hb, w->w2 + l * dim * hidden, hidden, dim);
-        for (int i = 0; i < dim; i++) m->x[i] += m->xb2[i];
+        rmsnorm(m->xb, m->x, row_of(w->ffn_norm, l, dim), dim, c->norm_eps);
+        feed_forward(m, l);
+        add(m->x, m->xb2, dim);
     }
     if (!want_logits) return NULL;
-    rmsnorm(m->x, m->x, w->norm, dim);
+    rmsnorm(m->x, m->x, w->norm, dim, c->norm_eps);
     matmul(m->logits, m->x, w->output, dim, c->vocab_size);
+    if (c->logit_softcap > 0.0f)
+        for (int i = 0; i < c->vocab_size; i++)
+            m->logits[i] = c->logit_softcap * tanhf(m->logits[i] / c->logit_softcap);
     return m->logits;
 }
 

@@ -12,7 +12,7 @@ import torch
 
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError, configure
-from hardware import autocast, pick_device, pick_dtype
+from hardware import pick_device, pick_dtype
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -53,6 +53,7 @@ if not checkpoint:
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 model = load_model(load_checkpoint(checkpoint), checkpoint).to(device).eval()
+model.dtype = dtype
 tokenizer = Tokenizer(tokenizer or os.path.join(os.path.dirname(checkpoint), "tokenizer.model"))
 if tokenizer.vocab_size != model.args.vocab_size:
     raise UserError(
@@ -72,8 +73,7 @@ stop = (tokenizer.bos_id, tokenizer.eos_id)
 for i in range(num_samples):
     if i:
         print("\n---\n")
-    with autocast(device, dtype):
-        new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
-        text = tokenizer.decode([*prompt, *new])
+    new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
+    text = tokenizer.decode([*prompt, *new])
     # no model can send commands to a terminal
     print("".join(c for c in text if c.isprintable() or c in "\n\t") if on_terminal else text)

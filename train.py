@@ -46,8 +46,9 @@ from configurator import UserError, configure, settings_of  # noqa: E402
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
 from export import export_model  # noqa: E402
 from files import atomic_write  # noqa: E402
-from hardware import autocast, describe, git_commit, pick_dtype  # noqa: E402
-from model import ModelArgs, Transformer  # noqa: E402
+from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
+from model import ARCHS, ModelArgs, Transformer  # noqa: E402
+from optim import OPTIMIZERS, SHAPES, make_optimizer, momentum_at, rate_factor, table  # noqa: E402
 from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
 from rundir import RunDir  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -78,22 +79,50 @@ n_heads = 6  # query heads
 n_kv_heads = 0  # key and value heads; 0: as many as n_heads
 hidden_dim = 0  # width of the feed-forward; 0: from dim and multiple_of
 multiple_of = 32  # rounds hidden_dim up
-tie_embeddings = True  # the output head is the embedding table
 dropout = 0.0  # share of activations dropped in training
+arch = "modded"  # llama, portable or modded: sets those of the options below that are not given
+tie_embeddings = True  # the output head is the embedding table
+qk_norm = False  # RMSNorm of each query and key head
+norm_gains = True  # RMSNorm has learned gains
+zero_init = False  # projections into the residual stream, and an untied head, begin at zero
+activation = "swiglu"  # of the feed-forward: swiglu or relu2
+logit_softcap = 0.0  # c: logits become c * tanh(logits / c); 0: none
+sliding_window = 0  # positions that a layer with the letter S sees; 0: all
+window_pattern = "SSSL"  # letters of the layers, repeated: S window, L everything
+embedding_norm = False  # RMSNorm behind the embedding
+residual_scalars = False  # learned weights of the residual stream and the embedding in each layer
+value_embeddings = 0  # so many layers, the first ones, add an embedding to their values
+bigram_rows = 0  # rows of a hashed table of token pairs that is added to the embedding
+smear = False  # a gate adds the embedding of the token before
+vocab_multiple = 1  # rows of embedding and head in memory are rounded up to a multiple of this
 # optimizer
-base_learning_rate = 2e-3  # AdamW's, after warm-up
+optimizer = "muon"  # muon: matrices by Muon, all else by AdamW, at rates of their own; or adamw
 max_iters = 2000  # steps
-weight_decay = 0.1  # of matrices
-beta1 = 0.9  # of AdamW: memory of the gradient
-beta2 = 0.95  # of AdamW: memory of its square
+max_minutes = 0.0  # of training, after which it ends, with the schedule fitted to them; 0: no limit
+hidden_lr = 0.02  # Muon's
+embedding_lr = 0.1  # beside Muon
+bigram_lr = 0.01  # beside Muon
+head_lr = 0.004  # beside Muon
+scalar_lr = 0.01  # beside Muon
+momentum = 0.95  # Muon's; it rises from 0.85
+momentum_warmup = 100  # steps in which it rises
+muon_weight_decay = 0.0  # of matrices, by Muon
+muon_beta1 = 0.8  # of the AdamW beside Muon: memory of the gradient
+muon_beta2 = 0.95  # of the AdamW beside Muon: memory of its square
+base_learning_rate = 2e-3  # of adamw, after warm-up
+weight_decay = 0.1  # of matrices, by adamw
+beta1 = 0.9  # of adamw: memory of the gradient
+beta2 = 0.95  # of adamw: memory of its square
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
-warmup_iters = 100  # steps in which the rate rises; at most half of max_iters
-cooldown_frac = 1.0  # last part of the steps, in which it falls to zero as a cosine
+warmup_iters = 100  # steps in which the rates rise; at most half of max_iters
+cooldown_frac = 1.0  # last part of the steps, in which they fall
+cooldown_shape = "cosine"  # cosine or linear
+final_lr_frac = 0.0  # where they end, as a part of the full rates
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (of the matrix products)
 fsdp = False  # under torchrun: each process holds a part of the model (FSDP2), not all (DDP)
-compile = False  # torch.compile: slow to start, then faster on a GPU
+compile = "auto"  # torch.compile, slow to start, then faster: True, False, auto: in longer runs
 seed = 1337  # of the weights and the order of the data
 given = configure(globals())
 # -----------------------------------------------------------------------------
@@ -101,15 +130,15 @@ given = configure(globals())
 parallel.errors_of_ranks()
 config = settings_of(globals())
 
-FIXED_BY_CHECKPOINT = set(
-    "vocab_size vocab_source max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
-    "tie_embeddings".split()
-)
+OPTIONS = [f.name for f in fields(ModelArgs) if f.name in config]
+FIXED_BY_CHECKPOINT = {*OPTIONS, "vocab_source", "arch", "optimizer"} - {"dropout"}
 OF_ONE_START = set("out_dir init_from resume eval_only device fsdp compile".split())
 AT_LEAST_1 = (
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
     "keep_last"
 ).split()
+RATES = "base_learning_rate hidden_lr embedding_lr bigram_lr head_lr scalar_lr".split()
+BETAS = "beta1 beta2 muon_beta1 muon_beta2 momentum".split()
 
 
 def resumed(config, checkpoint, given):
@@ -142,7 +171,8 @@ def adopted(config, model_args, given):
             continue
         if name == "vocab_size" and DataPaths("", vocab_source, config[name]).is_llama2:
             continue
-        if name in given and config[name] not in (model_args[name], 0):
+        is_derived = config[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")
+        if name in given and config[name] != model_args[name] and not is_derived:
             raise UserError(
                 f"cannot start from {init_from} with {name} = {config[name]}: "
                 f"its model has {model_args[name]}"
@@ -152,24 +182,34 @@ def adopted(config, model_args, given):
 
 
 def check_settings():
+    for name, known in (
+        ("arch", ARCHS),
+        ("optimizer", OPTIMIZERS),
+        ("cooldown_shape", SHAPES),
+        ("compile", ("auto", "True", "False")),
+        ("resume", ("auto", "no")),
+    ):
+        if config[name] not in known:
+            raise UserError(f"{name} = {config[name]!r}: expected one of {', '.join(known)}")
     for name in AT_LEAST_1:
         if config[name] < 1:
             raise UserError(f"{name} = {config[name]}: expected at least 1")
     for name, allowed, expected in (
         ("cooldown_frac", 0 <= cooldown_frac <= 1, "from 0 to 1"),
-        ("base_learning_rate", 0 < base_learning_rate < math.inf, "above 0"),
+        ("final_lr_frac", 0 <= final_lr_frac <= 1, "from 0 to 1"),
+        *((name, 0 < config[name] < math.inf, "above 0") for name in RATES),
+        *((name, 0 <= config[name] < 1, "from 0 to below 1") for name in BETAS),
         ("weight_decay", 0 <= weight_decay < math.inf, "0 or above"),
+        ("muon_weight_decay", 0 <= muon_weight_decay < math.inf, "0 or above"),
         ("grad_clip", 0 <= grad_clip < math.inf, "0 (no limit) or above"),
-        ("beta1", 0 <= beta1 < 1, "from 0 to below 1"),
-        ("beta2", 0 <= beta2 < 1, "from 0 to below 1"),
         ("warmup_iters", warmup_iters >= 0, "0 or above"),
+        ("momentum_warmup", momentum_warmup >= 0, "0 or above"),
+        ("max_minutes", 0 <= max_minutes < math.inf, "0 (no limit) or above"),
         ("save_interval", save_interval >= 0, "0 (none) or above"),
         ("seed", 0 <= seed < 1 << 63, "from 0 to 2 ** 63 - 1"),
     ):
         if not allowed:
             raise UserError(f"{name} = {config[name]}: expected a number {expected}")
-    if resume not in ("auto", "no"):
-        raise UserError(f"resume = {resume!r}: expected auto or no")
 
 
 # ---- the checkpoint to begin from, if any
@@ -202,6 +242,8 @@ elif init_from != "scratch":
     config = adopted(config, checkpoint["model_args"], given)
 elif eval_only:
     raise UserError("eval_only needs a model to evaluate: give --init_from=resume or a checkpoint")
+if not checkpoint:
+    config |= {k: v for k, v in ARCHS.get(arch, {}).items() if k not in given}
 globals().update(config)
 check_settings()
 
@@ -218,16 +260,15 @@ if parallel.total(first_step) != [first_step * WORLD_SIZE]:
 if fsdp and WORLD_SIZE == 1:
     print("warning: fsdp has nothing to share in one process; start several with torchrun")
     fsdp = False
-if fsdp and compile:
+if fsdp and compile == "True":
     say("compile is left out under fsdp")
-    compile = False
 if fsdp and dtype is torch.float16:
     raise UserError("float16 cannot be used with fsdp: take --dtype=bfloat16 or float32")
 micro_batch_size, n_micro_batches = parallel.share_of_step(batch_size, gradient_accumulation_steps)
 step_size = batch_size * gradient_accumulation_steps  # sequences, of all ranks together
 
 paths = DataPaths(data_dir, vocab_source, vocab_size)
-model_settings = {f.name: config[f.name] for f in fields(ModelArgs) if f.name in config}
+model_settings = {name: config[name] for name in OPTIONS}
 if checkpoint:  # with what is no setting, such as norm_eps
     model_settings = checkpoint["model_args"] | model_settings
 try:
@@ -256,15 +297,8 @@ n_params = model.n_params()
 model.to(device)
 if fsdp:
     parallel.shard(model, device)
-# Only matrices decay: the gains of the norms have to stay where they are useful
-matrices = [p for p in model.parameters() if p.dim() >= 2]
-gains = [p for p in model.parameters() if p.dim() < 2]
-optimizer = torch.optim.AdamW(
-    [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}],
-    lr=base_learning_rate,
-    betas=(beta1, beta2),
-    fused=True,
-)
+model.dtype = dtype
+optimizer = make_optimizer(model, config["optimizer"], config)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 iter_num, n_sequences, evaluated, train_s, best_val_loss = 0, 0, 0, 0.0, math.inf
@@ -301,23 +335,34 @@ def to_device(x, y):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def compiled(model):
-    """The compiled model, made ready by one pass; the model itself where compiling fails."""
+def worth_compiling():
+    """Whether the run is so long that torch.compile's 10 to 30 seconds come back."""
+    if fsdp or compile != "auto":
+        return compile == "True" and not fsdp
+    on_gpu = device.type == "cuda"
+    if device.type == "mps" or (dropout and not on_gpu):
+        return False
+    estimate = max_iters * step_size * max_seq_len * model.flops_per_token()
+    seconds = 60 * max_minutes or estimate / (1e14 if on_gpu else 1e11) / WORLD_SIZE
+    return seconds > 120
+
+
+def compile_model():
+    """Compile what a training step runs again and again; without a compiler, say so and go on."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(out_dir, "compiled"))
+    say("compiling the model")
     try:
-        x, y = to_device(*batches.at(0, micro_batch_size))
-        fast = torch.compile(model)
-        with autocast(device, dtype):
-            fast(x, y).backward()
-        return fast
+        model.fast_hidden = torch.compile(model.hidden, dynamic=False)
+        model(*to_device(*batches.at(0, micro_batch_size))).backward()
     except Exception as e:
         say(f"torch.compile fails ({type(e).__name__}); going on without it")
-        return model
-    finally:
-        model.zero_grad(set_to_none=True)
+        model.fast_hidden = None
+    model.zero_grad(set_to_none=True)
 
 
-fast_model = compiled(model) if compile else model
-net = model if fsdp else parallel.replicate(fast_model, device)  # what a training step calls
+if worth_compiling():
+    compile_model()
+net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
 first_sequence = n_sequences
 stream = ahead(micro_batch)
 
@@ -325,14 +370,23 @@ stream = ahead(micro_batch)
 # ---- the parts of a step
 
 
-def learning_rate(step):
-    """The rate of a step: a linear rise, a stable part, and a cosine down to zero at the end."""
+def progress():
+    """The done part of the run, 0 to 1, of which the rates depend; the warm-up does not count."""
+    if max_minutes:
+        return seconds_trained() / (60 * max_minutes)
     warmup = min(warmup_iters, max_iters // 2)
-    if step < warmup:
-        return base_learning_rate * (step + 1) / (warmup + 1)
-    cooldown_iters = cooldown_frac * (max_iters - warmup)
-    done = (step - (max_iters - cooldown_iters)) / cooldown_iters if cooldown_iters else 0.0
-    return base_learning_rate * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+    return (iter_num - warmup) / (max_iters - warmup)
+
+
+def seconds_trained():
+    """Seconds of training so far, as the first rank sees them."""
+    now = train_s + (time.perf_counter() - clock if clock else 0.0)
+    return parallel.total(now if FIRST else 0.0)[0]
+
+
+def is_done():
+    """Whether the last step is done."""
+    return seconds_trained() >= 60 * max_minutes if max_minutes else iter_num >= max_iters
 
 
 @torch.no_grad()
@@ -346,8 +400,7 @@ def evaluate():
             return None
         n = int((y >= 0).sum())
         x, y = to_device(x, y)
-        with autocast(device, dtype):  # a last, smaller batch is not worth compiling for
-            loss = (fast_model if len(x) == batch_size else model)(x, y)
+        loss = model(x, y)
         if n:  # a rank may have one batch less than others
             total, n_targets = total + loss.item() * n, n_targets + n
     model.train()
@@ -361,19 +414,27 @@ def bits_per_byte(loss):
     return loss / math.log(2) * ratio if ratio else None
 
 
+def set_rates():
+    """Rates and momentum of this step."""
+    warmup = min(warmup_iters, max_iters // 2)
+    factor = rate_factor(progress(), iter_num, warmup, cooldown_frac, cooldown_shape, final_lr_frac)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
+        if "momentum" in group:
+            group["momentum"] = momentum_at(iter_num, momentum, momentum_warmup)
+
+
 def training_step():
     """One step of the optimizer; returns loss and gradient norm as tensors, not waited for."""
     global iter_num, n_sequences
     if dropout:  # the same in a resumed run, and another in each rank
         torch.manual_seed(hash((seed, iter_num, RANK)))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(iter_num)
+    set_rates()
     total = 0.0
     for i in range(n_micro_batches):
         x, y = to_device(*next(stream))
         parallel.sync_gradients(net, i == n_micro_batches - 1)
-        with autocast(device, dtype):
-            loss = net(x, y) / n_micro_batches
+        loss = net(x, y) / n_micro_batches
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
@@ -466,10 +527,18 @@ def stop_if_diverged(what, loss):
         bar.close()
         writer.wait()
         log("end", reason="diverged", **now(), best_val_loss=best_val_loss)
+        rates = " ".join(f"--{name}={config[name]:g}" for name in rate_settings())
         raise UserError(
-            f"the {what} is {loss} at step {iter_num}: training has diverged; try a smaller "
-            f"--base_learning_rate (now {base_learning_rate:g}) or a longer --warmup_iters"
+            f"the {what} is {loss} at step {iter_num}: training has diverged; try smaller rates "
+            f"(now {rates}) or a longer --warmup_iters"
         )
+
+
+def rate_settings():
+    """Names of the settings that are rates of this optimizer."""
+    if config["optimizer"] == "adamw":
+        return ["base_learning_rate"]
+    return [f"{group['role']}_lr" for group in optimizer.param_groups]
 
 
 def forget_unwritten_best():
@@ -516,14 +585,16 @@ def show(loss):
 # ---- the run
 
 stopping = False  # whether this rank was told to stop
+clock = None  # when the steps began that are not in train_s yet
 if eval_only:
     say(f"step {iter_num}: {show(evaluate())}")
     raise SystemExit
-if iter_num >= max_iters and evaluated == iter_num:
+if is_done() and evaluated == iter_num:
     if resume == "auto":
         say(f"the run in {out_dir} has done its {iter_num} steps")
         raise SystemExit
-    raise UserError(f"the run has done its {iter_num} steps; raise --max_iters to go on")
+    limit = "max_minutes" if max_minutes else "max_iters"
+    raise UserError(f"the run has done its {iter_num} steps; raise --{limit} to go on")
 
 parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
 if FIRST:
@@ -547,9 +618,11 @@ is_latest = is_resumed and os.path.basename(checkpoint_path) == "ckpt.pt"
 writer = CheckpointWriter(out_dir, keep_last, iter_num if is_latest else None)
 model_path = os.path.join(out_dir, "model.bin")
 n_train, n_valid = (sum(map(len, shards)) for shards in (data.train, data.valid))
+peak = peak_flops(device, dtype) if FIRST else None
+say(table(optimizer))
 say(
     f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
-    f"{iter_num} of {max_iters} steps done; "
+    f"{iter_num} of {f'{max_minutes:g} minutes of' if max_minutes else max_iters} steps done; "
     f"{device}, {str(dtype).removeprefix('torch.')}"
     + (f", {WORLD_SIZE} processes ({'FSDP' if fsdp else 'DDP'})" if WORLD_SIZE > 1 else "")
 )
@@ -563,6 +636,8 @@ log(
     coverage=batches.coverage,
     processes=WORLD_SIZE,
     compute_dtype=str(dtype).removeprefix("torch."),
+    flops_per_token=model.flops_per_token(),
+    peak_flops=peak,
     commit=git_commit(),
     **describe(device),
 )
@@ -570,17 +645,25 @@ log(
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, request_stop)
 val_loss, best_before = math.inf, best_val_loss
-bar = tqdm(total=max_iters, initial=iter_num, unit="step", dynamic_ncols=True, disable=not FIRST)
+bar = tqdm(
+    total=None if max_minutes else max_iters,
+    initial=iter_num,
+    unit="step",
+    dynamic_ncols=True,
+    disable=not FIRST,
+)
 stop = False
-if iter_num != evaluated and (iter_num % eval_interval == 0 or iter_num == max_iters):
+if iter_num != evaluated and (iter_num % eval_interval == 0 or is_done()):
     stop = not evaluate_and_keep()  # the run was stopped before this evaluation was done
 clock, unlogged_steps = time.perf_counter(), 0
-while iter_num < max_iters and not stop:
+done = is_done()
+while not done and not stop:
     loss, grad_norm = training_step()
     stop = parallel.any_rank(stopping)
     unlogged_steps += 1
     bar.update()
-    time_to_eval = iter_num % eval_interval == 0 or iter_num == max_iters
+    done = is_done()
+    time_to_eval = iter_num % eval_interval == 0 or done
     if iter_num % log_interval == 0 or iter_num == 1 or time_to_eval or time_to_save() or stop:
         loss, grad_norm = parallel.total(float(loss))[0] / WORLD_SIZE, float(grad_norm)
         elapsed = time.perf_counter() - clock  # with the device waited for
@@ -589,9 +672,12 @@ while iter_num < max_iters and not stop:
         if not scaler.is_enabled():  # which passes over steps with an infinite gradient
             stop_if_diverged("gradient norm", grad_norm)
         tok_s = unlogged_steps * step_size * max_seq_len / elapsed
-        lr = learning_rate(iter_num - 1)
-        log("train", **now(), loss=loss, lr=lr, grad_norm=grad_norm, tok_s=round(tok_s))
-        bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s")
+        values = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        if peak:
+            values["mfu"] = round(tok_s * model.flops_per_token() / (peak * WORLD_SIZE), 4)
+        log("train", **now(), **values, tok_s=round(tok_s))
+        left = f", {60 * max_minutes - train_s:.0f} s left" if max_minutes else ""
+        bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s{left}")
         clock, unlogged_steps = time.perf_counter(), 0
     if time_to_eval and not stop:
         stop = not evaluate_and_keep()
@@ -599,12 +685,13 @@ while iter_num < max_iters and not stop:
         save()
     if time_to_eval or time_to_save():
         clock = time.perf_counter()
+clock = None
 bar.close()
 writer.wait()
 if parallel.any_rank(FIRST and writer.latest_step != iter_num):
     save()
     writer.wait()
-finished = iter_num >= max_iters and evaluated == iter_num
+finished = is_done() and evaluated == iter_num
 log(
     "end",
     reason="finished" if finished else "interrupted",

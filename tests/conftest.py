@@ -100,6 +100,28 @@ def bin_of(tokenizer):
     return Path(tokenizer.model_path).with_suffix(".bin")
 
 
+# Every option of the architecture at once, with a vocabulary that is padded in memory
+EVERYTHING = {
+    "n_layers": 5,
+    "n_kv_heads": 2,
+    "tie_embeddings": False,
+    "vocab_multiple": 64,
+    "norm_eps": 1e-6,
+    "rope_theta": 20000.0,
+    "qk_norm": True,
+    "norm_gains": False,
+    "activation": "relu2",
+    "logit_softcap": 15.0,
+    "sliding_window": 5,
+    "window_pattern": "SSL",
+    "embedding_norm": True,
+    "residual_scalars": True,
+    "value_embeddings": 3,
+    "bigram_rows": 64,
+    "smear": True,
+}
+
+
 def random_model(seed=0, **numbers):
     """A random model whose logits are of the size that a trained one's have."""
     sizes = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 105, "max_seq_len": 32}
@@ -130,7 +152,7 @@ def practice(tmp_path_factory):
 TINY = (
     "--vocab_size=300 --dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --max_seq_len=64 "
     "--batch_size=8 --eval_interval=20 --eval_iters=4 --log_interval=5 --warmup_iters=5 "
-    "--base_learning_rate=1e-2 --dtype=float32 --device=cpu"
+    "--base_learning_rate=1e-2 --dtype=float32 --device=cpu --bigram_rows=64"
 ).split()
 
 

@@ -5,7 +5,7 @@
 
 // logits MODEL ID...: fp32 logits (n ids, vocab_size) of every position, raw on stdout.
 static void write_logits(char **words, int n) {
-    Model m = load_model(words[0], 0);
+    Model m = load_model(words[0], n - 1);
     for (int pos = 0; pos + 1 < n; pos++) {
         float *logits = forward(&m, atoi(words[pos + 1]), pos, true);
         fwrite(logits, sizeof(float), m.config.vocab_size, stdout);

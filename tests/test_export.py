@@ -6,11 +6,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, refused, script
+from conftest import EVERYTHING, random_model, refused, script
 
+import export
 from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
-from export import export_model
+from export import MAGIC, V3_HEADER, V3_OPTIONS, V3_STRUCT, export_model, tensors, v3_layout
 
 
 def save(model, path):
@@ -53,26 +54,141 @@ def test_version_0_is_llama2cs_layout(tmp_path, tied):
     assert at == len(floats)
 
 
-@pytest.mark.parametrize("option", [{"norm_eps": 1e-6}, {"rope_theta": 500000.0}])
-def test_what_version_0_cannot_carry_is_refused_by_name(tmp_path, option):
-    model = random_model(**option)
+# A value other than the default of each option that version 0 cannot carry
+OPTIONS = {
+    "norm_eps": 1e-6,
+    "rope_theta": 500000.0,
+    "qk_norm": True,
+    "norm_gains": False,
+    "activation": "relu2",
+    "logit_softcap": 15.0,
+    "sliding_window": 5,
+    "embedding_norm": True,
+    "residual_scalars": True,
+    "value_embeddings": 1,
+    "bigram_rows": 64,
+    "smear": True,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_version_0_cannot_carry_is_refused_by_name(tmp_path, name):
+    model = random_model(**{name: OPTIONS[name]})
     path = tmp_path / "model.bin"
     path.write_bytes(b"an older model")
-    with pytest.raises(UserError, match=f"cannot carry {next(iter(option))}"):
-        export_model(model, path)
+    with pytest.raises(UserError, match=f"version 0 cannot carry {name} = {OPTIONS[name]}"):
+        export_model(model, path, version=0)
     assert path.read_bytes() == b"an older model" and os.listdir(tmp_path) == ["model.bin"]
 
 
+def version_of(path):
+    magic, version = struct.unpack_from("<2I", path.read_bytes())
+    return version if magic == MAGIC else 0
+
+
+@pytest.mark.parametrize(
+    "options, version",
+    [
+        ({}, 0),
+        ({"tie_embeddings": False, "vocab_multiple": 64, "zero_init": True, "dropout": 0.1}, 0),
+        ({"window_pattern": "SL"}, 0),
+        ({"sliding_window": 5, "window_pattern": "L"}, 0),
+        ({"sliding_window": 5, "window_pattern": "LS"}, 3),
+        *(({name: value}, 3) for name, value in OPTIONS.items()),
+    ],
+)
+def test_the_version_is_0_where_that_carries_the_model(tmp_path, options, version):
+    export_model(random_model(**options), tmp_path / "model.bin")
+    assert version_of(tmp_path / "model.bin") == version
+
+
+@pytest.mark.parametrize("version", [0, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_past_the_vocabulary_are_not_exported(tmp_path, version, tied):
+    options = {} if version == 0 else {"value_embeddings": 2}
+    padded = random_model(vocab_multiple=64, tie_embeddings=tied, **options)
+    state = padded.state_dict()
+    assert len(state["tok_embeddings.weight"]) == len(state["output.weight"]) == 128
+    plain = random_model(tie_embeddings=tied, **options)
+    tables = ("tok_embeddings", "output", "value_embeddings")
+    plain.load_state_dict({k: v[:105] if k.startswith(tables) else v for k, v in state.items()})
+    for name, model in (("padded", padded), ("plain", plain)):
+        export_model(model, tmp_path / name, version)
+    assert (tmp_path / "padded").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": False}, EVERYTHING], ids=repr)
+def test_version_3_says_everything_about_itself(tmp_path, options):
+    model = random_model(**options)
+    args, path = model.args, tmp_path / "model.bin"
+    export_model(model, path, version=3)
+    data = path.read_bytes()
+    names = [name for name, *_ in V3_HEADER]
+    fields = dict(zip(names, struct.unpack_from(V3_STRUCT, data), strict=True))
+    assert list(fields)[:4] == ["magic", "version", "file_size", "header_size"]
+    assert data[:8] == b"24ka\3\0\0\0" and fields.pop("magic") == 0x616B3432
+    assert fields.pop("version") == 3 and fields.pop("file_size") == len(data)
+    assert fields.pop("header_size") == 80 and fields.pop("dtype") == 0
+    bits = fields.pop("options")
+    for bit, name in enumerate(V3_OPTIONS):
+        assert bits >> bit & 1 == getattr(args, name), name
+    assert not bits >> len(V3_OPTIONS)
+    assert fields.pop("activation") == (args.activation == "relu2")
+    for name, value in fields.items():
+        assert value == np.float32(getattr(args, name)), name
+    windows = struct.unpack_from(f"<{args.n_layers}i", data, 80)
+    assert windows == ((5, 5, 0, 5, 5) if options is EVERYTHING else (0, 0))
+
+    # every number of the model, once, from multiples of 64 on, with zeros between
+    places, size = v3_layout(model)
+    assert size == len(data)
+    end, left = 80 + 4 * args.n_layers, set(model.state_dict())
+    for name, parts in tensors(model):
+        assert places[name] % 64 == 0 and end <= places[name] < end + 64, name
+        assert not any(data[end : places[name]])
+        end = places[name]
+        for part in parts:
+            found = np.frombuffer(data, "<f4", part.numel(), end)
+            assert (found == part.detach().numpy().ravel()).all(), name
+            end += 4 * part.numel()
+        layers = range(len(parts))
+        keys = {name, f"{name}.weight", *(f"layers.{i}.{name}.weight" for i in layers)}
+        keys |= {f"{name}.{i}.weight" for i in layers}
+        assert keys & left, name
+        left -= keys
+    assert end == len(data) and left == ({"output.weight"} if args.tie_embeddings else set())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"sliding_window": 1 << 25}, {"rope_theta": 0.5}, {"norm_eps": 2.0}, {"logit_softcap": 1e7}],
+)
+def test_version_3_writes_nothing_that_its_readers_refuse(tmp_path, option):
+    (name, value) = next(iter(option.items()))
+    with pytest.raises(UserError, match=f"version 3 cannot carry {name} = {value}: expected"):
+        export_model(random_model(**option), tmp_path / "model.bin")
+    assert not os.listdir(tmp_path)
+
+
+def test_an_option_that_export_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "V3_CARRIED", export.V3_CARRIED - {"smear"})
+    with pytest.raises(UserError, match="version 3 cannot carry smear = True"):
+        export_model(random_model(smear=True), tmp_path / "model.bin")
+
+
 def test_command_line(tmp_path):
+    out, checkpoint = tmp_path / "model.bin", f"--checkpoint={tmp_path / 'ckpt.pt'}"
     model = random_model()
     save(model, tmp_path / "ckpt.pt")
-    export_model(model, tmp_path / "expected.bin")
-    out = tmp_path / "model.bin"
-    done = script("export.py", out, f"--checkpoint={tmp_path / 'ckpt.pt'}", "--version=0")
-    assert done.returncode == 0, done.stderr
-    assert out.read_bytes() == (tmp_path / "expected.bin").read_bytes()
-    done = script("export.py", out, f"--checkpoint={tmp_path / 'ckpt.pt'}", "--version=9")
-    refused(done, "version 9: expected one of 0")
+    for words, version in ([], 0), (["--version=3"], 3):
+        export_model(model, tmp_path / "expected.bin", version)
+        done = script("export.py", out, checkpoint, *words)
+        assert done.returncode == 0, done.stderr
+        assert out.read_bytes() == (tmp_path / "expected.bin").read_bytes()
+    done = script("export.py", out, checkpoint, "--version=9")
+    refused(done, "version 9: expected auto or one of 0, 3")
+    save(random_model(smear=True), tmp_path / "ckpt.pt")
+    refused(script("export.py", out, checkpoint, "--version=0"), "cannot carry smear = True")
     refused(script("export.py", out, f"--checkpoint={tmp_path / 'none'}"), "does not exist")
 
 

@@ -10,9 +10,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import NATIVE, REPO, SANITIZE, bin_of, compile_c, compilers, random_model, supports
+from conftest import (
+    EVERYTHING,
+    NATIVE,
+    REPO,
+    SANITIZE,
+    bin_of,
+    compile_c,
+    compilers,
+    random_model,
+    supports,
+)
 
-from export import export_model
+from export import V3_HEADER, V3_OPTIONS, V3_STRUCT, export_model
+from model import ARCHS
 
 PARITY = {
     "plain": {},
@@ -23,6 +34,30 @@ PARITY = {
     "odd vocabulary": {"vocab_size": 301, "hidden_dim": 130, "n_kv_heads": 2},
     "head_dim 2": {"dim": 10, "n_heads": 5, "hidden_dim": 3},
     "wide": {"dim": 260, "n_heads": 10, "n_kv_heads": 5, "hidden_dim": 352, "max_seq_len": 24},
+    "padded": {"vocab_multiple": 64, "tie_embeddings": False},
+    # ---- version 3; the context is 32, so that it holds several windows
+    "norm_eps": {"norm_eps": 0.1},
+    "rope_theta": {"rope_theta": 500000.0},
+    "qk_norm": {"qk_norm": True, "n_kv_heads": 2},
+    "no gains": {"norm_gains": False},
+    "qk_norm, no gains": {"qk_norm": True, "norm_gains": False},
+    "relu2": {"activation": "relu2", "hidden_dim": 77},
+    "softcap": {"logit_softcap": 2.0},
+    "window": {"sliding_window": 5, "n_layers": 5},
+    "window 1": {"sliding_window": 1, "window_pattern": "LS"},
+    "window of the whole context": {"sliding_window": 32, "window_pattern": "S", "qk_norm": True},
+    "embedding_norm": {"embedding_norm": True},
+    "residual_scalars": {"residual_scalars": True, "n_layers": 3},
+    "value_embeddings": {"value_embeddings": 2, "n_layers": 3, "n_kv_heads": 2},
+    "bigram": {"bigram_rows": 64},
+    "bigram of 2 rows": {"bigram_rows": 2, "vocab_size": 301},
+    "smear": {"smear": True},
+    "smear, embedding_norm": {"smear": True, "embedding_norm": True, "tie_embeddings": False},
+    "portable": ARCHS["portable"],
+    "modded": {**ARCHS["modded"], "bigram_rows": 500, "n_kv_heads": 2, "vocab_multiple": 64},
+    "everything": EVERYTHING,
+    "everything, tied, one kv head": {**EVERYTHING, "tie_embeddings": True, "n_kv_heads": 1},
+    "everything, with gains": {**EVERYTHING, "norm_gains": True, "activation": "swiglu"},
 }
 
 
@@ -55,10 +90,11 @@ def small(tmp_path, tokenizers):
     return tmp_path / "model.bin"
 
 
+@pytest.mark.parametrize("options", [{"tie_embeddings": False}, EVERYTHING], ids=["plain", "all"])
 @pytest.mark.parametrize("size", [105, 512])
-def test_greedy_text_is_that_of_pytorch(run, tmp_path, tokenizers, size):
+def test_greedy_text_is_that_of_pytorch(run, tmp_path, tokenizers, size, options):
     tokenizer = tokenizers[size]
-    model = random_model(seed=size, vocab_size=size, max_seq_len=96, tie_embeddings=False)
+    model = random_model(seed=size, vocab_size=size, max_seq_len=96, **options)
     export_model(model, tmp_path / "model.bin")
     for prompt in ("", "Once upon a time", "Zoë 😀"):
         ids = tokenizer.encode(prompt)
@@ -192,6 +228,137 @@ def test_truncated_and_padded_model_files(run, small):
         refused_by(run(small), "header" if size < 28 else f"has {size} bytes")
     small.write_bytes(whole + b"\0")
     refused_by(run(small), f"needs {len(whole)}: it is too long")
+
+
+@pytest.fixture
+def modded(tmp_path):
+    """A version 3 file with every option on."""
+    path = tmp_path / "model.bin"
+    export_model(random_model(**EVERYTHING), path)
+    return path
+
+
+@pytest.fixture
+def load(builds, tmp_path):
+    """Run two tokens through a model of these bytes, sanitizers on; returns CompletedProcess."""
+
+    def call(data):
+        path = tmp_path / "changed.bin"
+        path.write_bytes(data)
+        words = [builds["harness", "checked"], "logits", path, "1", "7"]
+        return subprocess.run(words, capture_output=True, timeout=60)
+
+    return call
+
+
+def offset_of(field):
+    names = [name for name, *_ in V3_HEADER]
+    at = names.index(field)
+    return struct.calcsize("<" + "".join(code for _, code, *_ in V3_HEADER[:at])), V3_HEADER[at][1]
+
+
+def changed(data, **values):
+    """The bytes of a version 3 file with other values in fields of its header."""
+    data = bytearray(data)
+    for field, value in values.items():
+        at, code = offset_of(field)
+        struct.pack_into("<" + code, data, at, value)
+    return bytes(data)
+
+
+def test_truncated_and_padded_version_3_files(modded, load):
+    whole = modded.read_bytes()
+    assert load(whole).returncode == 0
+    sizes = [1, 7, 8, 79, 80, 81, 99, 100, 128, 1000, len(whole) // 2, len(whole) - 1]
+    for size in sizes:
+        refused_by(load(whole[:size]), f"has {size} bytes", "header" if size < 80 else "truncated")
+        if size >= 80:  # one that says so itself is told from what its tensors need
+            lying = changed(whole[:size], file_size=size)
+            refused_by(load(lying), f"needs {len(whole)}: it is truncated")
+    refused_by(load(whole + b"\0"), f"its header says {len(whole)}: it is too long")
+    longer = changed(whole + b"\0", file_size=len(whole) + 1)
+    refused_by(load(longer), f"needs {len(whole)}: it is too long, or no version 3")
+
+
+@pytest.mark.parametrize("field, code, least, most", V3_HEADER[4:])
+def test_every_field_of_version_3_is_checked(modded, load, field, code, least, most):
+    whole = modded.read_bytes()
+    wrong = [np.nextafter(np.float32(x), np.float32(d)) for x, d in ((least, -1), (most, 1e30))]
+    wrong += [math.nan, math.inf, -math.inf]
+    if code != "f":
+        wrong = [most + 1, 2**31 - 1, *([least - 1, -(2**31)] if code == "i" else [2**32 - 1])]
+    for value in wrong:
+        # the whole sentence about ranges names the field; those about ids and bits the kind
+        name = {"options": "options 0x", "dtype": "number format"}.get(field, field)
+        refused_by(load(changed(whole, **{field: value})), name)
+
+
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"version": 4}, "version 4 model file, and this engine reads versions 0 and 3"),
+        ({"header_size": 84}, "a header of 84 bytes, and this engine knows one of 80"),
+        ({"options": 1 << 6}, "the options 0x40, which this engine does not know"),
+        ({"dtype": 1}, "number format 1, and this engine reads 0"),
+        ({"activation": 2}, "activation 2, and this engine knows 0 (swiglu) and 1 (relu2)"),
+        ({"activation": 0}, "truncated"),
+        ({"n_heads": 5}, "do not fit"),
+        ({"n_heads": 16}, "do not fit"),
+        ({"n_kv_heads": 3}, "do not fit"),
+        ({"value_embeddings": 6}, "value_embeddings = 6 do not fit 5 layers"),
+        ({"bigram_rows": 1}, "bigram_rows = 1, expected 0, or 2 or more"),
+        ({"n_layers": 4}, "too long"),
+        ({"n_layers": 4096}, "truncated"),
+        ({"n_layers": 4096, "hidden_dim": 1 << 20, "dim": 1 << 16, "n_heads": 4}, "truncated"),
+        ({"vocab_size": 1 << 24, "value_embeddings": 5}, "truncated"),
+        ({"bigram_rows": 1 << 28}, "truncated"),
+    ],
+)
+def test_version_3_headers_that_do_not_fit(modded, load, values, part):
+    refused_by(load(changed(modded.read_bytes(), **values)), part)
+
+
+def test_each_option_bit_decides_the_size(modded, load):
+    whole = modded.read_bytes()
+    on = struct.unpack_from("<I", whole, offset_of("options")[0])[0]
+    for bit in range(len(V3_OPTIONS)):
+        done = load(changed(whole, options=on ^ (1 << bit)))
+        name = V3_OPTIONS[bit]
+        if name in ("qk_norm", "embedding_norm"):  # without gains, which have no tensors
+            assert done.returncode == 0, done.stderr
+        else:
+            refused_by(done, "truncated" if name == "norm_gains" else "too long")
+
+
+def test_windows_of_version_3_are_checked(modded, load):
+    whole = modded.read_bytes()
+    for layer, window in ((0, -1), (4, (1 << 24) + 1), (2, -(2**31))):
+        data = bytearray(whole)
+        struct.pack_into("<i", data, struct.calcsize(V3_STRUCT) + 4 * layer, window)
+        refused_by(load(data), f"layer {layer} has a window of {window}")
+
+
+def test_no_header_crashes_the_engine(modded, load):
+    """Bytes, words and single bits of the header at random: it runs, or is refused in a line."""
+    whole, random = modded.read_bytes(), np.random.default_rng(1)
+    size = struct.calcsize(V3_STRUCT) + 4 * EVERYTHING["n_layers"]
+    refused = 0
+    for _ in range(250):
+        data = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            at = int(random.integers(size))
+            kind = random.integers(3)
+            if kind == 0:
+                data[at] = random.integers(256)
+            elif kind == 1:
+                data[at] ^= 1 << random.integers(8)
+            else:
+                data[at & ~3 : (at & ~3) + 4] = random.bytes(4)
+        done = load(bytes(data))
+        if done.returncode:
+            refused_by(done)
+            refused += 1
+    assert 150 < refused < 250
 
 
 def test_files_that_cannot_be_read(run, small, tmp_path):

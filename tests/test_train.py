@@ -29,7 +29,7 @@ def test_a_run_leaves_what_it_promises(trained):
     trains = [entry for entry in log if entry["kind"] == "train"]
     evals = [entry for entry in log if entry["kind"] == "eval"]
     clock = {"kind", "step", "tokens", "time_s", "train_s"}
-    assert all(set(t) == clock | {"loss", "lr", "grad_norm", "tok_s"} for t in trains)
+    assert all(set(t) == clock | {"loss", "lr", "grad_norm", "tok_s", "mfu"} for t in trains)
     assert all(set(e) == clock | {"val_loss", "val_bpb"} for e in evals)
     assert [t["step"] for t in trains] == [1, *range(5, 61, 5)]
     assert [e["step"] for e in evals] == [20, 40, 60]
@@ -142,8 +142,8 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--max_iters=400", "--base_learning_rate=1e30"],
-        ["--max_iters=61", "--base_learning_rate=1e300"],  # seen by the last evaluation alone
+        ["--max_iters=400", "--hidden_lr=1e30"],
+        ["--max_iters=61", "--hidden_lr=1e300"],  # seen by the last evaluation alone
     ],
 )
 def test_divergence_is_said_and_keeps_the_checkpoint(trained, practice, tmp_path, words):
@@ -152,7 +152,7 @@ def test_divergence_is_said_and_keeps_the_checkpoint(trained, practice, tmp_path
     before = (out / "ckpt.pt").read_bytes(), (out / "model.bin").read_bytes()
     words = [*words, "--init_from=resume", "--grad_clip=0", "--cooldown_frac=0"]
     done = script("train.py", f"--out_dir={out}", *words, "--always_save_checkpoint")
-    refused(done, "training has diverged", "--base_learning_rate")
+    refused(done, "training has diverged", "--hidden_lr=1e+")
     assert before == ((out / "ckpt.pt").read_bytes(), (out / "model.bin").read_bytes())
     assert read_log(out)[-1]["reason"] == "diverged"
     for line in (out / "log.jsonl").read_text().splitlines():
@@ -220,13 +220,23 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
         (["--init_from=resume"], ["ckpt.pt does not exist"]),
         (["--init_from=yesterday"], ["expected scratch, resume, or the path of a checkpoint"]),
         (["--eval_only"], ["--init_from=resume"]),
-        (["--resume=always"], ["resume = 'always': expected auto or no"]),
+        (["--resume=always"], ["resume = 'always': expected one of auto, no"]),
         (["--keep_last=0"], ["keep_last = 0: expected at least 1"]),
         (["--save_interval=-1"], ["save_interval = -1"]),
         (["--base_learning_rate=0"], ["expected a number above 0"]),
         (["--cooldown_frac=2"], ["from 0 to 1"]),
         (["--grad_clip=-1"], ["grad_clip = -1.0: expected a number 0 (no limit) or above"]),
         (["--weight_decay=-1"], ["weight_decay = -1.0"]),
+        (["--arch=gpt2"], ["arch = 'gpt2': expected one of llama, portable, modded"]),
+        (["--optimizer=sgd"], ["optimizer = 'sgd': expected one of adamw, muon"]),
+        (["--compile=maybe"], ["expected one of auto, True, False"]),
+        (["--cooldown_shape=steps"], ["expected one of cosine, linear"]),
+        (["--hidden_lr=0"], ["hidden_lr = 0.0: expected a number above 0"]),
+        (["--max_minutes=-1"], ["max_minutes = -1.0: expected a number 0"]),
+        (["--activation=gelu"], ["expected one of swiglu, relu2"]),
+        (["--window_pattern=SLX"], ["window_pattern = 'SLX': expected letters S"]),
+        (["--value_embeddings=3"], ["value_embeddings = 3: expected 0 to n_layers = 2"]),
+        (["--bigram_rows=1"], ["bigram_rows = 1: expected 0 (none), or 2 or more"]),
         (["--beta1=2"], ["beta1 = 2.0: expected a number from 0 to below 1"]),
         (["--seed=-1"], ["seed = -1"]),
         (["--seed=99999999999999999999999"], ["seed = 99999"]),

@@ -1,0 +1,335 @@
+"""
+The ablation table: what each choice of the final recipe is worth.
+
+    python ablate.py --data_dir=data                             # train what is missing, print
+    python ablate.py --data_dir=data --write=doc/ablations.md    # and write the table there
+    python ablate.py --only=recipe,no-qk_norm --kinds=tokens     # some rows, one kind of run
+
+Each row of ROWS is trained with each seed at equal text (the tokens of the recipe, however the row
+cuts them) and at equal time. Results are lines of results.jsonl in out_dir; what is there already
+is not trained again, so a stopped ablation goes on. To add an option: a row.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import tempfile
+from dataclasses import fields
+
+from tqdm import tqdm
+
+from configurator import UserError, configure
+from dataset import DataPaths, read_sidecar
+from files import atomic_write
+from hardware import describe, git_commit, pick_device
+from model import ModelArgs
+from trials import compare, read_run, same_run, shards_hint, start, train_settings
+
+# -----------------------------------------------------------------------------
+data_dir = "data"  # with the shards of all vocabularies that rows name
+out_dir = "ablations"  # results.jsonl goes here
+recipe = "config/speedrun_cpu.py"  # what rows differ from
+seeds = 3  # runs of each row and kind
+first_seed = 1337
+tokens = 800_000  # of a run at equal text: about 45 seconds of the recipe on two cores
+minutes = 0.75  # of training, of a run at equal time
+eval_windows = 2000  # validation sequences at most, evenly spaced; the whole of a shorter text
+compile = "True"  # as in the recipe's own longer runs; compilation is no training time
+device = "auto"
+only = ""  # names of rows, with commas; empty: all
+kinds = "tokens,time"  # tokens: equal text; time: equal time
+write = ""  # the table goes to this file, such as doc/ablations.md, and not to the screen
+configure(globals())
+# -----------------------------------------------------------------------------
+
+# name -> words of train.py's command line. Rows that leave the recipe as it is are passed over, so
+# that every option can stand among those removed and those added.
+ROWS = {
+    "recipe": "",
+    # options removed
+    "no-qk_norm": "qk_norm=False",
+    "norm_gains": "norm_gains=True",
+    "no-zero_init": "zero_init=False",
+    "tied": "tie_embeddings=True",
+    "swiglu": "activation=swiglu",
+    "no-embedding_norm": "embedding_norm=False",
+    "no-residual_scalars": "residual_scalars=False",
+    "no-bigram": "bigram_rows=0",
+    "no-softcap": "logit_softcap=0",
+    "no-window": "sliding_window=0",
+    "no-value_embeddings": "value_embeddings=0",
+    "no-smear": "smear=False",
+    "adamw": "optimizer=adamw base_learning_rate=2e-3 warmup_iters=50",
+    # options added
+    "qk_norm": "qk_norm=True",
+    "no-norm_gains": "norm_gains=False",
+    "zero_init": "zero_init=True",
+    "untied": "tie_embeddings=False",
+    "relu2": "activation=relu2",
+    "embedding_norm": "embedding_norm=True",
+    "residual_scalars": "residual_scalars=True",
+    "bigram-4096": "bigram_rows=4096",
+    "bigram-16384": "bigram_rows=16384",
+    "bigram-65536": "bigram_rows=65536",
+    "softcap": "logit_softcap=15",
+    "window-64": "sliding_window=64",
+    "value_embeddings": "value_embeddings=2",
+    "smear": "smear=True",
+    "decay": "muon_weight_decay=0.1",
+    "vocab_multiple": "vocab_multiple=128",
+    "dropout": "dropout=0.1",
+    # presets of the architecture, with the recipe's sizes
+    "arch-portable": "arch=portable",
+    "arch-llama": "arch=llama",
+    # other choices
+    "batch-4": "batch_size=4",
+    "batch-8": "batch_size=8",
+    "batch-16": "batch_size=16",
+    "batch-32": "batch_size=32",
+    "vocab-512": "vocab_size=512",
+    "vocab-1024": "vocab_size=1024",
+    "vocab-2048": "vocab_size=2048",
+    "vocab-4096": "vocab_size=4096",
+    "cosine": "cooldown_shape=cosine",
+    "cosine-all": "cooldown_shape=cosine cooldown_frac=1.0",
+    "warmup": "warmup_iters=50",
+    "no-momentum_warmup": "momentum_warmup=0",
+    "no-grad_clip": "grad_clip=0",
+    "float32": "dtype=float32",
+}
+KINDS = ("tokens", "time")
+OVERHEAD_S = 40  # of a run, about: starting, compiling, evaluating
+SIZES = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
+
+
+def words_of(name):
+    """The words of a row for train.py, behind those of the recipe."""
+    words = [f"--{word}" for word in ROWS[name].split()]
+    if words and words[0].startswith(
+        "--arch="
+    ):  # the preset as it is, without the recipe's options
+        plain = train_settings(["--arch=llama"])
+        named = train_settings(words)
+        options = [f.name for f in fields(ModelArgs) if f.name in plain and f.name not in SIZES]
+        words += [f"--{option}={named[option]}" for option in options]
+    return words
+
+
+def tokens_per_byte(settings):
+    """Training tokens a byte of a run's vocabulary; None where the shards do not say."""
+    paths = DataPaths(data_dir, settings["vocab_source"], settings["vocab_size"])
+    meta = read_sidecar(paths.shards)
+    if not meta:
+        return None
+    n_tokens, n_bytes = (sum(s[k] for s in meta["shards"][1:]) for k in ("tokens", "bytes"))
+    return n_tokens / n_bytes
+
+
+def run_words(name, kind, seed):
+    """All words of train.py for one run."""
+    words = [
+        recipe,
+        f"--data_dir={os.path.abspath(data_dir)}",
+        f"--device={device}",
+        f"--compile={compile}",
+        f"--seed={seed}",
+        "--eval_interval=1000000000",  # at the end alone
+        "--keep_last=1",
+    ]
+    own = words_of(name)
+    settings, base = train_settings([*words, *own]), train_settings(words)
+    step = (
+        settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["max_seq_len"]
+    )
+    n_tokens = tokens
+    if settings["vocab_size"] != base["vocab_size"]:  # the same text has another number of tokens
+        ratios = tokens_per_byte(settings), tokens_per_byte(base)
+        if None not in ratios:
+            n_tokens *= ratios[0] / ratios[1]
+    limit = f"--max_minutes={minutes}"
+    if kind == "tokens":
+        limit = f"--max_iters={max(1, round(n_tokens / step))}"
+    eval_iters = math.ceil(eval_windows / settings["batch_size"])
+    return [*words, *own, limit, f"--eval_iters={eval_iters}"]
+
+
+def read_results():
+    """The lines of results.jsonl; one that was cut off is dropped."""
+    found = []
+    if os.path.exists(results_path):
+        with open(results_path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    return found
+
+
+def result_of(name, kind, seed, words):
+    """Train one run; its line of results.jsonl, with "error" where it failed."""
+    about = {
+        "row": name,
+        "kind": kind,
+        "seed": seed,
+        "config": train_settings(words),
+        "hardware": describe(device),
+        "commit": git_commit(),
+    }
+    environment = {
+        **os.environ,
+        "TQDM_DISABLE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": os.path.abspath(os.path.join(out_dir, "compiled")),
+    }
+    with tempfile.TemporaryDirectory(dir=out_dir) as where:
+        done = start(
+            words, where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        run = read_run(where)
+    if done.returncode or not run:
+        lines = (done.stderr.strip() or "it ended early").splitlines()
+        return {**about, "error": lines[-1].removeprefix("error: ")}
+    last = run["evals"][-1]
+    if last["val_bpb"] is None:
+        return {**about, "error": f"without a tokenizer in {data_dir} bytes are unknown"}
+    tok_s = round(last["tokens"] / last["train_s"])
+    return {**about, **{k: v for k, v in last.items() if k != "kind"}, "tok_s": tok_s}
+
+
+def summary(results):
+    """[(row, {kind: comparison}, relative tok/s or None)], best first, from lines of results."""
+    found = {}
+    for r in results:
+        if "error" not in r:
+            found.setdefault((r["row"], r["kind"]), []).append(r)
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        compared, speed = {}, None
+        for kind in KINDS:
+            ours, base = (found.get((row, kind)) for row in (name, "recipe"))
+            if ours and base:
+                compared[kind] = compare(*([r["val_bpb"] for r in some] for some in (ours, base)))
+                speeds = (statistics.median(r["tok_s"] for r in some) for some in (ours, base))
+                speed = next(speeds) / next(speeds)  # at equal time, where that was measured
+        if compared:
+            rows.append((name, compared, speed))
+    return sorted(rows, key=lambda row: row[1].get("time", row[1].get("tokens"))["mean"])
+
+
+def cells(compared):
+    """Three cells of the table: bits per byte, difference to the recipe, beyond noise."""
+    if compared is None:
+        return ["", "", ""]
+    spread = "" if compared["sd"] is None else f" ± {compared['sd']:.4f}"
+    verdict = {None: "?", True: "yes", False: "no"}[compared["beyond_noise"]]
+    return [f"{compared['mean']:.4f}{spread}", f"{compared['difference']:+.4f}", verdict]
+
+
+def markdown(results, left_out):
+    """The whole of doc/ablations.md."""
+    about = next((r["hardware"] for r in results), describe(device))
+    commits = ", ".join(sorted({r["commit"][:9] for r in results if r["commit"]}))
+    lines = [
+        "# What each choice is worth",
+        "",
+        f"Written by `python ablate.py --write={write or 'doc/ablations.md'}`; change the rows "
+        "there, not the table here.",
+        "",
+        f"The recipe is `{recipe}`. Each row changes what it names and nothing else, and is trained "
+        f"with {seeds} seed{'s' if seeds > 1 else ''}: once on equal text ({tokens:,} tokens of the "
+        f"recipe's vocabulary; other vocabularies cut the same text into more or fewer) and once "
+        f"for equal time ({60 * minutes:g} seconds of training, without compilation and "
+        "evaluation). The schedule of each run ends with it. Figures are validation bits per byte, "
+        "mean ± standard deviation over the seeds, at the end of the run: lower is better.",
+        "",
+        "*Difference* is to the recipe; *beyond noise* says whether it is larger than two standard "
+        "errors of the difference. With three seeds that is a weak test: about one row in eight "
+        "passes it by luck. The rates are tuned for the recipe, not for each row, and short runs "
+        "favour what learns fast. Rows that the recipe has already are left out.",
+        "",
+        f"Machine: {about['device_name']}, {about['threads']} threads, {about['platform']}, torch "
+        f"{about['torch']}" + (f"; commit {commits}." if commits else "."),
+        "",
+        "| row | settings | equal text | difference | beyond noise | equal time | difference | "
+        "beyond noise | tok/s, relative |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, compared, speed in summary(results):
+        settings = f"`{ROWS[name]}`" if ROWS[name] else "the recipe"
+        row = [name, settings, *cells(compared.get("tokens")), *cells(compared.get("time"))]
+        lines.append(f"| {' | '.join([*row, f'{speed:.2f}'])} |")
+    failed = {(r["row"], r["error"]) for r in results if "error" in r}
+    notes = [f"- {name} fails: {error}" for name, error in sorted(failed)]
+    notes += [f"- {name} is not measured: {reason}" for name, reason in left_out.items()]
+    if notes:
+        lines += ["", "Not in the table:", "", *notes]
+    lines += [
+        "",
+        "To make it again, with the shards of every vocabulary in a data folder:",
+        "",
+        f"    python ablate.py --data_dir={os.path.basename(data_dir)} --write=doc/ablations.md",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+names = [name.strip() for name in only.split(",") if name.strip()] or list(ROWS)
+wanted_kinds = kinds.split(",")
+for kind, given, known in (("only", names, ROWS), ("kinds", wanted_kinds, KINDS)):
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
+if seeds < 1 or tokens < 1 or minutes <= 0:
+    raise UserError("seeds, tokens and minutes must be above 0")
+if "recipe" not in names:  # the others are compared with it
+    names.insert(0, "recipe")
+device = pick_device(device)
+os.makedirs(out_dir, exist_ok=True)
+results_path = os.path.join(out_dir, "results.jsonl")
+if hint := shards_hint(train_settings([recipe]), data_dir):
+    raise UserError(f"{data_dir} lacks the shards of {recipe}; make them with: {hint}")
+
+base, left_out, measured = train_settings([recipe]), {}, []
+for name in names:
+    settings = train_settings([recipe, *words_of(name)])
+    if name != "recipe" and {**settings, "arch": ""} == {**base, "arch": ""}:
+        continue  # what the recipe is already
+    if hint := shards_hint(settings, data_dir):
+        left_out[name] = f"{data_dir} lacks its shards; make them with: {hint}"
+        print(f"{name} is left out: {left_out[name]}")
+    else:
+        measured.append(name)
+
+# seeds outermost: a stopped ablation has whole rows, and a slow hour falls on all of them
+runs = [
+    (name, kind, first_seed + i, run_words(name, kind, first_seed + i))
+    for i in range(seeds)
+    for name in measured
+    for kind in wanted_kinds
+]
+earlier, results, todo = read_results(), [], []
+for name, kind, seed, words in runs:
+    settings = train_settings(words)
+    found = [r for r in earlier if "error" not in r and same_run(r["config"], settings)]
+    if found:
+        results.append({**found[-1], "row": name, "kind": kind})
+    else:
+        todo.append((name, kind, seed, words))
+estimate = len(todo) * (60 * minutes + OVERHEAD_S)
+print(f"{len(results)} runs are done, {len(todo)} to do: about {estimate / 60:.0f} minutes")
+for name, kind, seed, words in tqdm(todo, unit="run", disable=not todo):
+    tqdm.write(f"{name}, equal {kind}, seed {seed}")
+    result = result_of(name, kind, seed, words)
+    tqdm.write(f"  {result['error']}" if "error" in result else f"  {result['val_bpb']:.4f}")
+    results.append(result)
+    earlier.append(result)
+    with atomic_write(results_path, "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in earlier)
+
+text = markdown(results, left_out)
+if write:
+    with atomic_write(write, "w") as f:
+        f.write(text)
+    print(f"wrote {write}")
+else:
+    print(text)

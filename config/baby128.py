@@ -1,0 +1,11 @@
+"""BabyLlama with 128 tokens: nearly one token a letter, 6 million parameters."""
+
+vocab_size = 128
+dim = 288
+n_layers = 6
+n_heads = 6
+max_seq_len = 256
+batch_size = 32
+gradient_accumulation_steps = 4
+max_iters = 2000
+eval_interval = 100

@@ -1,0 +1,17 @@
+"""A good story-teller on one GPU, all of TinyStories; written for one, not yet run on one."""
+
+vocab_size = 4096
+dim = 512
+n_layers = 8
+n_heads = 4
+max_seq_len = 512
+sliding_window = 128
+window_pattern = "SSSL"
+bigram_rows = 65536
+vocab_multiple = 128
+batch_size = 128
+max_iters = 10000
+eval_interval = 500
+warmup_iters = 0
+cooldown_frac = 0.6
+cooldown_shape = "linear"

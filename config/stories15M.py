@@ -1,0 +1,12 @@
+"""The shape of llama2.c's 15-million-parameter model, with the vocabulary of Llama 2."""
+
+vocab_source = "llama2"
+vocab_size = 32000
+dim = 288
+n_layers = 6
+n_heads = 6
+max_seq_len = 256
+batch_size = 128
+gradient_accumulation_steps = 4
+max_iters = 100000
+eval_interval = 2000

@@ -1,0 +1,12 @@
+"""The shape of llama2.c's 42-million-parameter model, with the vocabulary of Llama 2."""
+
+vocab_source = "llama2"
+vocab_size = 32000
+dim = 512
+n_layers = 8
+n_heads = 8
+max_seq_len = 1024
+batch_size = 32
+gradient_accumulation_steps = 4
+max_iters = 100000
+eval_interval = 2000

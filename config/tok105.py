@@ -1,0 +1,10 @@
+"""The 105-token recipe of TinyStoriesModal: one token a letter, a million parameters."""
+
+vocab_size = 105
+dim = 128
+n_layers = 5
+n_heads = 8
+n_kv_heads = 4
+max_seq_len = 256
+batch_size = 32
+max_iters = 2000

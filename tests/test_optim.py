@@ -1,0 +1,115 @@
+"""Optimizers: who is trained by what, Muon's update, and the rates of a run."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from optim import (
+    ROLES,
+    Muon,
+    by_role,
+    make_optimizer,
+    momentum_at,
+    orthogonalize,
+    rate_factor,
+    table,
+)
+
+SETTINGS = {f"{role}_lr": 0.01 * (i + 1) for i, role in enumerate(ROLES)}
+SETTINGS |= {"base_learning_rate": 2e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
+SETTINGS |= {"muon_beta1": 0.8, "muon_beta2": 0.95, "momentum": 0.9, "muon_weight_decay": 0.2}
+EVERYTHING = {
+    "qk_norm": True, "tie_embeddings": False, "zero_init": True, "embedding_norm": True,
+    "residual_scalars": True, "value_embeddings": 1, "bigram_rows": 64, "smear": True,
+}  # fmt: skip
+
+
+def test_every_parameter_has_the_role_it_should():
+    model = random_model(**EVERYTHING)
+    names = {p: name for name, p in model.named_parameters()}
+    roles = {role: sorted(names[p] for p in params) for role, params in by_role(model).items()}
+    assert roles["embedding"] == ["tok_embeddings.weight", "value_embeddings.0.weight"]
+    assert roles["bigram"] == ["bigram_embeddings.weight"]
+    assert roles["head"] == ["output.weight"]
+    assert len(roles["hidden"]) == 2 * 7  # q, k, v, o, w1, w2, w3 of both layers
+    assert {"smear_gate.weight", "residual_scalars", "x0_scalars"} < set(roles["scalar"])
+    assert "layers.1.attention.q_norm.weight" in roles["scalar"]
+    assert sum(map(len, roles.values())) == len(names)
+    assert [*by_role(random_model())] == ["hidden", "head", "scalar"]  # tied: the table is the head
+    plain = by_role(random_model(tie_embeddings=False))  # a table that begins small
+    assert len(plain["head"]) == 2 and "embedding" not in plain
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_table_counts_every_number_once(name):
+    model = random_model(**EVERYTHING)
+    optimizer = make_optimizer(model, name, SETTINGS)
+    lines = table(optimizer).splitlines()
+    assert sum(int(line.split()[2].replace(",", "")) for line in lines[1:]) == model.n_params()
+    by = {line.split()[0]: line.split()[3:] for line in lines[1:]}
+    if name == "muon":
+        assert by["hidden"] == ["Muon", "0.01", "0.2"] and by["bigram"] == ["AdamW", "0.03", "0"]
+    else:
+        assert by["hidden"] == ["AdamW", "0.002", "0.1"] and by["scalar"][2] == "0"
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (16, 64), (64, 16)])
+def test_orthogonalized_matrices_keep_directions_and_lose_lengths(rows, columns):
+    torch.manual_seed(1)
+    matrices = torch.randn(3, rows, columns) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    found = orthogonalize(matrices, 5)
+    U, _, V = torch.linalg.svd(matrices, full_matrices=False)
+    values = (U.mT @ found @ V.mT).diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.7 and values.max() < 1.3
+    exact = U @ V
+    assert (found - exact).norm() < 0.2 * exact.norm()
+
+
+def test_muon_is_momentum_orthogonalized():
+    """Three steps of two matrices of one shape against the same written out for each."""
+    torch.manual_seed(2)
+    params = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(2)]
+    expected = [p.detach().clone() for p in params]
+    memory = [torch.zeros(8, 4) for _ in params]
+    optimizer = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.5, product_dtype=torch.float32)
+    for _ in range(3):
+        for i, p in enumerate(params):
+            g = p.grad = torch.randn(8, 4)
+            memory[i] = 0.9 * memory[i] + 0.1 * g
+            update = orthogonalize((0.1 * g + 0.9 * memory[i])[None], 5)[0]
+            expected[i] = expected[i] * (1 - 0.1 * 0.5) - 0.1 * 2**0.5 * update
+        optimizer.step()
+        for p, wanted in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.detach(), wanted)
+
+
+def test_muon_goes_the_way_of_torch_optim_muon():
+    """One step from equal gradients points the same way; only the iteration differs."""
+    torch.manual_seed(3)
+    start, g = torch.randn(32, 32), torch.randn(32, 32)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    ours.grad, theirs.grad = g.clone(), g.clone()
+    Muon([ours], lr=0.1).step()
+    torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0).step()
+    a, b = (ours.detach() - start).flatten(), (theirs.detach() - start).flatten()
+    assert torch.cosine_similarity(a, b, dim=0) > 0.95
+
+
+def test_rates_rise_stay_and_fall():
+    def rates(shape, cooldown, final=0.0):
+        return [rate_factor(i / 100, i, 10, cooldown, shape, final) for i in range(101)]
+
+    linear = rates("linear", 0.4)
+    assert linear[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert linear[10:61] == [1.0] * 51
+    assert linear[60:] == pytest.approx([1 - i / 40 for i in range(41)])
+    cosine = rates("cosine", 1.0)
+    assert cosine[50] == pytest.approx(0.5) and cosine[100] == 0
+    assert rates("linear", 0.4, final=0.1)[100] == pytest.approx(0.1)
+    assert rates("linear", 0.0)[10:] == [1.0] * 91
+
+
+def test_momentum_rises():
+    values = [momentum_at(step, 0.95, 100) for step in (0, 50, 100, 1000)]
+    assert values == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert momentum_at(0, 0.95, 0) == 0.95

@@ -1,0 +1,155 @@
+"""
+Runs of train.py as a subprocess, and what their logs say: what bench.py and ablate.py share.
+
+A run is given as words of train.py's command line. It counts as done where its log ends well and
+has the settings that those words make.
+"""
+
+import ast
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+from configurator import apply, settings_of
+from dataset import DataPaths
+from model import ARCHS
+
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+
+
+def train_settings(words=()):
+    """
+    {name: value} of every setting of train.py as `words` leave them, those of --arch included.
+    Raises UserError for words that train.py would not take.
+    """
+    settings = {"__file__": TRAIN}
+    with open(TRAIN, encoding="utf-8") as f:
+        body = ast.parse(f.read()).body
+    for node in body:
+        if not isinstance(node, ast.Assign):
+            continue
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "configure":
+            break
+        if isinstance(node.value, ast.Constant):
+            settings[node.targets[0].id] = node.value.value
+    given = apply(settings, words)
+    options = ARCHS.get(settings["arch"], {})
+    return settings_of(settings) | {k: v for k, v in options.items() if k not in given}
+
+
+def same_run(settings, others):
+    """Whether two dicts of train.py's settings are of the same run; where it writes is no matter"""
+    return {**settings, "out_dir": ""} == {**others, "out_dir": ""}
+
+
+def start(words, out_dir, **options):
+    """Run train.py to its end; returns the CompletedProcess. options: of subprocess.run."""
+    return subprocess.run([sys.executable, TRAIN, *words, f"--out_dir={out_dir}"], **options)
+
+
+def read_run(out_dir):
+    """
+    {"start": line, "evals": [lines], "end": line} of the log of a finished run; None where there is
+    none, or it did not come to its end.
+    """
+    path = os.path.join(out_dir, "log.jsonl")
+    if not os.path.exists(path):
+        return None
+    run = {"evals": []}
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for text in f:
+            with contextlib.suppress(ValueError):  # a line that was cut off
+                line = json.loads(text)
+                if line["kind"] == "eval":
+                    run["evals"].append(line)
+                else:
+                    run[line["kind"]] = line
+    ended = run.get("end", {}).get("reason") == "finished"
+    return run if ended and run["evals"] and "start" in run else None
+
+
+def shards_hint(settings, data_dir):
+    """The commands that make the shards of these settings in one line; "" where they are there."""
+    paths = DataPaths(data_dir, settings["vocab_source"], settings["vocab_size"])
+    if os.path.isdir(paths.shards) and any(n.endswith(".bin") for n in os.listdir(paths.shards)):
+        return ""
+    stages = ["pretokenize"] if paths.is_llama2 else ["train_vocab", "pretokenize"]
+    return " && ".join(f"python tinystories.py {stage} {paths.make_hint()}" for stage in stages)
+
+
+# ---- curves: lists of evaluations, each with train_s, time_s and val_bpb
+
+
+def time_to(evals, target, clock="train_s"):
+    """
+    The seconds of `clock` (train_s or time_s) at which a curve first comes down to `target` bits
+    per byte, linear between evaluations; inf where it never does.
+    """
+    before = None
+    for line in evals:
+        if line["val_bpb"] <= target:
+            if before is None:
+                return line[clock]
+            share = (before["val_bpb"] - target) / (before["val_bpb"] - line["val_bpb"])
+            return before[clock] + share * (line[clock] - before[clock])
+        before = line
+    return math.inf
+
+
+def value_at(evals, seconds):
+    """
+    Bits per byte after so many seconds of training, linear between evaluations; None before the
+    first of them.
+    """
+    before = None
+    for line in evals:
+        if line["train_s"] >= seconds:
+            if before is None:
+                return line["val_bpb"] if line["train_s"] == seconds else None
+            share = (seconds - before["train_s"]) / (line["train_s"] - before["train_s"])
+            return before["val_bpb"] + share * (line["val_bpb"] - before["val_bpb"])
+        before = line
+    return before["val_bpb"] if before else None
+
+
+def race(plain, ours, sprint):
+    """
+    What one run of the plain recipe, one of ours and one of ours in a fraction of the time say:
+    seconds each needs to the plain recipe's final bits per byte, by both clocks, and the ratios.
+    """
+    target = plain["evals"][-1]["val_bpb"]
+    found = {"target": target, "ours_final": ours["evals"][-1]["val_bpb"]}
+    found["sprint_final"] = sprint["evals"][-1]["val_bpb"]
+    for clock in ("train_s", "time_s"):
+        plain_s, ours_s = (time_to(run["evals"], target, clock) for run in (plain, ours))
+        # the sprint is one point: its schedule ends there, and nothing before it counts
+        sprint_s = time_to(sprint["evals"][-1:], target, clock)
+        found[f"plain_{clock}"] = plain_s
+        for name, seconds in (("ours", ours_s), ("sprint", sprint_s)):
+            found |= {f"{name}_{clock}": seconds, f"{name}_{clock}_ratio": plain_s / seconds}
+    return found
+
+
+# ---- differences
+
+
+def compare(values, base):
+    """
+    Mean and standard deviation of some results, their difference to the mean of `base`, and whether
+    that is more than two standard errors of it. Deviation and verdict are None where one run alone
+    leaves them unknown.
+    """
+    mean, difference = statistics.mean(values), statistics.mean(values) - statistics.mean(base)
+    if len(values) < 2 or len(base) < 2:
+        return {"mean": mean, "sd": None, "difference": difference, "beyond_noise": None}
+    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (values, base)))
+    return {
+        "mean": mean,
+        "sd": statistics.stdev(values),
+        "difference": difference,
+        "beyond_noise": abs(difference) > 2 * error,
+    }
