@@ -1,7 +1,9 @@
 # make story   from nothing to a story: environment, practice corpus, vocabulary, training, text
 # make test    all tests
 # make run     the C engine; make debug: run_debug, the same with sanitizers
-# make bench   what the loader and the checkpoints take (10 minutes)
+# make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes, with
+#              shards of both vocabularies in DATA), the loader and the checkpoints (10 minutes);
+#              LLAMA2C=PATH, a checkout of llama2.c, measures its model too
 # make lint    ruff; make clean: removes what was built, not data, models or environment
 #
 # PYTHON=...   the Python to begin from; a fitting torch that it has is used as it is
@@ -9,6 +11,7 @@
 
 PYTHON ?= python3
 CC ?= cc
+DATA ?= data
 
 # The one flags variable: as fast as this compiler can for this machine, with OpenMP if it has it
 has = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo $(1))
@@ -36,6 +39,8 @@ test: dev
 	.venv/bin/python -m pytest
 
 bench: dev
+	.venv/bin/python bench.py train --llama2c=$(LLAMA2C)
+	.venv/bin/python bench.py speedrun --data_dir=$(DATA)
 	.venv/bin/python bench.py loader
 	.venv/bin/python bench.py checkpoint
 

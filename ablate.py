@@ -42,7 +42,7 @@ device = "auto"
 only = ""  # names of rows, with commas; empty: all
 kinds = "tokens,time"  # tokens: equal text; time: equal time
 write = ""  # the table goes to this file, such as doc/ablations.md, and not to the screen
-configure(globals())
+given = configure(globals())
 # -----------------------------------------------------------------------------
 
 # name -> words of train.py's command line. Rows that leave the recipe as it is are passed over, so
@@ -217,34 +217,41 @@ def summary(results):
     return sorted(rows, key=lambda row: row[1].get("time", row[1].get("tokens"))["mean"])
 
 
-def cells(compared):
+def cells(compared, is_recipe):
     """Three cells of the table: bits per byte, difference to the recipe, beyond noise."""
     if compared is None:
         return ["", "", ""]
     spread = "" if compared["sd"] is None else f" ± {compared['sd']:.4f}"
+    mean = f"{compared['mean']:.4f}{spread}"
+    if is_recipe:
+        return [mean, "", ""]
     verdict = {None: "?", True: "yes", False: "no"}[compared["beyond_noise"]]
-    return [f"{compared['mean']:.4f}{spread}", f"{compared['difference']:+.4f}", verdict]
+    return [mean, f"{compared['difference']:+.4f}", verdict]
 
 
 def markdown(results, left_out):
     """The whole of doc/ablations.md."""
     about = next((r["hardware"] for r in results), describe(device))
-    commits = ", ".join(sorted({r["commit"][:9] for r in results if r["commit"]}))
+    commits = ", ".join(sorted({r["commit"][:9] + r["commit"][40:] for r in results} - {""}))
+    flags = [
+        f"--{name}={globals()[name]}" for name in sorted(given - {"data_dir", "out_dir", "write"})
+    ]
+    command = " ".join(["python ablate.py", *flags, "--write=doc/ablations.md"])
     lines = [
         "# What each choice is worth",
         "",
-        f"Written by `python ablate.py --write={write or 'doc/ablations.md'}`; change the rows "
-        "there, not the table here.",
+        "Written by ablate.py: change the rows there, not the table here.",
         "",
-        f"The recipe is `{recipe}`. Each row changes what it names and nothing else, and is trained "
-        f"with {seeds} seed{'s' if seeds > 1 else ''}: once on equal text ({tokens:,} tokens of the "
-        f"recipe's vocabulary; other vocabularies cut the same text into more or fewer) and once "
-        f"for equal time ({60 * minutes:g} seconds of training, without compilation and "
-        "evaluation). The schedule of each run ends with it. Figures are validation bits per byte, "
-        "mean ± standard deviation over the seeds, at the end of the run: lower is better.",
+        f"The recipe is `{recipe}`. Each row changes what it names and nothing else, and is "
+        f"trained with {seeds} seed{'s' if seeds > 1 else ''}: once on equal text ({tokens:,} "
+        "tokens of the recipe's vocabulary; other vocabularies cut the same text into more or "
+        f"fewer) and once for equal time ({60 * minutes:g} seconds of training, without "
+        "compilation and evaluation). The schedule of each run ends with it. Figures are "
+        "validation bits per byte at the end of the run, mean ± standard deviation over the "
+        "seeds: lower is better.",
         "",
         "*Difference* is to the recipe; *beyond noise* says whether it is larger than two standard "
-        "errors of the difference. With three seeds that is a weak test: about one row in eight "
+        "errors of the difference. With three seeds that is a weak test: about one row in nine "
         "passes it by luck. The rates are tuned for the recipe, not for each row, and short runs "
         "favour what learns fast. Rows that the recipe has already are left out.",
         "",
@@ -257,18 +264,22 @@ def markdown(results, left_out):
     ]
     for name, compared, speed in summary(results):
         settings = f"`{ROWS[name]}`" if ROWS[name] else "the recipe"
-        row = [name, settings, *cells(compared.get("tokens")), *cells(compared.get("time"))]
+        row = [name, settings]
+        for kind in KINDS:
+            row += cells(compared.get(kind), name == "recipe")
         lines.append(f"| {' | '.join([*row, f'{speed:.2f}'])} |")
-    failed = {(r["row"], r["error"]) for r in results if "error" in r}
+    where = os.path.abspath(data_dir)
+    failed = {(r["row"], r["error"].replace(where, "data")) for r in results if "error" in r}
     notes = [f"- {name} fails: {error}" for name, error in sorted(failed)]
-    notes += [f"- {name} is not measured: {reason}" for name, reason in left_out.items()]
+    notes += [f"- {name} is not measured, for want of its shards" for name in left_out]
     if notes:
         lines += ["", "Not in the table:", "", *notes]
     lines += [
         "",
-        "To make it again, with the shards of every vocabulary in a data folder:",
+        "To make it again, with the shards of every vocabulary in data (or in another folder, with "
+        "--data_dir; what is in --out_dir already is not trained again):",
         "",
-        f"    python ablate.py --data_dir={os.path.basename(data_dir)} --write=doc/ablations.md",
+        f"    {command}",
         "",
     ]
     return "\n".join(lines)
@@ -276,9 +287,9 @@ def markdown(results, left_out):
 
 names = [name.strip() for name in only.split(",") if name.strip()] or list(ROWS)
 wanted_kinds = kinds.split(",")
-for kind, given, known in (("only", names, ROWS), ("kinds", wanted_kinds, KINDS)):
-    if unknown := [name for name in given if name not in known]:
-        raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
+for setting, wanted, known in (("only", names, ROWS), ("kinds", wanted_kinds, KINDS)):
+    if unknown := [name for name in wanted if name not in known]:
+        raise UserError(f"{setting} = {unknown[0]!r}: expected names of {', '.join(known)}")
 if seeds < 1 or tokens < 1 or minutes <= 0:
     raise UserError("seeds, tokens and minutes must be above 0")
 if "recipe" not in names:  # the others are compared with it
@@ -289,14 +300,14 @@ results_path = os.path.join(out_dir, "results.jsonl")
 if hint := shards_hint(train_settings([recipe]), data_dir):
     raise UserError(f"{data_dir} lacks the shards of {recipe}; make them with: {hint}")
 
-base, left_out, measured = train_settings([recipe]), {}, []
+base, left_out, measured = train_settings([recipe]), [], []
 for name in names:
     settings = train_settings([recipe, *words_of(name)])
     if name != "recipe" and {**settings, "arch": ""} == {**base, "arch": ""}:
         continue  # what the recipe is already
     if hint := shards_hint(settings, data_dir):
-        left_out[name] = f"{data_dir} lacks its shards; make them with: {hint}"
-        print(f"{name} is left out: {left_out[name]}")
+        left_out.append(name)
+        print(f"{name} is left out, {data_dir} lacks its shards; make them with: {hint}")
     else:
         measured.append(name)
 

@@ -12,6 +12,7 @@ speedrun.json and speedrun.png to --out; runs that are complete there are not do
 Figures of shared machines vary: variants alternate in one process, and medians are printed.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -219,7 +220,7 @@ def our_way(name, args):
     model = Transformer(args).to(device)
     model.dtype = dtype if is_fast else torch.float32
     if is_compiled:
-        model.fast_hidden = torch.compile(model.hidden, dynamic=False)
+        model.compile_layers()
     return model, model, make_optimizer(model, optimizer, train_settings())
 
 
@@ -233,7 +234,8 @@ def llama2c_way(shape):
     theirs = sys.modules["llama2c_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     model = theirs.Transformer(theirs.ModelArgs(**shape, multiple_of=32)).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    with contextlib.redirect_stdout(None):  # it reports on the optimizer
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
     call = torch.compile(model) if shape["dim"] > 128 else model
 
     def loss_of(x, y):
@@ -279,7 +281,7 @@ def bench_shape(name, wanted):
         }
         step()
     for _ in range(train_rounds):
-        peaks = {d: peak_flops(device, d) for d in (torch.float32, dtype)}
+        peaks = {d: peak_flops(device, d) for d in {torch.float32, dtype}}
         for one in found.values():
             took = seconds(lambda one=one: [one["step"]() for _ in range(train_steps)])
             one["speeds"].append(train_steps * tokens[:, 1:].numel() / took)
@@ -307,6 +309,8 @@ def bench_train():
     for kind, given, known in (("ways", wanted, WAYS), ("shapes", names, SHAPES)):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
+    if train_rounds < 1 or train_steps < 1:
+        raise UserError("train_rounds and train_steps must be above 0")
     if llama2c:
         if not os.path.exists(os.path.join(llama2c, "model.py")):
             raise UserError(f"llama2c = {llama2c!r} is no checkout: it has no model.py")
@@ -331,16 +335,15 @@ def curve(line):
 
 
 def bench_speedrun():
-    sprint_minutes = minutes / 15
+    if minutes <= 0 or seeds < 1:
+        raise UserError("minutes and seeds must be above 0")
     scale = minutes / 10
     recipes = {
         "plain": (plain, minutes, max(1, round(plain_eval_interval * scale))),
         "ours": (ours, minutes, max(1, round(ours_eval_interval * scale))),
-        "sprint": (ours, sprint_minutes, 1_000_000_000),  # evaluated at its end alone
+        "sprint": (ours, minutes / 15, 1_000_000_000),  # evaluated at its end alone
     }
-    if minutes <= 0 or seeds < 1:
-        raise UserError("minutes and seeds must be above 0")
-    runs = {name: [] for name in recipes}
+    planned = []
     for seed in range(1337, 1337 + seeds):
         for name, (recipe, length, interval) in recipes.items():
             words = [
@@ -353,27 +356,27 @@ def bench_speedrun():
             ]
             settings = train_settings(words)
             words.append(f"--eval_iters={math.ceil(eval_windows / settings['batch_size'])}")
-            settings = train_settings(words)
             if hint := shards_hint(settings, data_dir):
                 raise UserError(f"{data_dir} lacks the shards of {recipe}; make them with: {hint}")
-            runs[name].append((seed, words, settings))
+            planned.append((name, os.path.join(out, f"{name}-{seed}"), words))
 
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     done = {name: [] for name in recipes}
-    for i in range(seeds):
-        for name in recipes:
-            seed, words, settings = runs[name][i]
-            where = os.path.join(out, f"{name}-{seed}")
+    for name, where, words in planned:
+        run = read_run(where)
+        if run and same_run(run["start"]["config"], train_settings(words)):
+            print(f"{where} is complete", flush=True)
+        else:
+            print(f"training {name} for {recipes[name][1]:.3g} minutes in {where}", flush=True)
+            # what an earlier run compiled; all else of it train.py keeps, or puts aside
+            shutil.rmtree(os.path.join(where, "compiled"), ignore_errors=True)
+            failed = start(words, where, env=environment).returncode
             run = read_run(where)
-            if run and same_run(run["start"]["config"], settings):
-                print(f"{where} is complete")
-            else:
-                print(f"training {name}, seed {seed}: {recipes[name][1]:g} minutes, in {where}")
-                shutil.rmtree(where, ignore_errors=True)  # of a run that was stopped, or another
-                if start(words, where).returncode or not (run := read_run(where)):
-                    raise UserError(f"the run in {where} did not finish; the same command goes on")
-            if run["evals"][-1]["val_bpb"] is None:
-                raise UserError(f"{where}: without a tokenizer in {data_dir} bytes are unknown")
-            done[name].append(run)
+            if failed or not run:
+                raise UserError(f"the run in {where} did not finish; the same command goes on")
+        if run["evals"][-1]["val_bpb"] is None:
+            raise UserError(f"{where}: without a tokenizer in {data_dir} bytes are unknown")
+        done[name].append(run)
     report(done)
 
 
@@ -386,7 +389,7 @@ def report(done):
     def time_of(value):
         return f"{value:,.0f} s" if math.isfinite(value) else "never"
 
-    print(f"\nbits per byte after minutes of training, {describe(device)['device_name']}")
+    print(f"\nbits per byte after minutes of training, {about['device_name']}")
     print(f"{'minutes':>8} {'plain':>8} {'ours':>8}")
     for k in range(1, 11):
         cells = []
@@ -407,11 +410,14 @@ def report(done):
         ("sprint", "ours, a run that ends there"),
     ):
         cells = ""
-        for clock in ("train_s", "time_s"):
+        for clock in ("train_s", "all_s"):
             ratio = result.get(f"{name}_{clock}_ratio", 1.0)
             cells += f" {time_of(result[f'{name}_{clock}']):>9} {ratio:>6.1f}x"
         print(f"  {label:<40}{cells}")
-    print("training: without compilation and evaluations; all: from the start of the process")
+    print(
+        "training: without compilation and evaluations; all: from the start of the process, with "
+        "compilation and one evaluation"
+    )
 
     def of_json(values):
         return {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -420,7 +426,7 @@ def report(done):
         os.path.join(out, "speedrun.json"),
         {
             "minutes": minutes,
-            "hardware": describe(device),
+            "hardware": about,
             "commit": git_commit(),
             "median": of_json(result),
             "seeds": [of_json(r) for r in races],
@@ -467,7 +473,7 @@ def picture(done, target):
     ax.set(
         xlabel="training time (minutes)",
         ylabel="validation loss (bits per byte)",
-        title=f"{minutes:g} minutes on {describe(device)['device_name']}",
+        title=f"{minutes:g} minutes on {about['device_name']}",
         xlim=(0, None),
     )
     ax.grid(alpha=0.3)

@@ -90,7 +90,7 @@ def peak_flops(device, dtype):
     """
     The most operations a second of this device in matrix products of `dtype`: for a GPU from its
     data sheet (bfloat16; None for others, and where it is unknown), for a CPU the best of some
-    products of 1,024 x 1,024 matrices on the threads in use, measured in a tenth of a second.
+    products of 1,024 x 1,024 matrices on the threads in use, measured in 0.3 seconds.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -98,7 +98,7 @@ def peak_flops(device, dtype):
         return tflops * 1e12 if tflops and dtype is torch.bfloat16 else None
     if device.type != "cpu":
         return None
-    n, best, end = 1024, math.inf, time.perf_counter() + 0.1
+    n, best, end = 1024, math.inf, time.perf_counter() + 0.3
     x = torch.ones(n, n, dtype=dtype)
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -35,6 +35,7 @@ ARCHS = {
         "embedding_norm": True,
         "residual_scalars": True,
         "bigram_rows": 16384,
+        "sliding_window": 128,
     },
 }
 
@@ -77,6 +78,9 @@ class ModelArgs:
         for name in ("n_kv_heads", "hidden_dim", "logit_softcap", "sliding_window"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name, least, most in (("norm_eps", 0, 1), ("rope_theta", 1, 1e12)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected {least} to {most:g}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -232,13 +236,22 @@ def attend(q, k, v, window, dropout):
 
 
 def attend_all(q, k, v, window=0):
-    """attend with all scores written out: for short sequences faster on a CPU than SDPA."""
+    """
+    attend with all scores written out, for a CPU, where that is two to three times as fast as SDPA
+    for short sequences in bfloat16. The first half of the queries is spared the keys behind it.
+    """
     (B, n_heads, T, head_dim), n_kv_heads = q.shape, k.shape[1]
-    q = q.reshape(B, n_kv_heads, -1, head_dim)  # heads that share keys, one under the other
-    scores = (q * head_dim**-0.5) @ k.mT  # (B, n_kv_heads, n_heads / n_kv_heads * T, T)
-    mask = causal_mask(T, T, window, q.device).repeat(n_heads // n_kv_heads, 1)
-    weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
-    return (weights @ v).view(B, n_heads, T, head_dim)
+    q = q.reshape(B * n_kv_heads, -1, T, head_dim)  # heads that share keys side by side
+    k, v = k.reshape(-1, T, head_dim), v.reshape(-1, T, head_dim)
+    out = []
+    for start, end in ((0, T // 2), (T // 2, T)) if T > 1 else ((0, T),):
+        mask = additive(causal_mask(end - start, end, window, q.device), q.dtype)
+        mask = mask.repeat(n_heads // n_kv_heads, 1)
+        queries = q[:, :, start:end].flatten(1, 2)
+        scores = torch.baddbmm(mask, queries, k[:, :end].mT, alpha=head_dim**-0.5)
+        y = scores.softmax(-1) @ v[:, :end]
+        out.append(y.view(B, n_heads, end - start, head_dim))
+    return torch.cat(out, dim=2)
 
 
 def attend_blocks(q, k, v, window):
@@ -255,8 +268,13 @@ def attend_blocks(q, k, v, window):
     mask = causal_mask(window, 2 * window, window, q.device)
     is_first = torch.arange(T // window, device=q.device)[:, None, None] == 0
     mask = mask & ~(is_first & (torch.arange(2 * window, device=q.device) < window))
-    weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
+    weights = (scores + additive(mask, q.dtype)).softmax(-1)
     return (weights @ with_block_before(v)).flatten(2, 3)
+
+
+def additive(mask, dtype):
+    """0 where a mask is true, minus infinity elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 class KVCache:
@@ -398,13 +416,13 @@ class CrossEntropy(torch.autograd.Function):
 
 class Transformer(nn.Module):
     """
-    The model. `dtype` is the number format of its products, float32 unless it is set; fast_hidden,
-    if it is set, a compiled `hidden` that training steps use instead.
+    The model. `dtype` is the number format of its products, float32 unless it is set; fast_layers,
+    if they are set, compiled `layers` that training steps use instead.
     """
 
     def __init__(self, args):
         super().__init__()
-        self.args, self.dtype, self.fast_hidden = args, torch.float32, None
+        self.args, self.dtype, self.fast_layers = args, torch.float32, None
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)  # (vocab_rows, dim)
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
@@ -461,6 +479,13 @@ class Transformer(nn.Module):
         """Number of trained numbers; a shared table counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def compile_layers(self):
+        """
+        Have training steps use compiled layers: those with the same shapes and window share one
+        graph, which takes two thirds of the time that the whole model would, and runs as fast.
+        """
+        self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
+
     def flops_per_token(self):
         """
         Floating-point operations of training on one token: 6 for each number of the matrices (2
@@ -503,7 +528,8 @@ class Transformer(nn.Module):
         x = x0 = self.embed(tokens, torch.cat((first, tokens[:, :-1]), dim=1))
         if self.args.residual_scalars:  # once for all layers
             kept, added = self.residual_scalars.to(x.dtype), self.x0_scalars.to(x.dtype)
-        for i, block in enumerate(self.layers):
+        layers = self.fast_layers if self.fast_layers and self.training else self.layers
+        for i, block in enumerate(layers):
             if self.args.residual_scalars:
                 x = kept[i] * x + added[i] * x0
             extra_values = None
@@ -525,8 +551,7 @@ class Transformer(nn.Module):
         end = tokens.shape[1] + (cache.n if cache is not None else 0)
         if end > self.args.max_seq_len:
             raise ValueError(f"{end} positions exceed max_seq_len = {self.args.max_seq_len}")
-        hidden = self.fast_hidden if self.fast_hidden and self.training else self.hidden
-        x = hidden(tokens, cache)
+        x = self.hidden(tokens, cache)
         vocab_size, softcap = self.args.vocab_size, self.args.logit_softcap
         if targets is not None:
             weight = self.output.weight

@@ -1,7 +1,7 @@
 """
 Train a Llama on the token shards of tinystories.py.
 
-    python train.py --vocab_size=4096 --out_dir=out
+    python train.py --vocab_size=2048 --out_dir=out
     python train.py config/baby128.py --max_iters=500
     python train.py --init_from=resume --out_dir=out     # go on where it stopped
     torchrun --nproc_per_node=2 train.py --out_dir=out   # the same steps, shared by two processes
@@ -68,14 +68,14 @@ resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as 
 # data
 data_dir = "data"  # as in tinystories.py
 vocab_source = "custom"  # custom, or llama2
-vocab_size = 4096  # must be that of the shards; 0 stands for Llama 2's own
-max_seq_len = 256  # tokens a sequence: the context of the model
-batch_size = 32  # sequences a micro-batch
+vocab_size = 2048  # must be that of the shards; 0 stands for Llama 2's own
+max_seq_len = 512  # tokens a sequence: the context of the model
+batch_size = 8  # sequences a micro-batch
 gradient_accumulation_steps = 1  # micro-batches a step, of all processes together
 # model
-dim = 288  # width of the residual stream
-n_layers = 6  # transformer blocks
-n_heads = 6  # query heads
+dim = 256  # width of the residual stream
+n_layers = 4  # transformer blocks
+n_heads = 2  # query heads
 n_kv_heads = 0  # key and value heads; 0: as many as n_heads
 hidden_dim = 0  # width of the feed-forward; 0: from dim and multiple_of
 multiple_of = 32  # rounds hidden_dim up
@@ -102,7 +102,7 @@ max_minutes = 0.0  # of training, after which it ends, with the schedule fitted 
 hidden_lr = 0.02  # Muon's
 embedding_lr = 0.1  # beside Muon
 bigram_lr = 0.01  # beside Muon
-head_lr = 0.004  # beside Muon
+head_lr = 0.012  # beside Muon
 scalar_lr = 0.01  # beside Muon
 momentum = 0.95  # Muon's; it rises from 0.85
 momentum_warmup = 100  # steps in which it rises
@@ -114,9 +114,9 @@ weight_decay = 0.1  # of matrices, by adamw
 beta1 = 0.9  # of adamw: memory of the gradient
 beta2 = 0.95  # of adamw: memory of its square
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
-warmup_iters = 100  # steps in which the rates rise; at most half of max_iters
-cooldown_frac = 1.0  # last part of the steps, in which they fall
-cooldown_shape = "cosine"  # cosine or linear
+warmup_iters = 0  # steps in which the rates rise; at most half of max_iters
+cooldown_frac = 0.6  # last part of the steps, in which they fall
+cooldown_shape = "linear"  # linear or cosine
 final_lr_frac = 0.0  # where they end, as a part of the full rates
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -287,7 +287,8 @@ if batches.n_windows < step_size:
     )
 
 seed_all(seed)
-torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+if device.type == "cuda":
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 if checkpoint and not is_resumed:
     checkpoint["model_args"] = args.to_dict()
     model = load_model(checkpoint, checkpoint_path)
@@ -352,11 +353,11 @@ def compile_model():
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(out_dir, "compiled"))
     say("compiling the model")
     try:
-        model.fast_hidden = torch.compile(model.hidden, dynamic=False)
+        model.compile_layers()
         model(*to_device(*batches.at(0, micro_batch_size))).backward()
     except Exception as e:
         say(f"torch.compile fails ({type(e).__name__}); going on without it")
-        model.fast_hidden = None
+        model.fast_layers = None
     model.zero_grad(set_to_none=True)
 
 

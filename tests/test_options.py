@@ -10,8 +10,7 @@ from conftest import TINY, random_model, read_log, script
 from test_parallel import train_with
 
 from checkpoint import load_checkpoint
-from export import export_model
-from model import ARCHS, KVCache, ModelArgs, Transformer
+from model import ARCHS, KVCache, ModelArgs
 
 STEPS, HALF = 12, 6
 WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]
@@ -159,7 +158,7 @@ def test_every_option_resumes_and_is_shared(half_runs, practice, tmp_path, name,
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_was_trained_is_told_by_c(half_runs, run, name):
-    """The best model's file exists, and ./run and sample.py tell the same story at temperature 0."""
+    """./run and sample.py tell the same story at temperature 0."""
     out, _ = half_runs(name, "muon")
     words = [f"--out_dir={out}", "--temperature=0", "--start=Once", "--max_new_tokens=30"]
     told = script("sample.py", *words, "--device=cpu")
@@ -167,11 +166,3 @@ def test_what_was_trained_is_told_by_c(half_runs, run, name):
     done = run(out / "model.bin", "-t", "0", "-n", "31", "-i", "Once")
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().strip()[:20] == told.stdout.strip()[:20]
-
-
-def test_unknown_architectures_are_not_exported(tmp_path):
-    """What is exported and read back by PyTorch's names is what was trained; see test_export.py."""
-    model = options_model("modded")
-    export_model(model, tmp_path / "model.bin")
-    assert (tmp_path / "model.bin").stat().st_size > 4 * sum(p.numel() for p in model.parameters())
-    assert isinstance(model, Transformer)

@@ -1,0 +1,198 @@
+"""bench.py, ablate.py and what they share: reading runs, times to a target, the table's numbers."""
+
+import json
+import math
+
+import pytest
+from conftest import TINY, refused, script
+
+import trials
+
+
+def line(minutes, bpb, **more):
+    """An evaluation of a made-up log: with all others, a fifth longer than training alone."""
+    return {
+        "kind": "eval",
+        "step": int(100 * minutes),
+        "tokens": int(1e5 * minutes),
+        "train_s": 60 * minutes,
+        "time_s": 72 * minutes,
+        "val_loss": 2 * bpb,
+        "val_bpb": bpb,
+        **more,
+    }
+
+
+def write_log(folder, settings, evals, reason="finished"):
+    folder.mkdir(parents=True)
+    start = {"kind": "start", "config": settings, "commit": "0" * 40}
+    lines = [start, *evals, {"kind": "end", "reason": reason}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def test_settings_of_train_are_its_own_with_the_words_and_the_preset():
+    assert trials.train_settings()["arch"] == "modded"
+    assert trials.train_settings()["qk_norm"] is True
+    found = trials.train_settings(["config/plain_llama2c.py", "--seed=3", "--arch=portable"])
+    assert found["dtype"] == "float32" and found["seed"] == 3
+    assert found["qk_norm"] and found["bigram_rows"] == 0 and "START" not in found
+    kept = trials.train_settings(["--arch=portable", "--qk_norm=False"])
+    assert kept["qk_norm"] is False
+    with pytest.raises(Exception, match="did you mean --dim"):
+        trials.train_settings(["--dimm=3"])
+
+
+def test_a_log_is_a_run_only_where_it_came_to_its_end(tmp_path):
+    assert trials.read_run(tmp_path) is None
+    write_log(tmp_path / "whole", {"seed": 1}, [line(1, 2.0), line(2, 1.5)])
+    run = trials.read_run(tmp_path / "whole")
+    assert [e["val_bpb"] for e in run["evals"]] == [2.0, 1.5]
+    assert trials.same_run(run["start"]["config"], {"seed": 1, "out_dir": "elsewhere"})
+    assert not trials.same_run(run["start"]["config"], {"seed": 2})
+    write_log(tmp_path / "stopped", {}, [line(1, 2.0)], reason="interrupted")
+    assert trials.read_run(tmp_path / "stopped") is None
+    log = tmp_path / "whole" / "log.jsonl"
+    log.write_text(log.read_text()[:-10])  # killed while it wrote
+    assert trials.read_run(tmp_path / "whole") is None
+
+
+def test_times_to_a_target_are_interpolated():
+    evals = [line(1, 2.0), line(2, 1.0), line(3, 1.2), line(4, 0.8)]
+    assert trials.time_to(evals, 1.5) == 90
+    assert trials.time_to(evals, 1.5, "time_s") == 108
+    assert trials.time_to(evals, 1.0) == 120
+    assert trials.time_to(evals, 0.9) == pytest.approx(225)
+    assert trials.time_to(evals, 2.5) == 60  # at the first evaluation or before it
+    assert trials.time_to(evals, 0.5) == math.inf
+    assert trials.value_at(evals, 30) is None
+    assert trials.value_at(evals, 60) == 2.0
+    assert trials.value_at(evals, 90) == 1.5
+    assert trials.value_at(evals, 1000) == 0.8
+
+
+def test_a_race_compares_both_clocks():
+    plain = {"evals": [line(5, 2.0), line(10, 1.0)]}
+    ours = {"evals": [line(1, 1.5), line(2, 0.5)]}
+    found = trials.race(plain, ours, {"evals": [line(0.5, 1.0, time_s=60)]})
+    assert found["target"] == 1.0 and found["ours_final"] == 0.5
+    assert found["ours_train_s"] == 90 and found["ours_train_s_ratio"] == pytest.approx(600 / 90)
+    assert found["sprint_train_s_ratio"] == 20 and found["plain_all_s"] == 660
+    assert found["sprint_all_s_ratio"] == 11 and found["ours_all_s"] == 102
+    missed = trials.race(plain, ours, {"evals": [line(0.5, 1.01)]})
+    assert missed["sprint_train_s"] == math.inf and missed["sprint_train_s_ratio"] == 0
+
+
+def test_differences_within_two_standard_errors_are_noise():
+    base = [1.0, 1.1, 0.9]  # a standard deviation of 0.1, and so an error of 0.0816
+    found = trials.compare([1.2, 1.3, 1.1], base)
+    assert found["mean"] == pytest.approx(1.2) and found["sd"] == pytest.approx(0.1)
+    assert found["difference"] == pytest.approx(0.2) and found["beyond_noise"]
+    assert not trials.compare([1.15, 1.25, 1.05], base)["beyond_noise"]
+    assert trials.compare([1.5], base)["beyond_noise"] is None
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The tiny model of the tests as a recipe: an override file."""
+    path = tmp_path / "tiny.py"
+    pairs = [word.removeprefix("--").split("=") for word in TINY if "device" not in word]
+    texts = [f"{k} = {v!r}" if k == "dtype" else f"{k} = {v}" for k, v in pairs]
+    path.write_text("\n".join(texts))
+    return path
+
+
+def test_speedrun_does_not_repeat_complete_runs(tmp_path, practice, recipe):
+    """All runs of three seeds are there, so nothing is trained."""
+    out = tmp_path / "out"
+    curves = {
+        "plain": (10, 50, [line(5, 2.0), line(10, 1.0)]),
+        "ours": (10, 500, [line(2, 1.5), line(4, 0.9), line(10, 0.6)]),
+        "sprint": (10 / 15, 1_000_000_000, [line(0.6, 0.95)]),
+    }
+    for seed in (1337, 1338, 1339):
+        for name, (minutes, interval, evals) in curves.items():
+            words = f"--data_dir={practice} --device=cpu --max_minutes={minutes} --seed={seed} "
+            words += f"--eval_interval={interval} --eval_iters=250"
+            settings = trials.train_settings([str(recipe), *words.split()])
+            write_log(out / f"{name}-{seed}", settings, evals)
+    flags = [f"--data_dir={practice}", f"--out={out}", "--seeds=3", "--device=cpu"]
+    flags += [f"--plain={recipe}", f"--ours={recipe}"]
+    done = script("bench.py", "speedrun", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is complete") == 9 and "training plain" not in done.stdout
+    assert "final: plain 1.0000, ours 0.6000, ours in 0.67 minutes 0.9500" in done.stdout
+    lines = done.stdout.splitlines()
+    ours, sprint = (next(t for t in lines if end in t) for end in ("on its way", "ends there"))
+    assert ours.split()[-6:] == ["220", "s", "2.7x", "244", "s", "2.7x"]
+    assert sprint.split()[-6:] == ["36", "s", "16.7x", "43", "s", "15.3x"]
+    result = json.loads((out / "speedrun.json").read_text())
+    assert result["median"]["target"] == 1.0 and len(result["seeds"]) == 3
+    assert [e["val_bpb"] for e in result["runs"]["ours"][2]["evals"]] == [1.5, 0.9, 0.6]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "pip install matplotlib" in done.stdout
+    else:
+        assert (out / "speedrun.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_measures_a_shape(tmp_path):
+    flags = "--shapes=given --dim=32 --n_layers=2 --n_heads=4 --vocab_size=128 --batch_size=2"
+    more = "--max_seq_len=32 --train_rounds=2 --train_steps=1 --ways=plain,eager --device=cpu"
+    done = script("bench.py", "train", *flags.split(), *more.split())
+    assert done.returncode == 0, done.stderr
+    rows = [text.split() for text in done.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["plain", "eager"]
+    assert rows[0][4] == "1.00x" and rows[0][5].endswith("%")
+
+
+ABLATE = "--kinds=tokens --tokens=1024 --compile=False --device=cpu --eval_windows=8".split()
+
+
+def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
+    flags = [*ABLATE, f"--data_dir={practice}", f"--out_dir={tmp_path / 'abl'}"]
+    flags += [f"--recipe={recipe}", "--seeds=1"]
+    first = script("ablate.py", "--only=recipe", *flags)
+    assert first.returncode == 0, first.stderr
+    assert "0 runs are done, 1 to do" in first.stdout
+    path = tmp_path / "abl" / "results.jsonl"
+    result = json.loads(path.read_text())
+    assert result["step"] == 2 and result["val_bpb"] > 0 and "error" not in result
+    # results of two more seeds and of a row, made up; one of a run that failed is done again
+    results = []
+    for i in range(3):
+        for name, word, bpb in (("recipe", "", 1.0), ("swiglu", "activation=swiglu", 1.2)):
+            config = {**result["config"], "seed": 1337 + i}
+            if word:
+                config |= {"activation": "swiglu"}
+            made_up = {"row": name, "seed": 1337 + i, "config": config, "val_bpb": bpb + i / 100}
+            results.append({**result, **made_up, "tok_s": 1000 if word else 2000})
+    path.write_text("\n".join(json.dumps(r) for r in results) + '\n{"row": "cut o')
+    table = tmp_path / "doc.md"
+    flags = [*flags[:-1], "--seeds=3", "--only=swiglu,relu2,vocab-512", f"--write={table}"]
+    done = script("ablate.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "6 runs are done, 0 to do" in done.stdout and "vocab-512 is left out" in done.stdout
+    text = table.read_text()
+    recipe_row, row = (t for t in text.splitlines() if t.startswith(("| recipe", "| swiglu")))
+    assert "1.0100 ± 0.0100 |  |  |" in recipe_row
+    assert "1.2100 ± 0.0100 | +0.2000 | yes" in row and row.endswith("| 0.50 |")
+    assert "relu2" not in row and "- vocab-512 is not measured" in text
+    assert str(practice) not in text and "python ablate.py --compile=False" in text
+
+
+def test_wrong_words_are_one_sentence(tmp_path, practice):
+    refused(script("bench.py", "trains"), "train, speedrun, loader, checkpoint", "'trains'")
+    refused(script("bench.py", "train", "--ways=fast"), "'fast'", "plain, eager")
+    refused(script("bench.py", "train", f"--llama2c={tmp_path}"), "no checkout")
+    refused(script("bench.py", "speedrun", "--minutes=0"), "above 0")
+    words = ["speedrun", f"--data_dir={practice}", f"--out={tmp_path}"]
+    refused(script("bench.py", *words), "train_vocab --vocab_size=4096", "pretokenize")
+
+
+def test_wrong_words_of_ablate_are_one_sentence(tmp_path, practice):
+    here = [f"--out_dir={tmp_path}", f"--data_dir={practice}"]
+    refused(script("ablate.py", "--only=nothing", *here), "'nothing'", "recipe")
+    refused(script("ablate.py", "--kinds=luck", *here), "tokens, time")
+    refused(script("ablate.py", "--seeds=0", *here), "above 0")
+    refused(script("ablate.py", *here), "lacks the shards of config/speedrun_cpu.py")
