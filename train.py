@@ -197,7 +197,7 @@ def check_settings():
     for name, allowed, expected in (
         ("cooldown_frac", 0 <= cooldown_frac <= 1, "from 0 to 1"),
         ("final_lr_frac", 0 <= final_lr_frac <= 1, "from 0 to 1"),
-        *((name, 0 < config[name] < math.inf, "above 0") for name in RATES),
+        *((name, 0 < config[name] <= 1e30, "above 0, at most 1e30") for name in RATES),
         *((name, 0 <= config[name] < 1, "from 0 to below 1") for name in BETAS),
         ("weight_decay", 0 <= weight_decay < math.inf, "0 or above"),
         ("muon_weight_decay", 0 <= muon_weight_decay < math.inf, "0 or above"),

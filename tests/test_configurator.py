@@ -98,7 +98,7 @@ def test_scripts_work_from_any_directory(tmp_path):
     train = [sys.executable, str(REPO / "train.py")]
     help_text = subprocess.run([*train, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert help_text.returncode == 0
-    assert "--batch_size=32" in help_text.stdout and "sequences a micro-batch" in help_text.stdout
+    assert "--batch_size=8" in help_text.stdout and "sequences a micro-batch" in help_text.stdout
     # config/story.py is found beside the script, and then the missing data is what is wrong
     done = subprocess.run([*train, "config/story.py"], capture_output=True, text=True, cwd=tmp_path)
     refused(done, "no token shards", "tinystories.py pretokenize --vocab_size=1024")

@@ -19,6 +19,8 @@ from model import KVCache, ModelArgs, sample_token
         ({"n_layers": 0}, "n_layers must be at least 1"),
         ({"dropout": 1.0}, "dropout"),
         ({"n_kv_heads": -1}, "n_kv_heads"),
+        ({"norm_eps": 2.0}, "norm_eps = 2.0: expected 0 to 1"),
+        ({"rope_theta": 0.5}, "rope_theta = 0.5: expected 1 to 1e"),
     ],
 )
 def test_numbers_that_do_not_fit(numbers, part):

@@ -12,6 +12,7 @@ from conftest import REPO
 import bootstrap
 from configurator import apply
 from model import ModelArgs
+from trials import train_settings
 
 
 def pins(path):
@@ -81,3 +82,11 @@ def test_no_script_needs_an_optional_package():
     for path in REPO.glob("*.py"):
         for name in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
             assert name in core | ours | set(sys.stdlib_module_names), f"{path.name}: {name}"
+
+
+def test_the_default_is_the_winning_recipe():
+    """`python train.py` alone is the recipe of the speedrun, but for how long it runs."""
+    recipe = train_settings([str(REPO / "config" / "speedrun_cpu.py")])
+    default = train_settings()
+    differing = {name for name in default if default[name] != recipe[name]}
+    assert differing <= {"max_iters", "compile"}

@@ -133,7 +133,7 @@ def test_weights_alone_start_a_new_run(whole, practice, tmp_path):
     assert done.returncode == 0, done.stderr
     log = read_log(out)
     assert log[0]["model_args"] == read_log(whole)[0]["model_args"]
-    assert log[0]["config"]["batch_size"] == 32  # no setting but the model's is taken over
+    assert log[0]["config"]["eval_interval"] == 200  # no setting but the model's is taken over
     assert log[1]["step"] == 1 and log[1]["loss"] < 4 < 5.5 < read_log(whole)[1]["loss"]
     done = script("train.py", *flags, "--max_seq_len=32", "--max_iters=2")
     assert done.returncode == 0, done.stderr
