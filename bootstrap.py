@@ -203,7 +203,7 @@ def story():
 
     step(
         6,
-        f"training a small model into {OUT} (about 3 minutes on two idle cores)",
+        f"training a small model into {OUT} (about 2 minutes on two idle cores)",
         train_model,
         model if finished(OUT) and os.path.exists(model) else "",
     )

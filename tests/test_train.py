@@ -287,3 +287,35 @@ def test_a_missing_device_falls_back_and_says_so(practice, tmp_path):
 )
 def test_sample_refuses(trained, words, part):
     refused(script("sample.py", f"--out_dir={trained}", *words), part)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_train_alike(practice, tmp_path):
+    """Compiled and not, the same steps; what was compiled is kept in out_dir."""
+    losses = []
+    for compile in ("True", "False"):
+        out = tmp_path / compile
+        words = [f"--compile={compile}", "--max_iters=6", "--log_interval=1"]
+        done = train(practice, out, *words)
+        assert done.returncode == 0, done.stderr
+        assert ("compiling" in done.stdout) == (compile == "True")
+        assert "fails" not in done.stdout
+        losses.append([e["loss"] for e in read_log(out) if e["kind"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert any((tmp_path / "True" / "compiled").iterdir())
+    assert not (tmp_path / "False" / "compiled").exists()
+
+
+def test_minutes_end_a_run_and_its_schedule(practice, tmp_path):
+    """0.03 minutes: it stops by the clock, with rates that have fallen, and is then finished."""
+    out = tmp_path / "out"
+    words = ["--max_minutes=0.03", "--log_interval=1", "--warmup_iters=0", "--resume=auto"]
+    done = train(practice, out, *words)
+    assert done.returncode == 0, done.stderr
+    log = read_log(out)
+    assert log[-1]["reason"] == "finished" and 1.8 <= log[-1]["train_s"] < 5
+    rates = [e["lr"] for e in log if e["kind"] == "train"]
+    assert rates[0] == 0.02 and rates[-1] < 0.005
+    assert log[-2]["kind"] == "eval" and log[-2]["step"] == log[-1]["step"]
+    again = train(practice, out, *words)
+    assert again.returncode == 0 and "has done its" in again.stdout
