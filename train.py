@@ -298,7 +298,24 @@ n_params = model.n_params()
 model.to(device)
 if fsdp:
     parallel.shard(model, device)
+
+
+def worth_compiling():
+    """Whether the run is so long that torch.compile's 10 to 30 seconds come back."""
+    if fsdp or compile != "auto":
+        return compile == "True" and not fsdp
+    on_gpu = device.type == "cuda"
+    if device.type == "mps" or (dropout and not on_gpu):
+        return False
+    estimate = max_iters * step_size * max_seq_len * model.flops_per_token()
+    seconds = 60 * max_minutes or estimate / (1e14 if on_gpu else 1e11) / WORLD_SIZE
+    return seconds > 120
+
+
 model.dtype = dtype
+is_compiled = worth_compiling()
+if is_compiled:  # kept with the run; before torch.optim, which chooses a place of its own
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(out_dir, "compiled"))
 optimizer = make_optimizer(model, config["optimizer"], config)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
@@ -336,21 +353,8 @@ def to_device(x, y):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def worth_compiling():
-    """Whether the run is so long that torch.compile's 10 to 30 seconds come back."""
-    if fsdp or compile != "auto":
-        return compile == "True" and not fsdp
-    on_gpu = device.type == "cuda"
-    if device.type == "mps" or (dropout and not on_gpu):
-        return False
-    estimate = max_iters * step_size * max_seq_len * model.flops_per_token()
-    seconds = 60 * max_minutes or estimate / (1e14 if on_gpu else 1e11) / WORLD_SIZE
-    return seconds > 120
-
-
 def compile_model():
     """Compile what a training step runs again and again; without a compiler, say so and go on."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(out_dir, "compiled"))
     say("compiling the model")
     try:
         model.compile_layers()
@@ -361,7 +365,7 @@ def compile_model():
     model.zero_grad(set_to_none=True)
 
 
-if worth_compiling():
+if is_compiled:
     compile_model()
 net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
 first_sequence = n_sequences

@@ -25,6 +25,7 @@ SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 
 def script(name, *words, cwd=None, **options):
     """Run one of the repository's scripts as a user would; returns the CompletedProcess."""
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch may set it in the process of the tests
     command = [sys.executable, str(REPO / name), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, **options)
 
