@@ -76,11 +76,17 @@ ROWS = {
     "bigram-65536": "bigram_rows=65536",
     "softcap": "logit_softcap=15",
     "window-64": "sliding_window=64",
-    "value_embeddings": "value_embeddings=2",
+    "value_embeddings": "value_embeddings=-1",
+    "value_embeddings-2": "value_embeddings=2",
     "smear": "smear=True",
+    "no-neuron_beta": "neuron_beta=0",
     "decay": "muon_weight_decay=0.1",
     "vocab_multiple": "vocab_multiple=128",
     "dropout": "dropout=0.1",
+    # heads
+    "heads-2": "n_heads=2",
+    "heads-4": "n_heads=4",
+    "heads-8": "n_heads=8",
     # presets of the architecture, with the recipe's sizes
     "arch-portable": "arch=portable",
     "arch-llama": "arch=llama",

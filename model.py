@@ -34,7 +34,9 @@ ARCHS = {
         "activation": "relu2",
         "embedding_norm": True,
         "residual_scalars": True,
+        "value_embeddings": -1,
         "bigram_rows": 16384,
+        "smear": True,
         "sliding_window": 128,
     },
 }
@@ -66,7 +68,7 @@ class ModelArgs:
     window_pattern: str = "SSSL"  # layer i has letter i modulo its length: S window, L everything
     embedding_norm: bool = False  # RMSNorm behind the embedding
     residual_scalars: bool = False  # layer i begins with a_i x + b_i x0; x0 is the embedding
-    value_embeddings: int = 0  # so many layers, the first ones, add an embedding to their values
+    value_embeddings: int = 0  # so many layers, the first, add an embedding to values; -1: all do
     bigram_rows: int = 0  # rows of a hashed table of (token before, token), added to the embedding
     smear: bool = False  # a gate adds the embedding of the token before
     vocab_multiple: int = 1  # rows of embedding and head in memory, rounded up; never exported
@@ -106,10 +108,12 @@ class ModelArgs:
             raise ValueError(
                 f"window_pattern = {self.window_pattern!r}: expected letters S (window) and L (all)"
             )
+        if self.value_embeddings == -1:
+            self.value_embeddings = self.n_layers
         if not 0 <= self.value_embeddings <= self.n_layers:
             raise ValueError(
                 f"value_embeddings = {self.value_embeddings}: expected 0 to "
-                f"n_layers = {self.n_layers}"
+                f"n_layers = {self.n_layers}, or -1 for all"
             )
         if self.bigram_rows < 0 or self.bigram_rows == 1:
             raise ValueError(f"bigram_rows = {self.bigram_rows}: expected 0 (none), or 2 or more")
@@ -158,17 +162,20 @@ class RMSNorm(nn.Module):
         self.shape, self.eps = (dim,), args.norm_eps
         self.weight = nn.Parameter(torch.ones(dim)) if args.norm_gains else None  # (dim,)
 
+    def gains(self):
+        return self.weight
+
     def forward(self, x):
         # in float32 whatever x is: PyTorch's kernel for bfloat16 on a CPU is seven times slower
-        return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.shape, self.gains(), self.eps).to(x.dtype)
 
 
-def linear(x, *matrices):
+def linear(x, *weights):
     """
     x (..., n) times the transposes of one or more matrices (rows, n), in x's number format; one
     product for all of them, (..., sum of rows).
     """
-    weights = [m.weight.to(x.dtype) for m in matrices]
+    weights = [w.to(x.dtype) for w in weights]
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
@@ -182,11 +189,31 @@ def rope_tables(head_dim, max_seq_len, theta):
     return angles.cos(), angles.sin()
 
 
+def pairs_to_halves(weight, head_dim):
+    """
+    The rows of a projection (n_heads * head_dim, ...), or gains (head_dim,), in the order 0, 2, 4,
+    ..., 1, 3, 5, ... of each head. RoPE turns neighbouring numbers of a head, which processors
+    cannot load at once; in this order it turns its halves. Queries and keys moved alike have the
+    same products, so that nothing else notices.
+    """
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of heads whose numbers are in the order of pairs_to_halves; its gains are not."""
+
+    def gains(self):
+        return None if self.weight is None else pairs_to_halves(self.weight, len(self.weight))
+
+
 def apply_rope(x, cos, sin):
-    """Turn neighbouring pairs of x (B, T, n_heads, head_dim) by the angles of their positions."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    """
+    Turn x (B, T, n_heads, head_dim), number i of the first half of a head with number i of the
+    second, by the angles of their positions.
+    """
+    a, b = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def bigram_hash(before, tokens, rows):
@@ -238,13 +265,16 @@ def attend(q, k, v, window, dropout):
 def attend_all(q, k, v, window=0):
     """
     attend with all scores written out, for a CPU, where that is two to three times as fast as SDPA
-    for short sequences in bfloat16. The first half of the queries is spared the keys behind it.
+    for short sequences in bfloat16. The queries come in pieces, each spared the keys behind it: in
+    halves, or in quarters where heads are so small that scores are most of the work.
     """
     (B, n_heads, T, head_dim), n_kv_heads = q.shape, k.shape[1]
+    size = math.ceil(T / (4 if head_dim < 32 else 2))
     q = q.reshape(B * n_kv_heads, -1, T, head_dim)  # heads that share keys side by side
     k, v = k.reshape(-1, T, head_dim), v.reshape(-1, T, head_dim)
     out = []
-    for start, end in ((0, T // 2), (T // 2, T)) if T > 1 else ((0, T),):
+    for start in range(0, T, size):
+        end = min(start + size, T)
         mask = additive(causal_mask(end - start, end, window, q.device), q.dtype)
         mask = mask.repeat(n_heads // n_kv_heads, 1)
         queries = q[:, :, start:end].flatten(1, 2)
@@ -307,13 +337,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)  # (kv_dim, dim)
         self.wo = nn.Linear(args.dim, args.dim, bias=False)  # (dim, dim)
         if args.qk_norm:
-            self.q_norm = RMSNorm(args, args.head_dim)
-            self.k_norm = RMSNorm(args, args.head_dim)
+            self.q_norm = HeadNorm(args, args.head_dim)
+            self.k_norm = HeadNorm(args, args.head_dim)
 
     def forward(self, x, extra_values, cos, sin, cache):
         args = self.args
         B, T, _ = x.shape
-        heads = linear(x, self.wq, self.wk, self.wv).view(B, T, -1, args.head_dim)
+        wq, wk = (pairs_to_halves(m.weight, args.head_dim) for m in (self.wq, self.wk))
+        heads = linear(x, wq, wk, self.wv.weight).view(B, T, -1, args.head_dim)
         q, k, v = heads.split((args.n_heads, args.n_kv_heads, args.n_kv_heads), dim=2)
         if extra_values is not None:
             v = v + extra_values.view(v.shape)
@@ -324,7 +355,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = attend(q, k, v, self.window, args.dropout if self.training else 0.0)
-        return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo)
+        return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo.weight)
 
 
 class FeedForward(nn.Module):
@@ -343,9 +374,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         if not self.is_gated:
-            return linear(F.relu(linear(x, self.w1)).square(), self.w2)
-        gate, up = linear(x, self.w1, self.w3).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.w2)
+            return linear(F.relu(linear(x, self.w1.weight)).square(), self.w2.weight)
+        gate, up = linear(x, self.w1.weight, self.w3.weight).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.w2.weight)
 
 
 class Block(nn.Module):
@@ -372,46 +403,54 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, wants_gradients):
         """
         x (N, dim); weight (rows, dim), of which vocab_size count; targets (N,) int64, -1 where a
-        place does not count; softcap as in ModelArgs -> the mean in nats, float32.
+        place does not count; softcap as in ModelArgs -> the mean in nats, float32. With gradients,
+        a place where the target is less likely than 1e-38 counts as if it were that likely.
         """
-        wants_gradients = any(ctx.needs_input_grad)
         w = weight.to(x.dtype)
-        dx = torch.empty_like(x) if wants_gradients else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if wants_gradients else None
+        # about as much as the cache of a CPU's core holds; a GPU wants large products
+        size = max(1, (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w))
+        n_rows = min(size, len(x))
+        logits_of = x.new_empty(n_rows, len(w))  # one piece after another is worked out in these
+        p_of = x.new_empty(n_rows, len(w), dtype=torch.float32)
+        if wants_gradients:
+            dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         n = (targets >= 0).sum()
         total = x.new_zeros((), dtype=torch.float32)
-        # about as much as a CPU's cache holds; a GPU wants large products
-        size = max(1, (1 << 20 if x.device.type == "cpu" else 1 << 27) // len(w))
         for i in range(0, len(x), size):
             h, y = x[i : i + size], targets[i : i + size, None]
-            logits = h @ w.t()  # (size, rows)
-            if softcap:
-                capped = logits.float().div_(softcap).tanh_()
-                logits = capped * softcap
-            logits[:, vocab_size:] = -math.inf
-            log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
             counts, y = y >= 0, y.clamp(min=0)
-            total -= (log_p.gather(1, y) * counts).sum()
-            if wants_gradients:  # of the sum: with respect to logits, p minus one at the target
-                d = log_p.exp_().scatter_add_(
-                    1, y, y.new_full((), -1.0, dtype=log_p.dtype).expand_as(y)
-                )
-                if softcap:
-                    d *= 1 - capped.square_()
-                d = (d * counts).to(x.dtype)
-                torch.mm(d, w, out=dx[i : i + size])
-                dw += d.t() @ h
-        ctx.save_for_backward(dx, dw, n)
+            logits = torch.mm(h, w.t(), out=logits_of[: len(h)])
+            z = logits
+            if softcap:
+                capped = z.float().div_(softcap).tanh_()
+                z = capped * softcap
+            z[:, vocab_size:] = -math.inf
+            if not wants_gradients:
+                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
+                total -= (log_p.gather(1, y) * counts).sum()
+                continue
+            p = torch.softmax(z, -1, dtype=torch.float32, out=p_of[: len(h)])
+            total -= (p.gather(1, y).clamp_(min=1e-38).log_() * counts).sum()
+            # the gradient of the sum: with respect to logits, p minus one at the target
+            p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+            if softcap:
+                p *= 1 - capped.square_()
+            d = logits.copy_(p)
+            torch.mm(d, w, out=dx[i : i + size])
+            dx[i : i + size] *= counts
+            dw += d.t() @ (h * counts)
+        if wants_gradients:
+            ctx.save_for_backward(dx, dw, n)
         return total / n
 
     @staticmethod
     def backward(ctx, gradient):
         dx, dw, n = ctx.saved_tensors
         scale = gradient / n
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None
 
 
 class Transformer(nn.Module):
@@ -503,14 +542,13 @@ class Transformer(nn.Module):
 
     def embed(self, tokens, before):
         """What the first layer gets, (B, T, dim), of tokens and those before them, -1: none."""
-        x = self.tok_embeddings(tokens).to(self.dtype)
+        looked_up = torch.cat((before[:, :1].clamp(min=0), tokens), dim=1)  # with one before all
+        x = self.tok_embeddings(looked_up if self.args.smear else tokens).to(self.dtype)
         if self.args.embedding_norm:
             x = self.embedding_norm(x)
         if self.args.smear:
-            earlier = self.tok_embeddings(before.clamp(min=0)).to(self.dtype)
-            if self.args.embedding_norm:
-                earlier = self.embedding_norm(earlier)
-            gate = torch.sigmoid(linear(x, self.smear_gate)) * (before >= 0)[..., None]
+            earlier, x = x[:, :-1], x[:, 1:]
+            gate = torch.sigmoid(linear(x, self.smear_gate.weight)) * (before >= 0)[..., None]
             x = x + gate * earlier
         if self.args.bigram_rows:
             rows = bigram_hash(before, tokens, self.args.bigram_rows)
@@ -554,11 +592,10 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, cache)
         vocab_size, softcap = self.args.vocab_size, self.args.logit_softcap
         if targets is not None:
-            weight = self.output.weight
-            return CrossEntropy.apply(
-                x.flatten(0, 1), weight, targets.flatten(), vocab_size, softcap
-            )
-        logits = linear(x, self.output)[..., :vocab_size].float()
+            x, y, weight = x.flatten(0, 1), targets.flatten(), self.output.weight
+            wants_gradients = torch.is_grad_enabled()  # cannot be seen from inside
+            return CrossEntropy.apply(x, weight, y, vocab_size, softcap, wants_gradients)
+        logits = linear(x, self.output.weight)[..., :vocab_size].float()
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     @torch.inference_mode()

@@ -74,9 +74,10 @@ class Muon(torch.optim.Optimizer):
     """
     Momentum whose update of a matrix is made orthogonal (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon): W -= lr * sqrt(max(1, rows / columns)) * orthogonalize(u),
-    with u the Nesterov momentum of the gradient, and decoupled weight decay. Matrices of one shape
-    are orthogonalised together, which is what makes it quicker than torch.optim.Muon for a small
-    model. product_dtype is the number format of the products.
+    with u the Nesterov momentum of the gradient, and decoupled weight decay. A neuron_beta above 0
+    evens out the sizes of the neurons' updates, see evened. Matrices of one shape are
+    orthogonalised together, which is what makes it quicker than torch.optim.Muon for a small model.
+    product_dtype is the number format of the products.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Muon(torch.optim.Optimizer):
         lr,
         momentum=0.95,
         weight_decay=0.0,
+        neuron_beta=0.0,
         n_steps=5,
         product_dtype=torch.bfloat16,
     ):
@@ -92,6 +94,7 @@ class Muon(torch.optim.Optimizer):
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
+            "neuron_beta": neuron_beta,
             "n_steps": n_steps,
             "product_dtype": product_dtype,
         }
@@ -126,12 +129,32 @@ class Muon(torch.optim.Optimizer):
 
             nesterov = [u.full_tensor() for u in nesterov]
         whole = torch.stack(nesterov).to(group["product_dtype"])
-        updates = orthogonalize(whole, group["n_steps"]).to(params[0].dtype).unbind()
+        updates = orthogonalize(whole, group["n_steps"]).to(params[0].dtype)
+        if group["neuron_beta"]:
+            updates = self.evened(updates, params, group["neuron_beta"])
+        updates = updates.unbind()
         if is_spread:
             updates = [part_for(p, u) for p, u in zip(params, updates, strict=True)]
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates), alpha=-scale)
+
+    def evened(self, updates, params, beta):
+        """
+        The updates (n, rows, columns) of params with each neuron's, a row or, in a wide matrix, a
+        column, divided by the root of a running mean of its mean square, and with the norms that
+        they had (NorMuon, Li et al. 2025, arXiv:2510.05491).
+        """
+        rows, columns = updates.shape[1:]
+        sizes = updates.square().mean(1 if rows < columns else 2, keepdim=True)
+        for p, now in zip(params, sizes, strict=True):
+            # not corrected for its start at 0: the norm takes out what all neurons share
+            memory = self.state[p].setdefault("neuron_sizes", torch.zeros_like(now))
+            memory.lerp_(now, 1 - beta)
+        roots = torch.stack([self.state[p]["neuron_sizes"] for p in params]).sqrt()
+        even = updates / roots.clamp(min=1e-8)
+        before, after = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates, even))
+        return even * (before / after.clamp(min=1e-8))
 
 
 class Together:
@@ -191,6 +214,7 @@ def muon(roles, settings, dtype):
         settings["hidden_lr"],
         settings["momentum"],
         settings["muon_weight_decay"],
+        settings["neuron_beta"],
         product_dtype=product_dtype,
     )
     return Together(hidden, rest)

@@ -24,6 +24,10 @@ from dataclasses import fields
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins Ctrl-C just ends this
 
+from memory import tune_malloc  # noqa: E402
+
+tune_malloc()
+
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -75,7 +79,7 @@ gradient_accumulation_steps = 1  # micro-batches a step, of all processes togeth
 # model
 dim = 256  # width of the residual stream
 n_layers = 4  # transformer blocks
-n_heads = 2  # query heads
+n_heads = 4  # query heads
 n_kv_heads = 0  # key and value heads; 0: as many as n_heads
 hidden_dim = 0  # width of the feed-forward; 0: from dim and multiple_of
 multiple_of = 32  # rounds hidden_dim up
@@ -91,7 +95,7 @@ sliding_window = 0  # positions that a layer with the letter S sees; 0: all
 window_pattern = "SSSL"  # letters of the layers, repeated: S window, L everything
 embedding_norm = False  # RMSNorm behind the embedding
 residual_scalars = False  # learned weights of the residual stream and the embedding in each layer
-value_embeddings = 0  # so many layers, the first ones, add an embedding to their values
+value_embeddings = 0  # so many layers, the first, add an embedding to their values; -1: all
 bigram_rows = 0  # rows of a hashed table of token pairs that is added to the embedding
 smear = False  # a gate adds the embedding of the token before
 vocab_multiple = 1  # rows of embedding and head in memory are rounded up to a multiple of this
@@ -106,6 +110,7 @@ head_lr = 0.012  # beside Muon
 scalar_lr = 0.01  # beside Muon
 momentum = 0.95  # Muon's; it rises from 0.85
 momentum_warmup = 100  # steps in which it rises
+neuron_beta = 0.95  # Muon's memory of the sizes of neurons' updates, evened out; 0: as they are
 muon_weight_decay = 0.0  # of matrices, by Muon
 muon_beta1 = 0.8  # of the AdamW beside Muon: memory of the gradient
 muon_beta2 = 0.95  # of the AdamW beside Muon: memory of its square
@@ -200,6 +205,7 @@ def check_settings():
         *((name, 0 < config[name] <= 1e30, "above 0, at most 1e30") for name in RATES),
         *((name, 0 <= config[name] < 1, "from 0 to below 1") for name in BETAS),
         ("weight_decay", 0 <= weight_decay < math.inf, "0 or above"),
+        ("neuron_beta", 0 <= neuron_beta < 1, "at least 0 and below 1"),
         ("muon_weight_decay", 0 <= muon_weight_decay < math.inf, "0 or above"),
         ("grad_clip", 0 <= grad_clip < math.inf, "0 (no limit) or above"),
         ("warmup_iters", warmup_iters >= 0, "0 or above"),

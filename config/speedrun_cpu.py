@@ -3,10 +3,11 @@
 vocab_size = 2048
 dim = 256
 n_layers = 4
-n_heads = 2
+n_heads = 4
 max_seq_len = 512
 batch_size = 8
 arch = "modded"
 warmup_iters = 0
 cooldown_frac = 0.6
 cooldown_shape = "linear"
+compile = "True"

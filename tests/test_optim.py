@@ -18,6 +18,7 @@ from optim import (
 SETTINGS = {f"{role}_lr": 0.01 * (i + 1) for i, role in enumerate(ROLES)}
 SETTINGS |= {"base_learning_rate": 2e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
 SETTINGS |= {"muon_beta1": 0.8, "muon_beta2": 0.95, "momentum": 0.9, "muon_weight_decay": 0.2}
+SETTINGS |= {"neuron_beta": 0.95}
 EVERYTHING = {
     "qk_norm": True, "tie_embeddings": False, "zero_init": True, "embedding_norm": True,
     "residual_scalars": True, "value_embeddings": 1, "bigram_rows": 64, "smear": True,
@@ -81,6 +82,32 @@ def test_muon_is_momentum_orthogonalized():
         optimizer.step()
         for p, wanted in zip(params, expected, strict=True):
             torch.testing.assert_close(p.detach(), wanted)
+
+
+@pytest.mark.parametrize("rows, columns", [(12, 5), (6, 6), (5, 12)])
+def test_neurons_are_evened_out(rows, columns):
+    """Three steps against a loop over neurons; the update's norm stays what it was."""
+    torch.manual_seed(4)
+    p = torch.nn.Parameter(torch.randn(rows, columns))
+    expected = p.detach().clone()
+    memory, sizes = torch.zeros(rows, columns), torch.zeros(max(rows, columns))
+    optimizer = Muon([p], 0.1, momentum=0.9, neuron_beta=0.8, product_dtype=torch.float32)
+    for _ in range(3):
+        g = p.grad = torch.randn(rows, columns)
+        memory = 0.9 * memory + 0.1 * g
+        update = orthogonalize((0.1 * g + 0.9 * memory)[None], 5)[0]
+        neurons = update if rows >= columns else update.T
+        sizes = 0.8 * sizes + 0.2 * torch.stack([n.square().mean() for n in neurons])
+        even = torch.stack([n / size.sqrt() for n, size in zip(neurons, sizes, strict=True)])
+        even *= neurons.norm() / even.norm()
+        even = even if rows >= columns else even.T
+        expected -= 0.1 * max(1, rows / columns) ** 0.5 * even
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), expected)
+    p.grad = torch.zeros(rows, columns)  # no gradient yet, as of what stands before a zero head
+    fresh = Muon([p], 0.1, neuron_beta=0.8)
+    fresh.step()
+    torch.testing.assert_close(p.detach(), expected)
 
 
 def test_muon_goes_the_way_of_torch_optim_muon():
