@@ -108,7 +108,7 @@ def test_a_checkpoint_is_resumed_by_any_number(runs, practice, tmp_path, source,
     model = load_model(load_checkpoint(out / "ckpt.pt"), out / "ckpt.pt").state_dict()
     whole = load_checkpoint(runs / "one" / "ckpt.pt")["model"]
     for name in whole:
-        torch.testing.assert_close(model[name], whole[name], atol=1e-4, rtol=0)
+        torch.testing.assert_close(model[name], whole[name], atol=1e-3, rtol=0)  # of 0.1 a step
 
 
 def test_a_sharded_checkpoint_is_exported_and_tells_the_same(runs, tmp_path):
