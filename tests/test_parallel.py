@@ -80,7 +80,7 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     assert read_log(runs / name)[-1]["reason"] == "finished"
     one, many = ((runs / n / "model.bin").read_bytes() for n in ("one", name))
     one, many = (np.frombuffer(data[128:], "<f4") for data in (one, many))
-    np.testing.assert_allclose(one, many, atol=5e-4)  # the rates are high
+    np.testing.assert_allclose(one, many, atol=1e-3)  # the rates are high
 
 
 @pytest.mark.parametrize(
