@@ -5,9 +5,10 @@ The ablation table: what each choice of the final recipe is worth.
     python ablate.py --data_dir=data --write=doc/ablations.md    # and write the table there
     python ablate.py --only=recipe,no-qk_norm --kinds=tokens     # some rows, one kind of run
 
-Each row of ROWS is trained with each seed at equal text (the tokens of the recipe, however the row
-cuts them) and at equal time. Results are lines of results.jsonl in out_dir; what is there already
-is not trained again, so a stopped ablation goes on. To add an option: a row.
+Each row of ROWS is trained at equal text (the tokens of the recipe, however the row cuts them) and
+at equal time, and with further seeds where the first leaves it close to the recipe. Results are
+lines of results.jsonl in out_dir; what is there already is not trained again, so a stopped ablation
+goes on. To add an option: a row.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 
 from tqdm import tqdm
@@ -26,13 +28,22 @@ from dataset import DataPaths, read_sidecar
 from files import atomic_write
 from hardware import describe, git_commit, pick_device
 from model import ModelArgs
-from trials import compare, read_run, same_run, shards_hint, start, train_settings
+from trials import (
+    compare,
+    pooled_sd,
+    read_run,
+    same_run,
+    shards_hint,
+    start,
+    train_settings,
+)
 
 # -----------------------------------------------------------------------------
 data_dir = "data"  # with the shards of all vocabularies that rows name
 out_dir = "ablations"  # results.jsonl goes here
 recipe = "config/speedrun_cpu.py"  # what rows differ from
-seeds = 3  # runs of each row and kind
+seeds = 3  # runs of each row and kind, at most
+clear = 0.025  # bits per byte; a row whose first run is further from the recipe's needs no second
 first_seed = 1337
 tokens = 800_000  # of a run at equal text: about 45 seconds of the recipe on two cores
 minutes = 0.75  # of training, of a run at equal time
@@ -41,6 +52,7 @@ compile = "True"  # as in the recipe's own longer runs; compilation is no traini
 device = "auto"
 only = ""  # names of rows, with commas; empty: all
 kinds = "tokens,time"  # tokens: equal text; time: equal time
+jobs = 1  # runs of equal text at once, each with its part of the cores; one of equal time is alone
 write = ""  # the table goes to this file, such as doc/ablations.md, and not to the screen
 given = configure(globals())
 # -----------------------------------------------------------------------------
@@ -81,8 +93,11 @@ ROWS = {
     "smear": "smear=True",
     "no-neuron_beta": "neuron_beta=0",
     "decay": "muon_weight_decay=0.1",
+    "decay-linear": "muon_weight_decay=0.1 decay_shape=linear",
     "vocab_multiple": "vocab_multiple=128",
     "dropout": "dropout=0.1",
+    "hidden_lr-0.01": "hidden_lr=0.01",
+    "hidden_lr-0.04": "hidden_lr=0.04",
     # heads
     "heads-2": "n_heads=2",
     "heads-4": "n_heads=4",
@@ -107,7 +122,12 @@ ROWS = {
     "float32": "dtype=float32",
 }
 KINDS = ("tokens", "time")
-OVERHEAD_S = 40  # of a run, about: starting, compiling, evaluating
+OVERHEAD_S = 25  # of a run, about: starting, compiling, evaluating
+# settings that leave the work of a step as it is: at equal text such a row took equal time already
+SAME_WORK = set(
+    "zero_init hidden_lr momentum_warmup muon_weight_decay decay_shape warmup_iters cooldown_frac "
+    "cooldown_shape".split()
+)
 SIZES = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
 
 
@@ -183,8 +203,12 @@ def result_of(name, kind, seed, words):
         "hardware": describe(device),
         "commit": git_commit(),
     }
+    threads = {}
+    if kind == "tokens" and jobs > 1:
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     environment = {
         **os.environ,
+        **threads,
         "TQDM_DISABLE": "1",
         "TORCHINDUCTOR_CACHE_DIR": os.path.abspath(os.path.join(out_dir, "compiled")),
     }
@@ -204,31 +228,39 @@ def result_of(name, kind, seed, words):
 
 
 def summary(results):
-    """[(row, {kind: comparison}, relative tok/s or None)], best first, from lines of results."""
+    """
+    ([(row, {kind: comparison}, relative tok/s or None)], best first; {kind: standard deviation of
+    one run or None}), from lines of results.
+    """
     found = {}
     for r in results:
         if "error" not in r:
             found.setdefault((r["row"], r["kind"]), []).append(r)
+    values = {key: [r["val_bpb"] for r in some] for key, some in found.items()}
+    noise = {kind: pooled_sd([v for (_, k), v in values.items() if k == kind]) for kind in KINDS}
     rows = []
     for name in dict.fromkeys(name for name, _ in found):
         compared, speed = {}, None
         for kind in KINDS:
-            ours, base = (found.get((row, kind)) for row in (name, "recipe"))
-            if ours and base:
-                compared[kind] = compare(*([r["val_bpb"] for r in some] for some in (ours, base)))
-                speeds = (statistics.median(r["tok_s"] for r in some) for some in (ours, base))
+            key, base = (name, kind), ("recipe", kind)
+            if key in values and base in values:
+                compared[kind] = compare(values[key], values[base], noise[kind])
+                speeds = (statistics.median(r["tok_s"] for r in found[k]) for k in (key, base))
                 speed = next(speeds) / next(speeds)  # at equal time, where that was measured
         if compared:
             rows.append((name, compared, speed))
-    return sorted(rows, key=lambda row: row[1].get("time", row[1].get("tokens"))["mean"])
+
+    def rank(row):
+        return row[1].get("time", row[1].get("tokens"))["difference"]
+
+    return sorted(rows, key=rank), noise
 
 
-def cells(compared, is_recipe):
-    """Three cells of the table: bits per byte, difference to the recipe, beyond noise."""
+def cells(compared, n_runs, is_recipe):
+    """Three cells of the table: bits per byte and number of runs, difference, beyond noise."""
     if compared is None:
         return ["", "", ""]
-    spread = "" if compared["sd"] is None else f" ± {compared['sd']:.4f}"
-    mean = f"{compared['mean']:.4f}{spread}"
+    mean = f"{compared['mean']:.4f} ({n_runs})"
     if is_recipe:
         return [mean, "", ""]
     verdict = {None: "?", True: "yes", False: "no"}[compared["beyond_noise"]]
@@ -243,23 +275,31 @@ def markdown(results, left_out):
         f"--{name}={globals()[name]}" for name in sorted(given - {"data_dir", "out_dir", "write"})
     ]
     command = " ".join(["python ablate.py", *flags, "--write=doc/ablations.md"])
+    rows, noise = summary(results)
+    of_one_run = " and ".join(
+        f"{noise[kind]:.4f} at equal {'text' if kind == 'tokens' else 'time'}"
+        for kind in KINDS
+        if noise[kind] is not None
+    )
     lines = [
         "# What each choice is worth",
         "",
         "Written by ablate.py: change the rows there, not the table here.",
         "",
         f"The recipe is `{recipe}`. Each row changes what it names and nothing else, and is "
-        f"trained with {seeds} seed{'s' if seeds > 1 else ''}: once on equal text ({tokens:,} "
-        "tokens of the recipe's vocabulary; other vocabularies cut the same text into more or "
-        f"fewer) and once for equal time ({60 * minutes:g} seconds of training, without "
-        "compilation and evaluation). The schedule of each run ends with it. Figures are "
-        "validation bits per byte at the end of the run, mean ± standard deviation over the "
-        "seeds: lower is better.",
+        f"trained on equal text ({tokens:,} tokens of the recipe's vocabulary; other vocabularies "
+        f"cut the same text into more or fewer) and for equal time ({60 * minutes:g} seconds of "
+        "training, without compilation and evaluation). The schedule of each run ends with it. "
+        "Figures are validation bits per byte at the end of the run: lower is better. In brackets "
+        f"is the number of seeds they are the mean of, {seeds} where the first is within {clear:g} "
+        "of the recipe's and one where the difference is larger.",
         "",
         "*Difference* is to the recipe; *beyond noise* says whether it is larger than two standard "
-        "errors of the difference. With three seeds that is a weak test: about one row in nine "
-        "passes it by luck. The rates are tuned for the recipe, not for each row, and short runs "
-        "favour what learns fast. Rows that the recipe has already are left out.",
+        "errors of it, which one row in twenty is by luck."
+        + (f" A single run deviates by {of_one_run} (standard deviation)." if of_one_run else "")
+        + " The rates are tuned for the recipe, not for each row, and short runs favour what "
+        "learns fast. Rows that the recipe has already are left out; those that leave the work of "
+        "a step as it is have no runs for equal time.",
         "",
         f"Machine: {about['device_name']}, {about['threads']} threads, {about['platform']}, torch "
         f"{about['torch']}" + (f"; commit {commits}." if commits else "."),
@@ -268,11 +308,12 @@ def markdown(results, left_out):
         "beyond noise | tok/s, relative |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, compared, speed in summary(results):
+    for name, compared, speed in rows:
         settings = f"`{ROWS[name]}`" if ROWS[name] else "the recipe"
         row = [name, settings]
         for kind in KINDS:
-            row += cells(compared.get(kind), name == "recipe")
+            n_runs = sum((r["row"], r["kind"]) == (name, kind) for r in results)
+            row += cells(compared.get(kind), n_runs, name == "recipe")
         lines.append(f"| {' | '.join([*row, f'{speed:.2f}'])} |")
     where = os.path.abspath(data_dir)
     failed = {(r["row"], r["error"].replace(where, "data")) for r in results if "error" in r}
@@ -296,8 +337,8 @@ wanted_kinds = kinds.split(",")
 for setting, wanted, known in (("only", names, ROWS), ("kinds", wanted_kinds, KINDS)):
     if unknown := [name for name in wanted if name not in known]:
         raise UserError(f"{setting} = {unknown[0]!r}: expected names of {', '.join(known)}")
-if seeds < 1 or tokens < 1 or minutes <= 0:
-    raise UserError("seeds, tokens and minutes must be above 0")
+if seeds < 1 or tokens < 1 or minutes <= 0 or jobs < 1:
+    raise UserError("seeds, tokens, minutes and jobs must be above 0")
 if "recipe" not in names:  # the others are compared with it
     names.insert(0, "recipe")
 device = pick_device(device)
@@ -317,31 +358,64 @@ for name in names:
     else:
         measured.append(name)
 
+earlier, results = read_results(), []
+
+
+def results_of(name, kind):
+    return [r for r in results if (r["row"], r["kind"]) == (name, kind) and "error" not in r]
+
+
+def is_wanted(name, kind):
+    """Whether a row needs one more seed, the recipe having been run with all of them."""
+    if kind == "time" and name != "recipe":
+        settings = train_settings([recipe, *words_of(name)])
+        if {key for key in settings if settings[key] != base[key]} <= SAME_WORK:
+            return False
+    ours, recipes = results_of(name, kind), results_of("recipe", kind)
+    if not ours or not recipes or name == "recipe":
+        return True
+    return abs(ours[0]["val_bpb"] - recipes[0]["val_bpb"]) <= clear
+
+
+def train_all(todo, kind, seed):
+    """Train one run of each of [(row, words)]; results go to the file as they come."""
+    n_at_once = jobs if kind == "tokens" else 1
+    pool = ThreadPoolExecutor(n_at_once)
+    bar = tqdm(total=len(todo), unit="run", desc=f"equal {kind}, seed {seed}")
+    try:
+        for future in as_completed(
+            pool.submit(result_of, name, kind, seed, words) for name, words in todo
+        ):
+            result = future.result()
+            bar.update()
+            said = f"{result['val_bpb']:.4f}" if "error" not in result else result["error"]
+            tqdm.write(f"{result['row']}, equal {kind}, seed {seed}: {said}")
+            results.append(result)
+            earlier.append(result)
+            with atomic_write(results_path, "w") as f:
+                f.writelines(json.dumps(r) + "\n" for r in earlier)
+    finally:  # Ctrl-C reaches the runs as well
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+
+
+most = len(measured) * len(wanted_kinds) * seeds * (60 * minutes + OVERHEAD_S) / 60
+print(f"{len(measured)} rows: at most {most:.0f} minutes, less what is done already", flush=True)
 # seeds outermost: a stopped ablation has whole rows, and a slow hour falls on all of them
-runs = [
-    (name, kind, first_seed + i, run_words(name, kind, first_seed + i))
-    for i in range(seeds)
-    for name in measured
-    for kind in wanted_kinds
-]
-earlier, results, todo = read_results(), [], []
-for name, kind, seed, words in runs:
-    settings = train_settings(words)
-    found = [r for r in earlier if "error" not in r and same_run(r["config"], settings)]
-    if found:
-        results.append({**found[-1], "row": name, "kind": kind})
-    else:
-        todo.append((name, kind, seed, words))
-estimate = len(todo) * (60 * minutes + OVERHEAD_S)
-print(f"{len(results)} runs are done, {len(todo)} to do: about {estimate / 60:.0f} minutes")
-for name, kind, seed, words in tqdm(todo, unit="run", disable=not todo):
-    tqdm.write(f"{name}, equal {kind}, seed {seed}")
-    result = result_of(name, kind, seed, words)
-    tqdm.write(f"  {result['error']}" if "error" in result else f"  {result['val_bpb']:.4f}")
-    results.append(result)
-    earlier.append(result)
-    with atomic_write(results_path, "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in earlier)
+for seed in range(first_seed, first_seed + seeds):
+    for kind in wanted_kinds:
+        todo = []
+        for name in measured:
+            if is_wanted(name, kind):
+                words = run_words(name, kind, seed)
+                settings = train_settings(words)
+                same = (r for r in earlier if same_run(r["config"], settings))
+                if found := [r for r in same if "error" not in r]:
+                    results.append({**found[-1], "row": name, "kind": kind})
+                else:
+                    todo.append((name, words))
+        if todo:
+            train_all(todo, kind, seed)
 
 text = markdown(results, left_out)
 if write:

@@ -13,10 +13,12 @@ ablate.py.
 
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 ACTIVATIONS = ("swiglu", "relu2")
 
@@ -379,7 +381,34 @@ class FeedForward(nn.Module):
         return linear(F.silu(gate) * up, self.w2.weight)
 
 
+# What a layer keeps for the backward pass: all it computed; what goes into it, the rest being
+# computed once more (Chen et al. 2016, arXiv:1604.06174); or its products as well
+ATEN = torch.ops.aten
+PRODUCTS = [
+    ATEN.mm.default,
+    ATEN.bmm.default,
+    ATEN.baddbmm.default,
+    ATEN._scaled_dot_product_flash_attention.default,
+    ATEN._scaled_dot_product_efficient_attention.default,
+    ATEN._scaled_dot_product_cudnn_attention.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+]
+ACTIVATION_CHECKPOINTING = {
+    "none": None,
+    "block": partial(checkpoint, use_reentrant=False),
+    "selective": partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS),
+    ),
+}
+
+
 class Block(nn.Module):
+    """One layer. `recompute`: None, or how training saves memory, of ACTIVATION_CHECKPOINTING."""
+
+    recompute = None
+
     def __init__(self, args, layer):
         super().__init__()
         self.attention_norm = RMSNorm(args, args.dim)
@@ -389,9 +418,28 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x, extra_values, cos, sin, cache):
+        if self.recompute and self.training:
+            return self.recompute(self.work, x, extra_values, cos, sin, cache)
+        return self.work(x, extra_values, cos, sin, cache)
+
+    def work(self, x, extra_values, cos, sin, cache):
         h = self.attention(self.attention_norm(x), extra_values, cos, sin, cache)
         x = x + self.dropout(h)
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+def fp8_mm(a, b, a_format=torch.float8_e4m3fn):
+    """
+    a (m, k) times the transpose of b (n, k), (m, n) in a's number format, from both rounded to 8
+    bits under one scale each: e4m3 is the finer format, e5m2 has the range that gradients need
+    (Micikevicius et al. 2022, arXiv:2209.05433). GPUs want multiples of 16 for k and n.
+    """
+    rounded, scales = [], []
+    for t, number_format in ((a, a_format), (b, torch.float8_e4m3fn)):
+        scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(number_format).max
+        rounded.append((t / scale).to(number_format).contiguous())
+        scales.append(scale)
+    return torch._scaled_mm(rounded[0], rounded[1].t(), *scales, out_dtype=a.dtype)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -403,15 +451,17 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap, wants_gradients):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, wants_gradients, is_fp8):
         """
         x (N, dim); weight (rows, dim), of which vocab_size count; targets (N,) int64, -1 where a
-        place does not count; softcap as in ModelArgs -> the mean in nats, float32. With gradients,
-        a place where the target is less likely than 1e-38 counts as if it were that likely.
+        place does not count; softcap as in ModelArgs; is_fp8: products by fp8_mm -> the mean in
+        nats, float32. With gradients, a place where the target is less likely than 1e-38 counts as
+        if it were that likely.
         """
         w = weight.to(x.dtype)
         # about as much as the cache of a CPU's core holds; a GPU wants large products
-        size = max(1, (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w))
+        size = (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w)
+        size = max(16, size // 16 * 16)  # fp8_mm's multiples
         n_rows = min(size, len(x))
         logits_of = x.new_empty(n_rows, len(w))  # one piece after another is worked out in these
         p_of = x.new_empty(n_rows, len(w), dtype=torch.float32)
@@ -422,8 +472,8 @@ class CrossEntropy(torch.autograd.Function):
         for i in range(0, len(x), size):
             h, y = x[i : i + size], targets[i : i + size, None]
             counts, y = y >= 0, y.clamp(min=0)
-            logits = torch.mm(h, w.t(), out=logits_of[: len(h)])
-            z = logits
+            logits = logits_of[: len(h)]
+            z = logits.copy_(fp8_mm(h, w)) if is_fp8 else torch.mm(h, w.t(), out=logits)
             if softcap:
                 capped = z.float().div_(softcap).tanh_()
                 z = capped * softcap
@@ -439,9 +489,14 @@ class CrossEntropy(torch.autograd.Function):
             if softcap:
                 p *= 1 - capped.square_()
             d = logits.copy_(p)
-            torch.mm(d, w, out=dx[i : i + size])
+            h = h * counts
+            if is_fp8:
+                dx[i : i + size] = fp8_mm(d, w.t(), torch.float8_e5m2)
+                dw += fp8_mm(d.t(), h.t(), torch.float8_e5m2)
+            else:
+                torch.mm(d, w, out=dx[i : i + size])
+                dw += d.t() @ h
             dx[i : i + size] *= counts
-            dw += d.t() @ (h * counts)
         if wants_gradients:
             ctx.save_for_backward(dx, dw, n)
         return total / n
@@ -450,18 +505,19 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         dx, dw, n = ctx.saved_tensors
         scale = gradient / n
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None, None
 
 
 class Transformer(nn.Module):
     """
-    The model. `dtype` is the number format of its products, float32 unless it is set; fast_layers,
-    if they are set, compiled `layers` that training steps use instead.
+    The model. `dtype` is the number format of its products, float32 unless it is set; with
+    fp8_head those of the head have 8 bits in training steps; fast_layers, if they are set, are
+    compiled `layers` that training steps use instead.
     """
 
     def __init__(self, args):
         super().__init__()
-        self.args, self.dtype, self.fast_layers = args, torch.float32, None
+        self.args, self.dtype, self.fp8_head, self.fast_layers = args, torch.float32, False, None
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)  # (vocab_rows, dim)
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
@@ -542,8 +598,10 @@ class Transformer(nn.Module):
 
     def embed(self, tokens, before):
         """What the first layer gets, (B, T, dim), of tokens and those before them, -1: none."""
-        looked_up = torch.cat((before[:, :1].clamp(min=0), tokens), dim=1)  # with one before all
-        x = self.tok_embeddings(looked_up if self.args.smear else tokens).to(self.dtype)
+        looked_up = tokens
+        if self.args.smear:  # with the token before all
+            looked_up = torch.cat((before[:, :1].clamp(min=0), tokens), dim=1)
+        x = self.tok_embeddings(looked_up).to(self.dtype)
         if self.args.embedding_norm:
             x = self.embedding_norm(x)
         if self.args.smear:
@@ -594,7 +652,8 @@ class Transformer(nn.Module):
         if targets is not None:
             x, y, weight = x.flatten(0, 1), targets.flatten(), self.output.weight
             wants_gradients = torch.is_grad_enabled()  # cannot be seen from inside
-            return CrossEntropy.apply(x, weight, y, vocab_size, softcap, wants_gradients)
+            is_fp8 = self.fp8_head and self.training
+            return CrossEntropy.apply(x, weight, y, vocab_size, softcap, wants_gradients, is_fp8)
         logits = linear(x, self.output.weight)[..., :vocab_size].float()
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 

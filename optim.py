@@ -227,11 +227,13 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 def make_optimizer(model, name, settings):
     """
     The optimizer `name` for a Transformer. `settings` are those of train.py by name. Each of its
-    param_groups has its "role", and its full rate as "initial_lr".
+    param_groups has its "role", and its full rate and decay as "initial_lr" and
+    "initial_weight_decay".
     """
     optimizer = OPTIMIZERS[name](by_role(model), settings, model.dtype)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+        group["initial_weight_decay"] = group["weight_decay"]
     return optimizer
 
 

@@ -51,7 +51,7 @@ from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # 
 from export import export_model  # noqa: E402
 from files import atomic_write  # noqa: E402
 from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
-from model import ARCHS, ModelArgs, Transformer  # noqa: E402
+from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer  # noqa: E402
 from optim import OPTIMIZERS, SHAPES, make_optimizer, momentum_at, rate_factor, table  # noqa: E402
 from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
 from rundir import RunDir  # noqa: E402
@@ -112,6 +112,7 @@ momentum = 0.95  # Muon's; it rises from 0.85
 momentum_warmup = 100  # steps in which it rises
 neuron_beta = 0.95  # Muon's memory of the sizes of neurons' updates, evened out; 0: as they are
 muon_weight_decay = 0.0  # of matrices, by Muon
+decay_shape = "constant"  # of the weight decay of both; linear: it falls to 0 over the run
 muon_beta1 = 0.8  # of the AdamW beside Muon: memory of the gradient
 muon_beta2 = 0.95  # of the AdamW beside Muon: memory of its square
 base_learning_rate = 2e-3  # of adamw, after warm-up
@@ -126,7 +127,9 @@ final_lr_frac = 0.0  # where they end, as a part of the full rates
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (of the matrix products)
+fp8_head = False  # the products of the head in 8 bits, for GPUs that have them (RTX 40, H100)
 fsdp = False  # under torchrun: each process holds a part of the model (FSDP2), not all (DDP)
+activation_checkpointing = "none"  # saves memory, costs time; block (most of both) or selective
 compile = "auto"  # torch.compile, slow to start, then faster: True, False, auto: in longer runs
 seed = 1337  # of the weights and the order of the data
 given = configure(globals())
@@ -137,7 +140,9 @@ config = settings_of(globals())
 
 OPTIONS = [f.name for f in fields(ModelArgs) if f.name in config]
 FIXED_BY_CHECKPOINT = {*OPTIONS, "vocab_source", "arch", "optimizer"} - {"dropout"}
-OF_ONE_START = set("out_dir init_from resume eval_only device fsdp compile".split())
+OF_ONE_START = set(
+    "out_dir init_from resume eval_only device fsdp activation_checkpointing compile".split()
+)
 AT_LEAST_1 = (
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
     "keep_last"
@@ -191,6 +196,8 @@ def check_settings():
         ("arch", ARCHS),
         ("optimizer", OPTIMIZERS),
         ("cooldown_shape", SHAPES),
+        ("decay_shape", ("constant", "linear")),
+        ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
         ("compile", ("auto", "True", "False")),
         ("resume", ("auto", "no")),
     ):
@@ -318,7 +325,28 @@ def worth_compiling():
     return seconds > 120
 
 
-model.dtype = dtype
+def check_fp8():
+    """Raise UserError where the head's products cannot have 8 bits; warn where they gain nothing"""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("fp8_head: this GPU has no 8-bit products; leave it out")
+    if device.type == "mps":
+        raise UserError("fp8_head: mps has no 8-bit products; leave it out")
+    if device.type == "cpu":
+        say("warning: fp8_head is slower on a CPU, which has no 8-bit products")
+    for name, number, how in (
+        ("dim", args.dim, "take a dim of such"),
+        ("the vocabulary's rows", args.vocab_rows, "give --vocab_multiple=16"),
+        ("tokens a micro-batch", micro_batch_size * max_seq_len, "take a batch_size of such"),
+    ):
+        if number % 16:
+            raise UserError(f"fp8_head: {name} must be a multiple of 16, not {number}; {how}")
+
+
+if fp8_head:
+    check_fp8()
+model.dtype, model.fp8_head = dtype, fp8_head
+for block in model.layers:
+    block.recompute = ACTIVATION_CHECKPOINTING[activation_checkpointing]
 is_compiled = worth_compiling()
 if is_compiled:  # kept with the run; before torch.optim, which chooses a place of its own
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(out_dir, "compiled"))
@@ -426,11 +454,15 @@ def bits_per_byte(loss):
 
 
 def set_rates():
-    """Rates and momentum of this step."""
+    """Rates, decay and momentum of this step."""
     warmup = min(warmup_iters, max_iters // 2)
-    factor = rate_factor(progress(), iter_num, warmup, cooldown_frac, cooldown_shape, final_lr_frac)
+    done = progress()
+    factor = rate_factor(done, iter_num, warmup, cooldown_frac, cooldown_shape, final_lr_frac)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["initial_lr"]
+        if decay_shape == "linear":
+            left = min(max(1 - done, 0.0), 1.0)
+            group["weight_decay"] = left * group["initial_weight_decay"]
         if "momentum" in group:
             group["momentum"] = momentum_at(iter_num, momentum, momentum_warmup)
 

@@ -149,19 +149,26 @@ def race(plain, ours, sprint):
 # ---- differences
 
 
-def compare(values, base):
+def pooled_sd(groups):
     """
-    Mean and standard deviation of some results, their difference to the mean of `base`, and whether
-    that is more than two standard errors of it. Deviation and verdict are None where one run alone
-    leaves them unknown.
+    The standard deviation of one run around the mean of its like, from groups of runs that differ
+    by their seed alone: taken to be the same in all groups, it is known better than in any of them.
+    None where no group has two.
     """
-    mean, difference = statistics.mean(values), statistics.mean(values) - statistics.mean(base)
-    if len(values) < 2 or len(base) < 2:
-        return {"mean": mean, "sd": None, "difference": difference, "beyond_noise": None}
-    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (values, base)))
-    return {
-        "mean": mean,
-        "sd": statistics.stdev(values),
-        "difference": difference,
-        "beyond_noise": abs(difference) > 2 * error,
-    }
+    groups = [values for values in groups if len(values) > 1]
+    if not groups:
+        return None
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
+    return math.sqrt(squares / sum(len(values) - 1 for values in groups))
+
+
+def compare(values, base, sd):
+    """
+    Mean of some results, its difference to that of `base`, and whether this is more than two
+    standard errors, sd being the standard deviation of one result; None where that is unknown.
+    """
+    mean = statistics.mean(values)
+    difference, beyond_noise = mean - statistics.mean(base), None
+    if sd is not None:
+        beyond_noise = abs(difference) > 2 * sd * math.sqrt(1 / len(values) + 1 / len(base))
+    return {"mean": mean, "difference": difference, "beyond_noise": beyond_noise}

@@ -83,12 +83,16 @@ def test_a_race_compares_both_clocks():
 
 
 def test_differences_within_two_standard_errors_are_noise():
-    base = [1.0, 1.1, 0.9]  # a standard deviation of 0.1, and so an error of 0.0816
-    found = trials.compare([1.2, 1.3, 1.1], base)
-    assert found["mean"] == pytest.approx(1.2) and found["sd"] == pytest.approx(0.1)
+    groups = [1.0, 1.1, 0.9], [2.0, 2.4, 1.6], [5.0]  # variances 0.01, 0.16, and unknown
+    assert trials.pooled_sd(groups) == pytest.approx(math.sqrt((0.01 + 0.16) / 2))
+    assert trials.pooled_sd([[1.0], [2.0]]) is None
+    base = [1.0, 1.1, 0.9]
+    found = trials.compare([1.2, 1.3, 1.1], base, 0.1)  # an error of 0.0816
+    assert found["mean"] == pytest.approx(1.2)
     assert found["difference"] == pytest.approx(0.2) and found["beyond_noise"]
-    assert not trials.compare([1.15, 1.25, 1.05], base)["beyond_noise"]
-    assert trials.compare([1.5], base)["beyond_noise"] is None
+    assert not trials.compare([1.15, 1.25, 1.05], base, 0.1)["beyond_noise"]
+    assert not trials.compare([1.2], base, 0.1)["beyond_noise"]  # of one run, 0.115
+    assert trials.compare([1.5], base, None)["beyond_noise"] is None
 
 
 @pytest.fixture
@@ -152,32 +156,40 @@ ABLATE = "--kinds=tokens --tokens=1024 --compile=False --device=cpu --eval_windo
 def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
     flags = [*ABLATE, f"--data_dir={practice}", f"--out_dir={tmp_path / 'abl'}"]
     flags += [f"--recipe={recipe}", "--seeds=1"]
-    first = script("ablate.py", "--only=recipe", *flags)
+    first = script("ablate.py", "--only=softcap", "--jobs=2", *flags)
     assert first.returncode == 0, first.stderr
-    assert "0 runs are done, 1 to do" in first.stdout
+    assert "recipe, equal tokens, seed 1337" in first.stdout
     path = tmp_path / "abl" / "results.jsonl"
-    result = json.loads(path.read_text())
-    assert result["step"] == 2 and result["val_bpb"] > 0 and "error" not in result
-    # results of two more seeds and of a row, made up; one of a run that failed is done again
+    measured = {r["row"]: r for r in map(json.loads, path.read_text().splitlines())}
+    assert sorted(measured) == ["recipe", "softcap"]
+    for result in measured.values():
+        assert result["step"] == 2 and result["val_bpb"] > 0 and "error" not in result
+    # with three seeds, all made up: nothing is trained, and a row that differs clearly has one
     results = []
+    softcap, tied = {"logit_softcap": 15.0}, {"tie_embeddings": True}
     for i in range(3):
-        for name, word, bpb in (("recipe", "", 1.0), ("swiglu", "activation=swiglu", 1.2)):
-            config = {**result["config"], "seed": 1337 + i}
-            if word:
-                config |= {"activation": "swiglu"}
+        for name, words, bpb in (
+            ("recipe", {}, 1.0),
+            ("softcap", softcap, 1.02),
+            ("tied", tied, 1.5),
+        ):
+            config = {**measured["recipe"]["config"], **words, "seed": 1337 + i}
             made_up = {"row": name, "seed": 1337 + i, "config": config, "val_bpb": bpb + i / 100}
-            results.append({**result, **made_up, "tok_s": 1000 if word else 2000})
+            results.append({**result, **made_up, "tok_s": 1000 if words else 2000})
     path.write_text("\n".join(json.dumps(r) for r in results) + '\n{"row": "cut o')
     table = tmp_path / "doc.md"
-    flags = [*flags[:-1], "--seeds=3", "--only=swiglu,relu2,vocab-512", f"--write={table}"]
-    done = script("ablate.py", *flags)
+    only = "--only=softcap,tied,relu2,vocab-512"
+    before = path.read_text()
+    done = script("ablate.py", *flags[:-1], "--seeds=3", only, f"--write={table}")
     assert done.returncode == 0, done.stderr
-    assert "6 runs are done, 0 to do" in done.stdout and "vocab-512 is left out" in done.stdout
+    assert path.read_text() == before and "vocab-512 is left out" in done.stdout
+    rows = {t.split()[1]: t for t in table.read_text().splitlines() if t.startswith("| ")}
+    assert "1.0100 (3) |  |  |" in rows["recipe"]
+    assert "1.0300 (3) | +0.0200 | yes" in rows["softcap"] and rows["softcap"].endswith("| 0.50 |")
+    assert "1.5000 (1) | +0.4900 | yes" in rows["tied"] and "relu2" not in rows
     text = table.read_text()
-    recipe_row, row = (t for t in text.splitlines() if t.startswith(("| recipe", "| swiglu")))
-    assert "1.0100 ± 0.0100 |  |  |" in recipe_row
-    assert "1.2100 ± 0.0100 | +0.2000 | yes" in row and row.endswith("| 0.50 |")
-    assert "relu2" not in row and "- vocab-512 is not measured" in text
+    assert "A single run deviates by 0.0100 at equal text" in text
+    assert "- vocab-512 is not measured" in text
     assert str(practice) not in text and "python ablate.py --compile=False" in text
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import KVCache, ModelArgs, sample_token
+from model import ACTIVATION_CHECKPOINTING, KVCache, ModelArgs, sample_token
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,33 @@ def test_hidden_dim_and_parameter_count():
     model = random_model(dim=48, n_heads=4, n_kv_heads=2, hidden_dim=50, vocab_size=105)
     block = 2 * 48 + 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 50
     assert model.n_params() == 105 * 48 + 2 * block + 48
+
+
+def test_activation_checkpointing_keeps_less_for_the_same_gradients():
+    """Of what autograd keeps; selective keeps products besides, and so does none of them twice."""
+    model = random_model(n_layers=4, max_seq_len=128).train()
+    tokens = torch.randint(0, 105, (2, 128))
+    kept, flops, gradients = {}, {}, {}
+    for kind, recompute in ACTIVATION_CHECKPOINTING.items():
+        storages = {}
+
+        def keep(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t  # held, so that no address comes twice
+            return t
+
+        for block in model.layers:
+            block.recompute = recompute
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                loss = model(tokens, tokens)
+            gradients[kind] = torch.autograd.grad(loss, list(model.parameters()))
+        kept[kind] = sum(t.untyped_storage().nbytes() for t in storages.values())
+        flops[kind] = counter.get_total_flops()
+    assert max(kept["block"], kept["selective"]) < 0.5 * kept["none"]
+    assert flops["none"] == flops["selective"] < flops["block"]
+    for kind in ("block", "selective"):
+        for a, b in zip(gradients[kind], gradients["none"], strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_unknown_options_are_refused():

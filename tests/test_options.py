@@ -95,6 +95,25 @@ def test_bfloat16_attention_agrees(name):
     torch.testing.assert_close(model(tokens, tokens), expected, atol=0.05, rtol=0.01)
 
 
+@pytest.mark.parametrize("name", ["untied", "softcap"])
+def test_an_8_bit_head_is_nearly_the_head(name):
+    """Loss within a hundredth, gradients that point the same way; evaluation is not touched."""
+    model = options_model(name, vocab_size=112)
+    tokens = torch.randint(0, 112, (2, 32))
+    targets = torch.randint(0, 112, (2, 32))
+    targets[0, 3:9] = -1
+    params = [model.output.weight, model.layers[0].attention.wq.weight]
+    expected = model.train()(tokens, targets)
+    gradients = torch.autograd.grad(expected, params)
+    model.fp8_head = True
+    loss = model(tokens, targets)
+    assert loss != expected and loss.item() == pytest.approx(expected.item(), rel=0.01)
+    for a, b in zip(torch.autograd.grad(loss, params), gradients, strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+        assert a.norm().item() == pytest.approx(b.norm().item(), rel=0.05)
+    assert model.eval()(tokens, targets) == expected
+
+
 def test_a_padded_vocabulary_is_never_drawn():
     model = options_model("untied")
     assert model.output.weight.shape[0] == 128 and model.args.vocab_size == 105

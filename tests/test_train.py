@@ -203,6 +203,31 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_linear_decay_ends_at_none(practice, tmp_path):
+    """A decay that falls shrinks the matrices less than one that stays, and more than none."""
+    norms = []
+    for name, words in (
+        ("none", ["--muon_weight_decay=0"]),
+        ("linear", ["--muon_weight_decay=2", "--decay_shape=linear"]),
+        ("constant", ["--muon_weight_decay=2"]),
+    ):
+        assert train(practice, tmp_path / name, "--max_iters=20", *words).returncode == 0
+        weights = load_checkpoint(tmp_path / name / "ckpt.pt")["model"]
+        norms.append(weights["layers.0.feed_forward.w1.weight"].norm())
+    assert norms[0] > 1.02 * norms[1] > 1.04 * norms[2]
+
+
+@pytest.mark.parametrize("words", [["--dropout=0.1"], ["--dtype=auto", "--sliding_window=8"]])
+def test_activation_checkpointing_changes_no_loss(practice, tmp_path, words):
+    losses = []
+    for kind in ("none", "block", "selective"):
+        flags = [f"--activation_checkpointing={kind}", "--max_iters=6", "--log_interval=1"]
+        done = train(practice, tmp_path / kind, *flags, *words)
+        assert done.returncode == 0, done.stderr
+        losses.append([e["loss"] for e in read_log(tmp_path / kind) if e["kind"] == "train"])
+    assert losses[1] == losses[0] and losses[2] == losses[0]
+
+
 @pytest.mark.parametrize(
     "words, parts",
     [
@@ -231,6 +256,9 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
         (["--optimizer=sgd"], ["optimizer = 'sgd': expected one of adamw, muon"]),
         (["--compile=maybe"], ["expected one of auto, True, False"]),
         (["--cooldown_shape=steps"], ["expected one of cosine, linear"]),
+        (["--decay_shape=cosine"], ["expected one of constant, linear"]),
+        (["--activation_checkpointing=all"], ["expected one of none, block, selective"]),
+        (["--fp8_head=True"], ["rows must be a multiple of 16, not 300", "--vocab_multiple=16"]),
         (["--hidden_lr=0"], ["hidden_lr = 0.0: expected a number above 0"]),
         (["--max_minutes=-1"], ["max_minutes = -1.0: expected a number 0"]),
         (["--activation=gelu"], ["expected one of swiglu, relu2"]),
@@ -289,12 +317,13 @@ def test_sample_refuses(trained, words, part):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_train_alike(practice, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--activation_checkpointing=selective"]])
+def test_compiled_layers_train_alike(practice, tmp_path, more):
     """Compiled and not, the same steps; what was compiled is kept in out_dir."""
     losses = []
     for compile in ("True", "False"):
         out = tmp_path / compile
-        words = [f"--compile={compile}", "--max_iters=6", "--log_interval=1"]
+        words = [f"--compile={compile}", "--max_iters=6", "--log_interval=1", *more]
         done = train(practice, out, *words)
         assert done.returncode == 0, done.stderr
         assert ("compiling" in done.stdout) == (compile == "True")
