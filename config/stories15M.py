@@ -8,5 +8,6 @@ n_heads = 6
 max_seq_len = 256
 batch_size = 128
 gradient_accumulation_steps = 4
+arch = "llama"  # modded learns faster, with several times the parameters
 max_iters = 100000
 eval_interval = 2000

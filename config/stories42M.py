@@ -8,5 +8,6 @@ n_heads = 8
 max_seq_len = 1024
 batch_size = 32
 gradient_accumulation_steps = 4
+arch = "llama"  # modded learns faster, with several times the parameters
 max_iters = 100000
 eval_interval = 2000

@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
+import torch
 from conftest import REPO
 
 import bootstrap
-from configurator import apply
-from model import ModelArgs
+from model import ModelArgs, Transformer
 from trials import train_settings
 
 
@@ -28,16 +29,33 @@ def test_pyproject_and_requirements_have_the_same_pins():
     assert "torch==2.13.0" in expected
 
 
+# of each preset, as its docstring and README.md say
+PARAMETERS = {
+    "baby128": 10_985_772,
+    "cs336_large": 969_411_840,
+    "cs336_medium": 423_183_360,
+    "cs336_small": 128_625_408,
+    "cs336_tiny": 22_696_448,
+    "plain_llama2c": 7_155_360,
+    "speedrun_cpu": 10_486_024,
+    "speedrun_gpu": 79_692_304,
+    "sprint_cpu": 4_587_652,
+    "stories110M": 109_529_856,
+    "stories15M": 15_191_712,
+    "stories260K": 260_032,
+    "stories42M": 41_689_600,
+    "story": 1_769_608,
+    "tok105": 3_058_890,
+}
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.py")), ids=lambda p: p.name)
-def test_presets_are_read(path):
-    settings = {}
-    source = (REPO / "train.py").read_text().split("# ----")[1]
-    exec("\n".join(line for line in source.splitlines()[1:] if "configure(" not in line), settings)
-    settings["__file__"] = str(REPO / "train.py")
-    settings.pop("__builtins__")
-    assert apply(settings, [str(path)])
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-    ModelArgs(**{name: settings[name] for name in names})
+def test_presets_are_models_of_their_size(path):
+    settings = train_settings([str(path)])
+    sizes = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**sizes))
+    assert model.n_params() == PARAMETERS[path.stem]
 
 
 def test_bootstrap_reads_pins_and_results(tmp_path):
