@@ -229,8 +229,8 @@ def result_of(name, kind, seed, words):
 
 def summary(results):
     """
-    ([(row, {kind: comparison}, relative tok/s or None)], best first; {kind: standard deviation of
-    one run or None}), from lines of results.
+    ([(row, {kind: comparison}, relative tok/s of runs for equal time or None)], best first;
+    {kind: standard deviation of one run or None}), from lines of results.
     """
     found = {}
     for r in results:
@@ -245,8 +245,9 @@ def summary(results):
             key, base = (name, kind), ("recipe", kind)
             if key in values and base in values:
                 compared[kind] = compare(values[key], values[base], noise[kind])
-                speeds = (statistics.median(r["tok_s"] for r in found[k]) for k in (key, base))
-                speed = next(speeds) / next(speeds)  # at equal time, where that was measured
+                if kind == "time":
+                    speeds = (statistics.median(r["tok_s"] for r in found[k]) for k in (key, base))
+                    speed = next(speeds) / next(speeds)
         if compared:
             rows.append((name, compared, speed))
 
@@ -256,11 +257,11 @@ def summary(results):
     return sorted(rows, key=rank), noise
 
 
-def cells(compared, n_runs, is_recipe):
+def cells(compared, is_recipe):
     """Three cells of the table: bits per byte and number of runs, difference, beyond noise."""
     if compared is None:
         return ["", "", ""]
-    mean = f"{compared['mean']:.4f} ({n_runs})"
+    mean = f"{compared['mean']:.4f} ({compared['n']})"
     if is_recipe:
         return [mean, "", ""]
     verdict = {None: "?", True: "yes", False: "no"}[compared["beyond_noise"]]
@@ -269,37 +270,46 @@ def cells(compared, n_runs, is_recipe):
 
 def markdown(results, left_out):
     """The whole of doc/ablations.md."""
-    about = next((r["hardware"] for r in results), describe(device))
+    of_time = [r for r in results if r["kind"] == "time"]  # alone on all cores, see jobs
+    about = next((r["hardware"] for r in of_time or results), describe(device))
     commits = ", ".join(sorted({r["commit"][:9] + r["commit"][40:] for r in results} - {""}))
     flags = [
         f"--{name}={globals()[name]}" for name in sorted(given - {"data_dir", "out_dir", "write"})
     ]
     command = " ".join(["python ablate.py", *flags, "--write=doc/ablations.md"])
     rows, noise = summary(results)
+    limits = {
+        "tokens": f"on equal text ({tokens:,} tokens of the recipe's vocabulary; other "
+        "vocabularies cut the same text into more or fewer)",
+        "time": f"for equal time ({60 * minutes:g} seconds of training, without compilation and "
+        "evaluation)",
+    }
     of_one_run = " and ".join(
         f"{noise[kind]:.4f} at equal {'text' if kind == 'tokens' else 'time'}"
         for kind in KINDS
         if noise[kind] is not None
     )
+    verdicts = "whether it is *beyond noise* one seed cannot say."
+    if of_one_run:
+        verdicts = (
+            "*beyond noise* says whether it is larger than two standard errors of it. A single run "
+            f"deviates by {of_one_run} (standard deviation, pooled over the rows with several "
+            "seeds); of many rows one in twenty passes by luck, of few more."
+        )
     lines = [
         "# What each choice is worth",
         "",
         "Written by ablate.py: change the rows there, not the table here.",
         "",
         f"The recipe is `{recipe}`. Each row changes what it names and nothing else, and is "
-        f"trained on equal text ({tokens:,} tokens of the recipe's vocabulary; other vocabularies "
-        f"cut the same text into more or fewer) and for equal time ({60 * minutes:g} seconds of "
-        "training, without compilation and evaluation). The schedule of each run ends with it. "
-        "Figures are validation bits per byte at the end of the run: lower is better. In brackets "
-        f"is the number of seeds they are the mean of, {seeds} where the first is within {clear:g} "
-        "of the recipe's and one where the difference is larger.",
+        f"trained {' and '.join(limits[kind] for kind in KINDS if kind in wanted_kinds)}. The "
+        "schedule of each run ends with it. Figures are validation bits per byte at the end of the "
+        "run: lower is better. In brackets is the number of seeds they are the mean of, "
+        f"{seeds} where the first is within {clear:g} of the recipe's, else one.",
         "",
-        "*Difference* is to the recipe; *beyond noise* says whether it is larger than two standard "
-        "errors of it, which one row in twenty is by luck."
-        + (f" A single run deviates by {of_one_run} (standard deviation)." if of_one_run else "")
-        + " The rates are tuned for the recipe, not for each row, and short runs favour what "
-        "learns fast. Rows that the recipe has already are left out; those that leave the work of "
-        "a step as it is have no runs for equal time.",
+        f"*Difference* is to the recipe; {verdicts} The rates are tuned for the recipe, not for "
+        "each row, and short runs favour what learns fast. Rows that the recipe has already are "
+        "left out; those that leave the work of a step as it is need no runs for equal time.",
         "",
         f"Machine: {about['device_name']}, {about['threads']} threads, {about['platform']}, torch "
         f"{about['torch']}" + (f"; commit {commits}." if commits else "."),
@@ -310,14 +320,13 @@ def markdown(results, left_out):
     ]
     for name, compared, speed in rows:
         settings = f"`{ROWS[name]}`" if ROWS[name] else "the recipe"
-        row = [name, settings]
+        row, speed = [name, settings], f"{speed:.2f}" if speed else ""
         for kind in KINDS:
-            n_runs = sum((r["row"], r["kind"]) == (name, kind) for r in results)
-            row += cells(compared.get(kind), n_runs, name == "recipe")
-        lines.append(f"| {' | '.join([*row, f'{speed:.2f}'])} |")
+            row += cells(compared.get(kind), name == "recipe")
+        lines.append(f"| {' | '.join([*row, speed])} |")
     where = os.path.abspath(data_dir)
     failed = {(r["row"], r["error"].replace(where, "data")) for r in results if "error" in r}
-    notes = [f"- {name} fails: {error}" for name, error in sorted(failed)]
+    notes = [f"- a run of {name}, which failed: {error}" for name, error in sorted(failed)]
     notes += [f"- {name} is not measured, for want of its shards" for name in left_out]
     if notes:
         lines += ["", "Not in the table:", "", *notes]
@@ -339,6 +348,8 @@ for setting, wanted, known in (("only", names, ROWS), ("kinds", wanted_kinds, KI
         raise UserError(f"{setting} = {unknown[0]!r}: expected names of {', '.join(known)}")
 if seeds < 1 or tokens < 1 or minutes <= 0 or jobs < 1:
     raise UserError("seeds, tokens, minutes and jobs must be above 0")
+if not clear >= 0:
+    raise UserError(f"clear = {clear}: expected 0 or above")
 if "recipe" not in names:  # the others are compared with it
     names.insert(0, "recipe")
 device = pick_device(device)
@@ -366,8 +377,11 @@ def results_of(name, kind):
 
 
 def is_wanted(name, kind):
-    """Whether a row needs one more seed, the recipe having been run with all of them."""
-    if kind == "time" and name != "recipe":
+    """
+    Whether a row gets this seed: its first, or its first came close to the recipe's; the recipe
+    gets all.
+    """
+    if kind == "time" and "tokens" in wanted_kinds and name != "recipe":
         settings = train_settings([recipe, *words_of(name)])
         if {key for key in settings if settings[key] != base[key]} <= SAME_WORK:
             return False
@@ -400,7 +414,7 @@ def train_all(todo, kind, seed):
 
 
 most = len(measured) * len(wanted_kinds) * seeds * (60 * minutes + OVERHEAD_S) / 60
-print(f"{len(measured)} rows: at most {most:.0f} minutes, less what is done already", flush=True)
+print(f"{len(measured)} rows: about {most:.0f} minutes or less, with what is done", flush=True)
 # seeds outermost: a stopped ablation has whole rows, and a slow hour falls on all of them
 for seed in range(first_seed, first_seed + seeds):
     for kind in wanted_kinds:

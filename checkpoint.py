@@ -52,6 +52,7 @@ from model import ModelArgs, Transformer
 from rundir import remove
 
 FORMAT = 2
+MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
 NESTED = ("model", "model_args", "optimizer", "config", "rng", "versions", "files")
@@ -468,13 +469,15 @@ def restore(model, optimizer, checkpoint, path):
         if os.path.isdir(path):
             import sharded
 
-            sharded.read(path, targets)
+            sharded.read(path, targets, MAY_BE_NEW)
             return
         source = {f"model.{name}": t for name, t in plain_state(checkpoint).items()}
         if optimizer:
             source |= {f"optimizer.{k}": t for k, t in checkpoint["optimizer"].items()}
         with torch.no_grad():
             for name, target in targets.items():
+                if name not in source and name.endswith(MAY_BE_NEW):
+                    continue
                 value = source[name].to(target.device)
                 if value.shape != target.shape:
                     raise ValueError(

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as with_recomputation
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 ACTIVATIONS = ("swiglu", "relu2")
 
@@ -381,8 +382,6 @@ class FeedForward(nn.Module):
         return linear(F.silu(gate) * up, self.w2.weight)
 
 
-# What a layer keeps for the backward pass: all it computed; what goes into it, the rest being
-# computed once more (Chen et al. 2016, arXiv:1604.06174); or its products as well
 ATEN = torch.ops.aten
 PRODUCTS = [
     ATEN.mm.default,
@@ -393,11 +392,13 @@ PRODUCTS = [
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
+# What a layer keeps for the backward pass: all it computed; what goes into it, the rest being
+# computed once more (Chen et al. 2016, arXiv:1604.06174); or its products as well
 ACTIVATION_CHECKPOINTING = {
     "none": None,
-    "block": partial(checkpoint, use_reentrant=False),
+    "block": partial(with_recomputation, use_reentrant=False),
     "selective": partial(
-        checkpoint,
+        with_recomputation,
         use_reentrant=False,
         context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS),
     ),
@@ -462,17 +463,17 @@ class CrossEntropy(torch.autograd.Function):
         # about as much as the cache of a CPU's core holds; a GPU wants large products
         size = (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w)
         size = max(16, size // 16 * 16)  # fp8_mm's multiples
-        n_rows = min(size, len(x))
-        logits_of = x.new_empty(n_rows, len(w))  # one piece after another is worked out in these
-        p_of = x.new_empty(n_rows, len(w), dtype=torch.float32)
+        # one piece after another is worked out in these
+        logits_buffer = x.new_empty(min(size, len(x)), len(w))
         if wants_gradients:
+            p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         n = (targets >= 0).sum()
         total = x.new_zeros((), dtype=torch.float32)
         for i in range(0, len(x), size):
             h, y = x[i : i + size], targets[i : i + size, None]
             counts, y = y >= 0, y.clamp(min=0)
-            logits = logits_of[: len(h)]
+            logits = logits_buffer[: len(h)]
             z = logits.copy_(fp8_mm(h, w)) if is_fp8 else torch.mm(h, w.t(), out=logits)
             if softcap:
                 capped = z.float().div_(softcap).tanh_()
@@ -482,13 +483,13 @@ class CrossEntropy(torch.autograd.Function):
                 log_p = torch.log_softmax(z, -1, dtype=torch.float32)
                 total -= (log_p.gather(1, y) * counts).sum()
                 continue
-            p = torch.softmax(z, -1, dtype=torch.float32, out=p_of[: len(h)])
+            p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(h)])
             total -= (p.gather(1, y).clamp_(min=1e-38).log_() * counts).sum()
             # the gradient of the sum: with respect to logits, p minus one at the target
             p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
             if softcap:
                 p *= 1 - capped.square_()
-            d = logits.copy_(p)
+            d = logits.copy_(p)  # z, which may be the same memory, is not needed any more
             h = h * counts
             if is_fp8:
                 dx[i : i + size] = fp8_mm(d, w.t(), torch.float8_e5m2)

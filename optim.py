@@ -272,3 +272,11 @@ def rate_factor(progress, step, warmup_steps, cooldown_frac, shape="cosine", fin
 def momentum_at(step, final, warmup_steps, start=0.85):
     """Muon's momentum in a step: a linear rise from `start`, as in modded-nanogpt."""
     return final - (final - start) * max(0.0, 1 - step / warmup_steps) if warmup_steps else final
+
+
+DECAYS = ("constant", "linear")
+
+
+def decay_factor(progress, shape):
+    """What weight decay is multiplied with: 1, or linear from 1 at the start to 0 at the end."""
+    return 1.0 if shape == "constant" else min(max(1.0 - progress, 0.0), 1.0)

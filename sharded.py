@@ -62,12 +62,15 @@ def write(folder, tensors):
         raise first_failure(e) from None
 
 
-def read(folder, tensors):
+def read(folder, tensors, may_be_new):
     """
-    Fill {name: tensor} from a folder that any number of processes wrote. Raises KeyError,
-    ValueError or RuntimeError where it does not fit, pickle.UnpicklingError where it is hostile.
+    Fill {name: tensor} from a folder that any number of processes wrote; one whose name ends with
+    `may_be_new` stays as it is where the folder lacks it. Raises KeyError, ValueError or
+    RuntimeError where it does not fit, pickle.UnpicklingError where it is hostile.
     """
     reader = NumbersReader(folder)
+    there = reader.contents.state_dict_metadata
+    tensors = {k: t for k, t in tensors.items() if k in there or not k.endswith(may_be_new)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that one process alone may read it

@@ -52,7 +52,16 @@ from export import export_model  # noqa: E402
 from files import atomic_write  # noqa: E402
 from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
 from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer  # noqa: E402
-from optim import OPTIMIZERS, SHAPES, make_optimizer, momentum_at, rate_factor, table  # noqa: E402
+from optim import (  # noqa: E402
+    DECAYS,
+    OPTIMIZERS,
+    SHAPES,
+    decay_factor,
+    make_optimizer,
+    momentum_at,
+    rate_factor,
+    table,
+)
 from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
 from rundir import RunDir  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -140,15 +149,23 @@ config = settings_of(globals())
 
 OPTIONS = [f.name for f in fields(ModelArgs) if f.name in config]
 FIXED_BY_CHECKPOINT = {*OPTIONS, "vocab_source", "arch", "optimizer"} - {"dropout"}
-OF_ONE_START = set(
-    "out_dir init_from resume eval_only device fsdp activation_checkpointing compile".split()
-)
+OF_ONE_START = set("out_dir init_from resume eval_only device fsdp compile".split())
 AT_LEAST_1 = (
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
     "keep_last"
 ).split()
 RATES = "base_learning_rate hidden_lr embedding_lr bigram_lr head_lr scalar_lr".split()
-BETAS = "beta1 beta2 muon_beta1 muon_beta2 momentum".split()
+BETAS = "beta1 beta2 muon_beta1 muon_beta2 momentum neuron_beta".split()
+
+
+def fits(name, value, model_args):
+    """Whether a setting of the architecture, such as -1 for all layers, means what a model has."""
+    if value == model_args[name]:
+        return True
+    try:
+        return getattr(ModelArgs.from_dict({**model_args, name: value}), name) == model_args[name]
+    except ValueError:
+        return False
 
 
 def resumed(config, checkpoint, given):
@@ -159,7 +176,10 @@ def resumed(config, checkpoint, given):
         if name not in given:
             config[name] = old[name]
         elif config[name] != old[name]:
-            changed.append(name)
+            if name in OPTIONS and fits(name, config[name], checkpoint["model_args"]):
+                config[name] = old[name]
+            else:
+                changed.append(name)
     for name in FIXED_BY_CHECKPOINT.intersection(changed):
         raise UserError(
             f"cannot resume with {name} = {config[name]}: the checkpoint's model has "
@@ -182,7 +202,7 @@ def adopted(config, model_args, given):
         if name == "vocab_size" and DataPaths("", vocab_source, config[name]).is_llama2:
             continue
         is_derived = config[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")
-        if name in given and config[name] != model_args[name] and not is_derived:
+        if name in given and not is_derived and not fits(name, config[name], model_args):
             raise UserError(
                 f"cannot start from {init_from} with {name} = {config[name]}: "
                 f"its model has {model_args[name]}"
@@ -196,7 +216,7 @@ def check_settings():
         ("arch", ARCHS),
         ("optimizer", OPTIMIZERS),
         ("cooldown_shape", SHAPES),
-        ("decay_shape", ("constant", "linear")),
+        ("decay_shape", DECAYS),
         ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
         ("compile", ("auto", "True", "False")),
         ("resume", ("auto", "no")),
@@ -212,7 +232,6 @@ def check_settings():
         *((name, 0 < config[name] <= 1e30, "above 0, at most 1e30") for name in RATES),
         *((name, 0 <= config[name] < 1, "from 0 to below 1") for name in BETAS),
         ("weight_decay", 0 <= weight_decay < math.inf, "0 or above"),
-        ("neuron_beta", 0 <= neuron_beta < 1, "at least 0 and below 1"),
         ("muon_weight_decay", 0 <= muon_weight_decay < math.inf, "0 or above"),
         ("grad_clip", 0 <= grad_clip < math.inf, "0 (no limit) or above"),
         ("warmup_iters", warmup_iters >= 0, "0 or above"),
@@ -315,8 +334,8 @@ if fsdp:
 
 def worth_compiling():
     """Whether the run is so long that torch.compile's 10 to 30 seconds come back."""
-    if fsdp or compile != "auto":
-        return compile == "True" and not fsdp
+    if fsdp or eval_only or compile != "auto":
+        return compile == "True" and not fsdp and not eval_only
     on_gpu = device.type == "cuda"
     if device.type == "mps" or (dropout and not on_gpu):
         return False
@@ -328,21 +347,24 @@ def worth_compiling():
 def check_fp8():
     """Raise UserError where the head's products cannot have 8 bits; warn where they gain nothing"""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError("fp8_head: this GPU has no 8-bit products; leave it out")
+        raise UserError("fp8_head: this GPU has no 8-bit products; give --fp8_head=False")
     if device.type == "mps":
-        raise UserError("fp8_head: mps has no 8-bit products; leave it out")
+        raise UserError("fp8_head: mps has no 8-bit products; give --fp8_head=False")
     if device.type == "cpu":
         say("warning: fp8_head is slower on a CPU, which has no 8-bit products")
     for name, number, how in (
-        ("dim", args.dim, "take a dim of such"),
-        ("the vocabulary's rows", args.vocab_rows, "give --vocab_multiple=16"),
-        ("tokens a micro-batch", micro_batch_size * max_seq_len, "take a batch_size of such"),
+        ("dim", args.dim, "another dim"),
+        ("the vocabulary's rows", args.vocab_rows, "--vocab_multiple=16"),
+        ("tokens a micro-batch", micro_batch_size * max_seq_len, "another batch_size"),
     ):
         if number % 16:
-            raise UserError(f"fp8_head: {name} must be a multiple of 16, not {number}; {how}")
+            raise UserError(
+                f"fp8_head: {name} must be a multiple of 16, not {number}; give a new run {how}, "
+                f"or --fp8_head=False"
+            )
 
 
-if fp8_head:
+if fp8_head and not eval_only:
     check_fp8()
 model.dtype, model.fp8_head = dtype, fp8_head
 for block in model.layers:
@@ -399,13 +421,6 @@ def compile_model():
     model.zero_grad(set_to_none=True)
 
 
-if is_compiled:
-    compile_model()
-net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
-first_sequence = n_sequences
-stream = ahead(micro_batch)
-
-
 # ---- the parts of a step
 
 
@@ -460,9 +475,7 @@ def set_rates():
     factor = rate_factor(done, iter_num, warmup, cooldown_frac, cooldown_shape, final_lr_frac)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["initial_lr"]
-        if decay_shape == "linear":
-            left = min(max(1 - done, 0.0), 1.0)
-            group["weight_decay"] = left * group["initial_weight_decay"]
+        group["weight_decay"] = group["initial_weight_decay"] * decay_factor(done, decay_shape)
         if "momentum" in group:
             group["momentum"] = momentum_at(iter_num, momentum, momentum_warmup)
 
@@ -639,6 +652,11 @@ if is_done() and evaluated == iter_num:
     limit = "max_minutes" if max_minutes else "max_iters"
     raise UserError(f"the run has done its {iter_num} steps; raise --{limit} to go on")
 
+if is_compiled:
+    compile_model()
+net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
+first_sequence = n_sequences
+stream = ahead(micro_batch)
 parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
 if FIRST:
     run = run or RunDir(out_dir)

@@ -171,4 +171,9 @@ def compare(values, base, sd):
     difference, beyond_noise = mean - statistics.mean(base), None
     if sd is not None:
         beyond_noise = abs(difference) > 2 * sd * math.sqrt(1 / len(values) + 1 / len(base))
-    return {"mean": mean, "difference": difference, "beyond_noise": beyond_noise}
+    return {
+        "mean": mean,
+        "n": len(values),
+        "difference": difference,
+        "beyond_noise": beyond_noise,
+    }

@@ -150,20 +150,22 @@ def test_train_measures_a_shape(tmp_path):
     assert rows[0][4] == "1.00x" and rows[0][5].endswith("%")
 
 
-ABLATE = "--kinds=tokens --tokens=1024 --compile=False --device=cpu --eval_windows=8".split()
+ABLATE = "--tokens=1024 --minutes=0.01 --compile=False --device=cpu --eval_windows=8".split()
 
 
 def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
     flags = [*ABLATE, f"--data_dir={practice}", f"--out_dir={tmp_path / 'abl'}"]
-    flags += [f"--recipe={recipe}", "--seeds=1"]
-    first = script("ablate.py", "--only=softcap", "--jobs=2", *flags)
+    flags += [f"--recipe={recipe}"]
+    first = script("ablate.py", "--only=softcap,warmup", "--jobs=2", "--seeds=1", *flags)
     assert first.returncode == 0, first.stderr
     assert "recipe, equal tokens, seed 1337" in first.stdout
     path = tmp_path / "abl" / "results.jsonl"
-    measured = {r["row"]: r for r in map(json.loads, path.read_text().splitlines())}
-    assert sorted(measured) == ["recipe", "softcap"]
-    for result in measured.values():
-        assert result["step"] == 2 and result["val_bpb"] > 0 and "error" not in result
+    measured = {(r["row"], r["kind"]): r for r in map(json.loads, path.read_text().splitlines())}
+    assert {row for row, kind in measured if kind == "tokens"} == {"recipe", "softcap", "warmup"}
+    assert {row for row, kind in measured if kind == "time"} == {"recipe", "softcap"}  # same work
+    for (_, kind), result in measured.items():
+        assert result["val_bpb"] > 0 and "error" not in result
+        assert result["step"] == 2 if kind == "tokens" else 0.6 <= result["train_s"] < 6
     # with three seeds, all made up: nothing is trained, and a row that differs clearly has one
     results = []
     softcap, tied = {"logit_softcap": 15.0}, {"tie_embeddings": True}
@@ -173,22 +175,24 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
             ("softcap", softcap, 1.02),
             ("tied", tied, 1.5),
         ):
-            config = {**measured["recipe"]["config"], **words, "seed": 1337 + i}
-            made_up = {"row": name, "seed": 1337 + i, "config": config, "val_bpb": bpb + i / 100}
-            results.append({**result, **made_up, "tok_s": 1000 if words else 2000})
+            for kind in ("tokens", "time"):
+                result = measured["recipe", kind]
+                config = {**result["config"], **words, "seed": 1337 + i}
+                numbers = {"val_bpb": bpb + i / 100, "tok_s": 1000 if words else 2000}
+                results.append({**result, "row": name, "config": config, **numbers})
     path.write_text("\n".join(json.dumps(r) for r in results) + '\n{"row": "cut o')
+    before = path.read_text()
     table = tmp_path / "doc.md"
     only = "--only=softcap,tied,relu2,vocab-512"
-    before = path.read_text()
-    done = script("ablate.py", *flags[:-1], "--seeds=3", only, f"--write={table}")
+    done = script("ablate.py", *flags, only, f"--write={table}")
     assert done.returncode == 0, done.stderr
     assert path.read_text() == before and "vocab-512 is left out" in done.stdout
-    rows = {t.split()[1]: t for t in table.read_text().splitlines() if t.startswith("| ")}
-    assert "1.0100 (3) |  |  |" in rows["recipe"]
-    assert "1.0300 (3) | +0.0200 | yes" in rows["softcap"] and rows["softcap"].endswith("| 0.50 |")
-    assert "1.5000 (1) | +0.4900 | yes" in rows["tied"] and "relu2" not in rows
     text = table.read_text()
-    assert "A single run deviates by 0.0100 at equal text" in text
+    rows = {t.split()[1]: t for t in text.splitlines() if t.startswith("| ")}
+    assert "| 1.0100 (3) |  |  | 1.0100 (3) |  |  | 1.00 |" in rows["recipe"]
+    assert "| 1.0300 (3) | +0.0200 | yes | 1.0300 (3) | +0.0200 | yes | 0.50 |" in rows["softcap"]
+    assert "1.5000 (1) | +0.4900 | yes" in rows["tied"] and "relu2" not in rows
+    assert "A single run deviates by 0.0100 at equal text and 0.0100 at equal time" in text
     assert "- vocab-512 is not measured" in text
     assert str(practice) not in text and "python ablate.py --compile=False" in text
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import ACTIVATION_CHECKPOINTING, KVCache, ModelArgs, sample_token
+from model import ACTIVATION_CHECKPOINTING, PRODUCTS, KVCache, ModelArgs, sample_token
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,18 @@ def test_hidden_dim_and_parameter_count():
 
 def test_activation_checkpointing_keeps_less_for_the_same_gradients():
     """Of what autograd keeps; selective keeps products besides, and so does none of them twice."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op in PRODUCTS:
+                calls[kind] += 1
+            return op(*args, **(kwargs or {}))
+
     model = random_model(n_layers=4, max_seq_len=128).train()
     tokens = torch.randint(0, 105, (2, 128))
-    kept, flops, gradients = {}, {}, {}
+    kept, calls, gradients = {}, {}, {}
     for kind, recompute in ACTIVATION_CHECKPOINTING.items():
-        storages = {}
+        storages, calls[kind] = {}, 0
 
         def keep(t, storages=storages):
             storages[t.untyped_storage().data_ptr()] = t  # held, so that no address comes twice
@@ -51,14 +58,13 @@ def test_activation_checkpointing_keeps_less_for_the_same_gradients():
 
         for block in model.layers:
             block.recompute = recompute
-        with FlopCounterMode(display=False) as counter:
+        with Products():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 loss = model(tokens, tokens)
             gradients[kind] = torch.autograd.grad(loss, list(model.parameters()))
         kept[kind] = sum(t.untyped_storage().nbytes() for t in storages.values())
-        flops[kind] = counter.get_total_flops()
     assert max(kept["block"], kept["selective"]) < 0.5 * kept["none"]
-    assert flops["none"] == flops["selective"] < flops["block"]
+    assert calls["block"] > calls["selective"] == calls["none"] > 4 * 10
     for kind in ("block", "selective"):
         for a, b in zip(gradients[kind], gradients["none"], strict=True):
             torch.testing.assert_close(a, b)

@@ -8,6 +8,7 @@ from optim import (
     ROLES,
     Muon,
     by_role,
+    decay_factor,
     make_optimizer,
     momentum_at,
     orthogonalize,
@@ -134,6 +135,11 @@ def test_rates_rise_stay_and_fall():
     assert cosine[50] == pytest.approx(0.5) and cosine[100] == 0
     assert rates("linear", 0.4, final=0.1)[100] == pytest.approx(0.1)
     assert rates("linear", 0.0)[10:] == [1.0] * 91
+
+
+def test_decay_stays_or_falls():
+    assert [decay_factor(p, "constant") for p in (0, 0.5, 1)] == [1, 1, 1]
+    assert [decay_factor(p, "linear") for p in (-0.1, 0, 0.25, 1, 1.1)] == [1, 1, 0.75, 0, 0]
 
 
 def test_momentum_rises():

@@ -10,7 +10,7 @@ from conftest import TINY, random_model, read_log, script
 from test_parallel import train_with
 
 from checkpoint import load_checkpoint
-from model import ARCHS, KVCache, ModelArgs
+from model import ARCHS, CrossEntropy, KVCache, ModelArgs
 
 STEPS, HALF = 12, 6
 WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]
@@ -73,6 +73,26 @@ def test_the_loss_in_pieces_is_the_loss(name):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_many_pieces_are_one_loss(softcap):
+    """300 tokens in pieces of 128, the last one short, with padded rows and places left out."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(300, 32, requires_grad=True), torch.randn(4096, 32, requires_grad=True)
+    targets = torch.randint(0, 4090, (300,))
+    targets[5:200:7] = -1
+    logits = x @ weight[:4090].T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits, targets, ignore_index=-1)
+    loss, alone = (
+        CrossEntropy.apply(x, weight, targets, 4090, softcap, wants_gradients, False)
+        for wants_gradients in (True, False)
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(alone, expected)
+    for a, b in zip(*(torch.autograd.grad(z, [x, weight]) for z in (loss, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_cache_gives_the_logits_of_the_whole(name):
     model = options_model(name)
@@ -85,11 +105,13 @@ def test_the_cache_gives_the_logits_of_the_whole(name):
         torch.testing.assert_close(torch.cat(logits, 1), whole[:, 4:31], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("numbers", [{}, {"dim": 128, "n_heads": 2}], ids=["small", "large"])
+@pytest.mark.parametrize("T", [32, 31])
 @pytest.mark.parametrize("name", ["plain", "windows", "modded"])
-def test_bfloat16_attention_agrees(name):
-    """The written-out attention of a CPU in bfloat16 against SDPA in float32."""
-    model = options_model(name)
-    tokens = torch.randint(0, 105, (2, 32))
+def test_bfloat16_attention_agrees(name, T, numbers):
+    """The written-out attention of a CPU in bfloat16, small heads and large, against float32."""
+    model = options_model(name, **numbers)
+    tokens = torch.randint(0, 105, (2, T))
     expected = model(tokens, tokens)
     model.dtype = torch.bfloat16
     torch.testing.assert_close(model(tokens, tokens), expected, atol=0.05, rtol=0.01)

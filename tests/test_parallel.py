@@ -87,11 +87,11 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     "source, n, words",
     [
         ("ddp2", 1, []),
-        ("ddp2", 4, []),
+        ("ddp2", 4, ["--activation_checkpointing=selective"]),
         ("fsdp2", 1, []),
         ("fsdp2", 4, ["--fsdp"]),
         ("fsdp2", 2, []),
-        ("one", 2, ["--fsdp"]),
+        ("one", 2, ["--fsdp", "--activation_checkpointing=block"]),
     ],
 )
 def test_a_checkpoint_is_resumed_by_any_number(runs, practice, tmp_path, source, n, words):

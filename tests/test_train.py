@@ -139,6 +139,55 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
     assert (checkpoint["config"]["weight_decay"], checkpoint["config"]["beta2"]) == (0.5, 0.9)
 
 
+def test_a_setting_that_means_what_the_model_has_is_taken(trained, practice, tmp_path):
+    """value_embeddings is -1 there, all of two layers; another number is refused."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    resume = [f"--out_dir={out}", "--init_from=resume", "--max_iters=62"]
+    refused(
+        script("train.py", *resume, "--value_embeddings=1"),
+        "cannot resume with value_embeddings = 1: the checkpoint's model has 2",
+    )
+    done = script("train.py", *resume, "--value_embeddings=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("instead of") == 1  # max_iters
+    start = [f"--init_from={trained / 'ckpt.pt'}", "--max_iters=2"]
+    refused(train(practice, tmp_path / "a", *start, "--value_embeddings=1"), "its model has 2")
+    done = train(practice, tmp_path / "b", *start, "--value_embeddings=-1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_resumed_run_keeps_and_gains_memory(practice, tmp_path):
+    """It still checkpoints activations; and neurons' sizes, which it had not, begin at 0."""
+    out = tmp_path / "out"
+    words = ["--neuron_beta=0", "--activation_checkpointing=block", "--max_iters=4"]
+    assert train(practice, out, *words).returncode == 0
+    assert not any(k.endswith("sizes") for k in load_checkpoint(out / "ckpt.pt")["optimizer"])
+    resume = [f"--out_dir={out}", "--init_from=resume", "--max_iters=6", "--neuron_beta=0.9"]
+    done = script("train.py", *resume)
+    assert done.returncode == 0, done.stderr
+    checkpoint = load_checkpoint(out / "ckpt.pt")
+    assert any(k.endswith("sizes") for k in checkpoint["optimizer"])
+    assert checkpoint["config"]["activation_checkpointing"] == "block"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_malloc_is_tuned_by_one_new_start(tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import os, sys; from memory import tune_malloc; print('start', flush=True); "
+        "tune_malloc(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)"
+    )
+    command = [sys.executable, "-O", str(probe), "a b", "--c"]
+    bare = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    bare["PYTHONPATH"] = str(REPO)
+    for given, expected in (({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": "x=1"}, "x=1")):
+        done = subprocess.run(command, capture_output=True, text=True, env={**bare, **given})
+        lines = done.stdout.splitlines()
+        assert lines[:-1] == ["start"] * (1 if given else 2), done.stderr
+        assert lines[-1].startswith(expected) and lines[-1].endswith("['a b', '--c'] 1")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -203,8 +252,8 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_linear_decay_ends_at_none(practice, tmp_path):
-    """A decay that falls shrinks the matrices less than one that stays, and more than none."""
+def test_a_decay_that_falls_shrinks_less(practice, tmp_path):
+    """Less than one that stays, and more than none."""
     norms = []
     for name, words in (
         ("none", ["--muon_weight_decay=0"]),
