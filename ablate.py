@@ -75,6 +75,7 @@ ROWS = {
     "no-value_embeddings": "value_embeddings=0",
     "no-smear": "smear=False",
     "adamw": "optimizer=adamw base_learning_rate=2e-3 warmup_iters=50",
+    "adamw-6e-3": "optimizer=adamw base_learning_rate=6e-3 warmup_iters=50",
     # options added
     "qk_norm": "qk_norm=True",
     "no-norm_gains": "norm_gains=False",
