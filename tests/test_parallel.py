@@ -80,7 +80,7 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     assert read_log(runs / name)[-1]["reason"] == "finished"
     one, many = ((runs / n / "model.bin").read_bytes() for n in ("one", name))
     one, many = (np.frombuffer(data[128:], "<f4") for data in (one, many))
-    np.testing.assert_allclose(one, many, atol=1e-3)  # the rates are high
+    np.testing.assert_allclose(one, many, atol=5e-4)  # the rates are high
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,9 @@ def test_a_checkpoint_is_resumed_by_any_number(runs, practice, tmp_path, source,
     model = load_model(load_checkpoint(out / "ckpt.pt"), out / "ckpt.pt").state_dict()
     whole = load_checkpoint(runs / "one" / "ckpt.pt")["model"]
     for name in whole:
-        torch.testing.assert_close(model[name], whole[name], atol=1e-3, rtol=0)  # of 0.1 a step
+        # Adam makes full steps, of 0.1, from what rounding leaves of the gradients of rare values
+        atol = 5e-4 if name.startswith("value_embeddings") else 1e-4
+        torch.testing.assert_close(model[name], whole[name], atol=atol, rtol=0)
 
 
 def test_a_sharded_checkpoint_is_exported_and_tells_the_same(runs, tmp_path):

@@ -29,7 +29,7 @@ def test_pyproject_and_requirements_have_the_same_pins():
     assert "torch==2.13.0" in expected
 
 
-# of each preset, as its docstring and README.md say
+# of each preset
 PARAMETERS = {
     "baby128": 10_985_772,
     "cs336_large": 969_411_840,
