@@ -64,70 +64,64 @@ ROWS = {
     # options removed
     "no-qk_norm": "qk_norm=False",
     "norm_gains": "norm_gains=True",
-    "no-zero_init": "zero_init=False",
-    "tied": "tie_embeddings=True",
+    "untied": "tie_embeddings=False",
+    "untied-zero_init": "tie_embeddings=False zero_init=True",
     "swiglu": "activation=swiglu",
     "no-embedding_norm": "embedding_norm=False",
     "no-residual_scalars": "residual_scalars=False",
     "no-bigram": "bigram_rows=0",
-    "no-softcap": "logit_softcap=0",
     "no-window": "sliding_window=0",
     "no-value_embeddings": "value_embeddings=0",
     "no-smear": "smear=False",
+    "no-neuron_beta": "neuron_beta=0",
+    "no-momentum_warmup": "momentum_warmup=0",
+    "no-grad_clip": "grad_clip=0",
     "adamw": "optimizer=adamw base_learning_rate=2e-3 warmup_iters=50",
     "adamw-6e-3": "optimizer=adamw base_learning_rate=6e-3 warmup_iters=50",
     # options added
-    "qk_norm": "qk_norm=True",
-    "no-norm_gains": "norm_gains=False",
     "zero_init": "zero_init=True",
-    "untied": "tie_embeddings=False",
-    "relu2": "activation=relu2",
-    "embedding_norm": "embedding_norm=True",
-    "residual_scalars": "residual_scalars=True",
-    "bigram-4096": "bigram_rows=4096",
-    "bigram-16384": "bigram_rows=16384",
-    "bigram-65536": "bigram_rows=65536",
     "softcap": "logit_softcap=15",
-    "window-64": "sliding_window=64",
-    "value_embeddings": "value_embeddings=-1",
-    "value_embeddings-2": "value_embeddings=2",
-    "smear": "smear=True",
-    "no-neuron_beta": "neuron_beta=0",
-    "decay": "muon_weight_decay=0.1",
-    "decay-linear": "muon_weight_decay=0.1 decay_shape=linear",
     "vocab_multiple": "vocab_multiple=128",
     "dropout": "dropout=0.1",
-    "hidden_lr-0.01": "hidden_lr=0.01",
-    "hidden_lr-0.04": "hidden_lr=0.04",
-    # heads
-    "heads-2": "n_heads=2",
+    "decay": "muon_weight_decay=0.1",
+    "decay-linear": "muon_weight_decay=0.1 decay_shape=linear",
+    "warmup": "warmup_iters=50",
+    # more or less of one
+    "bigram-4096": "bigram_rows=4096",
+    "bigram-65536": "bigram_rows=65536",
+    "window-32": "sliding_window=32",
+    "window-128": "sliding_window=128",
+    "value_embeddings-2": "value_embeddings=2",
     "heads-4": "n_heads=4",
     "heads-8": "n_heads=8",
-    # presets of the architecture, with the recipe's sizes
-    "arch-portable": "arch=portable",
-    "arch-llama": "arch=llama",
-    # other choices
+    "hidden_lr-0.01": "hidden_lr=0.01",
+    "hidden_lr-0.04": "hidden_lr=0.04",
+    "embedding_lr-0.05": "embedding_lr=0.05",
+    "head_lr-0.006": "head_lr=0.006",
+    "head_lr-0.024": "head_lr=0.024",
+    "cosine": "cooldown_shape=cosine",
+    "cosine-all": "cooldown_shape=cosine cooldown_frac=1.0",
     "batch-4": "batch_size=4",
-    "batch-8": "batch_size=8",
     "batch-16": "batch_size=16",
-    "batch-32": "batch_size=32",
+    "context-256": "max_seq_len=256 batch_size=16",
+    "context-1024": "max_seq_len=1024 batch_size=4",
     "vocab-512": "vocab_size=512",
     "vocab-1024": "vocab_size=1024",
     "vocab-2048": "vocab_size=2048",
     "vocab-4096": "vocab_size=4096",
-    "cosine": "cooldown_shape=cosine",
-    "cosine-all": "cooldown_shape=cosine cooldown_frac=1.0",
-    "warmup": "warmup_iters=50",
-    "no-momentum_warmup": "momentum_warmup=0",
-    "no-grad_clip": "grad_clip=0",
+    "vocab-8192": "vocab_size=8192",
     "float32": "dtype=float32",
+    # presets of the architecture, with the recipe's sizes
+    "arch-portable": "arch=portable",
+    "arch-portable-untied": "arch=portable tie_embeddings=False zero_init=True",
+    "arch-llama": "arch=llama",
 }
 KINDS = ("tokens", "time")
 OVERHEAD_S = 25  # of a run, about: starting, compiling, evaluating
 # settings that leave the work of a step as it is: at equal text such a row took equal time already
 SAME_WORK = set(
-    "zero_init hidden_lr momentum_warmup muon_weight_decay decay_shape warmup_iters cooldown_frac "
-    "cooldown_shape".split()
+    "zero_init hidden_lr embedding_lr head_lr momentum_warmup muon_weight_decay decay_shape "
+    "warmup_iters cooldown_frac cooldown_shape".split()
 )
 SIZES = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
 

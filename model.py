@@ -31,8 +31,6 @@ ARCHS = {
     # the lowest loss in a given time, whatever it needs
     "modded": {
         "qk_norm": True,
-        "tie_embeddings": False,
-        "zero_init": True,
         "norm_gains": False,
         "activation": "relu2",
         "embedding_norm": True,
@@ -40,7 +38,7 @@ ARCHS = {
         "value_embeddings": -1,
         "bigram_rows": 16384,
         "smear": True,
-        "sliding_window": 128,
+        "sliding_window": 64,
     },
 }
 
@@ -249,7 +247,7 @@ def attend(q, k, v, window, dropout):
     if q.device.type == "cpu" and q.dtype is torch.bfloat16 and T == S and not dropout:
         if window and T % window == 0:
             return attend_blocks(q, k, v, window)
-        if T <= 512:
+        if T <= 512 or q.shape[0] * q.shape[1] * T * T <= 1 << 26:  # scores: 128 MB
             return attend_all(q, k, v, window)
     if T == 1 and window:  # decoding
         k, v, window = k[:, :, -window:], v[:, :, -window:], 0
@@ -268,11 +266,11 @@ def attend(q, k, v, window, dropout):
 def attend_all(q, k, v, window=0):
     """
     attend with all scores written out, for a CPU, where that is two to three times as fast as SDPA
-    for short sequences in bfloat16. The queries come in pieces, each spared the keys behind it: in
-    halves, or in quarters where heads are so small that scores are most of the work.
+    in bfloat16, where there is the memory. The queries come in pieces, each spared the keys behind
+    it: halves, or quarters where heads are so small that scores are most of the work, or 512.
     """
     (B, n_heads, T, head_dim), n_kv_heads = q.shape, k.shape[1]
-    size = math.ceil(T / (4 if head_dim < 32 else 2))
+    size = min(512, math.ceil(T / (4 if head_dim < 32 else 2)))
     q = q.reshape(B * n_kv_heads, -1, T, head_dim)  # heads that share keys side by side
     k, v = k.reshape(-1, T, head_dim), v.reshape(-1, T, head_dim)
     out = []

@@ -3,8 +3,8 @@ Data for training: from stories on disk or on the net to token shards.
 
     python tinystories.py download                       # TinyStories from Hugging Face
     python tinystories.py synth                          # or a practice corpus, without network
-    python tinystories.py train_vocab --vocab_size=2048  # a SentencePiece vocabulary
-    python tinystories.py pretokenize --vocab_size=2048  # all stories as shards of ids
+    python tinystories.py train_vocab --vocab_size=4096  # a SentencePiece vocabulary
+    python tinystories.py pretokenize --vocab_size=4096  # all stories as shards of ids
 
 Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
 with <|endoftext|> between them), .json or .jsonl. The first shard is validation unless
@@ -28,7 +28,7 @@ from tokenizer import Tokenizer, train_sentencepiece
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
 data_dir = "data"  # everything is read and written below this folder
-vocab_size = 2048  # pieces of the vocabulary; 0 stands for Llama 2's own
+vocab_size = 4096  # pieces of the vocabulary; 0 stands for Llama 2's own
 vocab_source = "custom"  # custom: trained here; llama2: data_dir/tokenizer.model, from Meta
 source = ""  # text to use instead of the downloaded stories: a file, or a folder of files
 valid_source = ""  # text for validation; without one the first shard is taken
@@ -204,7 +204,7 @@ def pretokenize_stage():
             raise UserError(
                 f"Llama 2's tokenizer.model, which Meta gives out with its weights, belongs at "
                 f"{paths.tokenizer_model}; put it there, or train a vocabulary of your own "
-                f"with: python tinystories.py train_vocab --vocab_size=2048"
+                f"with: python tinystories.py train_vocab --vocab_size=4096"
             )
         raise UserError(
             f"{paths.tokenizer_model} does not exist; train it with: "

@@ -1,7 +1,7 @@
 """
 Train a Llama on the token shards of tinystories.py.
 
-    python train.py --vocab_size=2048 --out_dir=out
+    python train.py --vocab_size=4096 --out_dir=out
     python train.py config/baby128.py --max_iters=500
     python train.py --init_from=resume --out_dir=out     # go on where it stopped
     torchrun --nproc_per_node=2 train.py --out_dir=out   # the same steps, shared by two processes
@@ -81,14 +81,14 @@ resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as 
 # data
 data_dir = "data"  # as in tinystories.py
 vocab_source = "custom"  # custom, or llama2
-vocab_size = 2048  # must be that of the shards; 0 stands for Llama 2's own
+vocab_size = 4096  # must be that of the shards; 0 stands for Llama 2's own
 max_seq_len = 512  # tokens a sequence: the context of the model
 batch_size = 8  # sequences a micro-batch
 gradient_accumulation_steps = 1  # micro-batches a step, of all processes together
 # model
 dim = 256  # width of the residual stream
 n_layers = 4  # transformer blocks
-n_heads = 4  # query heads
+n_heads = 2  # query heads
 n_kv_heads = 0  # key and value heads; 0: as many as n_heads
 hidden_dim = 0  # width of the feed-forward; 0: from dim and multiple_of
 multiple_of = 32  # rounds hidden_dim up

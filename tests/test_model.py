@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import ACTIVATION_CHECKPOINTING, PRODUCTS, KVCache, ModelArgs, sample_token
+from model import (
+    ACTIVATION_CHECKPOINTING,
+    PRODUCTS,
+    KVCache,
+    ModelArgs,
+    attend,
+    attend_all,
+    causal_mask,
+    sample_token,
+)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +138,18 @@ def test_the_cache_changes_nothing(cuts):
             logits = model(tokens[:, at : at + n], cache=cache)
             at += n
             torch.testing.assert_close(logits[:, -1], whole[:, at - 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+def test_long_attention_in_pieces_is_attention(window):
+    """1,100 places are three pieces; queries of four heads, keys of two."""
+    q, k, v = (torch.randn(1, n, 1100, 16) for n in (4, 2, 2))
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_mask(1100, 1100, window, "cpu"), enable_gqa=True
+    )
+    torch.testing.assert_close(attend_all(q, k, v, window), expected)
+    rough = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window, 0.0)
+    torch.testing.assert_close(rough.float(), expected, atol=0.03, rtol=0.03)
 
 
 def test_loss_counts_only_real_targets():
