@@ -96,15 +96,16 @@ ROWS = {
     "heads-8": "n_heads=8",
     "hidden_lr-0.01": "hidden_lr=0.01",
     "hidden_lr-0.04": "hidden_lr=0.04",
-    "embedding_lr-0.05": "embedding_lr=0.05",
+    "embedding_lr-0.1": "embedding_lr=0.1 bigram_lr=0.01",
     "head_lr-0.006": "head_lr=0.006",
     "head_lr-0.024": "head_lr=0.024",
     "cosine": "cooldown_shape=cosine",
     "cosine-all": "cooldown_shape=cosine cooldown_frac=1.0",
     "batch-4": "batch_size=4",
     "batch-16": "batch_size=16",
-    "context-256": "max_seq_len=256 batch_size=16",
-    "context-1024": "max_seq_len=1024 batch_size=4",
+    "context-256": "max_seq_len=256 batch_size=32",
+    "context-512": "max_seq_len=512 batch_size=16",
+    "context-2048": "max_seq_len=2048 batch_size=4",
     "vocab-512": "vocab_size=512",
     "vocab-1024": "vocab_size=1024",
     "vocab-2048": "vocab_size=2048",
@@ -120,7 +121,7 @@ KINDS = ("tokens", "time")
 OVERHEAD_S = 25  # of a run, about: starting, compiling, evaluating
 # settings that leave the work of a step as it is: at equal text such a row took equal time already
 SAME_WORK = set(
-    "zero_init hidden_lr embedding_lr head_lr momentum_warmup muon_weight_decay decay_shape "
+    "zero_init hidden_lr embedding_lr bigram_lr head_lr momentum_warmup muon_weight_decay decay_shape "
     "warmup_iters cooldown_frac cooldown_shape".split()
 )
 SIZES = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()

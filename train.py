@@ -82,7 +82,7 @@ resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as 
 data_dir = "data"  # as in tinystories.py
 vocab_source = "custom"  # custom, or llama2
 vocab_size = 4096  # must be that of the shards; 0 stands for Llama 2's own
-max_seq_len = 512  # tokens a sequence: the context of the model
+max_seq_len = 1024  # tokens a sequence: the context of the model
 batch_size = 8  # sequences a micro-batch
 gradient_accumulation_steps = 1  # micro-batches a step, of all processes together
 # model
@@ -110,11 +110,11 @@ smear = False  # a gate adds the embedding of the token before
 vocab_multiple = 1  # rows of embedding and head in memory are rounded up to a multiple of this
 # optimizer
 optimizer = "muon"  # muon: matrices by Muon, all else by AdamW, at rates of their own; or adamw
-max_iters = 2000  # steps
+max_iters = 1000  # steps
 max_minutes = 0.0  # of training, after which it ends, with the schedule fitted to them; 0: no limit
 hidden_lr = 0.02  # Muon's
-embedding_lr = 0.1  # beside Muon
-bigram_lr = 0.01  # beside Muon
+embedding_lr = 0.05  # beside Muon
+bigram_lr = 0.005  # beside Muon
 head_lr = 0.012  # beside Muon
 scalar_lr = 0.01  # beside Muon
 momentum = 0.95  # Muon's; it rises from 0.85
