@@ -121,8 +121,8 @@ KINDS = ("tokens", "time")
 OVERHEAD_S = 25  # of a run, about: starting, compiling, evaluating
 # settings that leave the work of a step as it is: at equal text such a row took equal time already
 SAME_WORK = set(
-    "zero_init hidden_lr embedding_lr bigram_lr head_lr momentum_warmup muon_weight_decay decay_shape "
-    "warmup_iters cooldown_frac cooldown_shape".split()
+    "zero_init hidden_lr embedding_lr bigram_lr head_lr momentum_warmup muon_weight_decay "
+    "decay_shape warmup_iters cooldown_frac cooldown_shape".split()
 )
 SIZES = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
 

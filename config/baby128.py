@@ -7,6 +7,7 @@ dim = 288
 n_layers = 6
 n_heads = 6
 max_seq_len = 256
+sliding_window = 128  # letters
 batch_size = 32
 gradient_accumulation_steps = 4
 max_iters = 2000

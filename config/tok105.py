@@ -9,5 +9,6 @@ n_layers = 5
 n_heads = 8
 n_kv_heads = 4
 max_seq_len = 256
+sliding_window = 128  # letters
 batch_size = 32
 max_iters = 2000

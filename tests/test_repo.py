@@ -31,21 +31,21 @@ def test_pyproject_and_requirements_have_the_same_pins():
 
 # of each preset
 PARAMETERS = {
-    "baby128": 10_985_772,
+    "baby128": 10_948_908,
     "cs336_large": 969_411_840,
     "cs336_medium": 423_183_360,
     "cs336_small": 128_625_408,
     "cs336_tiny": 22_696_448,
     "plain_llama2c": 7_155_360,
-    "speedrun_cpu": 10_486_024,
-    "speedrun_gpu": 79_692_304,
-    "sprint_cpu": 4_587_652,
+    "speedrun_cpu": 12_583_176,
+    "speedrun_gpu": 77_595_152,
+    "sprint_cpu": 4_063_364,
     "stories110M": 109_529_856,
     "stories15M": 15_191_712,
     "stories260K": 260_032,
     "stories42M": 41_689_600,
-    "story": 1_769_608,
-    "tok105": 3_058_890,
+    "story": 1_638_536,
+    "tok105": 3_045_450,
 }
 
 
