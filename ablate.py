@@ -114,7 +114,8 @@ ROWS = {
     "float32": "dtype=float32",
     # presets of the architecture, with the recipe's sizes
     "arch-portable": "arch=portable",
-    "arch-portable-untied": "arch=portable tie_embeddings=False zero_init=True",
+    "arch-portable-untied": "arch=portable tie_embeddings=False",
+    "arch-portable-zero_init": "arch=portable tie_embeddings=False zero_init=True",
     "arch-llama": "arch=llama",
 }
 KINDS = ("tokens", "time")

@@ -54,7 +54,7 @@ plain = "config/plain_llama2c.py"  # the recipe to compare with
 ours = "config/speedrun_cpu.py"  # our recipe
 sprint = "config/sprint_cpu.py"  # our recipe for the plain one's value in a thirtieth of the time
 plain_eval_interval = 50  # steps between evaluations in a run of ten minutes; others have as many
-ours_eval_interval = 500  # likewise, of ours
+ours_eval_interval = 125  # likewise, of ours
 eval_windows = 2000  # validation sequences at most, evenly spaced; the whole of a shorter text
 # loader
 n_tokens = 100_000_000  # of the shards

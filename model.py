@@ -27,7 +27,7 @@ ACTIVATIONS = ("swiglu", "relu2")
 ARCHS = {
     "llama": {},
     # what Qwen3 of transformers and llama.cpp carries exactly
-    "portable": {"qk_norm": True, "tie_embeddings": False, "zero_init": True},
+    "portable": {"qk_norm": True},
     # the lowest loss in a given time, whatever it needs
     "modded": {
         "qk_norm": True,
