@@ -41,12 +41,13 @@ from trials import (
 # -----------------------------------------------------------------------------
 data_dir = "data"  # with the shards of all vocabularies that rows name
 out_dir = "ablations"  # results.jsonl goes here
-recipe = "config/speedrun_cpu.py"  # what rows differ from
+# what rows differ from, words of train.py; short runs want smaller steps than those of ten minutes
+recipe = "config/speedrun_cpu.py --batch_size=4"
 seeds = 3  # runs of each row and kind, at most
 clear = 0.025  # bits per byte; a row whose first run is further from the recipe's needs no second
 first_seed = 1337
-tokens = 800_000  # of a run at equal text: about 45 seconds of the recipe on two cores
-minutes = 0.75  # of training, of a run at equal time
+tokens = 800_000  # of a run at equal text: about a minute of the recipe on two cores
+minutes = 1.0  # of training, of a run at equal time
 eval_windows = 2000  # validation sequences at most, evenly spaced; the whole of a shorter text
 compile = "True"  # as in the recipe's own longer runs; compilation is no training time
 device = "auto"
@@ -101,11 +102,11 @@ ROWS = {
     "head_lr-0.024": "head_lr=0.024",
     "cosine": "cooldown_shape=cosine",
     "cosine-all": "cooldown_shape=cosine cooldown_frac=1.0",
-    "batch-4": "batch_size=4",
-    "batch-16": "batch_size=16",
-    "context-256": "max_seq_len=256 batch_size=32",
-    "context-512": "max_seq_len=512 batch_size=16",
-    "context-2048": "max_seq_len=2048 batch_size=4",
+    "batch-2": "batch_size=2",
+    "batch-8": "batch_size=8",
+    "context-256": "max_seq_len=256 batch_size=16",
+    "context-512": "max_seq_len=512 batch_size=8",
+    "context-2048": "max_seq_len=2048 batch_size=2",
     "vocab-512": "vocab_size=512",
     "vocab-1024": "vocab_size=1024",
     "vocab-2048": "vocab_size=2048",
@@ -154,7 +155,7 @@ def tokens_per_byte(settings):
 def run_words(name, kind, seed):
     """All words of train.py for one run."""
     words = [
-        recipe,
+        *recipe.split(),
         f"--data_dir={os.path.abspath(data_dir)}",
         f"--device={device}",
         f"--compile={compile}",
@@ -352,12 +353,12 @@ if "recipe" not in names:  # the others are compared with it
 device = pick_device(device)
 os.makedirs(out_dir, exist_ok=True)
 results_path = os.path.join(out_dir, "results.jsonl")
-if hint := shards_hint(train_settings([recipe]), data_dir):
+if hint := shards_hint(train_settings(recipe.split()), data_dir):
     raise UserError(f"{data_dir} lacks the shards of {recipe}; make them with: {hint}")
 
-base, left_out, measured = train_settings([recipe]), [], []
+base, left_out, measured = train_settings(recipe.split()), [], []
 for name in names:
-    settings = train_settings([recipe, *words_of(name)])
+    settings = train_settings([*recipe.split(), *words_of(name)])
     if name != "recipe" and {**settings, "arch": ""} == {**base, "arch": ""}:
         continue  # what the recipe is already
     if hint := shards_hint(settings, data_dir):
@@ -379,7 +380,7 @@ def is_wanted(name, kind):
     gets all.
     """
     if kind == "time" and "tokens" in wanted_kinds and name != "recipe":
-        settings = train_settings([recipe, *words_of(name)])
+        settings = train_settings([*recipe.split(), *words_of(name)])
         if {key for key in settings if settings[key] != base[key]} <= SAME_WORK:
             return False
     ours, recipes = results_of(name, kind), results_of("recipe", kind)
