@@ -121,6 +121,7 @@ def test_speedrun_does_not_repeat_complete_runs(tmp_path, practice, recipe):
             write_log(out / f"{name}-{seed}", settings, evals)
     flags = [f"--data_dir={practice}", f"--out={out}", "--seeds=3", "--device=cpu"]
     flags += [f"--plain={recipe}", f"--ours={recipe}", f"--sprint={recipe}"]
+    flags += ["--plain_eval_interval=50", "--ours_eval_interval=500"]
     done = script("bench.py", "speedrun", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is complete") == 9 and "training plain" not in done.stdout
@@ -168,12 +169,12 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
         assert result["step"] == 2 if kind == "tokens" else 0.6 <= result["train_s"] < 6
     # with three seeds, all made up: nothing is trained, and a row that differs clearly has one
     results = []
-    softcap, tied = {"logit_softcap": 15.0}, {"tie_embeddings": True}
+    softcap, untied = {"logit_softcap": 15.0}, {"tie_embeddings": False}
     for i in range(3):
         for name, words, bpb in (
             ("recipe", {}, 1.0),
             ("softcap", softcap, 1.02),
-            ("tied", tied, 1.5),
+            ("untied", untied, 1.5),
         ):
             for kind in ("tokens", "time"):
                 result = measured["recipe", kind]
@@ -183,7 +184,7 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
     path.write_text("\n".join(json.dumps(r) for r in results) + '\n{"row": "cut o')
     before = path.read_text()
     table = tmp_path / "doc.md"
-    only = "--only=softcap,tied,relu2,vocab-512"
+    only = "--only=softcap,untied,heads-4,vocab-512"
     done = script("ablate.py", *flags, only, f"--write={table}")
     assert done.returncode == 0, done.stderr
     assert path.read_text() == before and "vocab-512 is left out" in done.stdout
@@ -191,7 +192,7 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
     rows = {t.split()[1]: t for t in text.splitlines() if t.startswith("| ")}
     assert "| 1.0100 (3) |  |  | 1.0100 (3) |  |  | 1.00 |" in rows["recipe"]
     assert "| 1.0300 (3) | +0.0200 | yes | 1.0300 (3) | +0.0200 | yes | 0.50 |" in rows["softcap"]
-    assert "1.5000 (1) | +0.4900 | yes" in rows["tied"] and "relu2" not in rows
+    assert "1.5000 (1) | +0.4900 | yes" in rows["untied"] and "heads-4" not in rows
     assert "A single run deviates by 0.0100 at equal text and 0.0100 at equal time" in text
     assert "- vocab-512 is not measured" in text
     assert str(practice) not in text and "python ablate.py --compile=False" in text
