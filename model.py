@@ -265,7 +265,7 @@ def attend(q, k, v, window, dropout):
 
 def attend_all(q, k, v, window=0):
     """
-    attend with all scores written out, for a CPU, where that is two to three times as fast as SDPA
+    attend with all scores written out, for a CPU, where that is up to three times as fast as SDPA
     in bfloat16, where there is the memory. The queries come in pieces, each spared the keys behind
     it: halves, or quarters where heads are so small that scores are most of the work, or 512.
     """

@@ -108,7 +108,7 @@ def test_a_checkpoint_is_resumed_by_any_number(runs, practice, tmp_path, source,
     model = load_model(load_checkpoint(out / "ckpt.pt"), out / "ckpt.pt").state_dict()
     whole = load_checkpoint(runs / "one" / "ckpt.pt")["model"]
     for name in whole:
-        # Adam makes full steps, of 0.1, from what rounding leaves of the gradients of rare values
+        # Adam makes full steps from what rounding leaves of the gradients of rare values
         atol = 5e-4 if name.startswith("value_embeddings") else 1e-4
         torch.testing.assert_close(model[name], whole[name], atol=atol, rtol=0)
 
