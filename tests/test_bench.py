@@ -184,18 +184,18 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
     path.write_text("\n".join(json.dumps(r) for r in results) + '\n{"row": "cut o')
     before = path.read_text()
     table = tmp_path / "doc.md"
-    only = "--only=softcap,untied,heads-4,vocab-512"
-    done = script("ablate.py", *flags, only, f"--write={table}")
+    only = "--only=softcap,untied,heads-4,vocab-8192"
+    done = script("ablate.py", *flags, only, "--clear=0.1", f"--write={table}")
     assert done.returncode == 0, done.stderr
-    assert path.read_text() == before and "vocab-512 is left out" in done.stdout
+    assert path.read_text() == before and "vocab-8192 is left out" in done.stdout
     text = table.read_text()
     rows = {t.split()[1]: t for t in text.splitlines() if t.startswith("| ")}
     assert "| 1.0100 (3) |  |  | 1.0100 (3) |  |  | 1.00 |" in rows["recipe"]
     assert "| 1.0300 (3) | +0.0200 | yes | 1.0300 (3) | +0.0200 | yes | 0.50 |" in rows["softcap"]
     assert "1.5000 (1) | +0.4900 | yes" in rows["untied"] and "heads-4" not in rows
     assert "A single run deviates by 0.0100 at equal text and 0.0100 at equal time" in text
-    assert "- vocab-512 is not measured" in text
-    assert str(practice) not in text and "python ablate.py --compile=False" in text
+    assert "- vocab-8192 is not measured" in text
+    assert str(practice) not in text and "python ablate.py --clear=0.1 --compile=False" in text
 
 
 def test_wrong_words_are_one_sentence(tmp_path, practice):
