@@ -1,23 +1,29 @@
 """
-Measure how fast training is, and what limits it.
+Measure how fast training and inference are, and what limits them.
 
     python bench.py train         # tokens/s of the plain recipe and of ours, at two shapes
     python bench.py speedrun --data_dir=data --minutes=10  # bits per byte against time, of both
     python bench.py loader        # tokens/s of the training batches alone
     python bench.py checkpoint    # size and time of checkpoints, and what they cost training
+    python bench.py infer         # tokens/s of ./run, and of its peers beside it
 
 `train --llama2c=PATH` measures a checkout of karpathy/llama2.c as well. `speedrun` writes
-speedrun.json and speedrun.png to --out; runs that are complete there are not done again.
+speedrun.json and speedrun.png to --out; runs that are complete there are not done again. `infer`
+takes --peer=PATH, llama.cpp's llama-bench (its models need the package gguf), and --llama2c=PATH.
 
 Figures of shared machines vary: variants alternate in one process, and medians are printed.
 """
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
+import re
 import shutil
 import statistics
+import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +34,8 @@ import torch
 from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
 from dataset import TrainBatches, ahead
-from files import write_json
+from export import DTYPES, export_model
+from files import atomic_write, write_json
 from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
 from memory import tune_malloc
 from model import ARCHS, ModelArgs, Transformer
@@ -36,13 +43,13 @@ from optim import make_optimizer
 from trials import race, read_run, same_run, shards_hint, start, train_settings, value_at
 
 # -----------------------------------------------------------------------------
-what = ""  # train, speedrun, loader or checkpoint
+what = ""  # train, speedrun, loader, checkpoint or infer
 batch_size = 32  # sequences a batch (loader; train at the given shape)
 max_seq_len = 256  # tokens a sequence
 # train
 shapes = "128,288"  # names in SHAPES; or given: dim, n_layers, n_heads and so on, as set here
 ways = "plain,eager,compiled,modded"  # names in WAYS
-llama2c = ""  # a checkout of karpathy/llama2.c, to measure its model too
+llama2c = ""  # a checkout of karpathy/llama2.c, to measure it too (infer as well)
 train_rounds = 7  # in which the ways alternate
 train_steps = 4  # of each way in a round
 # speedrun
@@ -68,6 +75,13 @@ step_size = 4  # sequences a training step
 save_interval = 50  # steps of a round, in which one checkpoint is written
 rounds = 3  # with and without, alternating
 folder = ""  # where to write; empty: a new folder in the system's place for them
+# infer
+engine = "run"  # ours, as make run builds it
+peer = ""  # llama.cpp's llama-bench
+cases = ""  # numbers of rows of CASES, with commas; empty: all
+infer_rounds = 3  # in which ours and the peer alternate
+threads = 2
+models = "out/infer"  # folder of the random models, which are kept
 device = "auto"
 dtype = "auto"
 configure(globals(), positional="what")
@@ -487,11 +501,206 @@ def picture(done, target):
     print(f"wrote {path}")
 
 
+# ---- infer
+
+# random models of these shapes, and llama2.c's names for them
+MODELS = {
+    "260K": {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172},
+    "15M": {"dim": 288, "n_layers": 6, "n_heads": 6},
+    "42M": {"dim": 512, "n_layers": 8, "n_heads": 8},
+    "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
+    "360M": {"dim": 960, "n_layers": 32, "n_heads": 15, "n_kv_heads": 5, "hidden_dim": 2560},
+}
+VOCABULARIES = {"260K": 512, "360M": 49152}  # of all others 32,000
+# model, number format, what is measured, and the program it is measured beside
+CASES = (
+    ("110M", "int8", "decode", "llama.cpp"),
+    ("15M", "int8", "decode", "llama.cpp"),
+    ("360M", "int8", "decode", "llama.cpp"),
+    ("110M", "int4", "decode", "llama.cpp"),
+    ("110M", "fp32", "decode", "llama2.c"),
+    ("110M", "int8", "prefill", "llama.cpp"),
+    ("15M", "int8", "16 stories", "one story"),
+    ("260K", "fp32", "decode", "llama2.c"),
+)
+GGUF_TYPES = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+
+
+def random_transformer(name):
+    """A model of MODELS whose logits are of the size that a trained one's have."""
+    torch.manual_seed(1)
+    args = ModelArgs(**MODELS[name], vocab_size=VOCABULARIES.get(name, 32000), max_seq_len=512)
+    return Transformer(args)
+
+
+def model_file(name, kind):
+    """The path of a model, made if it is not there: kind is one of DTYPES, or of GGUF_TYPES."""
+    path = os.path.join(models, f"{name}_{kind}.{'bin' if kind in DTYPES else 'gguf'}")
+    if not os.path.exists(path):
+        print(f"making {path}", flush=True)
+        if kind in DTYPES:
+            export_model(random_transformer(name), path, dtype=kind)
+        else:
+            write_gguf(random_transformer(name), path, kind)
+    return path
+
+
+def write_gguf(model, path, kind):
+    """A Llama as a GGUF file with a vocabulary of meaningless pieces, for measuring alone."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("models for llama.cpp need the package gguf: pip install gguf") from None
+    args = model.args
+    writer = gguf.GGUFWriter(f"{path}.part", "llama")
+    writer.add_context_length(args.max_seq_len)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(args.hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.n_kv_heads)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_tokenizer_model("llama")
+    pieces = ["<unk>", "<s>", "</s>", *(f"p{i}" for i in range(args.vocab_size - 3))]
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(i) for i in range(args.vocab_size)])
+    writer.add_token_types([2, 3, 3] + [1] * (args.vocab_size - 3))
+    names = {
+        "tok_embeddings": "token_embd",
+        "norm": "output_norm",
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "attention_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down",
+        "feed_forward.w3": "ffn_up",
+    }
+    wanted = gguf.GGMLQuantizationType[kind]
+    for key, tensor in model.state_dict().items():
+        words = key.removesuffix(".weight").split(".")
+        layer = words[1] if words[0] == "layers" else None
+        name = names.get(".".join(words[2:] if layer else words))
+        if name is None:  # the head is tied, the rest are tables of RoPE
+            continue
+        name = f"blk.{layer}.{name}.weight" if layer else f"{name}.weight"
+        array = tensor.float().numpy()
+        if array.ndim == 1 or kind == "F32":
+            writer.add_tensor(name, array)
+        else:
+            packed = gguf.quants.quantize(array, wanted)
+            writer.add_tensor(name, packed, raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(f"{path}.part", path)
+
+
+def fake_tokenizer(size):
+    """A tokenizer file of so many pieces that mean nothing, for llama2.c."""
+    path = os.path.join(models, f"tok{size}.bin")
+    with atomic_write(path) as f:
+        f.write(struct.pack("<i", 8))
+        for i in range(size):
+            piece = f"<0x{i - 3:02X}>" if 3 <= i < 259 else f"p{i}"
+            f.write(struct.pack("<fi", -float(i), len(piece)) + piece.encode())
+    return path
+
+
+def output_of(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = (done.stderr.strip() or "it ended early").splitlines()
+        raise UserError(f"{command[0]} failed: {lines[-1].removeprefix('error: ')}")
+    return done.stdout + done.stderr
+
+
+def number_in(pattern, text, command):
+    found = re.search(pattern, text)
+    if not found:
+        raise UserError(f"{command} printed no {pattern!r}: {text[-200:]!r}")
+    return float(found[1])
+
+
+def our_speed(name, kind, task):
+    """Tokens/s of ours, and the share of the memory's speed that its decoding reaches."""
+    stories = "16" if task == "16 stories" else "1"
+    command = [os.path.abspath(engine), model_file(name, kind), "--bench", "-b", stories]
+    text = output_of([*command, "-j", str(threads)])
+    line = "prefill" if task == "prefill" else "decode"
+    speed = number_in(rf"{line}: ([0-9.]+) tok/s", text, engine)
+    return speed, number_in(r"decode, ([0-9.]+) %", text, engine)
+
+
+def llama_cpp_speed(name, kind, task):
+    path = model_file(name, GGUF_TYPES[kind])
+    words = ["-p", "128", "-n", "0"] if task == "prefill" else ["-p", "0", "-n", "128"]
+    text = output_of([peer, "-m", path, "-t", str(threads), "-r", "3", "-o", "json", *words])
+    return json.loads(text[text.index("[") : text.rindex("]") + 1])[0]["avg_ts"]
+
+
+def llama2c_speed(name, kind, _):
+    """Of its run.c, built as its make runomp does."""
+    binary = os.path.join(models, "llama2c_run")
+    if not os.path.exists(binary):
+        flags = ["-Ofast", "-fopenmp", "-march=native", os.path.join(llama2c, "run.c"), "-lm"]
+        output_of(["cc", *flags, "-o", binary])
+    tokenizer = fake_tokenizer(VOCABULARIES.get(name, 32000))
+    path = model_file(name, kind)
+    text = output_of([binary, path, "-z", tokenizer, "-t", "0", "-n", "256"])
+    return number_in(r"achieved tok/s: ([0-9.]+)", text, binary)
+
+
+def bench_infer():
+    os.makedirs(models, exist_ok=True)
+    numbers = [int(n) for n in cases.split(",")] if cases else range(len(CASES))
+    if not os.path.exists(engine):
+        raise UserError(f"engine = {engine!r}: there is none; build it with: make run")
+    if infer_rounds < 1 or not set(numbers) <= set(range(len(CASES))):
+        raise UserError(f"infer_rounds must be above 0, and cases from 0 to {len(CASES) - 1}")
+    peers = {
+        "llama.cpp": llama_cpp_speed if peer else None,
+        "llama2.c": llama2c_speed if llama2c else None,
+        "one story": lambda name, kind, _: our_speed(name, kind, "decode")[0],
+    }
+    print(
+        f"tokens/s with {threads} threads, random weights, medians of {infer_rounds} rounds in "
+        "which ours and the peer alternate; of memory: of what the same threads read a second, "
+        "measured in between\n"
+        f"{'model':<6} {'format':<6} {'task':<11} {'ours':>9} {'of memory':>9} {'peer':>9} "
+        f"{'ratio':>7}"
+    )
+    for n in numbers:
+        name, kind, task, other = CASES[n]
+        ours, shares, theirs = [], [], []
+        for _ in range(infer_rounds):
+            speed, share = our_speed(name, kind, task)
+            ours.append(speed)
+            shares.append(share)
+            if peers[other]:
+                theirs.append(peers[other](name, kind, task))
+        medians = statistics.median
+        cells = f"{'':>9} {'':>7}"
+        if theirs:
+            ratio = medians(a / b for a, b in zip(ours, theirs, strict=True))
+            cells = f"{medians(theirs):>9,.0f} {ratio:>6.2f}x  {other}"
+        share = f"{medians(shares):.0f} %" if task == "decode" else ""
+        print(
+            f"{name:<6} {kind:<6} {task:<11} {medians(ours):>9,.0f} {share:>9} {cells}", flush=True
+        )
+
+
 BENCHES = {
     "train": bench_train,
     "speedrun": bench_speedrun,
     "loader": bench_loader,
     "checkpoint": bench_checkpoint,
+    "infer": bench_infer,
 }
 if what not in BENCHES:
     raise UserError(f"expected one of {', '.join(BENCHES)}, not {what!r}")
