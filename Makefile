@@ -1,6 +1,9 @@
 # make story   from nothing to a story: environment, practice corpus, vocabulary, training, text
 # make test    all tests
-# make run     the C engine; make debug: run_debug, the same with sanitizers
+# make run     the C engine; make debug: run_debug, the same with sanitizers; make libllama2: the
+#              engine as a shared library, see llama2.h and examples/llama2.py
+# make fuzz    wrong files and texts at random for the engine, with clang; FUZZ_SECONDS=60 for each
+# make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
 # make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes, with
 #              shards of both vocabularies in DATA), the loader and the checkpoints (10 minutes);
 #              LLAMA2C=PATH, a checkout of llama2.c, measures its model too
@@ -13,13 +16,16 @@ PYTHON ?= python3
 CC ?= cc
 DATA ?= data
 
-# The one flags variable: as fast as this compiler can for this machine, with OpenMP if it has it
+# The one flags variable. On x86 run.c picks its instructions when it runs, so that one binary does
+# for all; sums and products are not fused, so that they round alike everywhere
 has = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo $(1))
-CFLAGS ?= -std=c11 -O3 -Wall -Wextra $(or $(call has,-march=native),$(call has,-mcpu=native)) \
-          $(or $(call has,-fopenmp),$(call has,-fopenmp-simd))
-SANITIZE = -std=c11 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all
+STRICT = -std=c11 -ffp-contract=off -Wall -Wextra -Wno-psabi
+CFLAGS ?= $(STRICT) -O3 $(if $(filter x86_64,$(shell uname -m)),,$(call has,-mcpu=native)) \
+          $(call has,-fopenmp)
+SANITIZE = $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_SECONDS ?= 60
 
-.PHONY: story test bench lint clean debug dev
+.PHONY: story test test-arm bench fuzz lint clean debug libllama2 dev
 
 run: run.c
 	$(CC) $(CFLAGS) run.c -o run -lm
@@ -27,6 +33,10 @@ run: run.c
 debug: run_debug
 run_debug: run.c
 	$(CC) $(SANITIZE) run.c -o run_debug -lm
+
+libllama2: libllama2.so
+libllama2.so: libllama2.c llama2.h run.c
+	$(CC) $(CFLAGS) -shared -fPIC -fvisibility=hidden libllama2.c -o libllama2.so -lm
 
 story:
 	@$(PYTHON) bootstrap.py story
@@ -37,6 +47,14 @@ dev:
 
 test: dev
 	.venv/bin/python -m pytest
+
+# the numbers alone: everything else is the same C on every machine
+test-arm: dev
+	ENGINE_CC=aarch64-linux-gnu-gcc ENGINE_FLAGS="-march=armv8.2-a+dotprod -static" \
+	ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest tests/test_run.py -k "logits or bits"
+
+fuzz: dev
+	.venv/bin/python tests/fuzz.py --seconds=$(FUZZ_SECONDS)
 
 bench: dev
 	.venv/bin/python bench.py train --llama2c=$(LLAMA2C)
@@ -49,4 +67,4 @@ lint: dev
 	.venv/bin/ruff format --check .
 
 clean:
-	rm -rf run run_debug .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf run run_debug libllama2.so .pytest_cache .ruff_cache __pycache__ tests/__pycache__

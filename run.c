@@ -1,21 +1,30 @@
-// Inference of a Llama model from model.bin (versions 0 and 3, fp32) in one C file.
+#ifndef KERNEL  // the file includes its last part, the kernels, once for each instruction set
+
+// Inference of a Llama model from model.bin in one C file.
 //
 //   ./run model.bin -z tok.bin -i "Once upon a time"
 //
-// Read from main() up: the model file is mapped and checked, the prompt is cut into tokens, and one
-// forward pass a token gives the logits from which the next token is drawn. Shapes are written as
-// (rows, columns), row-major. No input may crash it: every size is checked before it is used, and
-// whatever does not fit ends in die() with one sentence.
+// Read from main() up: the model file is mapped and checked, the prompt is cut into tokens, and
+// forward() takes a batch of tokens (of a prompt, or the next one of several stories) through the
+// layers to the logits from which the next tokens are drawn. Shapes are written as (rows, columns).
+// No input may crash it: every size is checked before it is used, and whatever does not fit ends in
+// die() with one sentence.
 //
 // To add an architecture option: its field or bit in Header and Config, its range in
-// check_config(), its tensor in find_weights(), its use in forward(), and the same in export.py and
-// doc/format.md.
+// check_config(), its tensor in lay_out(), its use between embed() and pass(), and the same in
+// export.py and doc/format.md. To add a number format: its row in FORMATS, its kernel in the last
+// part, and the same two. To add an instruction set: its block where the kernels are included.
 
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
+#endif
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
+#include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -33,9 +42,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-
-#if !defined(_OPENMP) && defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // without OpenMP its pragmas mean nothing
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -45,25 +58,62 @@
 // ------------------------------------------------------------------------------------------------
 // Errors and memory
 
+// Where an error ends: a caller of the library gets it as text, the command line prints it and exits.
+static _Thread_local struct {
+    jmp_buf *caller;  // NULL: the command line
+    char *text;
+    size_t size;
+} on_error;
+
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
 #endif
 _Noreturn static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
+    if (on_error.caller) {
+        vsnprintf(on_error.text, on_error.size, format, args);
+        longjmp(*on_error.caller, 1);
+    }
     fflush(stdout);
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
-    va_end(args);
     exit(EXIT_FAILURE);
 }
 
-// Zeroed memory for n items; the only place that allocates.
+// All memory is in a list, so that it can be freed in one go, after an error too.
+typedef struct Block {
+    struct Block *next, **link;  // link: what points to this one
+    void *start;                 // as calloc() gave it
+} Block;
+
+static _Thread_local Block *blocks;
+
+// Zeroed memory for n items, from the start of a cache line on; the only place that allocates.
 static void *alloc(uint64_t n, size_t size) {
-    void *p = n > SIZE_MAX / size ? NULL : calloc(n ? (size_t)n : 1, size);
-    if (!p) die("out of memory: %llu items of %zu bytes do not fit", (unsigned long long)n, size);
-    return p;
+    const size_t line = 64, extra = sizeof(Block) + line;
+    char *start = n > (SIZE_MAX - extra) / size ? NULL : calloc((size_t)n * size + extra, 1);
+    if (!start)
+        die("out of memory: %llu items of %zu bytes do not fit", (unsigned long long)n, size);
+    char *data = start + sizeof(Block);
+    data += (line - (uintptr_t)data % line) % line;
+    Block *b = (Block *)data - 1;
+    *b = (Block){blocks, &blocks, start};
+    if (blocks) blocks->link = &b->next;
+    blocks = b;
+    return data;
+}
+
+static void release(void *data) {
+    Block *b = (Block *)data - 1;
+    if (b->next) b->next->link = b->link;
+    *b->link = b->next;
+    free(b->start);
+}
+
+static void release_all(void) {
+    while (blocks) release(blocks + 1);
 }
 
 // A whole file, read-only. Files are mapped, so that a model is read as its weights are needed.
@@ -105,18 +155,165 @@ static File open_file(const char *path, const char *what) {
 
 static void close_file(File *f) {
 #if defined(_WIN32)
-    free((void *)f->data);
+    release((void *)f->data);
 #else
     munmap((void *)f->data, f->size);
 #endif
 }
 
+// What a thread does while it waits for another: first next to nothing, then it lets others run.
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void let_others_run(void) {
+#if !defined(_WIN32)
+    nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------
-// The model file, see doc/format.md: a header, and the weights, all fp32
+// Numbers: formats of weights, and the kernels that work on them
+
+enum { LANES = 16, TILE = 8, ROWS_AT_ONCE = 8 };
+
+#define ROUND_UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
+
+// Sixteen lanes of 32 bits, whatever the machine's registers hold
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint8_t Codes __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
+
+// int8 and int4 are whole numbers from 0, `zero` of which is subtracted, times a scale that `group`
+// columns of a row share.
+static const struct {
+    const char *name;
+    size_t bits, group, zero;
+    size_t per_code;  // columns of a row that lie together
+} FORMATS[N_FORMATS] = {
+    [FP32] = {"fp32", 32, 0, 0, 1},
+    [BF16] = {"bf16", 16, 0, 0, 1},
+    [INT8] = {"int8", 8, 64, 128, 4},
+    [INT4] = {"int4", 4, 32, 8, 8},
+};
+
+// A matrix (rows, cols) as the model file has it. fp32 and bf16 are row-major. int8 and int4 lie in
+// blocks of `lanes` rows, 16 of a matrix that is multiplied and 1 of a table whose rows are looked
+// up: of each row in turn the first 4 (int4: 8) columns, then of each the next ones; int4 has
+// columns 0 to 3 in the low halves of its bytes and 4 to 7 in the high ones. Rows and columns that
+// fill a block up are zero. Scales are (blocks, groups of columns, lanes).
+typedef struct {
+    Format format;
+    size_t rows, cols, lanes, group;
+    const uint8_t *data;  // NULL of one that the model does not have
+    const void *scales;   // bfloat16, or float32 in llama2.c's version 2
+    bool wide_scales;
+} Tensor;
+
+// What matrices are multiplied with: n rows of activations.
+typedef struct {
+    float *x;          // (n, stride)
+    // for products with int8 and int4: x is about (256 * high + low) * the scale of its group
+    int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): of each four columns high and low
+    float *scales;     // (n, max_groups)
+    int32_t *offsets;  // (n, max_groups): -zero times the sum of a group
+    size_t stride, max_groups, n;
+    size_t tile;       // so many rows are multiplied at a time: TILE, or n if that is less
+} Input;
+
+// Where high and low of four columns of a row are.
+static inline int8_t *codes_at(const Input *in, size_t row, size_t four) {
+    return in->codes + ((row / in->tile * (in->stride / 4) + four) * in->tile + row % in->tile) * 8;
+}
+
+// out (n, stride) = in (n, cols) @ w^T; out has room for whole blocks of rows.
+typedef struct {
+    const Tensor *w;
+    const Input *in;
+    float *out;
+    size_t stride;
+} Product;
+
+typedef struct {
+    const char *name;
+    void (*rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps);
+    void (*activate)(float *h, const float *gate, size_t n);
+    size_t (*argmax)(const float *x, size_t n);
+    void (*softmax)(float *x, size_t n, float temperature);
+    void (*softcap)(float *x, size_t n, float cap);
+    float (*gate)(const float *a, const float *b, size_t n);
+    void (*read)(const uint8_t *data, size_t n);
+    void (*quantize)(Input *in, size_t row, size_t n, size_t group, int zero);
+    void (*matmul)(const Product *p, size_t first_block, size_t last_block);
+    void (*attend)(float *out, const float *q, const void *keys, const void *values,
+                   size_t head_dim, size_t first, size_t last, bool is_bf16);
+} Kernels;
+
+#if defined(__clang__)
+#define TARGET_PUSH(features) \
+    DO_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_POP _Pragma("clang attribute pop")
+#else
+#define TARGET_PUSH(features) _Pragma("GCC push_options") DO_PRAGMA(GCC target(features))
+#define TARGET_POP _Pragma("GCC pop_options")
+#endif
+#define DO_PRAGMA(x) _Pragma(#x)
+
+#define KERNEL(name) name##_portable
+#include "run.c"
+#if defined(__x86_64__)
+#define KERNEL(name) name##_avx2
+#define KERNEL_AVX2
+TARGET_PUSH("avx2")
+#include "run.c"
+TARGET_POP
+#define KERNEL(name) name##_avx512
+#define KERNEL_AVX512
+TARGET_PUSH("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#include "run.c"
+TARGET_POP
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define KERNEL(name) name##_dotprod
+#define KERNEL_DOTPROD
+#include "run.c"
+#endif
+
+// The best kernels that this machine can run; those of the name RUN_KERNELS where it is set, for
+// tests.
+static const Kernels *pick_kernels(void) {
+    const Kernels *all[3] = {0};
+    size_t n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        all[n++] = &kernels_avx512;
+    if (__builtin_cpu_supports("avx2")) all[n++] = &kernels_avx2;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    all[n++] = &kernels_dotprod;
+#endif
+    all[n++] = &kernels_portable;
+    const char *wanted = getenv("RUN_KERNELS");
+    for (size_t i = 0; wanted && i < n; i++)
+        if (!strcmp(all[i]->name, wanted)) return all[i];
+    return all[0];
+}
+
+// ------------------------------------------------------------------------------------------------
+// The model file, see doc/format.md: a header, and the weights
 
 typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
-// With every option off, as in version 0, the model is Llama 2.
+// With every option off, as in versions 0 to 2, the model is Llama 2.
 typedef struct {
     int version;     // of the file
     int dim;         // width of the residual stream
@@ -138,6 +335,8 @@ typedef struct {
     bool embedding_norm;    // RMSNorm behind the embedding
     bool residual_scalars;  // a layer begins with a x + b x0; x0 is the embedding
     bool smear;             // a gate adds the embedding of the token before
+    Format format;          // of matrices and tables; gains and other vectors are fp32
+    int group;              // of version 2: so many numbers share a scale
 } Config;
 
 // Version 3's header; behind it the window of each layer, int32 (n_layers).
@@ -145,7 +344,7 @@ typedef struct {
     uint32_t magic;
     int32_t version;
     uint64_t file_size;
-    uint32_t header_size, options, dtype, activation;
+    uint32_t header_size, options, format, activation;
     int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
     int32_t value_embeddings, bigram_rows;
     float norm_eps, rope_theta, logit_softcap;
@@ -153,7 +352,13 @@ typedef struct {
 
 _Static_assert(sizeof(Header) == 80, "the header has no gaps");
 
-enum { MAGIC = 0x616b3432, V0_HEADER_BYTES = 7 * 4, ALIGNMENT = 64, MAX_CONTEXT = 1 << 24 };
+enum {
+    MAGIC = 0x616b3432,
+    V0_HEADER_BYTES = 7 * 4,
+    V1_HEADER_BYTES = 256,  // of version 2 as well
+    ALIGNMENT = 64,         // of the tensors of version 3
+    MAX_CONTEXT = 1 << 24,
+};
 
 enum {  // bits of Header.options
     TIE_EMBEDDINGS = 1,
@@ -165,53 +370,29 @@ enum {  // bits of Header.options
     KNOWN_OPTIONS = 63,
 };
 
-// NULL where the model has none
 typedef struct {
-    const float *tok_embeddings;    // (vocab_size, dim)
-    const float *attention_norm;    // (n_layers, dim)
-    const float *wq;                // (n_layers, n_heads * head_dim, dim)
-    const float *wk;                // (n_layers, n_kv_heads * head_dim, dim)
-    const float *wv;                // (n_layers, n_kv_heads * head_dim, dim)
-    const float *wo;                // (n_layers, dim, n_heads * head_dim)
-    const float *ffn_norm;          // (n_layers, dim)
-    const float *w1;                // (n_layers, hidden_dim, dim)
-    const float *w2;                // (n_layers, dim, hidden_dim)
-    const float *w3;                // (n_layers, hidden_dim, dim), of SwiGLU
-    const float *norm;              // (dim)
-    const float *output;            // (vocab_size, dim), the embeddings where tied
-    const float *q_norm;            // (n_layers, head_dim)
-    const float *k_norm;            // (n_layers, head_dim)
-    const float *embedding_norm;    // (dim)
-    const float *residual_scalars;  // (n_layers)
-    const float *x0_scalars;        // (n_layers)
-    const float *value_embeddings;  // (value_embeddings, vocab_size, n_kv_heads * head_dim)
-    const float *bigram;            // (bigram_rows, dim)
-    const float *smear_gate;        // (dim)
-} Weights;
+    Tensor wq;                      // (n_heads * head_dim, dim)
+    Tensor wk, wv;                  // (n_kv_heads * head_dim, dim)
+    Tensor wo;                      // (dim, n_heads * head_dim)
+    Tensor w1, w3;                  // (hidden_dim, dim); w3 of SwiGLU
+    Tensor w2;                      // (dim, hidden_dim)
+    Tensor value_embeddings;        // (vocab_size, n_kv_heads * head_dim)
+    const float *attention_norm;    // (dim), NULL without gains, as the other norms
+    const float *ffn_norm;          // (dim)
+    const float *q_norm, *k_norm;   // (head_dim)
+    float kept, added;              // the layer begins with kept * x + added * x0
+    int window;  // a position sees this many, itself included; 0: all
+} Layer;
 
 typedef struct {
-    File file;
-    Config config;
-    Weights weights;
-    int *windows;  // (n_layers) a position sees this many, itself included; 0: all
-    // activations of one position
-    float *x;       // (dim) the residual stream
-    float *x0;      // (dim) what the first layer gets
-    float *xb;      // (dim) normed, or attention's output
-    float *xb2;     // (dim) what a block adds to x
-    float *hb;      // (hidden_dim)
-    float *hb2;     // (hidden_dim)
-    float *q;       // (n_heads, head_dim)
-    float *scores;  // (n_heads, n_positions)
-    float *logits;  // (vocab_size)
-    // of all positions so far
-    int token;         // the latest
-    int n_positions;   // as many as the caller asked for, at most seq_len
-    float *key_cache;  // (n_layers, n_positions, n_kv_heads * head_dim)
-    float *value_cache;
-    float *rope_cos;  // (n_positions, head_dim / 2)
-    float *rope_sin;
-} Model;
+    Layer *layers;                // (n_layers)
+    Tensor tok_embeddings;        // (vocab_size, dim)
+    Tensor output;                // (vocab_size, dim), tok_embeddings where tied
+    Tensor bigram;                // (bigram_rows, dim)
+    const float *norm;            // (dim)
+    const float *embedding_norm;  // (dim)
+    const float *smear_gate;      // (dim)
+} Weights;
 
 static void check_config(const Config *c, const char *path) {
     struct {
@@ -246,36 +427,47 @@ static void check_config(const Config *c, const char *path) {
     if (c->bigram_rows == 1)
         die("%s is not a version %d model file: bigram_rows = 1, expected 0, or 2 or more",
             path, c->version);
+    if (c->version == 2 && (c->group < LANES || c->group % LANES || c->dim % c->group ||
+                            c->hidden_dim % c->group))
+        die("%s has groups of %d numbers, which do not fit rows of %d and %d in vectors of %d: "
+            "make a version 3 file of the checkpoint with export.py", path, c->group, c->dim,
+            c->hidden_dim, LANES);
 }
 
 // The version of the file; what it is if it is a well-known other kind is said.
 static int find_version(const File *f) {
     uint32_t words[2] = {0};
     memcpy(words, f->data, f->size < sizeof words ? f->size : sizeof words);
-    if (words[0] == MAGIC && words[1] != 3)
-        die("%s is a version %u model file, and this engine reads versions 0 and 3: "
+    if (words[0] == MAGIC && (words[1] < 1 || words[1] > 3))
+        die("%s is a version %u model file, and this engine reads versions 0 to 3: "
             "make one with export.py", f->path, words[1]);
     if (!memcmp(words, "GGUF", 4))
         die("%s is a GGUF file; this engine reads model.bin as export.py writes it", f->path);
     if (!memcmp(words, "PK\3\4", 4))
         die("%s is a checkpoint or zip file; make a model.bin of it: "
             "python export.py model.bin --checkpoint=%s", f->path, f->path);
-    int version = words[0] == MAGIC ? 3 : 0;
-    if (f->size < (version ? sizeof(Header) : V0_HEADER_BYTES))
+    int version = words[0] == MAGIC ? (int)words[1] : 0;
+    size_t bytes[] = {V0_HEADER_BYTES, V1_HEADER_BYTES, V1_HEADER_BYTES, sizeof(Header)};
+    if (f->size < bytes[version])
         die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
             version);
     return version;
 }
 
-static Config read_v0(const File *f) {
-    int32_t h[7];
-    memcpy(h, f->data, V0_HEADER_BYTES);
-    bool tied = h[5] > 0;  // vocab_size is negative where the head has its own matrix
+// llama2.c's versions: what they have no field for is Llama 2's.
+static Config read_llama2c(const File *f, int version) {
+    int32_t h[9] = {0};  // version 1 and 2 have 7 numbers behind magic and version, and then these:
+    uint8_t tied = 0;
+    memcpy(h, f->data + (version ? 8 : 0), 7 * sizeof *h);
+    if (version) tied = f->data[8 + 7 * 4];
+    if (version == 2) memcpy(&h[8], f->data + 8 + 7 * 4 + 1, sizeof *h);
+    if (!version) tied = h[5] > 0;  // vocab_size is negative where the head has its own matrix
     return (Config){
+        .version = version,
         .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3], .n_kv_heads = h[4],
-        .vocab_size = tied || h[5] == INT32_MIN ? h[5] : -h[5], .seq_len = h[6],
-        .norm_eps = 1e-5f, .rope_theta = 10000.0f,  // Llama 2's, which the version has no field for
-        .tie_embeddings = tied, .norm_gains = true,
+        .vocab_size = version || tied || h[5] == INT32_MIN ? h[5] : -h[5], .seq_len = h[6],
+        .norm_eps = 1e-5f, .rope_theta = 10000.0f, .tie_embeddings = tied, .norm_gains = true,
+        .format = version == 2 ? INT8 : FP32, .group = h[8],
     };
 }
 
@@ -293,9 +485,9 @@ static Config read_v3(const File *f) {
     if (h.options & ~(uint32_t)KNOWN_OPTIONS)
         die("%s has the options 0x%x, which this engine does not know: %s", f->path,
             h.options & ~(uint32_t)KNOWN_OPTIONS, remedy);
-    if (h.dtype != 0)
-        die("%s has number format %u, and this engine reads 0 (float32): %s", f->path, h.dtype,
-            remedy);
+    if (h.format >= N_FORMATS)
+        die("%s has number format %u, and this engine reads 0 to %d: %s", f->path, h.format,
+            N_FORMATS - 1, remedy);
     if (h.activation >= N_ACTIVATIONS)
         die("%s has activation %u, and this engine knows 0 (swiglu) and 1 (relu2): %s", f->path,
             h.activation, remedy);
@@ -308,227 +500,317 @@ static Config read_v3(const File *f) {
         .tie_embeddings = h.options & TIE_EMBEDDINGS, .qk_norm = h.options & QK_NORM,
         .norm_gains = h.options & NORM_GAINS, .embedding_norm = h.options & EMBEDDING_NORM,
         .residual_scalars = h.options & RESIDUAL_SCALARS, .smear = h.options & SMEAR,
+        .format = (Format)h.format,
     };
 }
 
-// The tensors behind a header of header_bytes, whose sizes have to add up to the file's. Within the
-// ranges of check_config() no 64-bit product or sum overflows.
-static Weights find_weights(const File *f, const Config *c, uint64_t header_bytes) {
-    Weights w = {0};
-    uint64_t dim = c->dim, hidden = c->hidden_dim, layers = c->n_layers, vocab = c->vocab_size;
-    uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    uint64_t gains = c->norm_gains, head_gains = c->qk_norm && c->norm_gains;
-    struct {
-        const float **pointer;
-        uint64_t count;  // 0: the model has none
-        uint64_t at;     // its first byte
-    } tensors[] = {
-        {&w.tok_embeddings, vocab * dim, 0},
-        {&w.attention_norm, gains * layers * dim, 0},
-        {&w.wq, layers * dim * dim, 0},
-        {&w.wk, layers * kv_dim * dim, 0},
-        {&w.wv, layers * kv_dim * dim, 0},
-        {&w.wo, layers * dim * dim, 0},
-        {&w.ffn_norm, gains * layers * dim, 0},
-        {&w.w1, layers * hidden * dim, 0},
-        {&w.w2, layers * dim * hidden, 0},
-        {&w.w3, c->activation == SWIGLU ? layers * hidden * dim : 0, 0},
-        {&w.norm, gains * dim, 0},
-        // version 0's rotary tables, which are computed here instead
-        {&(const float *){NULL}, c->version == 0 ? (uint64_t)c->seq_len * head_dim : 0, 0},
-        {&w.output, c->tie_embeddings ? 0 : vocab * dim, 0},
-        {&w.q_norm, head_gains * layers * head_dim, 0},
-        {&w.k_norm, head_gains * layers * head_dim, 0},
-        {&w.embedding_norm, c->embedding_norm ? gains * dim : 0, 0},
-        {&w.residual_scalars, c->residual_scalars ? layers : 0, 0},
-        {&w.x0_scalars, c->residual_scalars ? layers : 0, 0},
-        {&w.value_embeddings, c->value_embeddings * vocab * kv_dim, 0},
-        {&w.bigram, c->bigram_rows * dim, 0},
-        {&w.smear_gate, c->smear ? dim : 0, 0},
-    };
-    size_t n_tensors = sizeof tensors / sizeof *tensors;
-    uint64_t alignment = c->version == 0 ? sizeof(float) : ALIGNMENT, end = header_bytes;
-    for (size_t i = 0; i < n_tensors; i++) {
-        if (!tensors[i].count) continue;
-        tensors[i].at = (end + alignment - 1) / alignment * alignment;
-        end = tensors[i].at + tensors[i].count * sizeof(float);
-    }
-    if (end != f->size)
-        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
-            "it is %s, or no version %d model file", f->path, f->size, c->dim, c->n_layers,
-            c->vocab_size, (unsigned long long)end, f->size < end ? "truncated" : "too long",
-            c->version);
-    for (size_t i = 0; i < n_tensors; i++)
-        if (tensors[i].count) *tensors[i].pointer = (const float *)(f->data + tensors[i].at);
-    if (c->tie_embeddings) w.output = w.tok_embeddings;
-    return w;
+static float scale_at(const Tensor *t, size_t i) {
+    if (t->wide_scales) return ((const float *)t->scales)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)t->scales)[i] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
-// Map the model file and make room for n_positions (0: the whole context) of one sequence.
-static Model load_model(const char *path, int n_positions) {
-    Model m = {.file = open_file(path, "model file")};
-    Config *c = &m.config;
-    *c = find_version(&m.file) == 0 ? read_v0(&m.file) : read_v3(&m.file);
-    check_config(c, path);
-    size_t windows_at = sizeof(Header), windows_bytes = (size_t)c->n_layers * sizeof(int32_t);
-    m.weights = find_weights(&m.file, c, c->version == 0 ? V0_HEADER_BYTES
-                                                         : windows_at + windows_bytes);
-    m.windows = alloc(c->n_layers, sizeof(int32_t));
-    if (c->version == 3) memcpy(m.windows, m.file.data + windows_at, windows_bytes);
-    for (int l = 0; l < c->n_layers; l++) {
-        if (m.windows[l] < 0 || m.windows[l] > MAX_CONTEXT)
-            die("%s is not a version 3 model file: its header says that layer %d has a window of "
-                "%d, expected 0 to %d", path, l, m.windows[l], MAX_CONTEXT);
+// out = row r of any tensor; there is room for whole vectors behind its columns
+static void read_row(float *out, const Tensor *t, size_t r) {
+    if (t->format == FP32) {
+        memcpy(out, t->data + r * t->cols * sizeof(float), t->cols * sizeof(float));
+        return;
     }
-
-    size_t dim = c->dim, hidden = c->hidden_dim, layers = c->n_layers;
-    size_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
-    uint64_t positions = m.n_positions;
-    m.x = alloc(dim, sizeof(float));
-    m.x0 = alloc(dim, sizeof(float));
-    m.xb = alloc(dim, sizeof(float));
-    m.xb2 = alloc(dim, sizeof(float));
-    m.hb = alloc(hidden, sizeof(float));
-    m.hb2 = alloc(hidden, sizeof(float));
-    m.q = alloc(dim, sizeof(float));
-    m.scores = alloc(c->n_heads * positions, sizeof(float));
-    m.logits = alloc(c->vocab_size, sizeof(float));
-    m.key_cache = alloc(layers * positions, kv_dim * sizeof(float));
-    m.value_cache = alloc(layers * positions, kv_dim * sizeof(float));
-    m.rope_cos = alloc(positions * head_dim / 2, sizeof(float));
-    m.rope_sin = alloc(positions * head_dim / 2, sizeof(float));
-    for (size_t i = 0; i < head_dim / 2; i++) {
-        float freq = powf(c->rope_theta, -(float)(2 * i) / (float)head_dim);
-        for (size_t pos = 0; pos < positions; pos++) {
-            m.rope_cos[pos * (head_dim / 2) + i] = cosf((float)pos * freq);
-            m.rope_sin[pos * (head_dim / 2) + i] = sinf((float)pos * freq);
+    if (t->format == BF16) {
+        const uint16_t *from = (const uint16_t *)t->data + r * t->cols;
+        for (size_t c = 0; c < t->cols; c++) {
+            uint32_t bits = (uint32_t)from[c] << 16;
+            memcpy(out + c, &bits, sizeof bits);
+        }
+        return;
+    }
+    size_t per_code = FORMATS[t->format].per_code, groups = (t->cols + t->group - 1) / t->group;
+    size_t steps = (t->cols + per_code - 1) / per_code, block = r / t->lanes, lane = r % t->lanes;
+    int zero = (int)FORMATS[t->format].zero;
+    const uint8_t *codes = t->data + (block * steps * t->lanes + lane) * 4;
+    for (size_t g = 0, step = 0; g < groups; g++) {
+        float scale = scale_at(t, (block * groups + g) * t->lanes + lane);
+        for (; step < steps && step < (g + 1) * (t->group / per_code); step++) {
+            for (int i = 0; i < 4; i++) {
+                int low = per_code == 8 ? codes[i] & 15 : codes[i];
+                out[step * per_code + i] = (float)(low - zero) * scale;
+                if (per_code == 8) out[step * 8 + 4 + i] = (float)((codes[i] >> 4) - zero) * scale;
+            }
+            codes += 4 * t->lanes;
         }
     }
-    return m;
 }
 
-static void free_model(Model *m) {
-    float *buffers[] = {m->x, m->x0, m->xb, m->xb2, m->hb, m->hb2, m->q, m->scores, m->logits,
-                        m->key_cache, m->value_cache, m->rope_cos, m->rope_sin};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
-    free(m->windows);
-    close_file(&m->file);
+// Lay a row-major int8 matrix of version 2 out as a Tensor does: -127 to 127 become 1 to 255.
+static void repack(Tensor *t) {
+    const float *from = t->scales;
+    size_t padded = ROUND_UP(t->rows, t->lanes), groups = t->cols / t->group, lanes = t->lanes;
+    uint8_t *codes = alloc((uint64_t)padded * t->cols, 1);
+    float *scales = alloc((uint64_t)padded * groups, sizeof(float));
+    memset(codes, (int)FORMATS[INT8].zero, padded * t->cols);
+    for (size_t r = 0; r < t->rows; r++) {
+        size_t block = r / lanes, lane = r % lanes;
+        for (size_t c = 0; c < t->cols; c++)
+            codes[(block * t->cols + c / 4 * 4) * lanes + lane * 4 + c % 4] =
+                (uint8_t)((int8_t)t->data[r * t->cols + c] + 128);
+        for (size_t g = 0; g < groups; g++)
+            scales[(block * groups + g) * lanes + lane] = from[r * groups + g];
+    }
+    t->data = codes;
+    t->scales = scales;
+}
+
+// A walk over the tensors of a file, in its order. Twice: first without data, for the file's size.
+typedef struct {
+    const uint8_t *data;  // of the whole file, or NULL
+    uint64_t at;          // the end of what has been passed
+    uint64_t alignment;
+    const Config *config;
+} Walk;
+
+// Pass n bytes; where they are, or NULL. Within the ranges of check_config() no sum overflows.
+static const uint8_t *skip(Walk *w, uint64_t n) {
+    if (!n) return NULL;
+    uint64_t at = (w->at + w->alignment - 1) / w->alignment * w->alignment;
+    w->at = at + n;
+    return w->data ? w->data + at : NULL;
+}
+
+// n vectors, one a layer: places[0], and so on in steps of a Layer.
+static void walk_vectors(Walk *w, const float **places, size_t n, uint64_t size) {
+    const uint8_t *data = skip(w, n * size * sizeof(float));
+    for (size_t i = 0; data && i < n; i++)
+        *(const float **)((char *)places + i * sizeof(Layer)) = (const float *)data + i * size;
+}
+
+// n matrices of one shape, one a layer, whose rows are multiplied (lanes 16) or looked up (1).
+static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint64_t cols,
+                         size_t lanes) {
+    const Config *c = w->config;
+    Format f = c->format;
+    size_t group = c->version == 2 ? (size_t)c->group : FORMATS[f].group;
+    uint64_t data_bytes = rows * cols * FORMATS[f].bits / 8, scale_bytes = 0, at_once = n;
+    if (c->version == 2) {  // row-major and, unlike later, each matrix with its scales behind it
+        scale_bytes = rows * cols / group * sizeof(float);
+        at_once = 1;
+    } else if (group) {
+        uint64_t padded = ROUND_UP(rows, lanes), groups = (cols + group - 1) / group;
+        data_bytes = padded * ROUND_UP(cols, FORMATS[f].per_code) * FORMATS[f].bits / 8;
+        scale_bytes = padded * groups * sizeof(uint16_t);
+    }
+    for (size_t first = 0; first < n; first += at_once) {
+        const uint8_t *data = skip(w, at_once * data_bytes);
+        const uint8_t *scales = skip(w, at_once * scale_bytes);
+        for (size_t i = 0; data && i < at_once; i++) {
+            Tensor t = {f, rows, cols, lanes, group, data + i * data_bytes, NULL, c->version == 2};
+            if (scales) t.scales = scales + i * scale_bytes;
+            if (c->version == 2) repack(&t);
+            *(Tensor *)((char *)places + (first + i) * sizeof(Layer)) = t;
+        }
+    }
+}
+
+// The tensors behind the header, in the order of doc/format.md. Returns where the last one ends.
+static uint64_t lay_out(Weights *m, Walk *w) {
+    const Config *c = w->config;
+    Layer *l = m->layers;
+    size_t layers = c->n_layers;
+    uint64_t dim = c->dim, hidden = c->hidden_dim, vocab = c->vocab_size;
+    uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
+    bool llama2c = c->version == 1 || c->version == 2;  // vectors first
+    if (llama2c) {
+        walk_vectors(w, &l->attention_norm, layers, dim);
+        walk_vectors(w, &l->ffn_norm, layers, dim);
+        walk_vectors(w, &m->norm, 1, dim);
+    }
+    walk_tensors(w, &m->tok_embeddings, 1, vocab, dim, c->tie_embeddings ? LANES : 1);
+    if (c->norm_gains && !llama2c) walk_vectors(w, &l->attention_norm, layers, dim);
+    walk_tensors(w, &l->wq, layers, dim, dim, LANES);
+    walk_tensors(w, &l->wk, layers, kv_dim, dim, LANES);
+    walk_tensors(w, &l->wv, layers, kv_dim, dim, LANES);
+    walk_tensors(w, &l->wo, layers, dim, dim, LANES);
+    if (c->norm_gains && !llama2c) walk_vectors(w, &l->ffn_norm, layers, dim);
+    walk_tensors(w, &l->w1, layers, hidden, dim, LANES);
+    walk_tensors(w, &l->w2, layers, dim, hidden, LANES);
+    if (c->activation == SWIGLU) walk_tensors(w, &l->w3, layers, hidden, dim, LANES);
+    if (c->norm_gains && !llama2c) walk_vectors(w, &m->norm, 1, dim);
+    if (c->version == 0)  // rotary tables, which are computed here instead
+        skip(w, (uint64_t)c->seq_len * head_dim * sizeof(float));
+    if (!c->tie_embeddings) walk_tensors(w, &m->output, 1, vocab, dim, LANES);
+    if (c->qk_norm && c->norm_gains) {
+        walk_vectors(w, &l->q_norm, layers, head_dim);
+        walk_vectors(w, &l->k_norm, layers, head_dim);
+    }
+    if (c->embedding_norm && c->norm_gains) walk_vectors(w, &m->embedding_norm, 1, dim);
+    if (c->residual_scalars) {
+        const float *kept = (const float *)skip(w, layers * sizeof(float));
+        const float *added = (const float *)skip(w, layers * sizeof(float));
+        for (size_t i = 0; w->data && i < layers; i++) {
+            l[i].kept = kept[i];
+            l[i].added = added[i];
+        }
+    }
+    walk_tensors(w, &l->value_embeddings, c->value_embeddings, vocab, kv_dim, 1);
+    if (c->bigram_rows) walk_tensors(w, &m->bigram, 1, c->bigram_rows, dim, 1);
+    if (c->smear) walk_vectors(w, &m->smear_gate, 1, dim);
+    if (c->tie_embeddings) m->output = m->tok_embeddings;
+    return w->at;
 }
 
 // ------------------------------------------------------------------------------------------------
 // The forward pass
 
-// Row `row` of a tensor of rows of n; NULL of one that the model does not have.
-static const float *row_of(const float *tensor, size_t row, size_t n) {
-    return tensor ? tensor + row * n : NULL;
+// A token of a batch. Those of one story lie one behind the other, in the order of positions.
+typedef struct {
+    int token;
+    int before;         // the token before it, -1: none
+    int pos;            // its position in its story, below n_positions
+    int story;          // whose cache it reads and writes, below n_stories
+    bool wants_logits;  // of the token behind it
+} Step;
+
+enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_SHARED_WORK = 1 << 20 };
+
+typedef struct {
+    File file;
+    Config config;
+    Weights weights;
+    const Kernels *kernels;
+    size_t n_positions;  // of a story, as many as the caller asked for, at most seq_len
+    size_t n_stories;    // that are told at once
+    size_t max_batch;    // tokens in a pass
+    // of the tokens in a pass, rows of `width` or `hidden` numbers, whole vectors
+    size_t width, hidden;
+    float *x;         // (max_batch, width) the residual stream
+    float *x0;        // (max_batch, width) what the first layer gets
+    float *added;     // (max_batch, width) what a block adds to x
+    float *q;         // (max_batch, width)
+    float *k, *v;     // (max_batch, width)
+    float *gate;      // (max_batch, hidden)
+    float *scratch;   // (n_threads, width)
+    float *logits;    // (max_batch, whole vectors of vocab_size)
+    Input normed;     // (max_batch, width) what a layer's matrices get
+    Input wanted;     // (max_batch, width) what the head gets: tokens whose logits are wanted
+    Input mixed;      // (max_batch, width) attention's output
+    Input inner;      // (max_batch, hidden) inside the feed-forward
+    // of all positions so far, in whole vectors of positions or numbers, fp32 or bf16
+    bool bf16_cache;
+    uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
+    uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
+    float *rope_cos;  // (n_positions, head_dim / 2)
+    float *rope_sin;
+    // threads
+    int n_threads;
+    atomic_int n_arrived, round;
+} Model;
+
+static Input new_input(const Model *m, size_t stride) {
+    size_t groups = stride / LANES + 1;  // no group is smaller than a vector
+    return (Input){
+        .x = alloc(m->max_batch * stride, sizeof(float)),
+        .codes = alloc(ROUND_UP(m->max_batch, TILE) * stride, 2),
+        .scales = alloc(m->max_batch * groups, sizeof(float)),
+        .offsets = alloc(m->max_batch * groups, sizeof(int32_t)),
+        .stride = stride, .max_groups = groups,
+    };
 }
 
-// x / rms(x) * weight (n), without the last factor where weight is NULL.
-static void rmsnorm(float *out, const float *x, const float *weight, int n, float eps) {
-    float sum = 0.0f;
-    for (int i = 0; i < n; i++) sum += x[i] * x[i];
-    float scale = 1.0f / sqrtf(sum / (float)n + eps);
-    if (weight) {
-        for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
+static void set_rows(Input *in, size_t n) {
+    in->n = n;
+    in->tile = n < TILE ? n : TILE;
+}
+
+// The i-th logits (vocab_size) that the latest batch wanted; they may be overwritten.
+static float *logits_of(const Model *m, size_t i) {
+    return m->logits + i * ROUND_UP((size_t)m->config.vocab_size, LANES);
+}
+
+// ---- Threads. All of them run pass(); what they share out is one matrix product, or the tokens of
+// the batch, after which they wait for one another. They spin: the next product is microseconds
+// away.
+
+typedef struct {
+    Model *m;
+    const Step *steps;
+    size_t n;       // tokens
+    size_t n_head;  // tokens whose logits are wanted
+    int thread, n_threads;
+} Pass;
+
+// Wait until all threads are here. Returns true in the last one, which has to call let_go().
+static bool arrive(Pass *p) {
+    Model *m = p->m;
+    int round = atomic_load_explicit(&m->round, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&m->n_arrived, 1, memory_order_acq_rel) == p->n_threads - 1)
+        return true;
+    for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round; spins++) {
+        if (spins < 10000) pause_briefly();
+        else let_others_run();  // other work has the core of the thread that is waited for
+    }
+    return false;
+}
+
+static void let_go(Model *m) {
+    atomic_store_explicit(&m->n_arrived, 0, memory_order_relaxed);
+    atomic_fetch_add_explicit(&m->round, 1, memory_order_release);
+}
+
+static void wait_for_all(Pass *p) {
+    if (p->n_threads > 1 && arrive(p)) let_go(p->m);
+}
+
+// Do work(p, layer, i) for each token i, between what all threads did before and do next.
+static void each_token(Pass *p, size_t layer, void (*work)(Pass *p, size_t layer, size_t i)) {
+    if (p->n_threads == 1) {
+        for (size_t i = 0; i < p->n; i++) work(p, layer, i);
+    } else if (p->n == 1) {  // the last to come does it: the others would have to wait for it anyway
+        if (arrive(p)) {
+            work(p, layer, 0);
+            let_go(p->m);
+        }
     } else {
-        for (int i = 0; i < n; i++) out[i] = scale * x[i];
+        // whole tiles, so that no two threads write to one cache line
+        size_t tiles = (p->n + TILE - 1) / TILE, first = tiles * p->thread / p->n_threads * TILE;
+        size_t end = tiles * (p->thread + 1) / p->n_threads * TILE;
+        wait_for_all(p);
+        for (size_t i = first; i < end && i < p->n; i++) work(p, layer, i);
+        wait_for_all(p);
     }
 }
 
-// RMSNorm of each head of x (n_heads, head_dim), in place.
-static void norm_heads(float *x, const float *weight, int n_heads, int head_dim, float eps) {
-    for (int h = 0; h < n_heads; h++, x += head_dim) rmsnorm(x, x, weight, head_dim, eps);
-}
-
-static void add(float *x, const float *y, int n) {
-    for (int i = 0; i < n; i++) x[i] += y[i];
-}
-
-// x = softmax(x / temperature)
-static void softmax(float *x, int n, float temperature) {
-    float max = x[0], sum = 0.0f;
-    for (int i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
-    for (int i = 0; i < n; i++) {
-        x[i] = expf((x[i] - max) / temperature);
-        sum += x[i];
-    }
-    for (int i = 0; i < n; i++) x[i] /= sum;
-}
-
-static float dot(const float *restrict a, const float *restrict b, int n) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-// out (rows) = w (rows, n) @ x (n). Four rows at a time share each load of x and keep four sums in
-// flight; a row is always summed in the same order, so the result does not depend on the threads.
-static void matmul(float *out, const float *x, const float *w, int n, int rows) {
-    int blocks = rows / 4;
-    // a small product is done before other threads would be awake
-#pragma omp parallel for schedule(static) if ((int64_t)rows * n >= 65536)
-    for (int b = 0; b < blocks; b++) {
-        const float *w0 = w + (size_t)b * 4 * n, *w1 = w0 + n, *w2 = w1 + n, *w3 = w2 + n;
-        float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (int i = 0; i < n; i++) {
-            s0 += w0[i] * x[i];
-            s1 += w1[i] * x[i];
-            s2 += w2[i] * x[i];
-            s3 += w3[i] * x[i];
-        }
-        out[4 * b] = s0;
-        out[4 * b + 1] = s1;
-        out[4 * b + 2] = s2;
-        out[4 * b + 3] = s3;
-    }
-    for (int r = blocks * 4; r < rows; r++) out[r] = dot(w + (size_t)r * n, x, n);
-}
-
-// Turn the neighbouring pairs of each head by the angles of one position.
-static void rope(float *x, int n_heads, int head_dim, const float *cos, const float *sin) {
-    for (int h = 0; h < n_heads; h++, x += head_dim) {
-        for (int i = 0; i < head_dim / 2; i++) {
-            float a = x[2 * i], b = x[2 * i + 1];
-            x[2 * i] = a * cos[i] - b * sin[i];
-            x[2 * i + 1] = a * sin[i] + b * cos[i];
-        }
+// This thread's share of the rows of some products.
+static void multiply(Pass *p, const Product *products, size_t n) {
+    size_t total = 0, before = 0, threads = p->n_threads;
+    for (size_t i = 0; i < n; i++) total += (products[i].w->rows + LANES - 1) / LANES;
+    size_t first = total * p->thread / threads, last = total * (p->thread + 1) / threads;
+    for (size_t i = 0; i < n; i++) {
+        size_t count = (products[i].w->rows + LANES - 1) / LANES;
+        size_t from = first > before ? first - before : 0;
+        size_t to = last > before ? last - before : 0;
+        if (to > count) to = count;
+        if (from < to) p->m->kernels->matmul(&products[i], from, to);
+        before += count;
     }
 }
 
-// Attention of position pos over itself and those from `first` on: out (n_heads, head_dim) from q,
-// keys and values (n_positions, n_kv_heads, head_dim).
-static void attention(Model *m, float *out, const float *keys, const float *values, int first,
-                      int pos) {
-    const Config *c = &m->config;
-    int head_dim = c->dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    int group = c->n_heads / c->n_kv_heads;
-    float scale = 1.0f / sqrtf((float)head_dim);
-#pragma omp parallel for schedule(static) if ((int64_t)(pos + 1 - first) * c->dim >= 65536)
-    for (int h = 0; h < c->n_heads; h++) {
-        const float *q = m->q + (size_t)h * head_dim;
-        const float *k = keys + (size_t)(h / group) * head_dim;
-        const float *v = values + (size_t)(h / group) * head_dim;
-        float *scores = m->scores + (size_t)h * m->n_positions;
-        float *y = out + (size_t)h * head_dim;
-        for (int t = first; t <= pos; t++)
-            scores[t] = scale * dot(q, k + (size_t)t * kv_dim, head_dim);
-        softmax(scores + first, pos + 1 - first, 1.0f);
-        memset(y, 0, head_dim * sizeof(float));
-        for (int t = first; t <= pos; t++) {
-            const float *vt = v + (size_t)t * kv_dim;
-            for (int i = 0; i < head_dim; i++) y[i] += scores[t] * vt[i];
-        }
-    }
+// ---- The steps of a layer
+
+static void add(float *x, const float *y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+// Row i of an input is complete: quantize it if the matrix that it goes to is.
+static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
+    if (w->group) m->kernels->quantize(in, i, w->cols, w->group, (int)FORMATS[w->format].zero);
 }
 
 static void embedding_of(const Model *m, float *out, int token) {
     const Config *c = &m->config;
-    const float *row = m->weights.tok_embeddings + (size_t)token * c->dim;
-    if (c->embedding_norm) rmsnorm(out, row, m->weights.embedding_norm, c->dim, c->norm_eps);
-    else memcpy(out, row, c->dim * sizeof(float));
+    read_row(out, &m->weights.tok_embeddings, (size_t)token);
+    if (c->embedding_norm)
+        m->kernels->rmsnorm(out, out, m->weights.embedding_norm, c->dim, c->norm_eps);
 }
 
 // The row of the bigram table for a token and the one before it, as bigram_hash() in model.py.
@@ -537,85 +819,297 @@ static size_t bigram_hash(int before, int token, int rows) {
     return 1 + (((uint64_t)before * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
 }
 
-// x = what the first layer gets of a token and the one before it, -1: there is none.
-static void embed(Model *m, int before, int token) {
+// x (dim) = what the first layer gets of a token and the one before it; tmp (dim) is overwritten.
+static void embed(const Model *m, float *x, float *tmp, const Step *s) {
     const Config *c = &m->config;
-    embedding_of(m, m->x, token);
-    if (c->smear && before >= 0) {
-        float gate = 1.0f / (1.0f + expf(-dot(m->weights.smear_gate, m->x, c->dim)));
-        embedding_of(m, m->xb, before);
-        for (int i = 0; i < c->dim; i++) m->x[i] += gate * m->xb[i];
+    embedding_of(m, x, s->token);
+    if (c->smear && s->before >= 0) {
+        float gate = m->kernels->gate(m->weights.smear_gate, x, c->dim);
+        embedding_of(m, tmp, s->before);
+        for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
     }
     if (c->bigram_rows) {
-        size_t row = bigram_hash(before, token, c->bigram_rows);
-        add(m->x, m->weights.bigram + row * c->dim, c->dim);
+        read_row(tmp, &m->weights.bigram, bigram_hash(s->before, s->token, c->bigram_rows));
+        add(x, tmp, c->dim);
     }
 }
 
-// xb2 = what the feed-forward of layer l makes of xb.
-static void feed_forward(Model *m, size_t l) {
-    int dim = m->config.dim, hidden = m->config.hidden_dim;
-    size_t size = (size_t)hidden * dim;
-    matmul(m->hb, m->xb, m->weights.w1 + l * size, dim, hidden);
-    if (m->config.activation == SWIGLU) {  // silu(w1 x) * w3 x
-        matmul(m->hb2, m->xb, m->weights.w3 + l * size, dim, hidden);
-        for (int i = 0; i < hidden; i++)
-            m->hb[i] = m->hb[i] / (1.0f + expf(-m->hb[i])) * m->hb2[i];
-    } else {  // relu(w1 x)²
-        for (int i = 0; i < hidden; i++) m->hb[i] = m->hb[i] < 0.0f ? 0.0f : m->hb[i] * m->hb[i];
-    }
-    matmul(m->xb2, m->hb, m->weights.w2 + l * size, hidden, dim);
-}
-
-// Run one token at position pos < n_positions through the model, behind those given before it.
-// Returns the logits (vocab_size) of the next token; NULL where they are not wanted.
-static float *forward(Model *m, int token, int pos, bool want_logits) {
+// The residual stream enters a layer; behind the last one it goes to the output head.
+static void enter_layer(Pass *p, size_t layer, size_t i) {
+    Model *m = p->m;
     const Config *c = &m->config;
-    const Weights *w = &m->weights;
-    int dim = c->dim, head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    const float *cos = m->rope_cos + (size_t)pos * (head_dim / 2);
-    const float *sin = m->rope_sin + (size_t)pos * (head_dim / 2);
-
-    embed(m, pos ? m->token : -1, token);
-    m->token = token;
-    memcpy(m->x0, m->x, dim * sizeof(float));
-    for (size_t l = 0; l < (size_t)c->n_layers; l++) {
-        float *keys = m->key_cache + l * m->n_positions * kv_dim;
-        float *values = m->value_cache + l * m->n_positions * kv_dim;
-        float *k = keys + (size_t)pos * kv_dim, *v = values + (size_t)pos * kv_dim;
-
-        if (c->residual_scalars) {
-            float kept = w->residual_scalars[l], added = w->x0_scalars[l];
-            for (int i = 0; i < dim; i++) m->x[i] = kept * m->x[i] + added * m->x0[i];
-        }
-        rmsnorm(m->xb, m->x, row_of(w->attention_norm, l, dim), dim, c->norm_eps);
-        matmul(m->q, m->xb, w->wq + l * dim * dim, dim, dim);
-        matmul(k, m->xb, w->wk + l * kv_dim * dim, dim, kv_dim);
-        matmul(v, m->xb, w->wv + l * kv_dim * dim, dim, kv_dim);
-        if (l < (size_t)c->value_embeddings)
-            add(v, w->value_embeddings + (l * c->vocab_size + token) * kv_dim, kv_dim);
-        if (c->qk_norm) {
-            norm_heads(m->q, row_of(w->q_norm, l, head_dim), c->n_heads, head_dim, c->norm_eps);
-            norm_heads(k, row_of(w->k_norm, l, head_dim), c->n_kv_heads, head_dim, c->norm_eps);
-        }
-        rope(m->q, c->n_heads, head_dim, cos, sin);
-        rope(k, c->n_kv_heads, head_dim, cos, sin);
-        int window = m->windows[l];
-        attention(m, m->xb, keys, values, window && window <= pos ? pos + 1 - window : 0, pos);
-        matmul(m->xb2, m->xb, w->wo + l * dim * dim, dim, dim);
-        add(m->x, m->xb2, dim);
-
-        rmsnorm(m->xb, m->x, row_of(w->ffn_norm, l, dim), dim, c->norm_eps);
-        feed_forward(m, l);
-        add(m->x, m->xb2, dim);
+    float *x = m->x + i * m->width, *x0 = m->x0 + i * m->width, *y = m->added + i * m->width;
+    if (layer == 0) {
+        embed(m, x, y, &p->steps[i]);
+        memcpy(x0, x, c->dim * sizeof *x);
+    } else {
+        add(x, y, c->dim);
     }
-    if (!want_logits) return NULL;
-    rmsnorm(m->x, m->x, w->norm, dim, c->norm_eps);
-    matmul(m->logits, m->x, w->output, dim, c->vocab_size);
-    if (c->logit_softcap > 0.0f)
-        for (int i = 0; i < c->vocab_size; i++)
-            m->logits[i] = c->logit_softcap * tanhf(m->logits[i] / c->logit_softcap);
-    return m->logits;
+    if (layer == (size_t)c->n_layers) {
+        if (!p->steps[i].wants_logits) return;
+        size_t row = 0;  // of the head's input, which has wanted rows alone
+        for (size_t j = 0; j < i; j++) row += p->steps[j].wants_logits;
+        m->kernels->rmsnorm(m->wanted.x + row * m->width, x, m->weights.norm, c->dim, c->norm_eps);
+        finish_input(m, &m->wanted, &m->weights.output, row);
+        return;
+    }
+    const Layer *l = &m->weights.layers[layer];
+    if (c->residual_scalars)
+        for (int d = 0; d < c->dim; d++) x[d] = l->kept * x[d] + l->added * x0[d];
+    m->kernels->rmsnorm(m->normed.x + i * m->width, x, l->attention_norm, c->dim, c->norm_eps);
+    finish_input(m, &m->normed, &l->wq, i);
+}
+
+// Norm, where the model does, and turn by the angles of a position: the neighbouring pairs of a head
+static void norm_and_turn(const Model *m, float *head, const float *gain, int pos) {
+    int half = m->config.dim / m->config.n_heads / 2;
+    const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
+    if (m->config.qk_norm)
+        m->kernels->rmsnorm(head, head, gain, 2 * half, m->config.norm_eps);
+    for (int i = 0; i < half; i++) {
+        float a = head[2 * i], b = head[2 * i + 1];
+        head[2 * i] = a * cos[i] - b * sin[i];
+        head[2 * i + 1] = a * sin[i] + b * cos[i];
+    }
+}
+
+static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (m->bf16_cache) {  // to the nearest, ties to even; what is no number stays none
+        if ((bits & 0x7FFFFFFF) > 0x7F800000) bits |= 1 << 22;
+        else bits += 0x7FFF + (bits >> 16 & 1);
+        ((uint16_t *)cache)[at] = (uint16_t)(bits >> 16);
+    } else {
+        ((float *)cache)[at] = x;
+    }
+}
+
+// Attention of one key/value head and the query heads it serves, for the tokens first to last, all
+// of one story: their keys and values go to the cache, before they look at it.
+static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t last) {
+    Model *m = p->m;
+    const Config *c = &m->config;
+    const Layer *l = &m->weights.layers[layer];
+    size_t head_dim = c->dim / c->n_heads, group = c->n_heads / c->n_kv_heads;
+    size_t wide = ROUND_UP(head_dim, LANES), size = m->bf16_cache ? 2 : 4;
+    size_t index = ((size_t)p->steps[first].story * c->n_layers + layer) * c->n_kv_heads + head;
+    size_t places = ROUND_UP(m->n_positions, LANES);
+    uint8_t *keys = m->keys + index * places * head_dim * size;
+    uint8_t *values = m->values + index * places * wide * size;
+    float *out = m->scratch + p->thread * m->width;
+    for (size_t i = first; i < last; i++) {
+        size_t pos = p->steps[i].pos;
+        float *k = m->k + i * m->width + head * head_dim, *v = m->v + i * m->width + head * head_dim;
+        norm_and_turn(m, k, l->k_norm, (int)pos);
+        for (size_t d = 0; d < head_dim; d++) {
+            cache_at(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
+            cache_at(m, values, pos * wide + d, v[d]);
+        }
+    }
+    for (size_t i = first; i < last; i++) {
+        size_t pos = p->steps[i].pos, window = l->window;
+        for (size_t h = head * group; h < (head + 1) * group; h++) {
+            float *q = m->q + i * m->width + h * head_dim;
+            norm_and_turn(m, q, l->q_norm, (int)pos);
+            m->kernels->attend(out, q, keys, values, head_dim,
+                               window && window <= pos ? pos + 1 - window : 0, pos, m->bf16_cache);
+            memcpy(m->mixed.x + i * m->width + h * head_dim, out, head_dim * sizeof *out);
+        }
+    }
+}
+
+// This thread's share of the heads of each story.
+static void attention(Pass *p, size_t layer) {
+    Model *m = p->m;
+    size_t kv_heads = m->config.n_kv_heads, item = 0;
+    for (size_t first = 0, last; first < p->n; first = last) {
+        for (last = first + 1; last < p->n && p->steps[last].story == p->steps[first].story;) last++;
+        for (size_t head = 0; head < kv_heads; head++, item++)
+            if (item % p->n_threads == (size_t)p->thread) attend_head(p, layer, head, first, last);
+    }
+}
+
+static void leave_attention(Pass *p, size_t layer, size_t i) {
+    finish_input(p->m, &p->m->mixed, &p->m->weights.layers[layer].wo, i);
+}
+
+static void enter_feed_forward(Pass *p, size_t layer, size_t i) {
+    Model *m = p->m;
+    const Layer *l = &m->weights.layers[layer];
+    float *x = m->x + i * m->width;
+    add(x, m->added + i * m->width, m->config.dim);
+    m->kernels->rmsnorm(m->normed.x + i * m->width, x, l->ffn_norm, m->config.dim,
+                        m->config.norm_eps);
+    finish_input(m, &m->normed, &l->w1, i);
+}
+
+static void leave_feed_forward(Pass *p, size_t layer, size_t i) {
+    Model *m = p->m;
+    const float *gate = m->config.activation == SWIGLU ? m->gate + i * m->hidden : NULL;
+    m->kernels->activate(m->inner.x + i * m->hidden, gate, m->config.hidden_dim);
+    finish_input(m, &m->inner, &m->weights.layers[layer].w2, i);
+}
+
+static void add_value_embeddings(Pass *p, size_t layer, size_t i) {
+    Model *m = p->m;
+    const Tensor *table = &m->weights.layers[layer].value_embeddings;
+    float *row = m->added + i * m->width;
+    read_row(row, table, (size_t)p->steps[i].token);
+    add(m->v + i * m->width, row, table->cols);
+}
+
+static void cap_logits(Pass *p, size_t layer, size_t i) {
+    (void)layer;
+    size_t vocab = p->m->config.vocab_size;
+    if (i < p->n_head) p->m->kernels->softcap(logits_of(p->m, i), vocab, p->m->config.logit_softcap);
+}
+
+// What each thread does in a forward pass.
+static void pass(Pass *p) {
+    Model *m = p->m;
+    const Weights *w = &m->weights;
+    for (size_t i = 0; i < (size_t)m->config.n_layers; i++) {
+        const Layer *l = &w->layers[i];
+        each_token(p, i, enter_layer);
+        multiply(p, (Product[]){{&l->wq, &m->normed, m->q, m->width},
+                                {&l->wk, &m->normed, m->k, m->width},
+                                {&l->wv, &m->normed, m->v, m->width}}, 3);
+        if (l->value_embeddings.data) each_token(p, i, add_value_embeddings);
+        else wait_for_all(p);
+        attention(p, i);
+        each_token(p, i, leave_attention);
+        multiply(p, (Product[]){{&l->wo, &m->mixed, m->added, m->width}}, 1);
+        each_token(p, i, enter_feed_forward);
+        multiply(p, (Product[]){{&l->w1, &m->normed, m->inner.x, m->hidden},
+                                {&l->w3, &m->normed, m->gate, m->hidden}},
+                 m->config.activation == SWIGLU ? 2 : 1);
+        each_token(p, i, leave_feed_forward);
+        multiply(p, (Product[]){{&l->w2, &m->inner, m->added, m->width}}, 1);
+    }
+    each_token(p, m->config.n_layers, enter_layer);
+    if (!p->n_head) return;
+    multiply(p, (Product[]){{&w->output, &m->wanted, m->logits,
+                             ROUND_UP((size_t)m->config.vocab_size, LANES)}}, 1);
+    if (m->config.logit_softcap > 0.0f) each_token(p, 0, cap_logits);
+}
+
+// Run a batch of n <= max_batch tokens through the model, behind those it was given before.
+static void forward(Model *m, const Step *steps, size_t n) {
+    Pass p = {.m = m, .steps = steps, .n = n, .n_threads = 1};
+    for (size_t i = 0; i < n; i++) p.n_head += steps[i].wants_logits;
+    set_rows(&m->normed, n);
+    set_rows(&m->mixed, n);
+    set_rows(&m->inner, n);
+    set_rows(&m->wanted, p.n_head);
+#if defined(_OPENMP)
+    if (m->n_threads > 1) {
+#pragma omp parallel num_threads(m->n_threads) firstprivate(p)
+        {
+            p.n_threads = omp_get_num_threads();  // which may be fewer
+            p.thread = omp_get_thread_num();
+            pass(&p);
+        }
+        return;
+    }
+#endif
+    pass(&p);
+}
+
+// Read bytes with all threads and do next to nothing with them: what the memory gives.
+static void read_all(const Model *m, const uint8_t *data, size_t n) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(m->n_threads)
+    {
+        size_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        size_t first = n / threads * thread, last = thread + 1 == threads ? n : n / threads * (thread + 1);
+        m->kernels->read(data + first, last - first);
+    }
+#else
+    m->kernels->read(data, n);
+#endif
+}
+
+// As many threads as the caller wants; 0: as many as pay.
+static int pick_threads(const Config *c, int wanted) {
+#if defined(_OPENMP)
+    uint64_t work = (uint64_t)c->n_layers * c->dim * (2 * (uint64_t)c->dim + 2 * c->hidden_dim) +
+                    (uint64_t)c->vocab_size * c->dim;
+    if (wanted) return wanted;
+    if (work < MIN_SHARED_WORK) return 1;  // done before other threads would have been told
+    return omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
+#else
+    (void)c;
+    (void)wanted;
+    return 1;
+#endif
+}
+
+// A model of its file, with room for n_stories of n_positions (0: the whole context) each.
+static Model load_model(File file, int n_positions, int n_stories, int n_threads,
+                        bool bf16_cache) {
+    Model m = {.file = file, .kernels = pick_kernels(), .bf16_cache = bf16_cache,
+               .n_stories = (size_t)n_stories};
+    Config *c = &m.config;
+    const char *path = file.path;
+    int version = find_version(&m.file);
+    *c = version == 3 ? read_v3(&m.file) : read_llama2c(&m.file, version);
+    check_config(c, path);
+
+    size_t layers = c->n_layers, windows_at = sizeof(Header);
+    m.weights.layers = alloc(layers, sizeof(Layer));
+    uint64_t header_bytes = version == 0 ? V0_HEADER_BYTES : version < 3 ? V1_HEADER_BYTES
+                          : windows_at + layers * sizeof(int32_t);
+    Walk walk = {.config = c, .at = header_bytes, .alignment = version == 3 ? ALIGNMENT : 1};
+    uint64_t end = lay_out(&m.weights, &walk);
+    if (end != m.file.size)
+        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
+            "it is %s, or no version %d model file", path, m.file.size, c->dim, c->n_layers,
+            c->vocab_size, (unsigned long long)end, m.file.size < end ? "truncated" : "too long",
+            version);
+    walk.data = m.file.data;
+    walk.at = header_bytes;
+    lay_out(&m.weights, &walk);
+    for (size_t l = 0; version == 3 && l < layers; l++) {
+        int32_t window;
+        memcpy(&window, m.file.data + windows_at + l * sizeof window, sizeof window);
+        if (window < 0 || window > MAX_CONTEXT)
+            die("%s is not a version 3 model file: its header says that layer %zu has a window of "
+                "%d, expected 0 to %d", path, l, window, MAX_CONTEXT);
+        m.weights.layers[l].window = window;
+    }
+
+    size_t dim = c->dim, head_dim = dim / c->n_heads, kv_heads = c->n_kv_heads;
+    m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
+    m.max_batch = m.n_positions < MAX_BATCH ? m.n_positions : MAX_BATCH;
+    if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
+    m.width = ROUND_UP(dim, LANES);
+    m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
+    m.n_threads = n_threads = pick_threads(c, n_threads);
+    float **buffers[] = {&m.x, &m.x0, &m.added, &m.q, &m.k, &m.v};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
+        *buffers[i] = alloc(m.max_batch * m.width, sizeof(float));
+    m.gate = alloc(m.max_batch * m.hidden, sizeof(float));
+    m.scratch = alloc((size_t)n_threads * m.width, sizeof(float));
+    m.normed = new_input(&m, m.width);
+    m.wanted = new_input(&m, m.width);
+    m.mixed = new_input(&m, m.width);
+    m.inner = new_input(&m, m.hidden);
+    m.logits = alloc(m.max_batch, ROUND_UP((uint64_t)c->vocab_size, LANES) * sizeof(float));
+    uint64_t places = ROUND_UP((uint64_t)m.n_positions, LANES) * m.n_stories * layers * kv_heads;
+    size_t number = bf16_cache ? sizeof(uint16_t) : sizeof(float);
+    m.keys = alloc(places, head_dim * number);
+    m.values = alloc(places, ROUND_UP(head_dim, LANES) * number);
+    m.rope_cos = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
+    m.rope_sin = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
+    for (size_t i = 0; i < head_dim / 2; i++) {  // in double, so that rounding is the same anywhere
+        double freq = pow(c->rope_theta, -(double)(2 * i) / (double)head_dim);
+        for (size_t pos = 0; pos < m.n_positions; pos++) {
+            m.rope_cos[pos * (head_dim / 2) + i] = (float)cos((double)pos * freq);
+            m.rope_sin[pos * (head_dim / 2) + i] = (float)sin((double)pos * freq);
+        }
+    }
+    return m;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -681,9 +1175,9 @@ static int byte_of_piece(const Piece *p) {
     return high < 0 || low < 0 ? -1 : 16 * high + low;
 }
 
-// Read a tokenizer file; it must hold vocab_size pieces, as many as the model has.
-static Tokenizer load_tokenizer(const char *path, int vocab_size) {
-    Tokenizer t = {.file = open_file(path, "tokenizer file"), .vocab_size = vocab_size};
+// A tokenizer of its file, which must hold vocab_size pieces, as many as the model has.
+static Tokenizer load_tokenizer(File file, int vocab_size) {
+    Tokenizer t = {.file = file, .vocab_size = vocab_size};
     Cursor cursor = {.file = &t.file};
     take(&cursor, 4);  // the longest piece, which is not needed
     t.pieces = alloc(vocab_size, sizeof(Piece));
@@ -699,7 +1193,7 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
     }
     if (n != (size_t)vocab_size)
         die("tokenizer file %s has %zu pieces, but the model's vocabulary has %d: "
-            "give the tokenizer that the model was trained with (-z)", path, n, vocab_size);
+            "give the tokenizer that the model was trained with (-z)", file.path, n, vocab_size);
 
     t.table_size = 4;
     while (t.table_size < 2 * (size_t)vocab_size) t.table_size *= 2;
@@ -715,12 +1209,6 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
     t.byte_fallback = true;
     for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
     return t;
-}
-
-static void free_tokenizer(Tokenizer *t) {
-    free(t->pieces);
-    free(t->table);
-    close_file(&t->file);
 }
 
 static int find_piece(const Tokenizer *t, const uint8_t *bytes, size_t n) {
@@ -792,9 +1280,9 @@ static void push_if_piece(const Tokenizer *t, Heap *h, const Symbol *s, ptrdiff_
 
 // SentencePiece's normalisation without rules: a space in front, U+2581 is a space, a byte that is
 // no UTF-8 becomes U+FFFD. Returns the bytes; *n is how many there are.
-static uint8_t *normalize(const char *text, size_t *n) {
+static uint8_t *normalize(const char *text, size_t left, size_t *n) {
     const uint8_t *in = (const uint8_t *)text;
-    size_t left = strlen(text), at = 0;
+    size_t at = 0;
     if (left > SIZE_MAX / 4 - 1) die("the prompt is too long");
     uint8_t *out = alloc(3 * left + 1, 1);  // a broken byte grows to three
     if (left) out[at++] = ' ';
@@ -819,16 +1307,16 @@ static uint8_t *normalize(const char *text, size_t *n) {
 
 // Cut text into tokens behind a BOS, with the ids that SentencePiece gives. Returns the tokens, to
 // be freed; *n_tokens is how many there are. O(n log n): each merge is found through a heap.
-static int *encode(const Tokenizer *t, const char *text, size_t *n_tokens) {
+static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
     size_t n_bytes;
-    uint8_t *bytes = normalize(text, &n_bytes);
+    uint8_t *bytes = normalize(text, length, &n_bytes);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
     Heap heap = {.pairs = alloc(n_bytes, 3 * sizeof(Pair))};  // one a neighbour, two a merge
     size_t n = 0;
     for (size_t at = 0; at < n_bytes; at += symbols[n++].length) {
-        size_t length = utf8_length(bytes + at, n_bytes - at);
-        symbols[n] = (Symbol){bytes + at, length, (ptrdiff_t)n - 1, (ptrdiff_t)n + 1,
-                              find_piece(t, bytes + at, length)};
+        size_t size = utf8_length(bytes + at, n_bytes - at);
+        symbols[n] = (Symbol){bytes + at, size, (ptrdiff_t)n - 1, (ptrdiff_t)n + 1,
+                              find_piece(t, bytes + at, size)};
     }
     if (n) symbols[n - 1].next = -1;
     for (size_t i = 0; i + 1 < n; i++)
@@ -859,19 +1347,21 @@ static int *encode(const Tokenizer *t, const char *text, size_t *n_tokens) {
             tokens[n_out++] = UNK;
         }
     }
-    free(heap.pairs);
-    free(symbols);
-    free(bytes);
+    release(heap.pairs);
+    release(symbols);
+    release(bytes);
     *n_tokens = n_out;
     return tokens;
 }
 
-// Collects bytes and prints whole UTF-8 characters. What can no longer become one is U+FFFD, one
+// Collects bytes and puts whole UTF-8 characters out. What can no longer become one is U+FFFD, one
 // for each longest broken start, as in Python's errors="replace". On a terminal, control characters
 // other than newline and tab are left out, so that no model can send it commands.
 typedef struct {
-    FILE *out;
-    bool is_terminal;
+    FILE *out;                // or, where it is NULL:
+    char *text;               // what has room in `room` bytes,
+    size_t room, n_text;      // of n_text in all
+    bool is_terminal, is_json;
     uint8_t pending[4];
     size_t n;
 } Printer;
@@ -885,21 +1375,31 @@ static bool utf8_may_continue(const uint8_t *p, size_t n) {
     return utf8_length(fill, 4) > n;
 }
 
-// Whether a character is a control character (C0, delete, C1), newline and tab excepted.
-static bool is_control(const uint8_t *p, size_t n) {
-    if (n == 2) return p[0] == 0xC2 && p[1] < 0xA0;
-    return n == 1 && (p[0] < 0x20 || p[0] == 0x7F) && p[0] != '\n' && p[0] != '\t';
+static void put(Printer *p, const void *bytes, size_t n) {
+    if (p->out) {
+        fwrite(bytes, 1, n, p->out);
+        return;
+    }
+    for (size_t i = 0; i < n; i++, p->n_text++)
+        if (p->n_text < p->room) p->text[p->n_text] = ((const char *)bytes)[i];
+}
+
+static void print_character(Printer *p) {
+    uint8_t c = p->pending[0];
+    bool is_c1 = p->n == 2 && c == 0xC2 && p->pending[1] < 0xA0;
+    bool is_control = c < 0x20 || c == 0x7F || is_c1, is_plain = c == '\n' || c == '\t';
+    if (p->is_json && (c < 0x20 || c == '"' || c == '\\')) fprintf(p->out, "\\u%04x", c);
+    else if (!p->is_terminal || !is_control || is_plain) put(p, p->pending, p->n);
 }
 
 static void print_bytes(Printer *p, const uint8_t *bytes, size_t n) {
     for (size_t i = 0; i < n; i++) {
         p->pending[p->n++] = bytes[i];
         if (utf8_length(p->pending, p->n)) {
-            if (!(p->is_terminal && is_control(p->pending, p->n)))
-                fwrite(p->pending, 1, p->n, p->out);
+            print_character(p);
             p->n = 0;
         } else if (!utf8_may_continue(p->pending, p->n)) {
-            fputs("\xEF\xBF\xBD", p->out);
+            put(p, "\xEF\xBF\xBD", 3);
             bool again = p->n > 1;  // the byte that broke it may start the next character
             p->n = 0;
             if (again) i--;
@@ -908,9 +1408,8 @@ static void print_bytes(Printer *p, const uint8_t *bytes, size_t n) {
 }
 
 static void print_rest(Printer *p) {
-    if (p->n) fputs("\xEF\xBF\xBD", p->out);
+    if (p->n) put(p, "\xEF\xBF\xBD", 3);
     p->n = 0;
-    fflush(p->out);
 }
 
 // Print the text of one token; `first` says that it is the first of its text, whose space, put
@@ -926,7 +1425,6 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
         size_t skip = first && p->length && p->bytes[0] == ' ';
         print_bytes(printer, p->bytes + skip, p->length - skip);
     }
-    fflush(printer->out);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -938,12 +1436,15 @@ typedef struct {
 } Candidate;
 
 typedef struct {
-    float temperature;
-    float top_p;
-    uint64_t seed;
-    uint64_t state;         // of the random numbers
+    float temperature;     // 0: the likeliest token
+    float top_p, min_p;    // 1 and 0: all tokens
+    float repeat_penalty;  // 1: none
+    int top_k;             // 0: all tokens
+    const Kernels *kernels;
     Candidate *candidates;  // (vocab_size)
 } Sampler;
+
+enum { PENALTY_WINDOW = 64 };  // a repetition is one of so many tokens
 
 // Uniform in [0, 1): xorshift64* (Vigna 2016, arXiv:1402.6246).
 static float random_float(uint64_t *state) {
@@ -953,21 +1454,13 @@ static float random_float(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// Start the random numbers: splitmix64 spreads neighbouring seeds (Steele et al. 2014).
-static void set_seed(Sampler *s, uint64_t seed) {
-    s->seed = seed;
+// The first state of the random numbers: splitmix64 spreads neighbouring seeds (Steele et al. 2014).
+static uint64_t random_state(uint64_t seed) {
     seed += 0x9E3779B97F4A7C15u;
     seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
     seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EBu;
-    s->state = seed ^ (seed >> 31);
-    if (!s->state) s->state = 1;  // the one state that xorshift never leaves
-}
-
-static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
+    seed ^= seed >> 31;
+    return seed ? seed : 1;  // 0 is the one state that xorshift never leaves
 }
 
 static int by_probability(const void *a, const void *b) {
@@ -976,20 +1469,30 @@ static int by_probability(const void *a, const void *b) {
     return (x->token > y->token) - (x->token < y->token);
 }
 
-// A token drawn among the likeliest whose probabilities first sum to top_p (Holtzman et al. 2020).
-static int sample_top_p(const Sampler *s, const float *probs, int n, float coin) {
-    // one below this bound can only be kept after all others, and is not worth sorting
-    float bound = n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+// A token drawn among the likeliest: the first top_k, of these those whose probabilities first sum
+// to top_p (Holtzman et al. 2020), and no less likely than min_p times the likeliest (Nguyen et al.
+// 2024).
+static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
+    size_t likeliest = s->kernels->argmax(probs, n);
+    float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, least = s->min_p * probs[likeliest];
+    // with top_p, one below this bound is only kept after all others, and not worth sorting
+    float bound = n > 1 && !s->top_k ? (1.0f - top_p) / (float)(n - 1) : 0.0f;
+    if (bound < least) bound = least;
     int kept = 0;
     for (int i = 0; i < n; i++)
         if (probs[i] >= bound) s->candidates[kept++] = (Candidate){probs[i], i};
-    if (!kept) return argmax(probs, n);  // only where the weights gave no numbers
+    if (!kept) return (int)likeliest;  // only where the weights gave no numbers
     qsort(s->candidates, kept, sizeof(Candidate), by_probability);
-    float sum = 0.0f;
+    float whole = 1.0f, sum = 0.0f;
+    if (s->top_k && s->top_k < kept) {
+        kept = s->top_k;
+        whole = 0.0f;
+        for (int i = 0; i < kept; i++) whole += s->candidates[i].p;
+    }
     int last = 0;
     for (; last < kept; last++) {
         sum += s->candidates[last].p;
-        if (sum > s->top_p) break;
+        if (sum > top_p * whole) break;
     }
     if (last == kept) last = kept - 1;
     float target = coin * sum, cumulative = 0.0f;
@@ -1000,22 +1503,40 @@ static int sample_top_p(const Sampler *s, const float *probs, int n, float coin)
     return s->candidates[last].token;
 }
 
-// The next token from logits (n), which are overwritten.
-static int sample(Sampler *s, float *logits, int n) {
-    if (s->temperature == 0.0f) return argmax(logits, n);
-    softmax(logits, n, s->temperature);
-    float coin = random_float(&s->state);
-    if (s->top_p > 0.0f && s->top_p < 1.0f) return sample_top_p(s, logits, n, coin);
+// The next token from logits (n), which are overwritten, behind the tokens told so far.
+static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *told,
+                  size_t n_told) {
+    if (s->repeat_penalty != 1.0f) {  // Keskar et al. 2019, once for each token
+        size_t first = n_told > PENALTY_WINDOW ? n_told - PENALTY_WINDOW : 0;
+        for (size_t i = first; i < n_told; i++) {
+            size_t j = first;
+            while (told[j] != told[i]) j++;
+            float *logit = &logits[told[i]];
+            if (j == i) *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+        }
+    }
+    if (s->temperature == 0.0f) return (int)s->kernels->argmax(logits, n);
+    s->kernels->softmax(logits, n, s->temperature);
+    float coin = random_float(state);
+    if ((s->top_p > 0.0f && s->top_p < 1.0f) || s->top_k || s->min_p > 0.0f)
+        return sample_likeliest(s, logits, n, coin);
     float cumulative = 0.0f;
     for (int i = 0; i < n; i++) {
         cumulative += logits[i];
         if (coin < cumulative) return i;
     }
-    return argmax(logits, n);  // rounding left the coin beyond the sum
+    return (int)s->kernels->argmax(logits, n);  // rounding left the coin beyond the sum
 }
 
 // ------------------------------------------------------------------------------------------------
-// The command line
+// Telling stories
+
+typedef struct {
+    int *tokens;  // (n_positions + 1): the prompt, which begins with a BOS, and what came behind it
+    size_t n, n_printed;
+    uint64_t seed, state;
+    bool is_done;
+} Story;
 
 static double seconds(void) {
     struct timespec t;
@@ -1023,39 +1544,248 @@ static double seconds(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-// Print the prompt and what the model makes of it: up to n_positions tokens, or to the end of the
-// story. The seed and the speed go to stderr; the first token is not timed.
-static void generate(Model *model, const Tokenizer *tokenizer, Sampler *sampler,
-                     const char *prompt) {
-    size_t n_prompt;
-    int *tokens = encode(tokenizer, prompt, &n_prompt);
-    if (n_prompt > (size_t)model->n_positions) {
-        if (n_prompt > (size_t)model->config.seq_len)
-            die("the prompt has %zu tokens, and the model's context %d: shorten the prompt",
-                n_prompt, model->config.seq_len);
-        die("the prompt has %zu tokens, and -n stops at %d: raise -n, or give -n 0 for the whole "
-            "context of %d", n_prompt, model->n_positions, model->config.seq_len);
+// Take the tokens of a story from position start to n - 1 through the model, behind those before;
+// the logits behind the last.
+static float *prefill(Model *m, const int *tokens, size_t start, size_t n, int story) {
+    Step steps[MAX_BATCH];
+    for (size_t first = start, count; first < n; first += count) {
+        count = n - first < m->max_batch ? n - first : m->max_batch;
+        if (count > MAX_BATCH) count = MAX_BATCH;
+        for (size_t i = 0, pos = first; i < count; i++, pos++)
+            steps[i] = (Step){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, story,
+                              pos + 1 == n};
+        forward(m, steps, count);
     }
-    fprintf(stderr, "seed: %llu\n", (unsigned long long)sampler->seed);
-    Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout))};
-    int token = tokens[0], n_steps = 0;
-    double start = 0.0;
-    for (int pos = 0; pos < model->n_positions; pos++) {
-        bool in_prompt = (size_t)pos + 1 < n_prompt;
-        float *logits = forward(model, token, pos, !in_prompt);
-        token = in_prompt ? tokens[pos + 1] : sample(sampler, logits, model->config.vocab_size);
-        if (pos == 0) start = seconds();  // the first pass also pages the weights in
-        else n_steps++;
-        if (!in_prompt && (token == BOS || token == EOS)) break;
-        print_token(tokenizer, &printer, token, pos == 0);
-    }
-    double elapsed = seconds() - start;
-    print_rest(&printer);
-    fputc('\n', stdout);
-    if (fflush(stdout) || ferror(stdout)) die("cannot write the story: %s", strerror(errno));
-    if (n_steps && elapsed > 0) fprintf(stderr, "achieved tok/s: %.1f\n", n_steps / elapsed);
-    free(tokens);
+    return logits_of(m, 0);
 }
+
+// Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
+static void draw_next(const Model *m, Sampler *sampler, Story *s, float *logits) {
+    int token = sample(sampler, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
+    if (token == BOS || token == EOS) s->is_done = true;
+    else s->tokens[s->n++] = token;
+    if (s->n > m->n_positions) s->is_done = true;
+}
+
+// Print what a story has so far and was not printed.
+static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
+    if (printer->is_json && !s->n_printed)
+        fprintf(printer->out, "{\"seed\": %llu, \"text\": \"", (unsigned long long)s->seed);
+    if (!s->n_printed) s->n_printed = 1;  // BOS
+    for (; s->n_printed < s->n; s->n_printed++)
+        print_token(t, printer, s->tokens[s->n_printed], s->n_printed == 1);
+    if (s->is_done) {
+        print_rest(printer);
+        if (printer->is_json) fprintf(printer->out, "\", \"tokens\": %zu}", s->n);
+        fputc('\n', printer->out);
+    }
+    fflush(printer->out);
+}
+
+// Print the prompt and what the model makes of it, once for each story. One alone is printed as it
+// comes, several one after another. Seed and speed go to stderr.
+static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, const char *prompt,
+                     uint64_t seed, bool as_json) {
+    size_t n_prompt, n_stories = m->n_stories, n_told = 0, printed = 0;
+    int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
+    if (n_prompt > m->n_positions) {
+        if (n_prompt > (size_t)m->config.seq_len)
+            die("the prompt has %zu tokens, and the model's context %d: shorten the prompt",
+                n_prompt, m->config.seq_len);
+        die("the prompt has %zu tokens, and -n stops at %zu: raise -n, or give -n 0 for the whole "
+            "context of %d", n_prompt, m->n_positions, m->config.seq_len);
+    }
+    fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
+    Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json};
+    Story *stories = alloc(n_stories, sizeof(Story));
+    Step *steps = alloc(n_stories, sizeof(Step));
+    int *owners = alloc(n_stories, sizeof(int));
+
+    double start = seconds();
+    for (size_t i = 0; i < n_stories; i++) {
+        Story *s = &stories[i];
+        *s = (Story){.seed = seed + i, .state = random_state(seed + i), .n = n_prompt};
+        s->tokens = alloc(m->n_positions + 1, sizeof(int));
+        memcpy(s->tokens, tokens, n_prompt * sizeof *tokens);
+        draw_next(m, sampler, s, prefill(m, tokens, 0, n_prompt, (int)i));
+        if (n_stories == 1) print_story(tokenizer, &printer, s);
+    }
+    double prefilled = seconds();
+    for (;;) {
+        size_t n = 0;
+        for (size_t i = 0; i < n_stories; i++) {
+            const Story *s = &stories[i];
+            if (s->is_done) continue;
+            owners[n] = (int)i;
+            steps[n++] = (Step){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1, (int)i,
+                                true};
+        }
+        if (!n) break;
+        forward(m, steps, n);
+        n_told += n;
+        for (size_t i = 0; i < n; i++)
+            draw_next(m, sampler, &stories[owners[i]], logits_of(m, i));
+        if (n_stories == 1) print_story(tokenizer, &printer, stories);
+    }
+    double end = seconds();
+    for (; n_stories > 1 && printed < n_stories; printed++)
+        print_story(tokenizer, &printer, &stories[printed]);
+    if (fflush(stdout) || ferror(stdout)) die("cannot write the story: %s", strerror(errno));
+    fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt * n_stories,
+            (double)(n_prompt * n_stories) / (prefilled - start));
+    if (n_told) fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_told / (end - prefilled));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Evaluation: bits per byte of a text, the number that train.py gives
+
+// Documents of a file, between <|endoftext|>, without the white space at their ends. Returns the
+// next one from *at on, or NULL; not NUL-terminated, its length in *n.
+static const char *next_document(const File *f, size_t *at, size_t *n) {
+    static const char mark[] = "<|endoftext|>";
+    while (*at < f->size) {
+        const char *start = (const char *)f->data + *at, *end = start;
+        const char *limit = (const char *)f->data + f->size;
+        size_t length = sizeof mark - 1;
+        while (end < limit && !((size_t)(limit - end) >= length && !memcmp(end, mark, length))) end++;
+        *at += (size_t)(end - start) + (end < limit ? length : 0);
+        while (start < end && strchr(" \t\n\v\f\r", *start)) start++;
+        while (end > start && strchr(" \t\n\v\f\r", end[-1])) end--;
+        *n = (size_t)(end - start);
+        if (*n) return start;
+    }
+    return NULL;
+}
+
+// Mean loss, nats a token, of all tokens (n) but the first, in windows of the context, each of which
+// is read for itself, as train.py does.
+static double loss_of(Model *m, const int *tokens, size_t n) {
+    size_t vocab = m->config.vocab_size;
+    Step steps[MAX_BATCH];
+    double total = 0.0;
+    for (size_t start = 0, window; start + 1 < n; start += window) {
+        window = n - 1 - start < m->n_positions ? n - 1 - start : m->n_positions;
+        for (size_t first = 0, count; first < window; first += count) {
+            count = window - first < m->max_batch ? window - first : m->max_batch;
+            const int *in = tokens + start + first;
+            for (size_t i = 0; i < count; i++)
+                steps[i] = (Step){in[i], first + i ? in[(ptrdiff_t)i - 1] : -1, (int)(first + i), 0,
+                                  true};
+            forward(m, steps, count);
+            for (size_t i = 0; i < count; i++) {
+                float *logits = logits_of(m, i), own = logits[in[i + 1]];
+                size_t best = m->kernels->argmax(logits, vocab);
+                float most = logits[best];
+                m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest has 1 / sum
+                total += (double)most - log(logits[best]) - (double)own;
+            }
+        }
+    }
+    return total / (double)(n - 1);
+}
+
+static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path) {
+    File f = open_file(path, "text");
+    size_t at = 0, length, n = 0, room = 0, bytes = 0, n_documents = 0;
+    int *tokens = NULL;
+    for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
+        size_t count;
+        int *ids = encode(tokenizer, text, length, &count);
+        if (n + count > room) {
+            room = 2 * (n + count);
+            int *more = alloc(room, sizeof(int));
+            if (n) memcpy(more, tokens, n * sizeof(int));
+            if (tokens) release(tokens);
+            tokens = more;
+        }
+        memcpy(tokens + n, ids, count * sizeof(int));
+        release(ids);
+        n += count;
+        bytes += length;
+    }
+    if (n < 2) die("%s has no text to evaluate", path);
+    double start = seconds(), loss = loss_of(m, tokens, n);
+    double elapsed = seconds() - start;
+    printf("%zu documents, %zu bytes, %zu tokens\n", n_documents, bytes, n);
+    printf("loss: %.4f nats a token\n", loss);
+    printf("bits per byte: %.4f\n", loss / log(2.0) * (double)n / (double)bytes);
+    fprintf(stderr, "achieved tok/s: %.1f\n", (double)(n - 1) / elapsed);
+    close_file(&f);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Speed
+
+// Bytes of a matrix, all of which a token reads.
+static uint64_t bytes_of(const Tensor *t) {
+    if (!t->data) return 0;
+    uint64_t rows = t->group ? ROUND_UP(t->rows, t->lanes) : t->rows;
+    uint64_t bytes = rows * ROUND_UP(t->cols, FORMATS[t->format].per_code) *
+                     FORMATS[t->format].bits / 8;
+    if (t->group) bytes += rows * ((t->cols + t->group - 1) / t->group) * (t->wide_scales ? 4 : 2);
+    return bytes;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+enum { ROUNDS = 7, BENCH_TOKENS = 128 };
+
+// Prefill and decode of 128 tokens each, the latter of all stories at once, and reading as many
+// bytes as the matrices have, in turn; medians.
+static void bench(Model *m) {
+    const Weights *w = &m->weights;
+    uint64_t bytes = bytes_of(&w->output);
+    for (int i = 0; i < m->config.n_layers; i++) {
+        const Layer *l = &w->layers[i];
+        const Tensor *all[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w2, &l->w3};
+        for (size_t j = 0; j < sizeof all / sizeof *all; j++) bytes += bytes_of(all[j]);
+    }
+    int n = (int)m->n_positions < 2 * BENCH_TOKENS ? (int)m->n_positions / 2 : BENCH_TOKENS;
+    if (n < 1) die("a context of one position is too short for a benchmark");
+    uint8_t *memory = alloc(bytes, 1);
+    memset(memory, 1, bytes);
+    int *tokens = alloc(n, sizeof(int));
+    for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
+    Step *steps = alloc(m->n_stories, sizeof(Step));
+    double prefills[ROUNDS], decodes[ROUNDS], reads[ROUNDS];
+    for (int round = -1; round < ROUNDS; round++) {  // the first one pages the weights in
+        double times[4] = {seconds()};
+        prefill(m, tokens, 0, n, 0);
+        times[1] = seconds();
+        for (int i = 0; i < n; i++) {
+            for (size_t s = 0; s < m->n_stories; s++)
+                steps[s] = (Step){tokens[i], tokens[i], n + i, (int)s, true};
+            forward(m, steps, m->n_stories);
+        }
+        times[2] = seconds();
+        int times_read = 1 + (int)(200000000 / bytes);
+        for (int i = 0; i < times_read; i++) read_all(m, memory, bytes);
+        times[3] = seconds();
+        if (round < 0) continue;
+        prefills[round] = n / (times[1] - times[0]);
+        decodes[round] = n * (double)m->n_stories / (times[2] - times[1]);
+        reads[round] = (double)bytes * times_read / (times[3] - times[2]);
+    }
+    double *all[] = {prefills, decodes, reads};
+    for (int i = 0; i < 3; i++) qsort(all[i], ROUNDS, sizeof(double), by_value);
+    double decode = decodes[ROUNDS / 2], read = reads[ROUNDS / 2];
+    double by_decode = decode / (double)m->n_stories * (double)bytes;
+    printf("kernels: %s, %d threads, %s\n", m->kernels->name, m->n_threads,
+           FORMATS[m->config.format].name);
+    printf("matrices: %.1f MB, of a file of %.1f MB\n", (double)bytes / 1e6,
+           (double)m->file.size / 1e6);
+    printf("prefill: %.1f tok/s\ndecode: %.1f tok/s\n", prefills[ROUNDS / 2], decode);
+    printf("memory: %.1f GB/s read, %.1f GB/s by decode, %.0f %%\n", read / 1e9, by_decode / 1e9,
+           100 * by_decode / read);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The command line
+
+typedef enum { GENERATE, EVAL, BENCH } Mode;
 
 static void print_usage(FILE *out) {
     fputs(
@@ -1066,7 +1796,16 @@ static void print_usage(FILE *out) {
         "  -n INT    tokens in all, the prompt's counted (default 256; 0: the whole context)\n"
         "  -t FLOAT  temperature, 0 takes the likeliest token (default 1.0)\n"
         "  -p FLOAT  top-p, draw among the likeliest with this probability (default 0.9; 1: all)\n"
+        "  -k INT    top-k, draw among so many (default 0: all)\n"
+        "  --min-p FLOAT           draw none less likely than this share of the likeliest\n"
+        "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: no)\n"
         "  -s INT    seed, the same seed tells the same story (default: the time)\n"
+        "  -b INT    so many stories at once, with seeds from -s on\n"
+        "  --json    a line of JSON for each story\n"
+        "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
+        "  --bench   speed of prefill and decode, beside that of the memory\n"
+        "  -j INT    threads (default: as many as pay)\n"
+        "  --kv FORMAT  numbers of the key/value cache: fp32 (default) or bf16\n"
         "  -h        this help\n"
         "\n"
         "example: ./run out/model.bin -z data/tok4096.bin -t 0.8 -i \"Once upon a time\"\n",
@@ -1081,16 +1820,24 @@ static double parse_number(const char *flag, const char *text, double min, doubl
     return value;
 }
 
-static uint64_t parse_integer(const char *flag, const char *text, uint64_t max) {
+static uint64_t parse_integer(const char *flag, const char *text, uint64_t min, uint64_t max) {
     char *end;
     errno = 0;
     unsigned long long value = strtoull(text, &end, 10);
-    if (text[0] < '0' || text[0] > '9' || *end || errno || value > max)
-        die("%s %s: expected a whole number from 0 to %llu", flag, text, (unsigned long long)max);
+    if (text[0] < '0' || text[0] > '9' || *end || errno || value < min || value > max)
+        die("%s %s: expected a whole number from %llu to %llu", flag, text,
+            (unsigned long long)min, (unsigned long long)max);
     return value;
 }
 
-// tokenizer.bin in the model's folder if it is there, else in this one. To be freed.
+// Which of `choices`, a list that ends with NULL, a word is.
+static int parse_choice(const char *flag, const char *text, const char *const *choices) {
+    for (int i = 0; choices[i]; i++)
+        if (!strcmp(text, choices[i])) return i;
+    die("%s %s: expected %s or %s", flag, text, choices[0], choices[1]);
+}
+
+// tokenizer.bin in the model's folder if it is there, else in this one.
 static char *default_tokenizer(const char *model_path) {
     const char *name = "tokenizer.bin", *slash = strrchr(model_path, '/');
     size_t folder = slash ? (size_t)(slash - model_path) + 1 : 0;
@@ -1104,50 +1851,525 @@ static char *default_tokenizer(const char *model_path) {
 }
 
 int main(int argc, char **argv) {
-    const char *model_path = NULL, *prompt = "", *tokenizer_path = NULL;
-    int n_positions = 256;
+    const char *model_path = NULL, *text = NULL, *tokenizer_path = NULL;
+    int n_positions = 256, n_stories = 1, n_threads = 0;
+    bool as_json = false, bf16_cache = false, n_is_given = false;
+    Mode mode = GENERATE;
     uint64_t seed = (uint64_t)time(NULL);
-    Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f};
+    Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f};
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
         if (!strcmp(flag, "-h") || !strcmp(flag, "--help")) {
             print_usage(stdout);
             return EXIT_SUCCESS;
-        }
-        if (flag[0] != '-') {
+        } else if (!strcmp(flag, "--json")) {
+            as_json = true;
+            continue;
+        } else if (!strcmp(flag, "--bench")) {
+            mode = BENCH;
+            continue;
+        } else if (flag[0] != '-') {
             if (model_path) die("two model files are given: %s and %s", model_path, flag);
             model_path = flag;
             continue;
         }
-        if (!flag[1] || flag[2] || !strchr("izntps", flag[1]))
-            die("unknown option %s; ./run -h lists them all", flag);
+        static const char *const with_value[] = {
+            "-i", "-z", "-n", "-t", "-p", "-k", "-s", "-b", "-m", "-j",
+            "--min-p", "--repeat-penalty", "--kv",
+        };
+        size_t option = 0, n_options = sizeof with_value / sizeof *with_value;
+        while (option < n_options && strcmp(flag, with_value[option])) option++;
+        if (option == n_options) die("unknown option %s; ./run -h lists them all", flag);
         if (++i == argc) die("%s needs a value; ./run -h says which", flag);
         const char *value = argv[i];
-        switch (flag[1]) {
-        case 'i': prompt = value; break;
-        case 'z': tokenizer_path = value; break;
-        case 'n': n_positions = (int)parse_integer(flag, value, INT_MAX); break;
-        case 't': sampler.temperature = (float)parse_number(flag, value, 0.0, 100.0); break;
-        case 'p': sampler.top_p = (float)parse_number(flag, value, 0.0, 1.0); break;
-        case 's': seed = parse_integer(flag, value, UINT64_MAX); break;
+        switch (option) {
+        case 0: text = value; break;
+        case 1: tokenizer_path = value; break;
+        case 2: n_positions = (int)parse_integer(flag, value, 0, INT_MAX - 1); break;
+        case 3: sampler.temperature = (float)parse_number(flag, value, 0.0, 100.0); break;
+        case 4: sampler.top_p = (float)parse_number(flag, value, 0.0, 1.0); break;
+        case 5: sampler.top_k = (int)parse_integer(flag, value, 0, INT_MAX); break;
+        case 6: seed = parse_integer(flag, value, 0, UINT64_MAX); break;
+        case 7: n_stories = (int)parse_integer(flag, value, 1, MAX_STORIES); break;
+        case 8: mode = parse_choice(flag, value, (const char *[]){"generate", "eval", NULL}); break;
+        case 9: n_threads = (int)parse_integer(flag, value, 1, MAX_THREADS); break;
+        case 10: sampler.min_p = (float)parse_number(flag, value, 0.0, 1.0); break;
+        case 11: sampler.repeat_penalty = (float)parse_number(flag, value, 0.01, 100.0); break;
+        case 12: bf16_cache = parse_choice(flag, value, (const char *[]){"fp32", "bf16", NULL});
         }
+        n_is_given = n_is_given || option == 2;
     }
     if (!model_path) {
         print_usage(stderr);
         return EXIT_FAILURE;
     }
-    set_seed(&sampler, seed);
-    Model model = load_model(model_path, n_positions);
-    char *beside_model = tokenizer_path ? NULL : default_tokenizer(model_path);
-    Tokenizer tokenizer = load_tokenizer(beside_model ? beside_model : tokenizer_path,
-                                         model.config.vocab_size);
-    sampler.candidates = alloc(model.config.vocab_size, sizeof(Candidate));
-
-    generate(&model, &tokenizer, &sampler, prompt);
-
-    free(sampler.candidates);
-    free(beside_model);
-    free_tokenizer(&tokenizer);
-    free_model(&model);
+    if (mode == EVAL && !text) die("-m eval needs a text file: -i FILE");
+    if (mode == EVAL && !n_is_given) n_positions = 0;
+    if (mode == EVAL) n_stories = 1;
+    Model model = load_model(open_file(model_path, "model file"), n_positions, n_stories,
+                             n_threads, bf16_cache);
+    sampler.kernels = model.kernels;
+    if (mode == BENCH) {
+        bench(&model);
+    } else {
+        if (!tokenizer_path) tokenizer_path = default_tokenizer(model_path);
+        Tokenizer tokenizer = load_tokenizer(open_file(tokenizer_path, "tokenizer file"),
+                                             model.config.vocab_size);
+        sampler.candidates = alloc(model.config.vocab_size, sizeof(Candidate));
+        if (mode == EVAL) evaluate(&model, &tokenizer, text);
+        else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
+        close_file(&tokenizer.file);
+    }
+    close_file(&model.file);
+    release_all();
     return EXIT_SUCCESS;
 }
+
+#else  // KERNEL is defined: the part that the file includes of itself
+// ------------------------------------------------------------------------------------------------
+// The kernels, compiled once for each instruction set. Sixteen numbers at a time, in an order of
+// operations that is the same for all of them, so that their results are equal to the last bit.
+
+// its name, how many inputs it takes at a time, and whether its int8 products take signed weights
+#if defined(KERNEL_AVX512)
+enum { KERNEL(TILE) = 8, KERNEL(IS_SIGNED) = 0 };
+#define NAME "AVX-512"
+#elif defined(KERNEL_AVX2)
+enum { KERNEL(TILE) = 2, KERNEL(IS_SIGNED) = 1 };
+#define NAME "AVX2"
+#elif defined(KERNEL_DOTPROD)
+enum { KERNEL(TILE) = 2, KERNEL(IS_SIGNED) = 1 };
+#define NAME "NEON dotprod"
+#else
+enum { KERNEL(TILE) = 1, KERNEL(IS_SIGNED) = 0 };
+#define NAME "portable"
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Floats KERNEL(splat)(float x) { return (Floats){0} + x; }
+
+INLINE Floats KERNEL(load)(const float *p) {
+    Floats v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void KERNEL(store)(float *p, Floats v) { memcpy(p, &v, sizeof v); }
+
+// Sixteen weights or cached numbers in bfloat16, the upper halves of float32.
+INLINE Floats KERNEL(widen)(const uint16_t *p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+#if defined(KERNEL_AVX512)
+    return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#else
+    return (Floats)(__builtin_convertvector(h, Words) << 16);
+#endif
+}
+
+INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
+    return is_bf16 ? KERNEL(widen)((const uint16_t *)p + at) : KERNEL(load)((const float *)p + at);
+}
+
+// The first n of sixteen, zeros behind.
+INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
+    float whole[LANES] = {0};
+    uint16_t half[LANES] = {0};
+    if (is_bf16) memcpy(half, (const uint16_t *)p + at, n * sizeof *half);
+    else memcpy(whole, (const float *)p + at, n * sizeof *whole);
+    return is_bf16 ? KERNEL(widen)(half) : KERNEL(load)(whole);
+}
+
+// The sum of sixteen: halves of what is left are added.
+INLINE float KERNEL(sum)(Floats v) {
+#if defined(KERNEL_AVX512)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float x[LANES];
+    KERNEL(store)(x, v);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+#endif
+}
+
+INLINE Floats KERNEL(choose)(Ints mask, Floats a, Floats b) {
+    return (Floats)((mask & (Ints)a) | (~mask & (Ints)b));
+}
+
+INLINE float KERNEL(largest)(Floats v) {
+#if defined(KERNEL_AVX512)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float x[LANES];
+    KERNEL(store)(x, v);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    return x[0];
+#endif
+}
+
+// e^x to about 2 units in the last place; 0 below -87, e^88 above 88. Range reduction by ln 2 in two
+// parts and a polynomial, as in Cephes (Moshier 1992); the same bits on every machine, unlike libm.
+INLINE Floats KERNEL(exp)(Floats x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    Ints is_tiny = x < -87.0f;
+    x = KERNEL(choose)(x > 88.0f, KERNEL(splat)(88.0f), x);
+    x = KERNEL(choose)(is_tiny, KERNEL(splat)(0.0f), x);
+    Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
+    Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    Ints power = ((Ints)shifted - (Ints)KERNEL(splat)(magic) + 127) << 23;
+    return KERNEL(choose)(is_tiny, KERNEL(splat)(0.0f), p * (Floats)power);
+}
+
+// x / rms(x) * gain (n), without the last factor where gain is NULL.
+static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps) {
+    Floats squares = {0};
+    size_t whole = n / LANES * LANES;
+    for (size_t i = 0; i < whole; i += LANES) {
+        Floats v = KERNEL(load)(x + i);
+        squares += v * v;
+    }
+    if (whole < n) {
+        Floats v = KERNEL(load_part)(x, whole, n - whole, false);
+        squares += v * v;
+    }
+    float scale = 1.0f / sqrtf(KERNEL(sum)(squares) / (float)n + eps);
+    if (gain) {
+        for (size_t i = 0; i < n; i++) out[i] = gain[i] * (scale * x[i]);
+    } else {
+        for (size_t i = 0; i < n; i++) out[i] = scale * x[i];
+    }
+}
+
+// h = silu(h) * gate (n), or relu(h)² where gate is NULL. Both have room for whole vectors.
+static void KERNEL(activate)(float *h, const float *gate, size_t n) {
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats v = KERNEL(load)(h + i);
+        if (gate) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(gate + i);
+        else v = KERNEL(choose)(v > 0.0f, v * v, KERNEL(splat)(0.0f));
+        KERNEL(store)(h + i, v);
+    }
+}
+
+// The place of the largest of x (n), the first of several.
+static size_t KERNEL(argmax)(const float *x, size_t n) {
+    Floats most = KERNEL(splat)(-INFINITY);
+    size_t whole = n / LANES * LANES, best = 0;
+    for (size_t i = 0; i < whole; i += LANES) {
+        Floats v = KERNEL(load)(x + i);
+        most = KERNEL(choose)(v > most, v, most);
+    }
+    float max = KERNEL(largest)(most);
+    for (size_t i = whole; i < n; i++) max = x[i] > max ? x[i] : max;
+    while (best < n && x[best] != max) best++;
+    return best < n ? best : 0;  // all are no numbers
+}
+
+// x = softmax(x / temperature) (n)
+static void KERNEL(softmax)(float *x, size_t n, float temperature) {
+    float max = x[KERNEL(argmax)(x, n)];
+    Floats sums = {0};
+    for (size_t i = 0; i < n; i += LANES) {
+        size_t part = n - i < LANES ? n - i : LANES;
+        Floats v = part < LANES ? KERNEL(load_part)(x, i, part, false) : KERNEL(load)(x + i);
+        v = KERNEL(exp)((v - max) / temperature);
+        memcpy(x + i, &v, part * sizeof *x);
+        sums += part < LANES ? KERNEL(load_part)(x, i, part, false) : v;
+    }
+    float sum = KERNEL(sum)(sums);
+    for (size_t i = 0; i < n; i++) x[i] /= sum;
+}
+
+// x = cap * tanh(x / cap) (n), with room for whole vectors
+static void KERNEL(softcap)(float *x, size_t n, float cap) {
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats v = KERNEL(load)(x + i) * (2.0f / cap);
+        v = KERNEL(choose)(v < -80.0f, KERNEL(splat)(-80.0f), v);
+        KERNEL(store)(x + i, cap - 2.0f * cap / (KERNEL(exp)(v) + 1.0f));
+    }
+}
+
+// sigmoid(a . b), both (n)
+static float KERNEL(gate)(const float *a, const float *b, size_t n) {
+    Floats sum = {0};
+    for (size_t i = 0; i < n; i += LANES) {
+        size_t part = n - i < LANES ? n - i : LANES;
+        sum += KERNEL(load_part)(a, i, part, false) * KERNEL(load_part)(b, i, part, false);
+    }
+    return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sum)))[0]);
+}
+
+static void KERNEL(read)(const uint8_t *data, size_t n) {
+    Words sums[4] = {{0}};
+    for (size_t i = 0; i + sizeof sums <= n; i += sizeof sums) {
+        Words w[4];
+        memcpy(w, data + i, sizeof w);
+        for (int j = 0; j < 4; j++) sums[j] += w[j];
+    }
+    volatile uint32_t kept = (sums[0] + sums[1] + sums[2] + sums[3])[0];
+    (void)kept;
+}
+
+// Row i of an input as whole numbers of 16 bits, in groups of columns that share a scale. Behind the
+// last column there are zeros, to a whole vector.
+static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
+    const float magic = 12582912.0f, *x = in->x + row * in->stride;
+    for (size_t g = 0; g * group < n; g++) {
+        size_t end = (g + 1) * group < n ? (g + 1) * group : n;
+        Floats most = {0};
+        for (size_t i = g * group; i < end; i += LANES) {
+            Floats v = (Floats)((Ints)KERNEL(load)(x + i) & 0x7FFFFFFF);
+            most = KERNEL(choose)(v > most, v, most);
+        }
+        float scale = KERNEL(largest)(most) / (127 * 256), inverse = scale > 0.0f ? 1.0f / scale : 0;
+        Words sum = {0};
+        for (size_t i = g * group; i < end; i += LANES) {
+            Ints v = (Ints)(KERNEL(load)(x + i) * inverse + magic) - (Ints)KERNEL(splat)(magic);
+            Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
+            Bytes low = __builtin_convertvector(v, Bytes);
+            for (size_t four = 0; four < LANES / 4; four++) {
+                int8_t *at = codes_at(in, row, i / 4 + four);
+                memcpy(at, (char *)&high + 4 * four, 4);
+                memcpy(at + 4, (char *)&low + 4 * four, 4);
+            }
+            sum += (Words)v;
+        }
+        uint32_t total = 0;
+        for (int i = 0; i < LANES; i++) total += sum[i];
+        in->scales[row * in->max_groups + g] = scale;
+        in->offsets[row * in->max_groups + g] = (int32_t)(total * (uint32_t)-zero);
+    }
+}
+
+// sums[lane] += the four products of each lane: weights w, 0 to 255, and the same four x for all.
+INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
+    int32_t x;
+    memcpy(&x, four, sizeof x);
+#if defined(KERNEL_AVX512)
+    (void)is_4bit;
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(KERNEL_AVX2)
+    // pairs of products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with the sign moved
+    __m256i part[2], all[2], xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
+    memcpy(part, &w, sizeof part);
+    memcpy(all, &sums, sizeof all);
+    for (int i = 0; i < 2; i++) {
+        __m256i pairs;
+        if (is_4bit) {
+            pairs = _mm256_maddubs_epi16(part[i], xs);
+        } else {
+            __m256i with_sign = _mm256_xor_si256(part[i], _mm256_set1_epi8(-128));
+            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(xs), _mm256_sign_epi8(with_sign, xs));
+        }
+        all[i] = _mm256_add_epi32(all[i], _mm256_madd_epi16(pairs, ones));
+    }
+    memcpy(&sums, all, sizeof sums);
+    return sums;
+#elif defined(KERNEL_DOTPROD)
+    int8x16_t part[4], xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    int32x4_t all[4];
+    memcpy(part, &w, sizeof part);
+    memcpy(all, &sums, sizeof all);
+    for (int i = 0; i < 4; i++)
+        all[i] = vdotq_s32(all[i], is_4bit ? part[i] : veorq_s8(part[i], vdupq_n_s8(-128)), xs);
+    memcpy(&sums, all, sizeof sums);
+    return sums;
+#else
+    (void)is_4bit;
+    Ints quads = (Ints)w;
+    for (int i = 0; i < 4; i++) sums += (quads >> 8 * i & 255) * (int8_t)((uint32_t)x >> 8 * i);
+    return sums;
+#endif
+}
+
+// Sixteen rows of int8 or int4 times n inputs from t on, n a constant wherever this is inlined.
+INLINE void KERNEL(block_of_codes)(const Product *p, size_t block, size_t t, const size_t n,
+                                   const bool is_4bit) {
+    const Tensor *w = p->w;
+    const Input *in = p->in;
+    const size_t group = w->group, groups = (w->cols + group - 1) / group;
+    const size_t per_vector = is_4bit ? 8 : 4;  // columns of sixteen rows in 64 bytes
+    const size_t vectors = (w->cols + per_vector - 1) / per_vector;
+    const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
+    size_t scale_at = block * groups * LANES;
+    const int8_t *x = codes_at(in, t, 0);
+    const size_t step = 8 * in->tile;
+    Floats out[TILE];
+    for (size_t i = 0; i < n; i++) out[i] = KERNEL(splat)(0.0f);
+    size_t v = 0;
+    for (size_t g = 0; g < groups; g++, scale_at += LANES) {
+        Ints high[TILE], low[TILE];
+        for (size_t i = 0; i < n; i++) {
+            // signed weights need no offset
+            int32_t offset = in->offsets[(t + i) * in->max_groups + g];
+            low[i] = (Ints){0} + (!is_4bit && KERNEL(IS_SIGNED) ? 0 : offset);
+            high[i] = (Ints){0};
+        }
+        size_t end = (g + 1) * group / per_vector < vectors ? (g + 1) * group / per_vector : vectors;
+        for (; v < end; v++, codes += sizeof(Codes)) {
+            Codes c;
+            memcpy(&c, codes, sizeof c);
+            __builtin_prefetch(codes + 4096);
+            Codes first = is_4bit ? c & 15 : c, second = (Codes)((Words)c >> 4) & 15;
+            for (size_t i = 0; i < n; i++) {
+                high[i] = KERNEL(dot4)(high[i], first, x + 8 * i, is_4bit);
+                low[i] = KERNEL(dot4)(low[i], first, x + 8 * i + 4, is_4bit);
+            }
+            x += step;
+            for (size_t i = 0; is_4bit && i < n; i++) {
+                high[i] = KERNEL(dot4)(high[i], second, x + 8 * i, is_4bit);
+                low[i] = KERNEL(dot4)(low[i], second, x + 8 * i + 4, is_4bit);
+            }
+            if (is_4bit) x += step;
+        }
+        Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
+        for (size_t i = 0; i < n; i++) {
+            float x_scale = in->scales[(t + i) * in->max_groups + g];
+            Ints sum = (Ints)((Words)high[i] * 256 + (Words)low[i]);
+            out[i] += __builtin_convertvector(sum, Floats) * (scale * x_scale);
+        }
+    }
+    for (size_t i = 0; i < n; i++)
+        KERNEL(store)(p->out + (t + i) * p->stride + block * LANES, out[i]);
+}
+
+// n_rows rows of float32 or bfloat16 times n inputs from t on, both constants where inlined.
+INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const size_t n_rows,
+                                   const size_t n, const bool is_bf16) {
+    const Tensor *w = p->w;
+    const size_t cols = w->cols, whole = cols / LANES * LANES, stride = p->in->stride;
+    const float *x = p->in->x + t * stride;
+    Floats sums[ROWS_AT_ONCE][TILE];
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t i = 0; i < n; i++) sums[r][i] = KERNEL(splat)(0.0f);
+    for (size_t c = 0; c < cols; c += LANES) {
+        for (size_t r = 0; r < n_rows; r++) {
+            size_t at = (row + r) * cols + c;
+            Floats v = c < whole ? KERNEL(load_as)(w->data, at, is_bf16)
+                                 : KERNEL(load_part)(w->data, at, cols - whole, is_bf16);
+            for (size_t i = 0; i < n; i++) sums[r][i] += v * KERNEL(load)(x + i * stride + c);
+        }
+    }
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t i = 0; i < n; i++)
+            p->out[(t + i) * p->stride + row + r] = KERNEL(sum)(sums[r][i]);
+}
+
+// Rows of float32 or bfloat16 times all inputs.
+INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, const bool is_bf16) {
+    const size_t n = p->in->n;
+    size_t t = 0;
+    for (; t + 4 <= n; t += 4) {
+        size_t r = row;
+        for (; r + 4 <= end; r += 4) KERNEL(rows_of_floats)(p, r, t, 4, 4, is_bf16);
+        for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 4, is_bf16);
+    }
+    for (; t < n; t++) {
+        size_t r = row;
+        for (; r + 8 <= end; r += 8) KERNEL(rows_of_floats)(p, r, t, 8, 1, is_bf16);
+        for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 1, is_bf16);
+    }
+}
+
+// Blocks from first to last, of sixteen rows, of a product for all its inputs.
+static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
+    const Tensor *w = p->w;
+    size_t n = p->in->n;
+    for (size_t block = first; block < last; block++) {
+        size_t t = 0, row = block * LANES, end = row + LANES < w->rows ? row + LANES : w->rows;
+        switch (w->format) {
+        case INT8:
+            for (; t + KERNEL(TILE) <= n; t += KERNEL(TILE))
+                KERNEL(block_of_codes)(p, block, t, KERNEL(TILE), false);
+            for (; t < n; t++) KERNEL(block_of_codes)(p, block, t, 1, false);
+            break;
+        case INT4:
+            for (; t + KERNEL(TILE) <= n; t += KERNEL(TILE))
+                KERNEL(block_of_codes)(p, block, t, KERNEL(TILE), true);
+            for (; t < n; t++) KERNEL(block_of_codes)(p, block, t, 1, true);
+            break;
+        default:
+            KERNEL(block_of_floats)(p, row, end, w->format == BF16);
+        }
+    }
+}
+
+// Attention of one query head q (head_dim) over the cached positions from first to last: out
+// (head_dim), with room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), a
+// chunk of positions at a time: what is there is scaled down where a larger score comes.
+static void KERNEL(attend)(float *out, const float *q, const void *keys, const void *values,
+                           size_t head_dim, size_t first, size_t last, bool is_bf16) {
+    enum { CHUNK = 8 };  // vectors of positions
+    const size_t width = ROUND_UP(head_dim, LANES), end = last / LANES + 1;
+    const float scale = 1.0f / sqrtf((float)head_dim);
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Floats nothing = KERNEL(splat)(-INFINITY);
+    float max = -INFINITY, weights[CHUNK * LANES];
+    Floats sums = {0}, scores[CHUNK];
+    memset(out, 0, width * sizeof *out);
+    for (size_t start = first / LANES, n; start < end; start += n) {
+        n = end - start < CHUNK ? end - start : CHUNK;
+        Floats most = nothing;
+        for (size_t b = 0; b < n; b++) {
+            const size_t block = start + b;
+            Floats parts[4] = {{0}};
+            size_t d = 0;
+            for (; d + 4 <= head_dim; d += 4)
+                for (size_t i = 0; i < 4; i++)
+                    parts[i] += q[d + i] *
+                                KERNEL(load_as)(keys, (block * head_dim + d + i) * LANES, is_bf16);
+            for (; d < head_dim; d++)
+                parts[0] += q[d] * KERNEL(load_as)(keys, (block * head_dim + d) * LANES, is_bf16);
+            Floats s = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * scale;
+            Ints places = lanes + (int32_t)(block * LANES);
+            s = KERNEL(choose)((places >= (int32_t)first) & (places <= (int32_t)last), s, nothing);
+            most = KERNEL(choose)(s > most, s, most);
+            scores[b] = s;
+        }
+        float larger = KERNEL(largest)(most);
+        if (larger > max) {
+            float kept = KERNEL(exp)(KERNEL(splat)(max - larger))[0];
+            for (size_t d = 0; d < width; d++) out[d] *= kept;
+            sums *= kept;
+            max = larger;
+        }
+        for (size_t b = 0; b < n; b++) {
+            Floats p = KERNEL(exp)(scores[b] - max);
+            KERNEL(store)(weights + b * LANES, p);
+            sums += p;
+        }
+        for (size_t d = 0; d < width; d += LANES) {  // what is not seen has the weight 0
+            Floats y[4] = {{0}};
+            size_t at = start * LANES * width + d;
+            for (size_t i = 0; i < n * LANES; i += 4, at += 4 * width)
+                for (size_t j = 0; j < 4; j++)
+                    y[j] += weights[i + j] * KERNEL(load_as)(values, at + j * width, is_bf16);
+            KERNEL(store)(out + d, KERNEL(load)(out + d) + ((y[0] + y[1]) + (y[2] + y[3])));
+        }
+    }
+    float sum = KERNEL(sum)(sums);
+    for (size_t d = 0; d < width; d++) out[d] /= sum;
+}
+
+static const Kernels KERNEL(kernels) = {
+    .name = NAME,
+    .rmsnorm = KERNEL(rmsnorm), .activate = KERNEL(activate), .argmax = KERNEL(argmax),
+    .softmax = KERNEL(softmax),
+    .softcap = KERNEL(softcap), .gate = KERNEL(gate), .read = KERNEL(read),
+    .quantize = KERNEL(quantize), .matmul = KERNEL(matmul), .attend = KERNEL(attend),
+};
+
+#undef KERNEL
+#undef KERNEL_AVX2
+#undef KERNEL_AVX512
+#undef KERNEL_DOTPROD
+#undef NAME
+#undef INLINE
+#endif

@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores, and their models are tiny
 
+import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
@@ -40,9 +41,16 @@ def refused(done, *parts):
         assert part in last, last
 
 
-def compile_c(source, out, *flags, cc="cc"):
-    command = [cc, "-std=c11", "-Wall", "-Wextra", "-Werror", *flags]
-    subprocess.run([*command, str(source), "-o", str(out), "-lm"], check=True)
+# another compiler and an emulator for what it makes: make test-arm
+ENGINE_CC = os.environ.get("ENGINE_CC", "cc")
+ENGINE_FLAGS = os.environ.get("ENGINE_FLAGS", "").split()
+ENGINE_EMULATOR = os.environ.get("ENGINE_EMULATOR", "").split()
+STRICT = "-std=c11 -ffp-contract=off -Wall -Wextra -Wno-psabi -Werror".split()
+
+
+def compile_c(source, out, *flags, cc=ENGINE_CC):
+    command = [cc, *STRICT, *flags, *ENGINE_FLAGS, str(source), "-o", str(out), "-lm"]
+    subprocess.run(command, check=True)
     return out
 
 
@@ -53,14 +61,11 @@ def supports(flag, cc="cc"):
     ).returncode
 
 
-NATIVE = ["-march=native"] if supports("-march=native") else []
-
-
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
     """The engine and the harness, fast and with sanitizers."""
     folder = tmp_path_factory.mktemp("builds")
-    flags = {"fast": ["-O3", *NATIVE, "-fopenmp-simd"], "checked": SANITIZE}
+    flags = {"fast": ["-O3"], "checked": ["-O1"] if ENGINE_EMULATOR else SANITIZE}
     return {
         (name, kind): compile_c(REPO / source, folder / f"{name}_{kind}", *flags[kind])
         for name, source in (("run", "run.c"), ("harness", "tests/harness.c"))
@@ -73,10 +78,18 @@ def run(builds):
     """Call the engine with sanitizers on; returns the CompletedProcess, output as bytes."""
 
     def call(*words, **options):
-        command = [builds["run", "checked"], *words]
+        command = [builds["run", "checked"], *map(str, words)]
         return subprocess.run(command, capture_output=True, timeout=60, **options)
 
     return call
+
+
+def logits_of(harness, path, tokens, vocab_size, batch=1, kernels=""):
+    """The engine's logits (tokens, vocab_size), `batch` tokens at a time."""
+    words = [*ENGINE_EMULATOR, harness, "logits", str(batch), path, *map(str, tokens)]
+    environment = {**os.environ, "RUN_KERNELS": kernels}
+    done = subprocess.run(words, capture_output=True, check=True, env=environment)
+    return np.frombuffer(done.stdout, np.float32).reshape(len(tokens), vocab_size)
 
 
 @pytest.fixture(scope="session")

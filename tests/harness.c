@@ -3,19 +3,29 @@
 #include "../run.c"
 #undef main
 
-// logits MODEL ID...: fp32 logits (n ids, vocab_size) of every position, raw on stdout.
-static void write_logits(char **words, int n) {
-    Model m = load_model(words[0], n - 1);
-    for (int pos = 0; pos + 1 < n; pos++) {
-        float *logits = forward(&m, atoi(words[pos + 1]), pos, true);
-        fwrite(logits, sizeof(float), m.config.vocab_size, stdout);
+// logits BATCH MODEL ID...: fp32 logits (n ids, vocab_size) of every position, raw on stdout; BATCH
+// tokens go through the model at a time.
+static void write_logits(char **words, int n_words) {
+    int batch = atoi(words[0]), n = n_words - 2;
+    Model m = load_model(open_file(words[1], "model file"), n, 1, 1, false);
+    Step *steps = alloc(n, sizeof(Step));
+    for (int i = 0; i < n; i++) {
+        int id = atoi(words[i + 2]), before = i ? atoi(words[i + 1]) : -1;
+        steps[i] = (Step){id, before, i, 0, true};
     }
-    free_model(&m);
+    for (int first = 0; first < n; first += batch) {
+        int count = n - first < batch ? n - first : batch;
+        forward(&m, steps + first, count);
+        for (int i = 0; i < count; i++)
+            fwrite(logits_of(&m, i), sizeof(float), m.config.vocab_size, stdout);
+    }
+    close_file(&m.file);
+    release_all();
 }
 
 // encode TOKENIZER VOCAB_SIZE: texts on stdin, each with a NUL behind it; a line of ids for each.
 static void encode_lines(const char *path, int vocab_size) {
-    Tokenizer t = load_tokenizer(path, vocab_size);
+    Tokenizer t = load_tokenizer(open_file(path, "tokenizer file"), vocab_size);
     size_t n = 0, room = 1 << 16;
     char *text = malloc(room);
     for (int c; (c = getchar()) != EOF;) {
@@ -23,45 +33,49 @@ static void encode_lines(const char *path, int vocab_size) {
         text[n++] = (char)c;
         if (c) continue;
         size_t n_tokens;
-        int *tokens = encode(&t, text, &n_tokens);
+        int *tokens = encode(&t, text, n - 1, &n_tokens);
         for (size_t i = 0; i < n_tokens; i++) printf(i ? " %d" : "%d", tokens[i]);
         putchar('\n');
-        free(tokens);
+        release(tokens);
         n = 0;
     }
     free(text);
-    free_tokenizer(&t);
+    close_file(&t.file);
+    release_all();
 }
 
 // decode TOKENIZER VOCAB_SIZE ID...: the text of the ids.
 static void decode(char **words, int n) {
-    Tokenizer t = load_tokenizer(words[0], atoi(words[1]));
+    Tokenizer t = load_tokenizer(open_file(words[0], "tokenizer file"), atoi(words[1]));
     Printer printer = {.out = stdout};
     for (int i = 2; i < n; i++) print_token(&t, &printer, atoi(words[i]), i == 2);
     print_rest(&printer);
-    free_tokenizer(&t);
+    close_file(&t.file);
+    release_all();
 }
 
-// draw TEMPERATURE TOP_P SEED N LOGIT...: N tokens drawn from the same logits.
-static void draw(char **words, int n) {
-    int n_logits = n - 4;
-    Sampler s = {.temperature = strtof(words[0], NULL), .top_p = strtof(words[1], NULL)};
-    set_seed(&s, strtoull(words[2], NULL, 10));
-    s.candidates = alloc(n_logits, sizeof(Candidate));
-    float *logits = alloc(n_logits, sizeof(float));
-    for (int i = 0; i < atoi(words[3]); i++) {
-        for (int j = 0; j < n_logits; j++) logits[j] = strtof(words[4 + j], NULL);
-        printf("%d\n", sample(&s, logits, n_logits));
+// draw TEMPERATURE TOP_P TOP_K MIN_P REPEAT_PENALTY SEED N LOGIT...: N tokens drawn from the same
+// logits, behind the tokens 0 and 3.
+static void draw(char **words, int n_words) {
+    int n = n_words - 7, told[] = {0, 3};
+    Sampler s = {.temperature = strtof(words[0], NULL), .top_p = strtof(words[1], NULL),
+                 .top_k = atoi(words[2]), .min_p = strtof(words[3], NULL),
+                 .repeat_penalty = strtof(words[4], NULL), .kernels = pick_kernels(),
+                 .candidates = alloc(n, sizeof(Candidate))};
+    uint64_t state = random_state(strtoull(words[5], NULL, 10));
+    float *logits = alloc(n, sizeof(float));
+    for (int i = 0; i < atoi(words[6]); i++) {
+        for (int j = 0; j < n; j++) logits[j] = strtof(words[7 + j], NULL);
+        printf("%d\n", sample(&s, &state, logits, n, told, 2));
     }
-    free(s.candidates);
-    free(logits);
+    release_all();
 }
 
 int main(int argc, char **argv) {
-    if (argc > 3 && !strcmp(argv[1], "logits")) write_logits(argv + 2, argc - 2);
+    if (argc > 4 && !strcmp(argv[1], "logits")) write_logits(argv + 2, argc - 2);
     else if (argc == 4 && !strcmp(argv[1], "encode")) encode_lines(argv[2], atoi(argv[3]));
     else if (argc > 3 && !strcmp(argv[1], "decode")) decode(argv + 2, argc - 2);
-    else if (argc > 6 && !strcmp(argv[1], "draw")) draw(argv + 2, argc - 2);
+    else if (argc > 9 && !strcmp(argv[1], "draw")) draw(argv + 2, argc - 2);
     else die("unknown test %s", argc > 1 ? argv[1] : "");
     return 0;
 }

@@ -11,7 +11,7 @@ from conftest import EVERYTHING, random_model, refused, script
 import export
 from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
-from export import MAGIC, V3_HEADER, V3_OPTIONS, V3_STRUCT, export_model, tensors, v3_layout
+from export import DTYPES, MAGIC, V3_HEADER, V3_OPTIONS, V3_STRUCT, export_model, quantized, tensors
 
 
 def save(model, path):
@@ -140,13 +140,11 @@ def test_version_3_says_everything_about_itself(tmp_path, options):
     assert windows == ((5, 5, 0, 5, 5) if options is EVERYTHING else (0, 0))
 
     # every number of the model, once, from multiples of 64 on, with zeros between
-    places, size = v3_layout(model)
-    assert size == len(data)
     end, left = 80 + 4 * args.n_layers, set(model.state_dict())
     for name, parts in tensors(model):
-        assert places[name] % 64 == 0 and end <= places[name] < end + 64, name
-        assert not any(data[end : places[name]])
-        end = places[name]
+        place = -(-end // 64) * 64
+        assert not any(data[end:place])
+        end = place
         for part in parts:
             found = np.frombuffer(data, "<f4", part.numel(), end)
             assert (found == part.detach().numpy().ravel()).all(), name
@@ -176,6 +174,22 @@ def test_an_option_that_export_does_not_know_is_refused_by_name(tmp_path, monkey
         export_model(random_model(smear=True), tmp_path / "model.bin")
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_numbers_are_near(dtype):
+    codes, w = DTYPES[dtype], torch.randn(50, 150) * torch.logspace(-6, 2, 50)[:, None]
+    w[7], w[8, 64:128] = 0, 0
+    numbers, scales = quantized(w, codes)
+    n_groups = -(-150 // codes.group)
+    assert numbers.shape == w.shape and scales.shape == (50, n_groups)
+    assert int(numbers.min()) >= (1 if dtype == "int8" else 0)
+    assert int(numbers.max()) < 1 << codes.bits
+    scales = scales.float().repeat_interleave(codes.group, 1)[:, :150]
+    found = (numbers.float() - codes.zero) * scales
+    error = (found - w).square().sum() / w.square().sum()
+    assert error.sqrt() < (0.006 if dtype == "int8" else 0.1)
+    assert (found[7] == 0).all() and (found[8, 64:128] == 0).all()
+
+
 def test_command_line(tmp_path):
     out, checkpoint = tmp_path / "model.bin", f"--checkpoint={tmp_path / 'ckpt.pt'}"
     model = random_model()
@@ -185,6 +199,12 @@ def test_command_line(tmp_path):
         done = script("export.py", out, checkpoint, *words)
         assert done.returncode == 0, done.stderr
         assert out.read_bytes() == (tmp_path / "expected.bin").read_bytes()
+    export_model(model, tmp_path / "expected.bin", 3, "int8")
+    done = script("export.py", out, checkpoint, "--dtype=int8")
+    assert out.read_bytes() == (tmp_path / "expected.bin").read_bytes()
+    refused(script("export.py", out, checkpoint, "--dtype=int3"), "fp32, bf16, int8, int4")
+    done = script("export.py", out, checkpoint, "--dtype=bf16", "--version=0")
+    refused(done, "version 0 cannot carry dtype = bf16")
     done = script("export.py", out, checkpoint, "--version=9")
     refused(done, "version 9: expected auto or one of 0, 3")
     save(random_model(smear=True), tmp_path / "ckpt.pt")

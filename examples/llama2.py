@@ -1,0 +1,124 @@
+"""
+A story from model.bin by the C engine as a shared library, through ctypes alone.
+
+    make libllama2
+    python examples/llama2.py out/model.bin "Once upon a time"
+"""
+
+import ctypes
+import os
+import sys
+
+FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BOS, EOS = 1, 2
+
+
+class Sampling(ctypes.Structure):
+    """LlamaSampling of llama2.h."""
+
+    _fields_ = [
+        ("temperature", ctypes.c_float),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("repeat_penalty", ctypes.c_float),
+        ("top_k", ctypes.c_int),
+    ]
+
+
+# of the functions that take a Llama, what they take besides it
+INTS = ctypes.POINTER(ctypes.c_int)
+ARGUMENTS = {
+    "vocab_size": [],
+    "n_positions": [],
+    "encode": [ctypes.c_char_p, ctypes.c_size_t, INTS, ctypes.c_int],
+    "decode": [INTS, ctypes.c_int, ctypes.c_char_p, ctypes.c_int],
+    "forward": [INTS, ctypes.c_int, ctypes.c_int],
+    "seed": [ctypes.c_uint64],
+    "sample": [ctypes.POINTER(Sampling)],
+    "free": [],
+}
+
+
+class Llama:
+    """A model with its tokenizer; llama2.h says what each call does."""
+
+    def __init__(self, model, tokenizer=None, n_positions=0, n_threads=0, library=None):
+        """Raises ValueError with the engine's sentence where the files do not fit."""
+        tokenizer = tokenizer or os.path.join(os.path.dirname(model), "tokenizer.bin")
+        library = library or os.path.join(FOLDER, "libllama2.so")
+        if not os.path.exists(library):
+            raise ValueError(f"{library} is not there; build it with: make libllama2")
+        self.library = c = ctypes.CDLL(library)
+        c.llama_load.restype = ctypes.c_void_p
+        c.llama_forward.restype = ctypes.POINTER(ctypes.c_float)
+        c.llama_load.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int] * 2
+        c.llama_load.argtypes += [ctypes.c_char_p, ctypes.c_size_t]
+        for name, types in ARGUMENTS.items():
+            getattr(c, f"llama_{name}").argtypes = [ctypes.c_void_p, *types]
+        error = ctypes.create_string_buffer(1000)
+        paths = os.fsencode(model), os.fsencode(tokenizer)
+        self.llama = c.llama_load(*paths, n_positions, n_threads, error, len(error))
+        if not self.llama:
+            raise ValueError(error.value.decode())
+        self.vocab_size = c.llama_vocab_size(self.llama)
+        self.n_positions = c.llama_n_positions(self.llama)
+
+    def encode(self, text):
+        """The tokens of a str, behind a BOS."""
+        data = text.encode()
+        n = self.library.llama_encode(self.llama, data, len(data), None, 0)
+        tokens = (ctypes.c_int * n)()
+        self.library.llama_encode(self.llama, data, len(data), tokens, n)
+        return list(tokens)
+
+    def decode(self, tokens):
+        """The text of a list of tokens."""
+        tokens = (ctypes.c_int * len(tokens))(*tokens)
+        n = self.library.llama_decode(self.llama, tokens, len(tokens), None, 0)
+        if n < 0:
+            raise ValueError("one of these is no token")
+        text = ctypes.create_string_buffer(n)
+        self.library.llama_decode(self.llama, tokens, len(tokens), text, n)
+        return text.raw.decode()
+
+    def forward(self, tokens, pos=0):
+        """The logits behind the last of some tokens, the first of which is at position pos."""
+        array = (ctypes.c_int * len(tokens))(*tokens)
+        logits = self.library.llama_forward(self.llama, array, len(tokens), pos)
+        if not logits:
+            raise ValueError("a token or a position that there is not")
+        return logits[: self.vocab_size]
+
+    def tell(self, prompt="", seed=0, **sampling):
+        """The text of a story."""
+        given = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
+        sampling = Sampling(**{**given, **sampling})
+        tokens = self.encode(prompt)
+        self.library.llama_seed(self.llama, seed)
+        new = tokens
+        while len(tokens) <= self.n_positions:
+            array = (ctypes.c_int * len(new))(*new)
+            pos = len(tokens) - len(new)
+            if not self.library.llama_forward(self.llama, array, len(new), pos):
+                raise ValueError(f"the prompt is longer than {self.n_positions} tokens")
+            token = self.library.llama_sample(self.llama, ctypes.byref(sampling))
+            if token in (BOS, EOS):
+                break
+            new = [token]
+            tokens += new
+        return self.decode(tokens)
+
+    def close(self):
+        """Free what the engine holds."""
+        self.library.llama_free(self.llama)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__.strip())
+    try:
+        llama = Llama(sys.argv[1])
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    print(llama.tell(*sys.argv[2:3], seed=1, temperature=0.8))
+    llama.close()

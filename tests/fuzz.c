@@ -1,0 +1,63 @@
+// A libFuzzer target of run.c: TARGET 0 takes its bytes for a model file, 1 for a tokenizer file, 2
+// for a text that the tokenizer in the file FUZZ_TOKENIZER encodes. tests/fuzz.py builds and runs it.
+#define main run_main
+#include "../run.c"
+#undef main
+
+enum { STEPS = 3 };
+
+static void run_model(File file) {
+    Model m = load_model(file, STEPS, 1, 1, file.size % 2);
+    int tokens[STEPS] = {BOS, 0, m.config.vocab_size - 1};
+    float *logits = prefill(&m, tokens, 0, m.n_positions, 0);
+    Sampler sampler = {.temperature = 0.5f, .top_p = 0.9f, .min_p = 0.01f, .top_k = 40,
+                       .repeat_penalty = 1.1f, .kernels = m.kernels,
+                       .candidates = alloc(m.config.vocab_size, sizeof(Candidate))};
+    uint64_t state = random_state(file.size);
+    int token = sample(&sampler, &state, logits, m.config.vocab_size, tokens, m.n_positions);
+    if (token < 0 || token >= m.config.vocab_size) abort();
+}
+
+static void encode_and_decode(const Tokenizer *t, const char *text, size_t n) {
+    size_t n_tokens;
+    int *tokens = encode(t, text, n, &n_tokens);
+    char out[256];
+    Printer printer = {.text = out, .room = sizeof out};
+    for (size_t i = 0; i < n_tokens; i++) {
+        if (tokens[i] < 0 || tokens[i] >= t->vocab_size) abort();
+        print_token(t, &printer, tokens[i], i == 1);
+    }
+    print_rest(&printer);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    jmp_buf caller;
+    char error[500];
+    on_error.caller = &caller;
+    on_error.text = error;
+    on_error.size = sizeof error;
+    if (!size || setjmp(caller)) {
+        release_all();
+        return 0;
+    }
+    File file = {.path = "fuzz", .data = data, .size = size};
+#if TARGET == 0
+    run_model(file);
+#elif TARGET == 1
+    // the first byte says how many pieces are expected, the last ones are the text
+    size_t text = size - 1 < 16 ? size - 1 : 16;
+    file.data++;
+    file.size -= 1 + text;
+    if (file.size) {
+        Tokenizer t = load_tokenizer(file, 3 + data[0]);
+        encode_and_decode(&t, (const char *)data + size - text, text);
+    }
+#else
+    File tokenizer = open_file(getenv("FUZZ_TOKENIZER"), "tokenizer file");
+    Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
+    encode_and_decode(&t, (const char *)data, size);
+    close_file(&tokenizer);
+#endif
+    release_all();
+    return 0;
+}

@@ -1,0 +1,83 @@
+"""
+Fuzz run.c with libFuzzer: the model file, the tokenizer file, and the encoder of prompts, from
+seeds that our own exporters make.
+
+    python tests/fuzz.py --seconds=60 --out=fuzz
+
+Needs clang. Ends with status 1 where one of them finds something; what it found lies in the folder.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import EVERYTHING, REPO, random_model
+
+from export import DTYPES, export_model
+from synth import make_stories
+from tokenizer import Tokenizer, train_sentencepiece
+
+TARGETS = ("model", "tokenizer", "text")
+FLAGS = (
+    "-std=c11 -ffp-contract=off -Wno-psabi -g -O1 -fsanitize=fuzzer,address,undefined "
+    "-fno-sanitize-recover=all -Wno-unused-function"
+).split()
+
+
+def make_seeds(folder, tokenizer):
+    """A few small files of each kind, as a user would have them."""
+    sizes = {"dim": 16, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40}
+    options = {"n_kv_heads": 1, "n_layers": 2, "bigram_rows": 8, "value_embeddings": 1}
+    for dtype in DTYPES:
+        export_model(random_model(**sizes), folder / "model" / f"plain_{dtype}", dtype=dtype)
+        model = random_model(**{**EVERYTHING, **sizes, **options})
+        export_model(model, folder / "model" / f"all_{dtype}", dtype=dtype)
+    data = Path(tokenizer.model_path).with_suffix(".bin").read_bytes()
+    (folder / "tokenizer" / "whole").write_bytes(
+        bytes([tokenizer.vocab_size - 3]) + data + b"Once upon a time"
+    )
+    texts = ["Once upon a time", "Zo\u00eb \U0001f600 \u2581", "\n\t  ", "<s><0x0A>"]
+    for i, text in enumerate(texts):
+        (folder / "text" / str(i)).write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--seconds", type=int, default=60, help="for each of the three")
+    parser.add_argument("--out", default="fuzz", help="folder of corpora and findings")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of each")
+    words = parser.parse_args()
+    clang = shutil.which("clang") or sys.exit("error: make fuzz needs clang")
+    folder = Path(words.out).resolve()
+    for name in TARGETS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    stories = [item["story"] for item in make_stories(500, seed=1)]
+    path = folder / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(stories, 120)[0])
+    tokenizer = Tokenizer(str(path))
+    tokenizer.export(path.with_suffix(".bin"))
+    make_seeds(folder, tokenizer)
+    environment = {
+        **os.environ,
+        "FUZZ_TOKENIZER": str(path.with_suffix(".bin")),
+        "FUZZ_VOCAB_SIZE": str(tokenizer.vocab_size),
+    }
+    failed = []
+    for i, name in enumerate(TARGETS):
+        binary = folder / f"fuzz_{name}"
+        command = [clang, *FLAGS, f"-DTARGET={i}", str(REPO / "tests/fuzz.c"), "-o", str(binary)]
+        subprocess.run([*command, "-lm"], check=True)
+        print(f"{name}: {words.seconds} s", flush=True)
+        flags = [f"-max_total_time={words.seconds}", f"-fork={words.jobs}", "-max_len=65536"]
+        flags += ["-rss_limit_mb=4096", "-timeout=20", f"-artifact_prefix={folder}/{name}-"]
+        done = subprocess.run([str(binary), *flags, str(folder / name)], env=environment)
+        if done.returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"error: {', '.join(failed)}: see {folder}")
+
+
+main()
