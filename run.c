@@ -1559,6 +1559,17 @@ static float *prefill(Model *m, const int *tokens, size_t start, size_t n, int s
     return logits_of(m, 0);
 }
 
+// Give a story what the first one has in the cache for its first n positions.
+static void copy_first_story(Model *m, size_t story, size_t n) {
+    size_t head_dim = m->config.dim / m->config.n_heads, places = ROUND_UP(m->n_positions, LANES);
+    size_t heads = (size_t)m->config.n_layers * m->config.n_kv_heads, used = ROUND_UP(n, LANES);
+    size_t k = head_dim * (m->bf16_cache ? 2 : 4), v = k / head_dim * ROUND_UP(head_dim, LANES);
+    for (size_t i = 0; i < heads; i++) {
+        memcpy(m->keys + (story * heads + i) * places * k, m->keys + i * places * k, used * k);
+        memcpy(m->values + (story * heads + i) * places * v, m->values + i * places * v, used * v);
+    }
+}
+
 // Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
 static void draw_next(const Model *m, Sampler *sampler, Story *s, float *logits) {
     int token = sample(sampler, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
@@ -1602,15 +1613,19 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
     int *owners = alloc(n_stories, sizeof(int));
 
     double start = seconds();
+    float *logits = prefill(m, tokens, 0, n_prompt, 0);
+    double prefilled = seconds();
+    size_t logits_bytes = m->config.vocab_size * sizeof(float);
+    float *drawn_from = alloc(logits_bytes, 1);  // drawing overwrites them
     for (size_t i = 0; i < n_stories; i++) {
         Story *s = &stories[i];
         *s = (Story){.seed = seed + i, .state = random_state(seed + i), .n = n_prompt};
         s->tokens = alloc(m->n_positions + 1, sizeof(int));
         memcpy(s->tokens, tokens, n_prompt * sizeof *tokens);
-        draw_next(m, sampler, s, prefill(m, tokens, 0, n_prompt, (int)i));
+        if (i) copy_first_story(m, i, n_prompt);
+        draw_next(m, sampler, s, memcpy(drawn_from, logits, logits_bytes));
         if (n_stories == 1) print_story(tokenizer, &printer, s);
     }
-    double prefilled = seconds();
     for (;;) {
         size_t n = 0;
         for (size_t i = 0; i < n_stories; i++) {
@@ -1631,8 +1646,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
     for (; n_stories > 1 && printed < n_stories; printed++)
         print_story(tokenizer, &printer, &stories[printed]);
     if (fflush(stdout) || ferror(stdout)) die("cannot write the story: %s", strerror(errno));
-    fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt * n_stories,
-            (double)(n_prompt * n_stories) / (prefilled - start));
+    fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt,
+            (double)n_prompt / (prefilled - start));
     if (n_told) fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_told / (end - prefilled));
 }
 
