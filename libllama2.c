@@ -28,7 +28,7 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
     }
     Llama *l = alloc(1, sizeof *l);
     l->model = load_model(open_file(model, "model file"), n_positions > 0 ? n_positions : 0, 1,
-                          n_threads > 0 ? n_threads : 0, false);
+                          n_threads > 0 ? n_threads : 0, false, false);
     int vocab_size = l->model.config.vocab_size;
     l->tokenizer = load_tokenizer(open_file(tokenizer, "tokenizer file"), vocab_size);
     l->sampler.kernels = l->model.kernels;

@@ -228,6 +228,7 @@ typedef struct {
     int32_t *offsets;  // (n, max_groups): -zero times the sum of a group
     size_t stride, max_groups, n;
     size_t tile;       // so many rows are multiplied at a time: TILE, or n if that is less
+    bool is_8bit;      // low is 0
 } Input;
 
 // Where high and low of four columns of a row are.
@@ -695,6 +696,7 @@ typedef struct {
     Input wanted;     // (max_batch, width) what the head gets: tokens whose logits are wanted
     Input mixed;      // (max_batch, width) attention's output
     Input inner;      // (max_batch, hidden) inside the feed-forward
+    bool is_fast;     // inputs of int8 and int4 products have 8 bits, not 16
     // of all positions so far, in whole vectors of positions or numbers, fp32 or bf16
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
@@ -713,7 +715,7 @@ static Input new_input(const Model *m, size_t stride) {
         .codes = alloc(ROUND_UP(m->max_batch, TILE) * stride, 2),
         .scales = alloc(m->max_batch * groups, sizeof(float)),
         .offsets = alloc(m->max_batch * groups, sizeof(int32_t)),
-        .stride = stride, .max_groups = groups,
+        .stride = stride, .max_groups = groups, .is_8bit = m->is_fast,
     };
 }
 
@@ -1047,9 +1049,9 @@ static int pick_threads(const Config *c, int wanted) {
 
 // A model of its file, with room for n_stories of n_positions (0: the whole context) each.
 static Model load_model(File file, int n_positions, int n_stories, int n_threads,
-                        bool bf16_cache) {
+                        bool bf16_cache, bool is_fast) {
     Model m = {.file = file, .kernels = pick_kernels(), .bf16_cache = bf16_cache,
-               .n_stories = (size_t)n_stories};
+               .is_fast = is_fast, .n_stories = (size_t)n_stories};
     Config *c = &m.config;
     const char *path = file.path;
     int version = find_version(&m.file);
@@ -1820,6 +1822,7 @@ static void print_usage(FILE *out) {
         "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
         "  --bench   speed of prefill and decode, beside that of the memory\n"
         "  -j INT    threads (default: as many as pay)\n"
+        "  --fast    int8, int4: 8 bits in place of 16 for activations; for long prompts and -b\n"
         "  --kv FORMAT  numbers of the key/value cache: fp32 (default) or bf16\n"
         "  -h        this help\n"
         "\n"
@@ -1868,7 +1871,7 @@ static char *default_tokenizer(const char *model_path) {
 int main(int argc, char **argv) {
     const char *model_path = NULL, *text = NULL, *tokenizer_path = NULL;
     int n_positions = 256, n_stories = 1, n_threads = 0;
-    bool as_json = false, bf16_cache = false, n_is_given = false;
+    bool as_json = false, bf16_cache = false, is_fast = false, n_is_given = false;
     Mode mode = GENERATE;
     uint64_t seed = (uint64_t)time(NULL);
     Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f};
@@ -1879,6 +1882,9 @@ int main(int argc, char **argv) {
             return EXIT_SUCCESS;
         } else if (!strcmp(flag, "--json")) {
             as_json = true;
+            continue;
+        } else if (!strcmp(flag, "--fast")) {
+            is_fast = true;
             continue;
         } else if (!strcmp(flag, "--bench")) {
             mode = BENCH;
@@ -1922,7 +1928,7 @@ int main(int argc, char **argv) {
     if (mode == EVAL && !n_is_given) n_positions = 0;
     if (mode == EVAL) n_stories = 1;
     Model model = load_model(open_file(model_path, "model file"), n_positions, n_stories,
-                             n_threads, bf16_cache);
+                             n_threads, bf16_cache, is_fast);
     sampler.kernels = model.kernels;
     if (mode == BENCH) {
         bench(&model);
@@ -2147,6 +2153,7 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
         Words sum = {0};
         for (size_t i = g * group; i < end; i += LANES) {
             Ints v = (Ints)(KERNEL(load)(x + i) * inverse + magic) - (Ints)KERNEL(splat)(magic);
+            if (in->is_8bit) v = (v + 128) & -256;
             Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
             Bytes low = __builtin_convertvector(v, Bytes);
             for (size_t four = 0; four < LANES / 4; four++) {
@@ -2205,8 +2212,8 @@ INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
 }
 
 // Sixteen rows of int8 or int4 times n inputs from t on, n a constant wherever this is inlined.
-INLINE void KERNEL(block_of_codes)(const Product *p, size_t block, size_t t, const size_t n,
-                                   const bool is_4bit) {
+INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n,
+                                  const bool is_4bit, const bool has_low) {
     const Tensor *w = p->w;
     const Input *in = p->in;
     const size_t group = w->group, groups = (w->cols + group - 1) / group;
@@ -2235,12 +2242,12 @@ INLINE void KERNEL(block_of_codes)(const Product *p, size_t block, size_t t, con
             Codes first = is_4bit ? c & 15 : c, second = (Codes)((Words)c >> 4) & 15;
             for (size_t i = 0; i < n; i++) {
                 high[i] = KERNEL(dot4)(high[i], first, x + 8 * i, is_4bit);
-                low[i] = KERNEL(dot4)(low[i], first, x + 8 * i + 4, is_4bit);
+                if (has_low) low[i] = KERNEL(dot4)(low[i], first, x + 8 * i + 4, is_4bit);
             }
             x += step;
             for (size_t i = 0; is_4bit && i < n; i++) {
                 high[i] = KERNEL(dot4)(high[i], second, x + 8 * i, is_4bit);
-                low[i] = KERNEL(dot4)(low[i], second, x + 8 * i + 4, is_4bit);
+                if (has_low) low[i] = KERNEL(dot4)(low[i], second, x + 8 * i + 4, is_4bit);
             }
             if (is_4bit) x += step;
         }
@@ -2293,26 +2300,28 @@ INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, co
     }
 }
 
+// A block of sixteen rows of int8 or int4 times all inputs.
+INLINE void KERNEL(block_of_codes)(const Product *p, size_t block, const bool is_4bit,
+                                   const bool has_low) {
+    const size_t n = p->in->n, tile = KERNEL(TILE);
+    size_t t = 0;
+    for (; t + tile <= n; t += tile)
+        KERNEL(tile_of_codes)(p, block, t, tile, is_4bit, has_low);
+    for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 1, is_4bit, has_low);
+}
+
 // Blocks from first to last, of sixteen rows, of a product for all its inputs.
 static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
     const Tensor *w = p->w;
-    size_t n = p->in->n;
+    const bool has_low = !p->in->is_8bit;
     for (size_t block = first; block < last; block++) {
-        size_t t = 0, row = block * LANES, end = row + LANES < w->rows ? row + LANES : w->rows;
-        switch (w->format) {
-        case INT8:
-            for (; t + KERNEL(TILE) <= n; t += KERNEL(TILE))
-                KERNEL(block_of_codes)(p, block, t, KERNEL(TILE), false);
-            for (; t < n; t++) KERNEL(block_of_codes)(p, block, t, 1, false);
-            break;
-        case INT4:
-            for (; t + KERNEL(TILE) <= n; t += KERNEL(TILE))
-                KERNEL(block_of_codes)(p, block, t, KERNEL(TILE), true);
-            for (; t < n; t++) KERNEL(block_of_codes)(p, block, t, 1, true);
-            break;
-        default:
-            KERNEL(block_of_floats)(p, row, end, w->format == BF16);
-        }
+        size_t row = block * LANES, end = row + LANES < w->rows ? row + LANES : w->rows;
+        if (w->format == FP32) KERNEL(block_of_floats)(p, row, end, false);
+        else if (w->format == BF16) KERNEL(block_of_floats)(p, row, end, true);
+        else if (w->format == INT8 && has_low) KERNEL(block_of_codes)(p, block, false, true);
+        else if (w->format == INT8) KERNEL(block_of_codes)(p, block, false, false);
+        else if (has_low) KERNEL(block_of_codes)(p, block, true, true);
+        else KERNEL(block_of_codes)(p, block, true, false);
     }
 }
 

@@ -7,7 +7,7 @@
 enum { STEPS = 3 };
 
 static void run_model(File file) {
-    Model m = load_model(file, STEPS, 1, 1, file.size % 2);
+    Model m = load_model(file, STEPS, 1, 1, file.size % 2, file.size % 3 == 0);
     int tokens[STEPS] = {BOS, 0, m.config.vocab_size - 1};
     float *logits = prefill(&m, tokens, 0, m.n_positions, 0);
     Sampler sampler = {.temperature = 0.5f, .top_p = 0.9f, .min_p = 0.01f, .top_k = 40,

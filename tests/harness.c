@@ -7,7 +7,7 @@
 // tokens go through the model at a time.
 static void write_logits(char **words, int n_words) {
     int batch = atoi(words[0]), n = n_words - 2;
-    Model m = load_model(open_file(words[1], "model file"), n, 1, 1, false);
+    Model m = load_model(open_file(words[1], "model file"), n, 1, 1, false, false);
     Step *steps = alloc(n, sizeof(Step));
     for (int i = 0; i < n; i++) {
         int id = atoi(words[i + 2]), before = i ? atoi(words[i + 1]) : -1;

@@ -267,15 +267,28 @@ def test_stories_told_at_once_are_those_told_alone(run, small):
     assert [story["text"] + "\n" for story in told] == [text.decode() for text in alone]
 
 
+def loss_of(done):
+    """The loss that -m eval printed."""
+    assert done.returncode == 0, done.stderr
+    return float(re.search(r"loss: ([0-9.]+)", done.stdout.decode())[1])
+
+
 def test_a_bf16_cache_is_nearly_the_same(run, small, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a cat. <|endoftext|> Tim and Tom.\n")
-    numbers = []
-    for words in ([], ["--kv", "fp32"], ["--kv", "bf16"]):
-        done = run(small, "-m", "eval", "-i", text, *words)
-        assert done.returncode == 0, done.stderr
-        numbers.append(float(re.search(r"loss: ([0-9.]+)", done.stdout.decode())[1]))
+    choices = ([], ["--kv", "fp32"], ["--kv", "bf16"])
+    numbers = [loss_of(run(small, "-m", "eval", "-i", text, *words)) for words in choices]
     assert numbers[0] == numbers[1] and 0 < abs(numbers[2] - numbers[0]) < 0.01 * numbers[0]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_fast_products_are_nearly_the_same(run, small, tmp_path, dtype):
+    export_model(calm_model(tie_embeddings=False), small, dtype=dtype)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. <|endoftext|> Tim and Tom.\n")
+    choices = ([], ["--fast"])
+    exact, fast = (loss_of(run(small, "-m", "eval", "-i", text, *words)) for words in choices)
+    assert 0 < abs(exact - fast) < 0.005 * exact
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
