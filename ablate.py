@@ -6,9 +6,11 @@ The ablation table: what each choice of the final recipe is worth.
     python ablate.py --only=recipe,no-qk_norm --kinds=tokens     # some rows, one kind of run
 
 Each row of ROWS is trained at equal text (the tokens of the recipe, however the row cuts them) and
-at equal time, and with further seeds where the first leaves it close to the recipe. Results are
-lines of results.jsonl in out_dir; what is there already is not trained again, so a stopped ablation
-goes on. To add an option: a row.
+at equal time, and with further seeds where the first leaves it close to the recipe. Equal time is
+as many tokens as the row gets through while the recipe gets through its own: their speeds are
+measured first, in turn, since a machine's speed wanders by more than they differ. Results are lines
+of results.jsonl in out_dir; what is there already is not done again, so a stopped ablation goes on.
+To add an option: a row.
 """
 
 import contextlib
@@ -18,17 +20,24 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 
-from tqdm import tqdm
+from memory import tune_malloc
 
-from configurator import UserError, configure
-from dataset import DataPaths, read_sidecar
-from files import atomic_write
-from hardware import describe, git_commit, pick_device
-from model import ModelArgs
-from trials import (
+tune_malloc()  # as train.py does
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from configurator import UserError, configure  # noqa: E402
+from dataset import DataPaths, read_sidecar  # noqa: E402
+from files import atomic_write  # noqa: E402
+from hardware import describe, git_commit, pick_device, pick_dtype  # noqa: E402
+from model import ModelArgs, Transformer  # noqa: E402
+from optim import make_optimizer  # noqa: E402
+from trials import (  # noqa: E402
     compare,
     pooled_sd,
     read_run,
@@ -46,14 +55,14 @@ recipe = "config/speedrun_cpu.py --batch_size=4"
 seeds = 3  # runs of each row and kind, at most
 clear = 0.012  # bits per byte; a row whose first run is further from the recipe's needs no second
 first_seed = 1337
-tokens = 800_000  # of a run at equal text: about a minute of the recipe on two cores
-minutes = 1.0  # of training, of a run at equal time
+tokens = 800_000  # of the recipe's runs: about a minute on two cores
+rounds = 5  # in which the speeds of a row and of the recipe are measured in turn
 eval_windows = 2000  # validation sequences at most, evenly spaced; the whole of a shorter text
 compile = "True"  # as in the recipe's own longer runs; compilation is no training time
 device = "auto"
 only = ""  # names of rows, with commas; empty: all
 kinds = "tokens,time"  # tokens: equal text; time: equal time
-jobs = 1  # runs of equal text at once, each with its part of the cores; one of equal time is alone
+jobs = 1  # runs at once, each with its part of the cores
 write = ""  # the table goes to this file, such as doc/ablations.md, and not to the screen
 given = configure(globals())
 # -----------------------------------------------------------------------------
@@ -104,8 +113,8 @@ ROWS = {
     "arch-llama": "arch=llama",
 }
 KINDS = ("tokens", "time")
-OVERHEAD_S = 25  # of a run, about: starting, compiling, evaluating
-# settings that leave the work of a step as it is: at equal text such a row took equal time already
+SAME_SPEED = 0.01  # a difference that cannot be told from none
+# settings that leave the work of a step as it is
 SAME_WORK = set(
     "zero_init hidden_lr embedding_lr bigram_lr head_lr momentum_warmup muon_weight_decay "
     "decay_shape warmup_iters cooldown_frac cooldown_shape".split()
@@ -136,9 +145,9 @@ def tokens_per_byte(settings):
     return n_tokens / n_bytes
 
 
-def run_words(name, kind, seed):
-    """All words of train.py for one run."""
-    words = [
+def words_of_run(name, seed=first_seed):
+    """The words of train.py for a run of a row, but for its length."""
+    return [
         *recipe.split(),
         f"--data_dir={os.path.abspath(data_dir)}",
         f"--device={device}",
@@ -146,22 +155,76 @@ def run_words(name, kind, seed):
         f"--seed={seed}",
         "--eval_interval=1000000000",  # at the end alone
         "--keep_last=1",
+        *words_of(name),
     ]
-    own = words_of(name)
-    settings, base = train_settings([*words, *own]), train_settings(words)
-    step = (
-        settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["max_seq_len"]
-    )
+
+
+def run_words(name, kind, seed):
+    """All words of train.py for one run."""
+    words = words_of_run(name, seed)
+    settings, base = train_settings(words), train_settings(words_of_run("recipe", seed))
     n_tokens = tokens
-    if settings["vocab_size"] != base["vocab_size"]:  # the same text has another number of tokens
+    if kind == "time":
+        n_tokens *= speeds[name]
+    elif settings["vocab_size"] != base["vocab_size"]:  # the same text has another number of tokens
         ratios = tokens_per_byte(settings), tokens_per_byte(base)
         if None not in ratios:
             n_tokens *= ratios[0] / ratios[1]
-    limit = f"--max_minutes={minutes}"
-    if kind == "tokens":
-        limit = f"--max_iters={max(1, round(n_tokens / step))}"
+    n_steps = max(1, round(n_tokens / tokens_of_step(settings)))
     eval_iters = math.ceil(eval_windows / settings["batch_size"])
-    return [*words, *own, limit, f"--eval_iters={eval_iters}"]
+    return [*words, f"--max_iters={n_steps}", f"--eval_iters={eval_iters}"]
+
+
+def tokens_of_step(settings):
+    return (
+        settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["max_seq_len"]
+    )
+
+
+def stepper(settings):
+    """A function that takes one step of the training that `settings` of train.py describe."""
+    args = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
+    model = Transformer(ModelArgs.from_dict(args)).to(device)
+    model.dtype = pick_dtype(settings["dtype"], device)
+    if settings["compile"] == "True":
+        model.compile_layers()
+    optimizer = make_optimizer(model, settings["optimizer"], settings)
+    shape = (settings["batch_size"], settings["max_seq_len"] + 1)
+    tokens = torch.randint(0, args["vocab_size"], shape, device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step():
+        for _ in range(settings["gradient_accumulation_steps"]):
+            model(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"] or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds_of(step, n):
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def relative_speed(settings, base):
+    """Tokens/s of training with some settings, to those with `base`; the median of `rounds`."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    ratios, both = [], []
+    for each in (base, settings):
+        step = stepper(each)
+        seconds_of(step, 2)  # which compiles it
+        both.append((step, tokens_of_step(each), max(1, round(1 / seconds_of(step, 1)))))
+    for _ in range(rounds):
+        found = [n * size / seconds_of(step, n) for step, size, n in both]
+        ratios.append(found[1] / found[0])
+    return statistics.median(ratios)
 
 
 def read_results():
@@ -186,7 +249,7 @@ def result_of(name, kind, seed, words):
         "commit": git_commit(),
     }
     threads = {}
-    if kind == "tokens" and jobs > 1:
+    if jobs > 1:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     environment = {
         **os.environ,
@@ -205,33 +268,28 @@ def result_of(name, kind, seed, words):
     last = run["evals"][-1]
     if last["val_bpb"] is None:
         return {**about, "error": f"without a tokenizer in {data_dir} bytes are unknown"}
-    tok_s = round(last["tokens"] / last["train_s"])
-    return {**about, **{k: v for k, v in last.items() if k != "kind"}, "tok_s": tok_s}
+    return {**about, **{k: v for k, v in last.items() if k != "kind"}}
 
 
 def summary(results):
     """
-    ([(row, {kind: comparison}, relative tok/s of runs for equal time or None)], best first;
-    {kind: standard deviation of one run or None}), from lines of results.
+    ([(row, {kind: comparison})], best first; {kind: standard deviation of one run or None}), from
+    lines of results.
     """
-    found = {}
+    values = {}
     for r in results:
         if "error" not in r:
-            found.setdefault((r["row"], r["kind"]), []).append(r)
-    values = {key: [r["val_bpb"] for r in some] for key, some in found.items()}
+            values.setdefault((r["row"], r["kind"]), []).append(r["val_bpb"])
     noise = {kind: pooled_sd([v for (_, k), v in values.items() if k == kind]) for kind in KINDS}
     rows = []
-    for name in dict.fromkeys(name for name, _ in found):
-        compared, speed = {}, None
-        for kind in KINDS:
-            key, base = (name, kind), ("recipe", kind)
-            if key in values and base in values:
-                compared[kind] = compare(values[key], values[base], noise[kind])
-                if kind == "time":
-                    speeds = (statistics.median(r["tok_s"] for r in found[k]) for k in (key, base))
-                    speed = next(speeds) / next(speeds)
+    for name in dict.fromkeys(name for name, _ in values):
+        compared = {
+            kind: compare(values[name, kind], values["recipe", kind], noise[kind])
+            for kind in KINDS
+            if (name, kind) in values and ("recipe", kind) in values
+        }
         if compared:
-            rows.append((name, compared, speed))
+            rows.append((name, compared))
 
     def rank(row):
         return row[1].get("time", row[1].get("tokens"))["difference"]
@@ -252,8 +310,7 @@ def cells(compared, is_recipe):
 
 def markdown(results, left_out):
     """The whole of doc/ablations.md."""
-    of_time = [r for r in results if r["kind"] == "time"]  # alone on all cores, see jobs
-    about = next((r["hardware"] for r in of_time or results), describe(device))
+    about = describe(device)
     commits = ", ".join(sorted({r["commit"][:9] + r["commit"][40:] for r in results} - {""}))
     flags = [
         f"--{name}={globals()[name]}" for name in sorted(given - {"data_dir", "out_dir", "write"})
@@ -263,8 +320,9 @@ def markdown(results, left_out):
     limits = {
         "tokens": f"on equal text ({tokens:,} tokens of the recipe's vocabulary; other "
         "vocabularies cut the same text into more or fewer)",
-        "time": f"for equal time ({60 * minutes:g} seconds of training, without compilation and "
-        "evaluation)",
+        "time": "for equal time (as many tokens as it gets through while the recipe gets through "
+        f"{tokens:,}; the speeds are measured in turn, and one within {SAME_SPEED:.0%} counts as "
+        "the recipe's)",
     }
     of_one_run = " and ".join(
         f"{noise[kind]:.4f} at equal {'text' if kind == 'tokens' else 'time'}"
@@ -291,7 +349,7 @@ def markdown(results, left_out):
         "",
         f"*Difference* is to the recipe; {verdicts} The rates are tuned for the recipe, not for "
         "each row, and short runs favour what learns fast. Rows that the recipe has already are "
-        "left out; those that leave the work of a step as it is need no runs for equal time.",
+        "left out.",
         "",
         f"Machine: {about['device_name']}, {about['threads']} threads, {about['platform']}, torch "
         f"{about['torch']}" + (f"; commit {commits}." if commits else "."),
@@ -300,9 +358,9 @@ def markdown(results, left_out):
         "beyond noise | tok/s, relative |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, compared, speed in rows:
+    for name, compared in rows:
         settings = f"`{ROWS[name]}`" if ROWS[name] else "the recipe"
-        row, speed = [name, settings], f"{speed:.2f}" if speed else ""
+        row, speed = [name, settings], f"{speeds[name]:.2f}" if name in speeds else ""
         for kind in KINDS:
             row += cells(compared.get(kind), name == "recipe")
         lines.append(f"| {' | '.join([*row, speed])} |")
@@ -328,8 +386,8 @@ wanted_kinds = kinds.split(",")
 for setting, wanted, known in (("only", names, ROWS), ("kinds", wanted_kinds, KINDS)):
     if unknown := [name for name in wanted if name not in known]:
         raise UserError(f"{setting} = {unknown[0]!r}: expected names of {', '.join(known)}")
-if seeds < 1 or tokens < 1 or minutes <= 0 or jobs < 1:
-    raise UserError("seeds, tokens, minutes and jobs must be above 0")
+if seeds < 1 or tokens < 1 or rounds < 1 or jobs < 1:
+    raise UserError("seeds, tokens, rounds and jobs must be above 0")
 if not clear >= 0:
     raise UserError(f"clear = {clear}: expected 0 or above")
 if "recipe" not in names:  # the others are compared with it
@@ -363,20 +421,39 @@ def is_wanted(name, kind):
     Whether a row gets this seed: its first, or its first came close to the recipe's; the recipe
     gets all.
     """
-    if kind == "time" and "tokens" in wanted_kinds and name != "recipe":
-        settings = train_settings([*recipe.split(), *words_of(name)])
-        if {key for key in settings if settings[key] != base[key]} <= SAME_WORK:
-            return False
     ours, recipes = results_of(name, kind), results_of("recipe", kind)
     if not ours or not recipes or name == "recipe":
         return True
     return abs(ours[0]["val_bpb"] - recipes[0]["val_bpb"]) <= clear
 
 
+def keep(result):
+    """Put a line into results.jsonl."""
+    earlier.append(result)
+    with atomic_write(results_path, "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in earlier)
+
+
+def speed_of(name):
+    """The relative speed of a row, measured if that was not done before."""
+    settings, base = train_settings(words_of_run(name)), train_settings(words_of_run("recipe"))
+    if {key for key in settings if settings[key] != base[key]} <= SAME_WORK:
+        return 1.0
+    for r in earlier:
+        if r["kind"] == "speed" and same_run(r["config"], settings) and same_run(r["base"], base):
+            return r["ratio"]
+    ratio = relative_speed(settings, base)
+    if abs(ratio - 1) < SAME_SPEED:
+        ratio = 1.0
+    print(f"{name}: {ratio:.3f} of the recipe's speed", flush=True)
+    about = {"row": name, "kind": "speed", "config": settings, "base": base, "ratio": ratio}
+    keep({**about, "hardware": describe(device), "commit": git_commit()})
+    return ratio
+
+
 def train_all(todo, kind, seed):
     """Train one run of each of [(row, words)]; results go to the file as they come."""
-    n_at_once = jobs if kind == "tokens" else 1
-    pool = ThreadPoolExecutor(n_at_once)
+    pool = ThreadPoolExecutor(jobs)
     bar = tqdm(total=len(todo), unit="run", desc=f"equal {kind}, seed {seed}")
     try:
         for future in as_completed(
@@ -387,16 +464,20 @@ def train_all(todo, kind, seed):
             said = f"{result['val_bpb']:.4f}" if "error" not in result else result["error"]
             tqdm.write(f"{result['row']}, equal {kind}, seed {seed}: {said}")
             results.append(result)
-            earlier.append(result)
-            with atomic_write(results_path, "w") as f:
-                f.writelines(json.dumps(r) + "\n" for r in earlier)
+            keep(result)
     finally:  # Ctrl-C reaches the runs as well
         pool.shutdown(cancel_futures=True)
         bar.close()
 
 
-most = len(measured) * len(wanted_kinds) * seeds * (60 * minutes + OVERHEAD_S) / 60
-print(f"{len(measured)} rows: about {most:.0f} minutes or less, with what is done", flush=True)
+most = len(measured) * len(wanted_kinds) * seeds
+print(
+    f"{len(measured)} rows, {most} runs of {tokens:,} tokens at most, with what is done", flush=True
+)
+speeds = {}
+if "time" in wanted_kinds:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(os.path.join(out_dir, "compiled"))
+    speeds = {name: speed_of(name) for name in tqdm(measured, unit="row", desc="speeds")}
 # seeds outermost: a stopped ablation has whole rows, and a slow hour falls on all of them
 for seed in range(first_seed, first_seed + seeds):
     for kind in wanted_kinds:
@@ -406,7 +487,7 @@ for seed in range(first_seed, first_seed + seeds):
                 words = run_words(name, kind, seed)
                 settings = train_settings(words)
                 same = (r for r in earlier if same_run(r["config"], settings))
-                if found := [r for r in same if "error" not in r]:
+                if found := [r for r in same if "val_bpb" in r]:
                     results.append({**found[-1], "row": name, "kind": kind})
                 else:
                     todo.append((name, words))
