@@ -1802,8 +1802,6 @@ static void bench(Model *m) {
 // ------------------------------------------------------------------------------------------------
 // The command line
 
-typedef enum { GENERATE, EVAL, BENCH } Mode;
-
 static void print_usage(FILE *out) {
     fputs(
         "usage: ./run model.bin [options]\n"
@@ -1870,74 +1868,80 @@ static char *default_tokenizer(const char *model_path) {
 
 int main(int argc, char **argv) {
     const char *model_path = NULL, *text = NULL, *tokenizer_path = NULL;
-    int n_positions = 256, n_stories = 1, n_threads = 0;
-    bool as_json = false, bf16_cache = false, is_fast = false, n_is_given = false;
-    Mode mode = GENERATE;
+    const char *mode = "generate", *cache = "fp32";
+    int n_positions = -1, n_stories = 1, n_threads = 0;
+    bool as_json = false, is_fast = false, is_bench = false, wants_help = false;
     uint64_t seed = (uint64_t)time(NULL);
     Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f};
+    const struct {
+        const char *flag;
+        enum { TEXT, INTEGER, SEED, NUMBER, SWITCH } kind;
+        void *place;
+        double min, max;
+    } options[] = {
+        {"-i", TEXT, &text, 0, 0},
+        {"-z", TEXT, &tokenizer_path, 0, 0},
+        {"-n", INTEGER, &n_positions, 0, INT_MAX - 1},
+        {"-t", NUMBER, &sampler.temperature, 0, 100},
+        {"-p", NUMBER, &sampler.top_p, 0, 1},
+        {"-k", INTEGER, &sampler.top_k, 0, INT_MAX},
+        {"--min-p", NUMBER, &sampler.min_p, 0, 1},
+        {"--repeat-penalty", NUMBER, &sampler.repeat_penalty, 0.01, 100},
+        {"-s", SEED, &seed, 0, 0},
+        {"-b", INTEGER, &n_stories, 1, MAX_STORIES},
+        {"--json", SWITCH, &as_json, 0, 0},
+        {"-m", TEXT, &mode, 0, 0},
+        {"--bench", SWITCH, &is_bench, 0, 0},
+        {"-j", INTEGER, &n_threads, 1, MAX_THREADS},
+        {"--fast", SWITCH, &is_fast, 0, 0},
+        {"--kv", TEXT, &cache, 0, 0},
+        {"-h", SWITCH, &wants_help, 0, 0},
+        {"--help", SWITCH, &wants_help, 0, 0},
+    };
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
-        if (!strcmp(flag, "-h") || !strcmp(flag, "--help")) {
-            print_usage(stdout);
-            return EXIT_SUCCESS;
-        } else if (!strcmp(flag, "--json")) {
-            as_json = true;
-            continue;
-        } else if (!strcmp(flag, "--fast")) {
-            is_fast = true;
-            continue;
-        } else if (!strcmp(flag, "--bench")) {
-            mode = BENCH;
-            continue;
-        } else if (flag[0] != '-') {
+        if (flag[0] != '-') {
             if (model_path) die("two model files are given: %s and %s", model_path, flag);
             model_path = flag;
             continue;
         }
-        static const char *const with_value[] = {
-            "-i", "-z", "-n", "-t", "-p", "-k", "-s", "-b", "-m", "-j",
-            "--min-p", "--repeat-penalty", "--kv",
-        };
-        size_t option = 0, n_options = sizeof with_value / sizeof *with_value;
-        while (option < n_options && strcmp(flag, with_value[option])) option++;
-        if (option == n_options) die("unknown option %s; ./run -h lists them all", flag);
-        if (++i == argc) die("%s needs a value; ./run -h says which", flag);
-        const char *value = argv[i];
-        switch (option) {
-        case 0: text = value; break;
-        case 1: tokenizer_path = value; break;
-        case 2: n_positions = (int)parse_integer(flag, value, 0, INT_MAX - 1); break;
-        case 3: sampler.temperature = (float)parse_number(flag, value, 0.0, 100.0); break;
-        case 4: sampler.top_p = (float)parse_number(flag, value, 0.0, 1.0); break;
-        case 5: sampler.top_k = (int)parse_integer(flag, value, 0, INT_MAX); break;
-        case 6: seed = parse_integer(flag, value, 0, UINT64_MAX); break;
-        case 7: n_stories = (int)parse_integer(flag, value, 1, MAX_STORIES); break;
-        case 8: mode = parse_choice(flag, value, (const char *[]){"generate", "eval", NULL}); break;
-        case 9: n_threads = (int)parse_integer(flag, value, 1, MAX_THREADS); break;
-        case 10: sampler.min_p = (float)parse_number(flag, value, 0.0, 1.0); break;
-        case 11: sampler.repeat_penalty = (float)parse_number(flag, value, 0.01, 100.0); break;
-        case 12: bf16_cache = parse_choice(flag, value, (const char *[]){"fp32", "bf16", NULL});
+        size_t o = 0, n_options = sizeof options / sizeof *options;
+        while (o < n_options && strcmp(flag, options[o].flag)) o++;
+        if (o == n_options) die("unknown option %s; ./run -h lists them all", flag);
+        void *place = options[o].place;
+        double min = options[o].min, max = options[o].max;
+        if (options[o].kind == SWITCH) {
+            *(bool *)place = true;
+            continue;
         }
-        n_is_given = n_is_given || option == 2;
+        if (++i == argc) die("%s needs a value; ./run -h says which", flag);
+        switch (options[o].kind) {
+        case INTEGER: *(int *)place = (int)parse_integer(flag, argv[i], min, max); break;
+        case SEED: *(uint64_t *)place = parse_integer(flag, argv[i], 0, UINT64_MAX); break;
+        case NUMBER: *(float *)place = (float)parse_number(flag, argv[i], min, max); break;
+        default: *(const char **)place = argv[i];
+        }
     }
-    if (!model_path) {
-        print_usage(stderr);
-        return EXIT_FAILURE;
+    bool is_eval = parse_choice("-m", mode, (const char *[]){"generate", "eval", NULL});
+    bool bf16_cache = parse_choice("--kv", cache, (const char *[]){"fp32", "bf16", NULL});
+    if (!model_path || wants_help) {
+        print_usage(wants_help ? stdout : stderr);
+        return wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
     }
-    if (mode == EVAL && !text) die("-m eval needs a text file: -i FILE");
-    if (mode == EVAL && !n_is_given) n_positions = 0;
-    if (mode == EVAL) n_stories = 1;
+    if (is_eval && !text) die("-m eval needs a text file: -i FILE");
+    if (is_eval) n_stories = 1;
+    if (n_positions < 0) n_positions = is_eval ? 0 : 256;
     Model model = load_model(open_file(model_path, "model file"), n_positions, n_stories,
                              n_threads, bf16_cache, is_fast);
     sampler.kernels = model.kernels;
-    if (mode == BENCH) {
+    if (is_bench) {
         bench(&model);
     } else {
         if (!tokenizer_path) tokenizer_path = default_tokenizer(model_path);
         Tokenizer tokenizer = load_tokenizer(open_file(tokenizer_path, "tokenizer file"),
                                              model.config.vocab_size);
         sampler.candidates = alloc(model.config.vocab_size, sizeof(Candidate));
-        if (mode == EVAL) evaluate(&model, &tokenizer, text);
+        if (is_eval) evaluate(&model, &tokenizer, text);
         else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
         close_file(&tokenizer.file);
     }
