@@ -19,6 +19,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
 #endif
 #define _POSIX_C_SOURCE 200809L
+#define __USE_MINGW_ANSI_STDIO 1  // printf() as elsewhere
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
@@ -65,7 +66,7 @@ static _Thread_local struct {
     size_t size;
 } on_error;
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(_WIN32)
 __attribute__((format(printf, 1, 2)))
 #endif
 _Noreturn static void die(const char *format, ...) {
@@ -1541,9 +1542,13 @@ typedef struct {
 } Story;
 
 static double seconds(void) {
+#if defined(_WIN32)
+    return (double)clock() / CLOCKS_PER_SEC;  // elapsed time there, not the processor's
+#else
     struct timespec t;
-    timespec_get(&t, TIME_UTC);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+#endif
 }
 
 // Take the tokens of a story from position start to n - 1 through the model, behind those before;
