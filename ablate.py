@@ -310,7 +310,7 @@ def cells(compared, is_recipe):
 
 def markdown(results, left_out):
     """The whole of doc/ablations.md."""
-    about = describe(device)
+    about = results[0]["hardware"] if results else describe(device)
     commits = ", ".join(sorted({r["commit"][:9] + r["commit"][40:] for r in results} - {""}))
     flags = [
         f"--{name}={globals()[name]}" for name in sorted(given - {"data_dir", "out_dir", "write"})

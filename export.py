@@ -9,7 +9,7 @@ doc/format.md specifies both.
 
 To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in tensors(), and the same
 in run.c and doc/format.md; until then both versions refuse it by name. To add a number format: its
-place in DTYPES, its case in packed(), and the same two. To add a version: a writer in VERSIONS that
+place in DTYPES, its case in blobs(), and the same two. To add a version: a writer in VERSIONS that
 refuses what it cannot carry.
 """
 
@@ -168,18 +168,14 @@ def tensors(model, with_rope_tables=False):
 def quantized(matrix, codes):
     """
     Whole numbers (rows, cols), uint8, and scales (rows, groups), bfloat16, of a matrix, which is
-    about (numbers - codes.zero) * scales. int8 has the largest number of a group at -127 or 127.
+    about (numbers - codes.zero) * scales. int8 has the largest number of a group near -127 or 127.
     int4 takes, of some scales around the one that has it at -8, that of the least squared error.
     """
     rows, cols = matrix.shape
     w = F.pad(matrix.float(), (0, -cols % codes.group)).view(rows, -1, codes.group)
     largest = w.gather(2, w.abs().argmax(2, keepdim=True))  # with its sign
-    if codes.bits == 8:
-        tries, least, most = (
-            [largest.abs() / 127 * (1 + 2**-8)],
-            -127,
-            127,
-        )  # rounding may shrink it
+    if codes.bits == 8:  # a little more, since bfloat16 may round the scale down
+        tries, least, most = [largest.abs() / 127 * (1 + 2**-8)], -127, 127
     else:
         tries, least, most = [largest / -8 * (0.8 + 0.02 * i) for i in range(16)], -8, 7
     best = torch.full_like(largest, torch.inf)
@@ -213,7 +209,9 @@ def laid_out(numbers, scales, codes, lanes):
 
 def raw(tensor):
     """The bytes of a tensor, little-endian."""
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
+    array = tensor.detach().cpu().reshape(-1).view(whole).numpy()
+    return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
 def write_v0(model, f, dtype):
@@ -240,10 +238,8 @@ def blobs(model, dtype):
         elif codes is None:
             yield (raw(part.to(FLOATS[dtype])) for part in parts)
         else:
-            looked_up = name in TABLES or (
-                name == "tok_embeddings" and not model.args.tie_embeddings
-            )
-            lanes = 1 if looked_up else LANES
+            untied = name == "tok_embeddings" and not model.args.tie_embeddings
+            lanes = 1 if name in TABLES or untied else LANES
             made = [laid_out(*quantized(part, codes), codes, lanes) for part in parts]
             yield (raw(numbers) for numbers, _ in made)
             yield (raw(scales) for _, scales in made)

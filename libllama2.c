@@ -49,6 +49,7 @@ int llama_n_positions(const Llama *l) { return (int)l->model.n_positions; }
 int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
     jmp_buf caller;
     on_error.caller = &caller;
+    on_error.size = 0;  // no room: the sentence is not wanted
     if (setjmp(caller)) {
         release_all();
         on_error.caller = NULL;
@@ -76,10 +77,9 @@ int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
 const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
     Model *m = &l->model;
     if (n < 1 || pos < 0 || pos > l->n_tokens || (size_t)n > m->n_positions - (size_t)pos) return NULL;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= m->config.vocab_size) return NULL;
-        l->tokens[pos + i] = tokens[i];
-    }
+    memcpy(l->tokens + pos, tokens, (size_t)n * sizeof *tokens);
     l->n_tokens = pos + n;
     return prefill(m, l->tokens, (size_t)pos, (size_t)l->n_tokens, 0);
 }

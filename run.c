@@ -2054,7 +2054,7 @@ INLINE Floats KERNEL(exp)(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    Ints power = ((Ints)shifted - (Ints)KERNEL(splat)(magic) + 127) << 23;
+    Words power = ((Words)shifted - (Words)KERNEL(splat)(magic) + 127) << 23;
     return KERNEL(choose)(is_tiny, KERNEL(splat)(0.0f), p * (Floats)power);
 }
 

@@ -48,7 +48,7 @@ class Llama:
         library = library or os.path.join(FOLDER, "libllama2.so")
         if not os.path.exists(library):
             raise ValueError(f"{library} is not there; build it with: make libllama2")
-        self.library = c = ctypes.CDLL(library)
+        self.c = c = ctypes.CDLL(library)
         c.llama_load.restype = ctypes.c_void_p
         c.llama_forward.restype = ctypes.POINTER(ctypes.c_float)
         c.llama_load.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int] * 2
@@ -66,25 +66,25 @@ class Llama:
     def encode(self, text):
         """The tokens of a str, behind a BOS."""
         data = text.encode()
-        n = self.library.llama_encode(self.llama, data, len(data), None, 0)
+        n = self.c.llama_encode(self.llama, data, len(data), None, 0)
         tokens = (ctypes.c_int * n)()
-        self.library.llama_encode(self.llama, data, len(data), tokens, n)
+        self.c.llama_encode(self.llama, data, len(data), tokens, n)
         return list(tokens)
 
     def decode(self, tokens):
         """The text of a list of tokens."""
         tokens = (ctypes.c_int * len(tokens))(*tokens)
-        n = self.library.llama_decode(self.llama, tokens, len(tokens), None, 0)
+        n = self.c.llama_decode(self.llama, tokens, len(tokens), None, 0)
         if n < 0:
             raise ValueError("one of these is no token")
         text = ctypes.create_string_buffer(n)
-        self.library.llama_decode(self.llama, tokens, len(tokens), text, n)
+        self.c.llama_decode(self.llama, tokens, len(tokens), text, n)
         return text.raw.decode()
 
     def forward(self, tokens, pos=0):
         """The logits behind the last of some tokens, the first of which is at position pos."""
         array = (ctypes.c_int * len(tokens))(*tokens)
-        logits = self.library.llama_forward(self.llama, array, len(tokens), pos)
+        logits = self.c.llama_forward(self.llama, array, len(tokens), pos)
         if not logits:
             raise ValueError("a token or a position that there is not")
         return logits[: self.vocab_size]
@@ -94,14 +94,14 @@ class Llama:
         given = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
         sampling = Sampling(**{**given, **sampling})
         tokens = self.encode(prompt)
-        self.library.llama_seed(self.llama, seed)
+        self.c.llama_seed(self.llama, seed)
         new = tokens
         while len(tokens) <= self.n_positions:
             array = (ctypes.c_int * len(new))(*new)
             pos = len(tokens) - len(new)
-            if not self.library.llama_forward(self.llama, array, len(new), pos):
+            if not self.c.llama_forward(self.llama, array, len(new), pos):
                 raise ValueError(f"the prompt is longer than {self.n_positions} tokens")
-            token = self.library.llama_sample(self.llama, ctypes.byref(sampling))
+            token = self.c.llama_sample(self.llama, ctypes.byref(sampling))
             if token in (BOS, EOS):
                 break
             new = [token]
@@ -110,7 +110,7 @@ class Llama:
 
     def close(self):
         """Free what the engine holds."""
-        self.library.llama_free(self.llama)
+        self.c.llama_free(self.llama)
 
 
 if __name__ == "__main__":
