@@ -512,25 +512,28 @@ MODELS = {
     "360M": {"dim": 960, "n_layers": 32, "n_heads": 15, "n_kv_heads": 5, "hidden_dim": 2560},
 }
 VOCABULARIES = {"260K": 512, "360M": 49152}  # of all others 32,000
-# model, number format, what is measured, and the program it is measured beside
+# model, number format, what is measured on how many tokens, the program it is measured beside
 CASES = (
-    ("110M", "int8", "decode", "llama.cpp"),
-    ("15M", "int8", "decode", "llama.cpp"),
-    ("360M", "int8", "decode", "llama.cpp"),
-    ("110M", "int4", "decode", "llama.cpp"),
-    ("110M", "fp32", "decode", "llama2.c"),
-    ("110M", "int8", "prefill", "llama.cpp"),
-    ("15M", "int8", "16 stories", "one story"),
-    ("260K", "fp32", "decode", "llama2.c"),
+    ("110M", "int8", "decode", 128, "llama.cpp"),
+    ("15M", "int8", "decode", 128, "llama.cpp"),
+    ("360M", "int8", "decode", 128, "llama.cpp"),
+    ("110M", "int4", "decode", 128, "llama.cpp"),
+    ("110M", "fp32", "decode", 128, "llama2.c"),
+    ("110M", "int8", "prefill", 128, "llama.cpp"),
+    ("15M", "int8", "16 stories", 128, "one story"),
+    ("260K", "fp32", "decode", 512, "llama2.c"),  # its clock counts whole milliseconds
 )
 GGUF_TYPES = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def random_transformer(name):
-    """A model of MODELS whose logits are of the size that a trained one's have."""
+    """A model of MODELS, whose greedy text has no end: llama2.c's engine stops at a BOS."""
     torch.manual_seed(1)
     args = ModelArgs(**MODELS[name], vocab_size=VOCABULARIES.get(name, 32000), max_seq_len=512)
-    return Transformer(args)
+    model = Transformer(args)
+    with torch.no_grad():
+        model.tok_embeddings.weight[1] *= 0.01  # of BOS
+    return model
 
 
 def model_file(name, kind):
@@ -627,24 +630,24 @@ def number_in(pattern, text, command):
     return float(found[1])
 
 
-def our_speed(name, kind, task):
+def our_speed(name, kind, task, n):
     """Tokens/s of ours, and the share of the memory's speed that its decoding reaches."""
     stories = "16" if task == "16 stories" else "1"
-    command = [os.path.abspath(engine), model_file(name, kind), "--bench", "-b", stories]
-    text = output_of([*command, "-j", str(threads)])
+    command = [os.path.abspath(engine), model_file(name, kind), "--bench", "-n", str(n)]
+    text = output_of([*command, "-b", stories])  # with as many of the threads as pay
     line = "prefill" if task == "prefill" else "decode"
     speed = number_in(rf"{line}: ([0-9.]+) tok/s", text, engine)
     return speed, number_in(r"decode, ([0-9.]+) %", text, engine)
 
 
-def llama_cpp_speed(name, kind, task):
+def llama_cpp_speed(name, kind, task, n):
     path = model_file(name, GGUF_TYPES[kind])
-    words = ["-p", "128", "-n", "0"] if task == "prefill" else ["-p", "0", "-n", "128"]
+    words = ["-p", str(n), "-n", "0"] if task == "prefill" else ["-p", "0", "-n", str(n)]
     text = output_of([peer, "-m", path, "-t", str(threads), "-r", "3", "-o", "json", *words])
     return json.loads(text[text.index("[") : text.rindex("]") + 1])[0]["avg_ts"]
 
 
-def llama2c_speed(name, kind, _):
+def llama2c_speed(name, kind, _, n):
     """Of its run.c, built as its make runomp does."""
     binary = os.path.join(models, "llama2c_run")
     if not os.path.exists(binary):
@@ -652,7 +655,7 @@ def llama2c_speed(name, kind, _):
         output_of(["cc", *flags, "-o", binary])
     tokenizer = fake_tokenizer(VOCABULARIES.get(name, 32000))
     path = model_file(name, kind)
-    text = output_of([binary, path, "-z", tokenizer, "-t", "0", "-n", "256"])
+    text = output_of([binary, path, "-z", tokenizer, "-t", "0", "-n", str(n)])
     return number_in(r"achieved tok/s: ([0-9.]+)", text, binary)
 
 
@@ -666,7 +669,7 @@ def bench_infer():
     peers = {
         "llama.cpp": llama_cpp_speed if peer else None,
         "llama2.c": llama2c_speed if llama2c else None,
-        "one story": lambda name, kind, _: our_speed(name, kind, "decode")[0],
+        "one story": lambda name, kind, _, n: our_speed(name, kind, "decode", n)[0],
     }
     print(
         f"tokens/s with {threads} threads, random weights, medians of {infer_rounds} rounds in "
@@ -676,14 +679,14 @@ def bench_infer():
         f"{'ratio':>7}"
     )
     for n in numbers:
-        name, kind, task, other = CASES[n]
+        name, kind, task, tokens, other = CASES[n]
         ours, shares, theirs = [], [], []
         for _ in range(infer_rounds):
-            speed, share = our_speed(name, kind, task)
+            speed, share = our_speed(name, kind, task, tokens)
             ours.append(speed)
             shares.append(share)
             if peers[other]:
-                theirs.append(peers[other](name, kind, task))
+                theirs.append(peers[other](name, kind, task, tokens))
         medians = statistics.median
         cells = f"{'':>9} {'':>7}"
         if theirs:

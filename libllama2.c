@@ -12,7 +12,7 @@ struct Llama {
     uint64_t state;  // of the random numbers
     int *tokens;     // (n_positions) that were run
     int n_tokens;    // up to and with the latest
-    Block *blocks;   // all memory, this included
+    Block *blocks;   // all memory and files, this included
 };
 
 Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
@@ -99,9 +99,7 @@ int llama_sample(Llama *l, const LlamaSampling *given) {
 
 void llama_free(Llama *l) {
     if (!l) return;
-    close_file(&l->tokenizer.file);
-    close_file(&l->model.file);
     blocks = l->blocks;
-    if (blocks) blocks->link = &blocks;
+    blocks->link = &blocks;
     release_all();
 }

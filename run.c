@@ -83,10 +83,13 @@ _Noreturn static void die(const char *format, ...) {
     exit(EXIT_FAILURE);
 }
 
-// All memory is in a list, so that it can be freed in one go, after an error too.
+// All memory and all mapped files are in a list, so that they can be let go together, after an
+// error too.
 typedef struct Block {
     struct Block *next, **link;  // link: what points to this one
     void *start;                 // as calloc() gave it
+    void *map;                   // of a file that is mapped, or NULL
+    size_t map_size;
 } Block;
 
 static _Thread_local Block *blocks;
@@ -100,7 +103,7 @@ static void *alloc(uint64_t n, size_t size) {
     char *data = start + sizeof(Block);
     data += (line - (uintptr_t)data % line) % line;
     Block *b = (Block *)data - 1;
-    *b = (Block){blocks, &blocks, start};
+    *b = (Block){.next = blocks, .link = &blocks, .start = start};
     if (blocks) blocks->link = &b->next;
     blocks = b;
     return data;
@@ -110,6 +113,9 @@ static void release(void *data) {
     Block *b = (Block *)data - 1;
     if (b->next) b->next->link = b->link;
     *b->link = b->next;
+#if !defined(_WIN32)
+    if (b->map) munmap(b->map, b->map_size);
+#endif
     free(b->start);
 }
 
@@ -122,6 +128,7 @@ typedef struct {
     const char *path;
     const uint8_t *data;
     size_t size;
+    void *block;  // what is released when it is closed
 } File;
 
 static File open_file(const char *path, const char *what) {
@@ -136,31 +143,29 @@ static File open_file(const char *path, const char *what) {
     uint8_t *data = alloc(f.size, 1);
     if (fread(data, 1, f.size, stream) != f.size) die("cannot read %s %s", what, path);
     fclose(stream);
-    f.data = data;
+    f.data = f.block = data;
 #else
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) die("cannot open %s %s: %s", what, path, strerror(errno));
     struct stat info;
-    if (fstat(fd, &info) != 0) die("cannot read %s %s: %s", what, path, strerror(errno));
+    if (stat(path, &info) != 0) die("cannot open %s %s: %s", what, path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s %s is not a regular file", what, path);
     if (info.st_size == 0) die("%s %s is empty", what, path);
     if ((uintmax_t)info.st_size > SIZE_MAX) die("%s %s is too large for this machine", what, path);
     f.size = (size_t)info.st_size;
+    f.block = alloc(1, 1);
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) die("cannot open %s %s: %s", what, path, strerror(errno));
     void *map = mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED) die("cannot map %s %s: %s", what, path, strerror(errno));
     close(fd);
+    if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
+    Block *b = (Block *)f.block - 1;
+    b->map = map;
+    b->map_size = f.size;
     f.data = map;
 #endif
     return f;
 }
 
-static void close_file(File *f) {
-#if defined(_WIN32)
-    release((void *)f->data);
-#else
-    munmap((void *)f->data, f->size);
-#endif
-}
+static void close_file(File *f) { release(f->block); }
 
 // What a thread does while it waits for another: first next to nothing, then it lets others run.
 static void pause_briefly(void) {
@@ -673,7 +678,7 @@ typedef struct {
     bool wants_logits;  // of the token behind it
 } Step;
 
-enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_SHARED_WORK = 1 << 20 };
+enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16 };
 
 typedef struct {
     File file;
@@ -1033,14 +1038,15 @@ static void read_all(const Model *m, const uint8_t *data, size_t n) {
 #endif
 }
 
-// As many threads as the caller wants; 0: as many as pay.
+// As many threads as the caller wants; 0: as many as the machine has, as long as each has at least
+// MIN_WORK products to do for a token: waiting for one another costs more than less work saves.
 static int pick_threads(const Config *c, int wanted) {
 #if defined(_OPENMP)
     uint64_t work = (uint64_t)c->n_layers * c->dim * (2 * (uint64_t)c->dim + 2 * c->hidden_dim) +
                     (uint64_t)c->vocab_size * c->dim;
+    uint64_t most = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
     if (wanted) return wanted;
-    if (work < MIN_SHARED_WORK) return 1;  // done before other threads would have been told
-    return omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
+    return (int)(work / MIN_WORK < 1 ? 1 : work / MIN_WORK < most ? work / MIN_WORK : most);
 #else
     (void)c;
     (void)wanted;
@@ -1755,8 +1761,8 @@ static int by_value(const void *a, const void *b) {
 
 enum { ROUNDS = 7, BENCH_TOKENS = 128 };
 
-// Prefill and decode of 128 tokens each, the latter of all stories at once, and reading as many
-// bytes as the matrices have, in turn; medians.
+// Prefill and decode of as many tokens as there are positions, both from the first position on and the latter of all
+// stories at once, and reading as many bytes as the matrices have, in turn; medians.
 static void bench(Model *m) {
     const Weights *w = &m->weights;
     uint64_t bytes = bytes_of(&w->output);
@@ -1765,8 +1771,7 @@ static void bench(Model *m) {
         const Tensor *all[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w2, &l->w3};
         for (size_t j = 0; j < sizeof all / sizeof *all; j++) bytes += bytes_of(all[j]);
     }
-    int n = (int)m->n_positions < 2 * BENCH_TOKENS ? (int)m->n_positions / 2 : BENCH_TOKENS;
-    if (n < 1) die("a context of one position is too short for a benchmark");
+    int n = (int)m->n_positions;
     uint8_t *memory = alloc(bytes, 1);
     memset(memory, 1, bytes);
     int *tokens = alloc(n, sizeof(int));
@@ -1779,7 +1784,7 @@ static void bench(Model *m) {
         times[1] = seconds();
         for (int i = 0; i < n; i++) {
             for (size_t s = 0; s < m->n_stories; s++)
-                steps[s] = (Step){tokens[i], tokens[i], n + i, (int)s, true};
+                steps[s] = (Step){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
             forward(m, steps, m->n_stories);
         }
         times[2] = seconds();
@@ -1823,7 +1828,7 @@ static void print_usage(FILE *out) {
         "  -b INT    so many stories at once, with seeds from -s on\n"
         "  --json    a line of JSON for each story\n"
         "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
-        "  --bench   speed of prefill and decode, beside that of the memory\n"
+        "  --bench   speed of prefill and decode (of -n tokens, default 128), and of the memory\n"
         "  -j INT    threads (default: as many as pay)\n"
         "  --fast    int8, int4: 8 bits in place of 16 for activations; for long prompts and -b\n"
         "  --kv FORMAT  numbers of the key/value cache: fp32 (default) or bf16\n"
@@ -1935,7 +1940,7 @@ int main(int argc, char **argv) {
     }
     if (is_eval && !text) die("-m eval needs a text file: -i FILE");
     if (is_eval) n_stories = 1;
-    if (n_positions < 0) n_positions = is_eval ? 0 : 256;
+    if (n_positions < 0) n_positions = is_eval ? 0 : is_bench ? BENCH_TOKENS : 256;
     Model model = load_model(open_file(model_path, "model file"), n_positions, n_stories,
                              n_threads, bf16_cache, is_fast);
     sampler.kernels = model.kernels;
@@ -2003,11 +2008,20 @@ INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
 
 // The first n of sixteen, zeros behind.
 INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
+#if defined(KERNEL_AVX512)
+    __mmask16 mask = (__mmask16)((1u << n) - 1);
+    if (is_bf16) {
+        __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at);
+        return (Floats)((Words)_mm512_cvtepu16_epi32(half) << 16);
+    }
+    return (Floats)_mm512_maskz_loadu_ps(mask, (const float *)p + at);
+#else
     float whole[LANES] = {0};
     uint16_t half[LANES] = {0};
     if (is_bf16) memcpy(half, (const uint16_t *)p + at, n * sizeof *half);
     else memcpy(whole, (const float *)p + at, n * sizeof *whole);
     return is_bf16 ? KERNEL(widen)(half) : KERNEL(load)(whole);
+#endif
 }
 
 // The sum of sixteen: halves of what is left are added.
@@ -2020,6 +2034,24 @@ INLINE float KERNEL(sum)(Floats v) {
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) x[i] += x[i + n];
     return x[0];
+#endif
+}
+
+// The sums of four times sixteen, in the same order.
+INLINE void KERNEL(sum_four)(float *out, Floats a, Floats b, Floats c, Floats d) {
+#if defined(KERNEL_AVX512)
+    __m512 v[] = {(__m512)a, (__m512)b, (__m512)c, (__m512)d};
+    for (int i = 0; i < 4; i += 2)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 1], 0x44),
+                             _mm512_shuffle_f32x4(v[i], v[i + 1], 0xEE));
+    v[0] = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[2], 0x88),
+                         _mm512_shuffle_f32x4(v[0], v[2], 0xDD));
+    v[0] = _mm512_add_ps(v[0], _mm512_shuffle_ps(v[0], v[0], 0x4E));
+    v[0] = _mm512_add_ps(v[0], _mm512_shuffle_ps(v[0], v[0], 0xB1));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v[0])));
+#else
+    Floats v[] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) out[i] = KERNEL(sum)(v[i]);
 #endif
 }
 
@@ -2288,9 +2320,12 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
             for (size_t i = 0; i < n; i++) sums[r][i] += v * KERNEL(load)(x + i * stride + c);
         }
     }
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t i = 0; i < n; i++)
-            p->out[(t + i) * p->stride + row + r] = KERNEL(sum)(sums[r][i]);
+    for (size_t i = 0; i < n; i++) {
+        float *out = p->out + (t + i) * p->stride + row;
+        for (size_t r = 0; r + 4 <= n_rows; r += 4)
+            KERNEL(sum_four)(out + r, sums[r][i], sums[r + 1][i], sums[r + 2][i], sums[r + 3][i]);
+        if (n_rows == 1) *out = KERNEL(sum)(sums[0][i]);
+    }
 }
 
 // Rows of float32 or bfloat16 times all inputs.

@@ -329,7 +329,7 @@ def test_the_library_tells_what_the_engine_tells(builds, small, tmp_path):
     words = ["-s", "1", "-t", "0.8", "-n", "0", "-i", "Once upon"]
     expected = subprocess.run([builds["run", "fast"], small, *words], capture_output=True).stdout
     code = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(REPO / "examples")!r})
 from llama2 import Llama
 library = {str(library)!r}
@@ -337,12 +337,16 @@ llama = Llama({str(small)!r}, library=library)
 assert llama.decode(llama.encode("Tim, a cat")) == "Tim, a cat"
 logits = llama.forward([1, 5, 7])
 assert llama.forward([7], 2) == logits and len(logits) == llama.vocab_size == 105
-for wrong in ("llama.forward([105])", "llama.forward([1], 9)", "Llama('none', library=library)"):
+no_tokenizer = "Llama({str(small)!r}, {str(small)!r}, library=library)"
+no_model = "Llama('none', library=library)"
+for wrong in ("llama.forward([105])", "llama.forward([1], 9)", no_tokenizer, no_model):
     try:
         eval(wrong)
         sys.exit("not refused")
     except ValueError as e:
         print(e, file=sys.stderr)
+if os.path.exists("/proc/self/maps"):  # a load that fails lets go of the model
+    assert open("/proc/self/maps").read().count({str(small)!r}) == 1
 print(llama.tell("Once upon", seed=1, temperature=0.8))
 llama.close()
 """
@@ -590,6 +594,8 @@ def test_no_header_crashes_the_engine(modded, load):
 def test_files_that_cannot_be_read(run, small, tmp_path):
     refused_by(run(tmp_path / "none.bin"), "cannot open model file")
     refused_by(run(tmp_path), "not a regular file")
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    refused_by(run(tmp_path / "pipe"), "not a regular file")
     refused_by(run(small, "-z", tmp_path / "none.bin"), "cannot open tokenizer file")
     refused_by(run(small, "-z", tmp_path), "not a regular file")
 
@@ -670,6 +676,13 @@ def test_a_full_disk_is_reported(builds, small):
 @pytest.mark.parametrize("cc", compilers())
 def test_no_compiler_warns(tmp_path, cc):
     compile_c(REPO / "run.c", tmp_path / "run", "-O1", "-pedantic", cc=cc)  # -Wall -Wextra -Werror
+
+
+def test_big_endian_is_refused_by_name():
+    orders = ["-D__BYTE_ORDER__=4321", "-U__ORDER_BIG_ENDIAN__", "-D__ORDER_BIG_ENDIAN__=4321"]
+    command = ["cc", "-fsyntax-only", "-w", *orders, str(REPO / "run.c")]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode and b"does not swap bytes" in done.stderr
 
 
 @pytest.mark.skipif(not supports("-fopenmp"), reason="the compiler has no OpenMP")
