@@ -4,9 +4,10 @@
 #              engine as a shared library, see llama2.h and examples/llama2.py
 # make fuzz    wrong files and texts at random for the engine, with clang; FUZZ_SECONDS=60 for each
 # make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
-# make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes, with
-#              shards of both vocabularies in DATA), the loader and the checkpoints (10 minutes);
-#              LLAMA2C=PATH, a checkout of llama2.c, measures its model too
+# make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes for
+#              each of SEEDS=1, with shards of both vocabularies in DATA), the loader, the
+#              checkpoints (10 minutes) and the engine (5); LLAMA2C=PATH, a checkout of llama2.c,
+#              and LLAMA_BENCH=PATH, llama.cpp's llama-bench, are measured beside ours
 # make lint    ruff; make clean: removes what was built, not data, models or environment
 #
 # PYTHON=...   the Python to begin from; a fitting torch that it has is used as it is
@@ -15,6 +16,7 @@
 PYTHON ?= python3
 CC ?= cc
 DATA ?= data
+SEEDS ?= 1
 
 # The one flags variable. On x86 run.c picks its instructions when it runs, so that one binary does
 # for all; sums and products are not fused, so that they round alike everywhere
@@ -56,11 +58,12 @@ test-arm: dev
 fuzz: dev
 	.venv/bin/python tests/fuzz.py --seconds=$(FUZZ_SECONDS)
 
-bench: dev
+bench: dev run
 	.venv/bin/python bench.py train --llama2c=$(LLAMA2C)
-	.venv/bin/python bench.py speedrun --data_dir=$(DATA)
+	.venv/bin/python bench.py speedrun --data_dir=$(DATA) --seeds=$(SEEDS)
 	.venv/bin/python bench.py loader
 	.venv/bin/python bench.py checkpoint
+	.venv/bin/python bench.py infer --llama2c=$(LLAMA2C) --peer=$(LLAMA_BENCH)
 
 lint: dev
 	.venv/bin/ruff check .

@@ -167,6 +167,16 @@ static File open_file(const char *path, const char *what) {
 
 static void close_file(File *f) { release(f->block); }
 
+static double seconds(void) {
+#if defined(_WIN32)
+    return (double)clock() / CLOCKS_PER_SEC;  // elapsed time there, not the processor's
+#else
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+#endif
+}
+
 // What a thread does while it waits for another: first next to nothing, then it lets others run.
 static void pause_briefly(void) {
 #if defined(__x86_64__)
@@ -678,7 +688,8 @@ typedef struct {
     bool wants_logits;  // of the token behind it
 } Step;
 
-enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16 };
+enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16,
+       MIN_PATIENCE = 16, MAX_PATIENCE = 2048 };
 
 typedef struct {
     File file;
@@ -710,8 +721,12 @@ typedef struct {
     float *rope_cos;  // (n_positions, head_dim / 2)
     float *rope_sin;
     // threads
-    int n_threads;
+    int n_threads;   // at most
+    int n_active;    // in use: fewer where other programs have the cores
+    int n_passes;    // since that was changed
+    int patience;    // passes until more are tried
     atomic_int n_arrived, round;
+    atomic_int lost; // in a pass, by the thread that waited longest, in microseconds
 } Model;
 
 static Input new_input(const Model *m, size_t stride) {
@@ -745,6 +760,7 @@ typedef struct {
     size_t n;       // tokens
     size_t n_head;  // tokens whose logits are wanted
     int thread, n_threads;
+    double lost;    // seconds in which another thread was waited for that does not run
 } Pass;
 
 // Wait until all threads are here. Returns true in the last one, which has to call let_go().
@@ -753,10 +769,16 @@ static bool arrive(Pass *p) {
     int round = atomic_load_explicit(&m->round, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&m->n_arrived, 1, memory_order_acq_rel) == p->n_threads - 1)
         return true;
+    double start = 0.0;
     for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round; spins++) {
-        if (spins < 10000) pause_briefly();
-        else let_others_run();  // other work has the core of the thread that is waited for
+        if (spins < 10000) {
+            pause_briefly();
+        } else {  // another program has the core of the thread that is waited for
+            if (spins == 10000) start = seconds();
+            let_others_run();
+        }
     }
+    if (start > 0.0) p->lost += seconds() - start;
     return false;
 }
 
@@ -1002,6 +1024,24 @@ static void pass(Pass *p) {
     if (m->config.logit_softcap > 0.0f) each_token(p, 0, cap_logits);
 }
 
+#if defined(_OPENMP)
+// Where most of a pass was lost to waiting, because other programs have the cores, half the threads
+// do the next ones, and after a while twice as many are tried. They all compute the same bits.
+static void adjust_threads(Model *m, bool is_lost) {
+    m->n_passes++;
+    if (is_lost) {
+        m->n_active /= 2;
+        m->n_passes = 0;
+        if (m->patience < MAX_PATIENCE) m->patience *= 2;
+    } else if (m->n_active < m->n_threads && m->n_passes >= m->patience) {
+        m->n_active = 2 * m->n_active < m->n_threads ? 2 * m->n_active : m->n_threads;
+        m->n_passes = 0;
+    } else if (m->n_passes >= MAX_PATIENCE) {
+        m->patience = MIN_PATIENCE;
+    }
+}
+#endif
+
 // Run a batch of n <= max_batch tokens through the model, behind those it was given before.
 static void forward(Model *m, const Step *steps, size_t n) {
     Pass p = {.m = m, .steps = steps, .n = n, .n_threads = 1};
@@ -1011,15 +1051,24 @@ static void forward(Model *m, const Step *steps, size_t n) {
     set_rows(&m->inner, n);
     set_rows(&m->wanted, p.n_head);
 #if defined(_OPENMP)
-    if (m->n_threads > 1) {
-#pragma omp parallel num_threads(m->n_threads) firstprivate(p)
+    if (m->n_active > 1) {
+        double start = seconds(), end = start;
+        atomic_store(&m->lost, 0);
+#pragma omp parallel num_threads(m->n_active) firstprivate(p)
         {
             p.n_threads = omp_get_num_threads();  // which may be fewer
             p.thread = omp_get_thread_num();
             pass(&p);
+            int lost = (int)(p.lost * 1e6), most = atomic_load(&m->lost);
+            while (lost > most && !atomic_compare_exchange_weak(&m->lost, &most, lost)) {}
+            if (p.thread == 0) end = seconds();
         }
+        double now = seconds(), lost = atomic_load(&m->lost) * 1e-6;
+        if (now - end > 1e-4) lost += now - end;  // of the others to end as well
+        adjust_threads(m, lost > (now - start) / 2);
         return;
     }
+    if (m->n_threads > 1) adjust_threads(m, false);
 #endif
     pass(&p);
 }
@@ -1094,7 +1143,8 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
     m.width = ROUND_UP(dim, LANES);
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
-    m.n_threads = n_threads = pick_threads(c, n_threads);
+    m.n_threads = m.n_active = n_threads = pick_threads(c, n_threads);
+    m.patience = MIN_PATIENCE;
     float **buffers[] = {&m.x, &m.x0, &m.added, &m.q, &m.k, &m.v};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         *buffers[i] = alloc(m.max_batch * m.width, sizeof(float));
@@ -1450,7 +1500,7 @@ typedef struct {
     float repeat_penalty;  // 1: none
     int top_k;             // 0: all tokens
     const Kernels *kernels;
-    Candidate *candidates;  // (vocab_size)
+    Candidate *candidates;  // (n_threads, vocab_size)
 } Sampler;
 
 enum { PENALTY_WINDOW = 64 };  // a repetition is one of so many tokens
@@ -1488,8 +1538,12 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
     float bound = n > 1 && !s->top_k ? (1.0f - top_p) / (float)(n - 1) : 0.0f;
     if (bound < least) bound = least;
     int kept = 0;
-    for (int i = 0; i < n; i++)
-        if (probs[i] >= bound) s->candidates[kept++] = (Candidate){probs[i], i};
+    for (int first = 0; first < n; first += LANES) {  // most have none
+        int last = n - first < LANES ? n : first + LANES, found = 0;
+        for (int i = first; i < last; i++) found |= probs[i] >= bound;
+        for (int i = first; found && i < last; i++)
+            if (probs[i] >= bound) s->candidates[kept++] = (Candidate){probs[i], i};
+    }
     if (!kept) return (int)likeliest;  // only where the weights gave no numbers
     qsort(s->candidates, kept, sizeof(Candidate), by_probability);
     float whole = 1.0f, sum = 0.0f;
@@ -1547,16 +1601,6 @@ typedef struct {
     bool is_done;
 } Story;
 
-static double seconds(void) {
-#if defined(_WIN32)
-    return (double)clock() / CLOCKS_PER_SEC;  // elapsed time there, not the processor's
-#else
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-#endif
-}
-
 // Take the tokens of a story from position start to n - 1 through the model, behind those before;
 // the logits behind the last.
 static float *prefill(Model *m, const int *tokens, size_t start, size_t n, int story) {
@@ -1584,8 +1628,12 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
 }
 
 // Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
-static void draw_next(const Model *m, Sampler *sampler, Story *s, float *logits) {
-    int token = sample(sampler, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
+static void draw_next(const Model *m, const Sampler *sampler, Story *s, float *logits) {
+    Sampler own = *sampler;
+#if defined(_OPENMP)
+    own.candidates += (size_t)omp_get_thread_num() * m->config.vocab_size;
+#endif
+    int token = sample(&own, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
     if (token == BOS || token == EOS) s->is_done = true;
     else s->tokens[s->n++] = token;
     if (s->n > m->n_positions) s->is_done = true;
@@ -1651,6 +1699,9 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
         if (!n) break;
         forward(m, steps, n);
         n_told += n;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(m->n_threads) if (n > 1)
+#endif
         for (size_t i = 0; i < n; i++)
             draw_next(m, sampler, &stories[owners[i]], logits_of(m, i));
         if (n_stories == 1) print_story(tokenizer, &printer, stories);
@@ -1950,7 +2001,8 @@ int main(int argc, char **argv) {
         if (!tokenizer_path) tokenizer_path = default_tokenizer(model_path);
         Tokenizer tokenizer = load_tokenizer(open_file(tokenizer_path, "tokenizer file"),
                                              model.config.vocab_size);
-        sampler.candidates = alloc(model.config.vocab_size, sizeof(Candidate));
+        uint64_t candidates = (uint64_t)model.n_threads * model.config.vocab_size;
+        sampler.candidates = alloc(candidates, sizeof(Candidate));
         if (is_eval) evaluate(&model, &tokenizer, text);
         else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
         close_file(&tokenizer.file);
@@ -2123,30 +2175,41 @@ static void KERNEL(activate)(float *h, const float *gate, size_t n) {
 // The place of the largest of x (n), the first of several.
 static size_t KERNEL(argmax)(const float *x, size_t n) {
     Floats most = KERNEL(splat)(-INFINITY);
+    Ints here = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = here;
     size_t whole = n / LANES * LANES, best = 0;
-    for (size_t i = 0; i < whole; i += LANES) {
+    for (size_t i = 0; i < whole; i += LANES, here += LANES) {
         Floats v = KERNEL(load)(x + i);
-        most = KERNEL(choose)(v > most, v, most);
+        Ints is_larger = v > most;
+        most = KERNEL(choose)(is_larger, v, most);
+        places = (is_larger & here) | (~is_larger & places);
     }
-    float max = KERNEL(largest)(most);
-    for (size_t i = whole; i < n; i++) max = x[i] > max ? x[i] : max;
-    while (best < n && x[best] != max) best++;
-    return best < n ? best : 0;  // all are no numbers
+    float max = -INFINITY;
+    for (size_t i = 0; i < LANES && whole; i++) {
+        size_t place = (size_t)places[i];
+        if (most[i] > max || (most[i] == max && place < best)) best = place;
+        max = most[i] > max ? most[i] : max;
+    }
+    for (size_t i = whole; i < n; i++) {
+        if (x[i] > max) best = i;
+        max = x[i] > max ? x[i] : max;
+    }
+    return best;
 }
 
 // x = softmax(x / temperature) (n)
 static void KERNEL(softmax)(float *x, size_t n, float temperature) {
-    float max = x[KERNEL(argmax)(x, n)];
+    float max = x[KERNEL(argmax)(x, n)], inverse = 1.0f / temperature;
+    inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 times infinity would be no number
     Floats sums = {0};
     for (size_t i = 0; i < n; i += LANES) {
         size_t part = n - i < LANES ? n - i : LANES;
         Floats v = part < LANES ? KERNEL(load_part)(x, i, part, false) : KERNEL(load)(x + i);
-        v = KERNEL(exp)((v - max) / temperature);
+        v = KERNEL(exp)((v - max) * inverse);
         memcpy(x + i, &v, part * sizeof *x);
         sums += part < LANES ? KERNEL(load_part)(x, i, part, false) : v;
     }
-    float sum = KERNEL(sum)(sums);
-    for (size_t i = 0; i < n; i++) x[i] /= sum;
+    float share = 1.0f / KERNEL(sum)(sums);
+    for (size_t i = 0; i < n; i++) x[i] *= share;
 }
 
 // x = cap * tanh(x / cap) (n), with room for whole vectors

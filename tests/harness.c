@@ -71,11 +71,29 @@ static void draw(char **words, int n_words) {
     release_all();
 }
 
+#if defined(_OPENMP)
+// threads N PASSES...: how many of N threads are in use after so many passes in which all ran (0:
+// after one in which one was waited for).
+static void use_threads(char **words, int n_words) {
+    int n = atoi(words[0]);
+    Model m = {.n_threads = n, .n_active = n, .patience = MIN_PATIENCE};
+    for (int i = 1; i < n_words; i++) {
+        int passes = atoi(words[i]);
+        if (!passes) adjust_threads(&m, true);
+        while (passes-- > 0) adjust_threads(&m, false);
+        printf("%d ", m.n_active);
+    }
+}
+#endif
+
 int main(int argc, char **argv) {
     if (argc > 4 && !strcmp(argv[1], "logits")) write_logits(argv + 2, argc - 2);
     else if (argc == 4 && !strcmp(argv[1], "encode")) encode_lines(argv[2], atoi(argv[3]));
     else if (argc > 3 && !strcmp(argv[1], "decode")) decode(argv + 2, argc - 2);
     else if (argc > 9 && !strcmp(argv[1], "draw")) draw(argv + 2, argc - 2);
+#if defined(_OPENMP)
+    else if (argc > 3 && !strcmp(argv[1], "threads")) use_threads(argv + 2, argc - 2);
+#endif
     else die("unknown test %s", argc > 1 ? argv[1] : "");
     return 0;
 }

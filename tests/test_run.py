@@ -702,3 +702,12 @@ def test_openmp_changes_no_bit(tmp_path, tokenizers):
         )
         texts.add(done.stdout)
     assert len(texts) == 1
+
+
+@pytest.mark.skipif(not supports("-fopenmp"), reason="the compiler has no OpenMP")
+def test_threads_that_are_waited_for_are_given_up_for_a_while(tmp_path):
+    compile_c(REPO / "tests/harness.c", tmp_path / "harness", "-O1", "-fopenmp")
+    passes = [5, 0, 0, 63, 1, 64, 2048, 0, 31, 1]
+    command = [tmp_path / "harness", "threads", "8", *map(str, passes)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stdout.split() == b"8 4 2 2 4 8 8 4 4 8".split()
