@@ -336,6 +336,9 @@ def markdown(results, left_out):
             f"deviates by {of_one_run} (standard deviation, pooled over the rows with several "
             "seeds); of many rows one in twenty passes by luck, of few more."
         )
+    several = f", {seeds} where the first is within {clear:g} of the recipe's, else one"
+    if seeds == 1:
+        several = ""
     lines = [
         "# What each choice is worth",
         "",
@@ -344,8 +347,7 @@ def markdown(results, left_out):
         f"The recipe is `{recipe}`. Each row changes what it names and nothing else, and is "
         f"trained {' and '.join(limits[kind] for kind in KINDS if kind in wanted_kinds)}. The "
         "schedule of each run ends with it. Figures are validation bits per byte at the end of the "
-        "run: lower is better. In brackets is the number of seeds they are the mean of, "
-        f"{seeds} where the first is within {clear:g} of the recipe's, else one.",
+        f"run: lower is better. In brackets is the number of seeds they are the mean of{several}.",
         "",
         f"*Difference* is to the recipe; {verdicts} The rates are tuned for the recipe, not for "
         "each row, and short runs favour what learns fast. Rows that the recipe has already are "

@@ -706,7 +706,8 @@ BENCHES = {
     "infer": bench_infer,
 }
 if what not in BENCHES:
-    raise UserError(f"expected one of {', '.join(BENCHES)}, not {what!r}")
+    asked = f"unknown benchmark {what!r}" if what else "no benchmark is given"
+    raise UserError(f"{asked}; expected one of: {', '.join(BENCHES)}")
 if what == "train":
     tune_malloc()  # as train.py does
 device = pick_device(device)

@@ -37,6 +37,8 @@ def one_sentence_errors():
     def hook(kind, error, traceback):
         if issubclass(kind, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif issubclass(kind, BrokenPipeError):  # who read the output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         elif issubclass(kind, OSError) and error.filename:
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
@@ -102,9 +104,8 @@ def coerce(name, value, default, where):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    raise UserError(
-        f"{where}: {name} = {value!r} is a {type(value).__name__}, expected a {kind.__name__}"
-    )
+    expected = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    raise UserError(f"{where}: {name} = {value!r}: expected {expected[kind]}, like {default!r}")
 
 
 def assigned_names(tree, path):
@@ -131,8 +132,9 @@ def read_override_file(path, namespace, settings):
     if not os.path.isfile(found):  # `config/x.py` works from any directory
         found = os.path.join(os.path.dirname(os.path.abspath(namespace["__file__"])), path)
     if not os.path.isfile(found):
-        raise UserError(f"override file {path} does not exist")
-    with open(found, encoding="utf-8") as f:
+        is_folder = os.path.isdir(path) or os.path.isdir(found)
+        raise UserError(f"override file {path} {'is a folder' if is_folder else 'does not exist'}")
+    with open(found, "rb") as f:
         source = f.read()
     scope = {name: namespace[name] for name in settings}
     try:
@@ -219,5 +221,6 @@ def configure(namespace, positional=None, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print_help(namespace, settings_of(namespace), positional)
+        sys.stdout.flush()  # while a reader who has gone is still no traceback
         sys.exit(0)
     return apply(namespace, argv, positional)

@@ -81,6 +81,8 @@ def plan_shards(source, valid_source=""):
         spans += [Span(path, a, b) for a, b in itertools.pairwise(ends) if b > a]
     train = grouped(spans, total // n)
     if len(train) + len(valid) < 2:
+        for _ in itertools.chain.from_iterable(map(read_documents, train)):
+            pass  # if it cannot be read at all, that says why
         raise UserError(
             f"{source} cannot be cut into a training and a validation part: expected several "
             f"documents, in .txt files with {SEPARATOR.decode()} between them; "

@@ -154,6 +154,8 @@ def write_shards(folder, tokenizer, plan, num_workers):
     if done:
         print(f"{len(done)} of {len(plan)} shards are there already")
 
+    check_documents(plan)  # before what is there is given up
+
     def save():
         meta["shards"] = [done[i] for i in sorted(done) if done[i]["documents"]]
         write_json(os.path.join(folder, SIDECAR), meta)
@@ -184,10 +186,6 @@ def write_shards(folder, tokenizer, plan, num_workers):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     meta["held_out"] = sum(shard["held_out"] for shard in done.values())
-    if not any(shard["documents"] for i, shard in done.items() if i):
-        raise UserError(
-            "every training document is in the validation text too: give another --valid_source"
-        )
     listed = {shard["name"] for shard in meta["shards"]}
     for shard in old["shards"]:  # left from a corpus with more shards
         if shard["name"] not in listed:
@@ -196,6 +194,21 @@ def write_shards(folder, tokenizer, plan, num_workers):
     meta["complete"] = True
     save()
     return meta
+
+
+def check_documents(plan):
+    """Raise UserError where a corpus has no document to train on, or none for validation."""
+    keys = document_keys(tuple(plan[0]))
+    if not keys:
+        raise UserError(f"{plan[0][0].path} has no text for validation: only white space")
+    texts = itertools.chain.from_iterable(map(read_documents, plan[1:]))
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"{plan[1][0].path} has no text to train on: only white space")
+    if document_key(first) in keys and all(document_key(text) in keys for text in texts):
+        raise UserError(
+            "every training document is in the validation text too: give another --valid_source"
+        )
 
 
 def leave_ctrl_c():

@@ -297,6 +297,14 @@ def export_model(model, path, version=None, dtype="fp32"):
         raise UserError(f"cannot write {path}: {e.strerror}") from None
 
 
+def is_checkpoint(path):
+    """Whether a file begins as torch.save() makes them, a zip file."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return f.read(4) == b"PK\3\4"
+
+
 if __name__ == "__main__":
     one_sentence_errors()
     parser = argparse.ArgumentParser(description="Make a model.bin for ./run from a checkpoint.")
@@ -314,6 +322,10 @@ if __name__ == "__main__":
         help=f"number format of the weights: {', '.join(DTYPES)} (default: %(default)s)",
     )
     words = parser.parse_args()
+    if is_checkpoint(words.path):
+        raise UserError(
+            f"{words.path} is a checkpoint, which would be lost: name another file for the model"
+        )
     version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(words.version, words.version)
     model = load_model(load_checkpoint(words.checkpoint), words.checkpoint)
     export_model(model, words.path, version, words.dtype)

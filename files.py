@@ -28,8 +28,11 @@ def atomic_write(path, mode="wb"):
     """
     Open a file beside `path` for writing and rename it to `path` once the block ends without an
     exception, flushed to disk. On an exception nothing is left behind and `path` is untouched.
+    A folder or a device is not replaced: UserError.
     """
     path = os.fspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is a folder or a device, not a file")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = f"{path}.{os.getpid()}.part"
     try:

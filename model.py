@@ -43,6 +43,21 @@ ARCHS = {
 }
 
 
+# as in run.c: larger ones are slips, and would only end in a lack of memory
+LARGEST = {
+    "dim": 1 << 16,
+    "hidden_dim": 1 << 20,
+    "n_layers": 1 << 12,
+    "n_heads": 1 << 12,
+    "n_kv_heads": 1 << 12,
+    "vocab_size": 1 << 24,
+    "max_seq_len": 1 << 24,
+    "multiple_of": 1 << 16,
+    "vocab_multiple": 1 << 16,
+    "bigram_rows": 1 << 28,
+}
+
+
 @dataclass
 class ModelArgs:
     """The architecture. Raises ValueError, one sentence, for numbers that do not fit together."""
@@ -78,6 +93,9 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in LARGEST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at most {most}")
         for name in ("n_kv_heads", "hidden_dim", "logit_softcap", "sliding_window"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -691,7 +709,8 @@ def sample_token(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """One token id from logits (vocab_size,); the parameters are those of Transformer.generate."""
     if temperature == 0:
         return int(logits.argmax())
-    probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+    # a temperature that is 0 in float32 would make 0 / 0 of the likeliest
+    probs = torch.softmax((logits - logits.max()) / max(temperature, 1e-30), dim=-1)
     probs, order = probs.sort(descending=True)
     if top_k > 0:
         probs[top_k:] = 0

@@ -454,7 +454,9 @@ static void check_config(const Config *c, const char *path) {
 // The version of the file; what it is if it is a well-known other kind is said.
 static int find_version(const File *f) {
     uint32_t words[2] = {0};
-    memcpy(words, f->data, f->size < sizeof words ? f->size : sizeof words);
+    if (f->size < sizeof words)
+        die("%s has %zu bytes, less than any model file", f->path, f->size);
+    memcpy(words, f->data, sizeof words);
     if (words[0] == MAGIC && (words[1] < 1 || words[1] > 3))
         die("%s is a version %u model file, and this engine reads versions 0 to 3: "
             "make one with export.py", f->path, words[1]);
@@ -725,6 +727,7 @@ typedef struct {
     int n_active;    // in use: fewer where other programs have the cores
     int n_passes;    // since that was changed
     int patience;    // passes until more are tried
+    double spent, wasted;  // seconds of the latest passes, and what of them was waited in vain
     atomic_int n_arrived, round;
     atomic_int lost; // in a pass, by the thread that waited longest, in microseconds
 } Model;
@@ -1025,20 +1028,30 @@ static void pass(Pass *p) {
 }
 
 #if defined(_OPENMP)
-// Where most of a pass was lost to waiting, because other programs have the cores, half the threads
-// do the next ones, and after a while twice as many are tried. They all compute the same bits.
-static void adjust_threads(Model *m, bool is_lost) {
+// Behind a pass of all active threads: its seconds, and those in which one was waited for that did
+// not run. Where most of the latest time was lost so, because other programs have the cores, half
+// the threads do the next passes, and after a while twice as many are tried. They all compute the
+// same bits.
+static void adjust_threads(Model *m, double time, double lost) {
+    m->spent += time;
+    m->wasted += lost;
+    bool is_busy = m->spent > 0.01 && m->wasted > m->spent / 2;
     m->n_passes++;
-    if (is_lost) {
+    if (m->spent > 0.02) {  // what is longer ago counts less
+        m->spent /= 2;
+        m->wasted /= 2;
+    }
+    if (is_busy) {
         m->n_active /= 2;
-        m->n_passes = 0;
         if (m->patience < MAX_PATIENCE) m->patience *= 2;
     } else if (m->n_active < m->n_threads && m->n_passes >= m->patience) {
         m->n_active = 2 * m->n_active < m->n_threads ? 2 * m->n_active : m->n_threads;
-        m->n_passes = 0;
-    } else if (m->n_passes >= MAX_PATIENCE) {
-        m->patience = MIN_PATIENCE;
+    } else {
+        if (m->n_passes >= MAX_PATIENCE) m->patience = MIN_PATIENCE;
+        return;
     }
+    m->n_passes = 0;
+    m->spent = m->wasted = 0.0;
 }
 #endif
 
@@ -1065,10 +1078,10 @@ static void forward(Model *m, const Step *steps, size_t n) {
         }
         double now = seconds(), lost = atomic_load(&m->lost) * 1e-6;
         if (now - end > 1e-4) lost += now - end;  // of the others to end as well
-        adjust_threads(m, lost > (now - start) / 2);
+        adjust_threads(m, now - start, lost);
         return;
     }
-    if (m->n_threads > 1) adjust_threads(m, false);
+    if (m->n_threads > 1) adjust_threads(m, 0.0, 0.0);
 #endif
     pass(&p);
 }
@@ -1648,7 +1661,7 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
         print_token(t, printer, s->tokens[s->n_printed], s->n_printed == 1);
     if (s->is_done) {
         print_rest(printer);
-        if (printer->is_json) fprintf(printer->out, "\", \"tokens\": %zu}", s->n);
+        if (printer->is_json) fprintf(printer->out, "\", \"tokens\": %zu}", s->n - 1);
         fputc('\n', printer->out);
     }
     fflush(printer->out);
@@ -1763,7 +1776,7 @@ static double loss_of(Model *m, const int *tokens, size_t n) {
     return total / (double)(n - 1);
 }
 
-static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path) {
+static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, bool as_json) {
     File f = open_file(path, "text");
     size_t at = 0, length, n = 0, room = 0, bytes = 0, n_documents = 0;
     int *tokens = NULL;
@@ -1785,9 +1798,11 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path) {
     if (n < 2) die("%s has no text to evaluate", path);
     double start = seconds(), loss = loss_of(m, tokens, n);
     double elapsed = seconds() - start;
-    printf("%zu documents, %zu bytes, %zu tokens\n", n_documents, bytes, n);
-    printf("loss: %.4f nats a token\n", loss);
-    printf("bits per byte: %.4f\n", loss / log(2.0) * (double)n / (double)bytes);
+    const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
+                                   "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
+                                 : "%zu documents, %zu bytes, %zu tokens\n"
+                                   "loss: %.4f nats a token\nbits per byte: %.4f\n";
+    printf(format, n_documents, bytes, n, loss, loss / log(2.0) * (double)n / (double)bytes);
     fprintf(stderr, "achieved tok/s: %.1f\n", (double)(n - 1) / elapsed);
     close_file(&f);
 }
@@ -1869,7 +1884,8 @@ static void print_usage(FILE *out) {
         "\n"
         "  -i TEXT   prompt (default: none, the model begins by itself)\n"
         "  -z FILE   tokenizer file (default: tokenizer.bin beside the model, or in this folder)\n"
-        "  -n INT    tokens in all, the prompt's counted (default 256; 0: the whole context)\n"
+        "  -n INT    tokens in all, the prompt's counted (default 256; 0: the whole context);\n"
+        "            of an evaluation: tokens of a window (default: the whole context)\n"
         "  -t FLOAT  temperature, 0 takes the likeliest token (default 1.0)\n"
         "  -p FLOAT  top-p, draw among the likeliest with this probability (default 0.9; 1: all)\n"
         "  -k INT    top-k, draw among so many (default 0: all)\n"
@@ -1877,7 +1893,7 @@ static void print_usage(FILE *out) {
         "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: no)\n"
         "  -s INT    seed, the same seed tells the same story (default: the time)\n"
         "  -b INT    so many stories at once, with seeds from -s on\n"
-        "  --json    a line of JSON for each story\n"
+        "  --json    a line of JSON for each story, or of the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
         "  --bench   speed of prefill and decode (of -n tokens, default 128), and of the memory\n"
         "  -j INT    threads (default: as many as pay)\n"
@@ -2003,7 +2019,7 @@ int main(int argc, char **argv) {
                                              model.config.vocab_size);
         uint64_t candidates = (uint64_t)model.n_threads * model.config.vocab_size;
         sampler.candidates = alloc(candidates, sizeof(Candidate));
-        if (is_eval) evaluate(&model, &tokenizer, text);
+        if (is_eval) evaluate(&model, &tokenizer, text, as_json);
         else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
         close_file(&tokenizer.file);
     }

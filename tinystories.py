@@ -163,8 +163,8 @@ def train_vocab_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
     if paths.is_llama2:
         raise UserError("Llama 2's vocabulary is not trained here; give a --vocab_size from 64 up")
-    if vocab_size < 64:
-        raise UserError(f"vocab_size = {vocab_size}: expected at least 64")
+    if not 64 <= vocab_size <= 1_000_000:
+        raise UserError(f"vocab_size = {vocab_size}: expected 64 to 1,000,000")
     if vocab_mb < 1:
         raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
     spans = [span for shard in corpus_plan()[1:] for span in shard]  # validation stays unseen

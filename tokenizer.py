@@ -36,7 +36,8 @@ class Tokenizer:
     def __init__(self, model_path):
         self.model_path = os.fspath(model_path)
         if not os.path.isfile(self.model_path):
-            raise UserError(f"tokenizer model {self.model_path} does not exist")
+            what = "is a folder" if os.path.isdir(self.model_path) else "does not exist"
+            raise UserError(f"tokenizer model {self.model_path} {what}")
         with open(self.model_path, "rb") as f:
             proto = f.read()
         self.hash = hashlib.sha256(proto).hexdigest()

@@ -236,7 +236,8 @@ def check_settings():
         ("grad_clip", 0 <= grad_clip < math.inf, "0 (no limit) or above"),
         ("warmup_iters", warmup_iters >= 0, "0 or above"),
         ("momentum_warmup", momentum_warmup >= 0, "0 or above"),
-        ("max_minutes", 0 <= max_minutes < math.inf, "0 (no limit) or above"),
+        ("max_iters", max_iters <= 10**12, "of at most 10 ** 12"),
+        ("max_minutes", 0 <= max_minutes <= 1e7, "from 0 (no limit) to 1e7"),
         ("save_interval", save_interval >= 0, "0 (none) or above"),
         ("seed", 0 <= seed < 1 << 63, "from 0 to 2 ** 63 - 1"),
     ):
@@ -325,7 +326,15 @@ if checkpoint and not is_resumed:
     checkpoint["model_args"] = args.to_dict()
     model = load_model(checkpoint, checkpoint_path)
 else:
-    model = Transformer(args)
+    try:
+        model = Transformer(args)
+    except (MemoryError, RuntimeError) as e:
+        if "alloc" not in str(e):
+            raise
+        raise UserError(
+            f"a model of these settings (dim {args.dim}, {args.n_layers} layers, vocabulary "
+            f"{args.vocab_size}) does not fit into memory: take smaller ones"
+        ) from None
 n_params = model.n_params()
 model.to(device)
 if fsdp:
@@ -737,7 +746,7 @@ while not done and not stop:
         if peak:
             values["mfu"] = round(tok_s * model.flops_per_token() / (peak * WORLD_SIZE), 4)
         log("train", **now(), **values, tok_s=round(tok_s))
-        left = f", {60 * max_minutes - train_s:.0f} s left" if max_minutes else ""
+        left = f", {max(0, 60 * max_minutes - train_s):.0f} s left" if max_minutes else ""
         bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s{left}")
         clock, unlogged_steps = time.perf_counter(), 0
     if time_to_eval and not stop:

@@ -65,7 +65,7 @@ class Llama:
 
     def encode(self, text):
         """The tokens of a str, behind a BOS."""
-        data = text.encode()
+        data = text.encode(errors="surrogateescape")  # bytes of the command line as they are
         n = self.c.llama_encode(self.llama, data, len(data), None, 0)
         tokens = (ctypes.c_int * n)()
         self.c.llama_encode(self.llama, data, len(data), tokens, n)
@@ -94,13 +94,16 @@ class Llama:
         given = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
         sampling = Sampling(**{**given, **sampling})
         tokens = self.encode(prompt)
+        if len(tokens) > self.n_positions:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, and the model's context {self.n_positions}"
+            )
         self.c.llama_seed(self.llama, seed)
         new = tokens
         while len(tokens) <= self.n_positions:
             array = (ctypes.c_int * len(new))(*new)
             pos = len(tokens) - len(new)
-            if not self.c.llama_forward(self.llama, array, len(new), pos):
-                raise ValueError(f"the prompt is longer than {self.n_positions} tokens")
+            self.c.llama_forward(self.llama, array, len(new), pos)
             token = self.c.llama_sample(self.llama, ctypes.byref(sampling))
             if token in (BOS, EOS):
                 break
@@ -118,7 +121,7 @@ if __name__ == "__main__":
         sys.exit(__doc__.strip())
     try:
         llama = Llama(sys.argv[1])
+        print(llama.tell(*sys.argv[2:3], seed=1, temperature=0.8))
     except ValueError as e:
         sys.exit(f"error: {e}")
-    print(llama.tell(*sys.argv[2:3], seed=1, temperature=0.8))
     llama.close()

@@ -73,14 +73,15 @@ static void draw(char **words, int n_words) {
 
 #if defined(_OPENMP)
 // threads N PASSES...: how many of N threads are in use after so many passes in which all ran (0:
-// after one in which one was waited for).
+// after one long one in which one was waited for, -1: after a short one).
 static void use_threads(char **words, int n_words) {
     int n = atoi(words[0]);
     Model m = {.n_threads = n, .n_active = n, .patience = MIN_PATIENCE};
     for (int i = 1; i < n_words; i++) {
         int passes = atoi(words[i]);
-        if (!passes) adjust_threads(&m, true);
-        while (passes-- > 0) adjust_threads(&m, false);
+        if (passes == 0) adjust_threads(&m, 0.02, 0.015);
+        if (passes == -1) adjust_threads(&m, 0.003, 0.0029);
+        while (passes-- > 0) adjust_threads(&m, 0.001, 0.0);
         printf("%d ", m.n_active);
     }
 }

@@ -1,5 +1,6 @@
 """Settings: what is read, what is refused, and what --help says."""
 
+import shlex
 import subprocess
 import sys
 
@@ -83,7 +84,7 @@ def test_override_files(tmp_path):
         ("batch_sise = 3", "did you mean --batch_size?"),
         ("if rate > 0:\n    batch_size = 3", "line 1: expected only lines like name = value"),
         ("a, rate = 1, 2", "unknown setting --a"),
-        ("batch_size = 'many'", "batch_size = 'many' is a str, expected a int"),
+        ("batch_size = 'many'", "batch_size = 'many': expected a whole number, like 32"),
         ("batch_size = (", "SyntaxError"),
         ("batch_size = 1 / 0", "ZeroDivisionError"),
     ]:
@@ -92,6 +93,18 @@ def test_override_files(tmp_path):
         with pytest.raises(UserError) as e:
             applied(str(bad))
         assert part in str(e.value) and "bad.py" in str(e.value)
+    bad.write_bytes(b"batch_size = 3  # f\xfcnf")
+    with pytest.raises(UserError, match="bad.py fails with SyntaxError"):
+        applied(str(bad))
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(UserError, match="folder.py is a folder"):
+        applied(str(tmp_path / "folder.py"))
+
+
+def test_a_reader_who_leaves_is_no_traceback():
+    command = f"{shlex.quote(sys.executable)} {REPO / 'train.py'} --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("Train a Llama") and done.stderr == ""
 
 
 def test_scripts_work_from_any_directory(tmp_path):

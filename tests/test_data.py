@@ -221,6 +221,26 @@ def test_a_failing_worker_stops_the_job_and_names_the_shard(folder):
         TokenData(DataPaths(folder, "custom", 512), 16)
 
 
+def test_a_corpus_without_documents_leaves_the_shards_as_they_are(folder):
+    assert pretokenize(folder).returncode == 0
+    shards = folder / "tok512"
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    (folder / "empty.txt").write_text("<|endoftext|>\n" * 1000)
+    (folder / "source" / "a.txt").rename(folder / "a.txt")
+    words = ["pretokenize", "--vocab_size=512", f"--data_dir={folder}"]
+    for source, valid, part in (
+        ("empty", "", "has no text for validation"),
+        ("empty", "a", "has no text to train on"),
+        ("a", "empty", "has no text for validation"),
+        ("a", "same", "every training document is in the validation text"),
+    ):
+        shutil.copy(folder / "a.txt", folder / "same.txt")
+        flags = [f"--source={folder / source}.txt"]
+        flags += [f"--valid_source={folder / valid}.txt"] if valid else []
+        refused(script("tinystories.py", *words, *flags), part)
+        assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
 def test_missing_tokenizers(tmp_path):
     flags = [f"--data_dir={tmp_path}"]
     done = script("tinystories.py", "pretokenize", "--vocab_size=512", *flags)
@@ -231,7 +251,8 @@ def test_missing_tokenizers(tmp_path):
         refused(script("tinystories.py", "train_vocab", *words, *flags), "not trained here")
     done = script("tinystories.py", "train_vocab", "--vocab_size=512", *flags)
     refused(done, "there are no stories", "tinystories.py download")
-    refused(script("tinystories.py", "train_vocab", "--vocab_size=20", *flags), "at least 64")
+    refused(script("tinystories.py", "train_vocab", "--vocab_size=20", *flags), "expected 64 to")
+    refused(script("tinystories.py", "train_vocab", "--vocab_size=1e30", *flags), "to 1,000,000")
     refused(script("tinystories.py"), "no stage is given", "download, synth")
 
 

@@ -210,6 +210,13 @@ def test_command_line(tmp_path):
     save(random_model(smear=True), tmp_path / "ckpt.pt")
     refused(script("export.py", out, checkpoint, "--version=0"), "cannot carry smear = True")
     refused(script("export.py", out, f"--checkpoint={tmp_path / 'none'}"), "does not exist")
+    (tmp_path / "previous").mkdir()
+    done = script("export.py", out, f"--checkpoint={tmp_path / 'none'}")
+    refused(done, "the run before it is in", "previous")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    refused(script("export.py", tmp_path / "ckpt.pt", checkpoint), "would be lost")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    refused(script("export.py", tmp_path / "previous", checkpoint), "is a folder or a device")
 
 
 def test_llama2cs_own_checkpoints_load(tmp_path):

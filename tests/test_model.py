@@ -193,3 +193,4 @@ def test_sampling_keeps_to_its_limits():
     assert drawn(top_p=0.5) == {0}  # the likeliest alone has 0.64
     assert drawn(top_p=0.7) == {0, 2}
     assert sample_token(logits, 0) == 0
+    assert sample_token(logits, 1e-300) == 0
