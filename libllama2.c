@@ -12,6 +12,7 @@ struct Llama {
     uint64_t state;  // of the random numbers
     int *tokens;     // (n_positions) that were run
     int n_tokens;    // up to and with the latest
+    bool has_logits; // behind these, not yet drawn from
     Block *blocks;   // all memory and files, this included
 };
 
@@ -22,7 +23,7 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
     on_error.text = error;
     on_error.size = size;
     if (setjmp(caller)) {
-        release_all();
+        release_to(NULL);
         on_error.caller = NULL;
         return NULL;
     }
@@ -36,7 +37,6 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
     l->tokens = alloc(l->model.n_positions, sizeof(int));
     llama_seed(l, 0);
     l->blocks = blocks;
-    blocks->link = &l->blocks;
     blocks = NULL;
     on_error.caller = NULL;
     return l;
@@ -51,14 +51,14 @@ int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
     on_error.caller = &caller;
     on_error.size = 0;  // no room: the sentence is not wanted
     if (setjmp(caller)) {
-        release_all();
+        release_to(NULL);
         on_error.caller = NULL;
         return -1;
     }
     size_t n_tokens;
     int *found = encode(&l->tokenizer, text, n, &n_tokens);
     for (size_t i = 0; i < n_tokens && i < (size_t)(room > 0 ? room : 0); i++) tokens[i] = found[i];
-    release_all();
+    release_to(NULL);
     on_error.caller = NULL;
     return n_tokens > INT_MAX ? -1 : (int)n_tokens;
 }
@@ -71,7 +71,7 @@ int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
         print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == BOS);
     }
     print_rest(&printer);
-    return (int)printer.n_text;
+    return printer.n_text > INT_MAX ? -1 : (int)printer.n_text;
 }
 
 const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
@@ -81,13 +81,15 @@ const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
         if (tokens[i] < 0 || tokens[i] >= m->config.vocab_size) return NULL;
     memcpy(l->tokens + pos, tokens, (size_t)n * sizeof *tokens);
     l->n_tokens = pos + n;
-    return prefill(m, l->tokens, (size_t)pos, (size_t)l->n_tokens, 0);
+    l->has_logits = true;
+    return prefill(m, l->tokens, (size_t)pos, (size_t)l->n_tokens);
 }
 
 void llama_seed(Llama *l, uint64_t seed) { l->state = random_state(seed); }
 
 int llama_sample(Llama *l, const LlamaSampling *given) {
-    if (!l->n_tokens) return -1;
+    if (!l->has_logits) return -1;
+    l->has_logits = false;  // drawing overwrites them
     l->sampler.temperature = given->temperature;
     l->sampler.top_p = given->top_p;
     l->sampler.min_p = given->min_p;
@@ -100,6 +102,5 @@ int llama_sample(Llama *l, const LlamaSampling *given) {
 void llama_free(Llama *l) {
     if (!l) return;
     blocks = l->blocks;
-    blocks->link = &blocks;
-    release_all();
+    release_to(NULL);
 }

@@ -38,7 +38,7 @@ LLAMA2_API int llama_n_positions(const Llama *llama);
 LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *tokens, int room);
 
 // The text of n tokens, from a BOS on or from within. Returns its bytes, and writes as many of them
-// as there is room for, without a NUL. -1: one is no token.
+// as there is room for, without a NUL. -1: one is no token, or the bytes do not fit an int.
 LLAMA2_API int llama_decode(Llama *llama, const int *tokens, int n, char *text, int room);
 
 // Run n tokens at the positions from pos on, behind those that were run before. Returns the logits
@@ -49,8 +49,8 @@ LLAMA2_API const float *llama_forward(Llama *llama, const int *tokens, int n, in
 // Start the random numbers of llama_sample() anew; a new Llama has seed 0.
 LLAMA2_API void llama_seed(Llama *llama, uint64_t seed);
 
-// Draw the token behind those of the latest llama_forward(), from its logits. 1 (BOS) and 2 (EOS)
-// end a story. -1: there was none.
+// Draw the token behind those of the latest llama_forward(), from its logits, which that uses up. 1
+// (BOS) and 2 (EOS) end a story. -1: there was no llama_forward() since the latest token.
 LLAMA2_API int llama_sample(Llama *llama, const LlamaSampling *sampling);
 
 LLAMA2_API void llama_free(Llama *llama);

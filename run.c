@@ -43,12 +43,19 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
+#define DO_PRAGMA(x) _Pragma(#x)
 #if defined(_OPENMP)
 #include <omp.h>
+#define OMP(...) DO_PRAGMA(omp __VA_ARGS__)
+#else  // one thread
+#define OMP(...)
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+static int omp_get_max_threads(void) { return 1; }
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
 
@@ -59,7 +66,7 @@
 // ------------------------------------------------------------------------------------------------
 // Errors and memory
 
-// Where an error ends: a caller of the library gets it as text, the command line prints it and exits.
+// Where an error ends: a library's caller gets it as text, the command line prints it and exits.
 static _Thread_local struct {
     jmp_buf *caller;  // NULL: the command line
     char *text;
@@ -83,12 +90,13 @@ _Noreturn static void die(const char *format, ...) {
     exit(EXIT_FAILURE);
 }
 
-// All memory and all mapped files are in a list, so that they can be let go together, after an
+#define ROUND_UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
+
+// All memory and all mapped files, the latest first, so that they can be let go together, after an
 // error too.
 typedef struct Block {
-    struct Block *next, **link;  // link: what points to this one
-    void *start;                 // as calloc() gave it
-    void *map;                   // of a file that is mapped, or NULL
+    struct Block *next;
+    void *map;  // of a file that is mapped, or NULL
     size_t map_size;
 } Block;
 
@@ -97,30 +105,23 @@ static _Thread_local Block *blocks;
 // Zeroed memory for n items, from the start of a cache line on; the only place that allocates.
 static void *alloc(uint64_t n, size_t size) {
     const size_t line = 64, extra = sizeof(Block) + line;
-    char *start = n > (SIZE_MAX - extra) / size ? NULL : calloc((size_t)n * size + extra, 1);
-    if (!start)
-        die("out of memory: %llu items of %zu bytes do not fit", (unsigned long long)n, size);
-    char *data = start + sizeof(Block);
-    data += (line - (uintptr_t)data % line) % line;
-    Block *b = (Block *)data - 1;
-    *b = (Block){.next = blocks, .link = &blocks, .start = start};
-    if (blocks) blocks->link = &b->next;
+    Block *b = n > (SIZE_MAX - extra) / size ? NULL : calloc((size_t)n * size + extra, 1);
+    if (!b) die("out of memory: %llu items of %zu bytes do not fit", (unsigned long long)n, size);
+    b->next = blocks;
     blocks = b;
-    return data;
+    return (char *)b + (ROUND_UP((uintptr_t)(b + 1), line) - (uintptr_t)b);
 }
 
-static void release(void *data) {
-    Block *b = (Block *)data - 1;
-    if (b->next) b->next->link = b->link;
-    *b->link = b->next;
+// Free what was allocated after `kept` was the latest block; NULL: everything.
+static void release_to(const Block *kept) {
+    while (blocks != kept) {
+        Block *b = blocks;
+        blocks = b->next;
 #if !defined(_WIN32)
-    if (b->map) munmap(b->map, b->map_size);
+        if (b->map) munmap(b->map, b->map_size);
 #endif
-    free(b->start);
-}
-
-static void release_all(void) {
-    while (blocks) release(blocks + 1);
+        free(b);
+    }
 }
 
 // A whole file, read-only. Files are mapped, so that a model is read as its weights are needed.
@@ -128,7 +129,6 @@ typedef struct {
     const char *path;
     const uint8_t *data;
     size_t size;
-    void *block;  // what is released when it is closed
 } File;
 
 static File open_file(const char *path, const char *what) {
@@ -143,7 +143,7 @@ static File open_file(const char *path, const char *what) {
     uint8_t *data = alloc(f.size, 1);
     if (fread(data, 1, f.size, stream) != f.size) die("cannot read %s %s", what, path);
     fclose(stream);
-    f.data = f.block = data;
+    f.data = data;
 #else
     struct stat info;
     if (stat(path, &info) != 0) die("cannot open %s %s: %s", what, path, strerror(errno));
@@ -151,21 +151,18 @@ static File open_file(const char *path, const char *what) {
     if (info.st_size == 0) die("%s %s is empty", what, path);
     if ((uintmax_t)info.st_size > SIZE_MAX) die("%s %s is too large for this machine", what, path);
     f.size = (size_t)info.st_size;
-    f.block = alloc(1, 1);
+    alloc(0, 1);  // its block holds the mapping
     int fd = open(path, O_RDONLY);
     if (fd < 0) die("cannot open %s %s: %s", what, path, strerror(errno));
     void *map = mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
     if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
-    Block *b = (Block *)f.block - 1;
-    b->map = map;
-    b->map_size = f.size;
+    blocks->map = map;
+    blocks->map_size = f.size;
     f.data = map;
 #endif
     return f;
 }
-
-static void close_file(File *f) { release(f->block); }
 
 static double seconds(void) {
 #if defined(_WIN32)
@@ -196,8 +193,6 @@ static void let_others_run(void) {
 // Numbers: formats of weights, and the kernels that work on them
 
 enum { LANES = 16, TILE = 8, ROWS_AT_ONCE = 8 };
-
-#define ROUND_UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
 
 // Sixteen lanes of 32 bits, whatever the machine's registers hold
 typedef float Floats __attribute__((vector_size(64)));
@@ -283,7 +278,6 @@ typedef struct {
 #define TARGET_PUSH(features) _Pragma("GCC push_options") DO_PRAGMA(GCC target(features))
 #define TARGET_POP _Pragma("GCC pop_options")
 #endif
-#define DO_PRAGMA(x) _Pragma(#x)
 
 #define KERNEL(name) name##_portable
 #include "run.c"
@@ -375,6 +369,7 @@ enum {
     V1_HEADER_BYTES = 256,  // of version 2 as well
     ALIGNMENT = 64,         // of the tensors of version 3
     MAX_CONTEXT = 1 << 24,
+    MAX_GROUP = 256,
 };
 
 enum {  // bits of Header.options
@@ -397,7 +392,7 @@ typedef struct {
     const float *attention_norm;    // (dim), NULL without gains, as the other norms
     const float *ffn_norm;          // (dim)
     const float *q_norm, *k_norm;   // (head_dim)
-    float kept, added;              // the layer begins with kept * x + added * x0
+    const float *kept, *added;      // the layer begins with kept * x + added * x0
     int window;  // a position sees this many, itself included; 0: all
 } Layer;
 
@@ -444,11 +439,12 @@ static void check_config(const Config *c, const char *path) {
     if (c->bigram_rows == 1)
         die("%s is not a version %d model file: bigram_rows = 1, expected 0, or 2 or more",
             path, c->version);
-    if (c->version == 2 && (c->group < LANES || c->group % LANES || c->dim % c->group ||
-                            c->hidden_dim % c->group))
-        die("%s has groups of %d numbers, which do not fit rows of %d and %d in vectors of %d: "
-            "make a version 3 file of the checkpoint with export.py", path, c->group, c->dim,
-            c->hidden_dim, LANES);
+    // the sum of a larger group might not fit 32 bits
+    if (c->version == 2 && (c->group < LANES || c->group > MAX_GROUP || c->group % LANES ||
+                            c->dim % c->group || c->hidden_dim % c->group))
+        die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are no multiple "
+            "of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
+            c->group, c->dim, c->hidden_dim, LANES, MAX_GROUP);
 }
 
 // The version of the file; what it is if it is a well-known other kind is said.
@@ -523,9 +519,8 @@ static Config read_v3(const File *f) {
     };
 }
 
-static float scale_at(const Tensor *t, size_t i) {
-    if (t->wide_scales) return ((const float *)t->scales)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)t->scales)[i] << 16;
+static float bf16_at(const void *p, size_t i) {
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
@@ -538,26 +533,20 @@ static void read_row(float *out, const Tensor *t, size_t r) {
         return;
     }
     if (t->format == BF16) {
-        const uint16_t *from = (const uint16_t *)t->data + r * t->cols;
-        for (size_t c = 0; c < t->cols; c++) {
-            uint32_t bits = (uint32_t)from[c] << 16;
-            memcpy(out + c, &bits, sizeof bits);
-        }
+        for (size_t c = 0; c < t->cols; c++) out[c] = bf16_at(t->data, r * t->cols + c);
         return;
     }
     size_t per_code = FORMATS[t->format].per_code, groups = (t->cols + t->group - 1) / t->group;
     size_t steps = (t->cols + per_code - 1) / per_code, block = r / t->lanes, lane = r % t->lanes;
     int zero = (int)FORMATS[t->format].zero;
     const uint8_t *codes = t->data + (block * steps * t->lanes + lane) * 4;
-    for (size_t g = 0, step = 0; g < groups; g++) {
-        float scale = scale_at(t, (block * groups + g) * t->lanes + lane);
-        for (; step < steps && step < (g + 1) * (t->group / per_code); step++) {
-            for (int i = 0; i < 4; i++) {
-                int low = per_code == 8 ? codes[i] & 15 : codes[i];
-                out[step * per_code + i] = (float)(low - zero) * scale;
-                if (per_code == 8) out[step * 8 + 4 + i] = (float)((codes[i] >> 4) - zero) * scale;
-            }
-            codes += 4 * t->lanes;
+    for (size_t c = 0; c < t->cols; c += per_code, codes += 4 * t->lanes) {
+        size_t at = (block * groups + c / t->group) * t->lanes + lane;
+        float scale = t->wide_scales ? ((const float *)t->scales)[at] : bf16_at(t->scales, at);
+        for (int i = 0; i < 4; i++) {
+            int low = per_code == 8 ? codes[i] & 15 : codes[i];
+            out[c + i] = (float)(low - zero) * scale;
+            if (per_code == 8) out[c + 4 + i] = (float)((codes[i] >> 4) - zero) * scale;
         }
     }
 }
@@ -571,9 +560,10 @@ static void repack(Tensor *t) {
     memset(codes, (int)FORMATS[INT8].zero, padded * t->cols);
     for (size_t r = 0; r < t->rows; r++) {
         size_t block = r / lanes, lane = r % lanes;
-        for (size_t c = 0; c < t->cols; c++)
-            codes[(block * t->cols + c / 4 * 4) * lanes + lane * 4 + c % 4] =
-                (uint8_t)((int8_t)t->data[r * t->cols + c] + 128);
+        for (size_t c = 0; c < t->cols; c++) {
+            int code = (int8_t)t->data[r * t->cols + c] + 128;
+            codes[(block * t->cols + c / 4 * 4) * lanes + lane * 4 + c % 4] = code ? code : 1;
+        }
         for (size_t g = 0; g < groups; g++)
             scales[(block * groups + g) * lanes + lane] = from[r * groups + g];
     }
@@ -586,6 +576,7 @@ typedef struct {
     const uint8_t *data;  // of the whole file, or NULL
     uint64_t at;          // the end of what has been passed
     uint64_t alignment;
+    uint64_t matrix_bytes;  // of what every token reads
     const Config *config;
 } Walk;
 
@@ -619,6 +610,7 @@ static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint6
         data_bytes = padded * ROUND_UP(cols, FORMATS[f].per_code) * FORMATS[f].bits / 8;
         scale_bytes = padded * groups * sizeof(uint16_t);
     }
+    if (lanes == LANES) w->matrix_bytes += n * (data_bytes + scale_bytes);
     for (size_t first = 0; first < n; first += at_once) {
         const uint8_t *data = skip(w, at_once * data_bytes);
         const uint8_t *scales = skip(w, at_once * scale_bytes);
@@ -664,12 +656,8 @@ static uint64_t lay_out(Weights *m, Walk *w) {
     }
     if (c->embedding_norm && c->norm_gains) walk_vectors(w, &m->embedding_norm, 1, dim);
     if (c->residual_scalars) {
-        const float *kept = (const float *)skip(w, layers * sizeof(float));
-        const float *added = (const float *)skip(w, layers * sizeof(float));
-        for (size_t i = 0; w->data && i < layers; i++) {
-            l[i].kept = kept[i];
-            l[i].added = added[i];
-        }
+        walk_vectors(w, &l->kept, layers, 1);
+        walk_vectors(w, &l->added, layers, 1);
     }
     walk_tensors(w, &l->value_embeddings, c->value_embeddings, vocab, kv_dim, 1);
     if (c->bigram_rows) walk_tensors(w, &m->bigram, 1, c->bigram_rows, dim, 1);
@@ -697,6 +685,7 @@ typedef struct {
     File file;
     Config config;
     Weights weights;
+    uint64_t matrix_bytes;  // of what every token reads
     const Kernels *kernels;
     size_t n_positions;  // of a story, as many as the caller asked for, at most seq_len
     size_t n_stories;    // that are told at once
@@ -729,7 +718,6 @@ typedef struct {
     int patience;    // passes until more are tried
     double spent, wasted;  // seconds of the latest passes, and what of them was waited in vain
     atomic_int n_arrived, round;
-    atomic_int lost; // in a pass, by the thread that waited longest, in microseconds
 } Model;
 
 static Input new_input(const Model *m, size_t stride) {
@@ -773,11 +761,11 @@ static bool arrive(Pass *p) {
     if (atomic_fetch_add_explicit(&m->n_arrived, 1, memory_order_acq_rel) == p->n_threads - 1)
         return true;
     double start = 0.0;
-    for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round; spins++) {
+    for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round;) {
         if (spins < 10000) {
             pause_briefly();
+            if (++spins == 10000) start = seconds();
         } else {  // another program has the core of the thread that is waited for
-            if (spins == 10000) start = seconds();
             let_others_run();
         }
     }
@@ -798,7 +786,7 @@ static void wait_for_all(Pass *p) {
 static void each_token(Pass *p, size_t layer, void (*work)(Pass *p, size_t layer, size_t i)) {
     if (p->n_threads == 1) {
         for (size_t i = 0; i < p->n; i++) work(p, layer, i);
-    } else if (p->n == 1) {  // the last to come does it: the others would have to wait for it anyway
+    } else if (p->n == 1) {  // the last to come does it: the others would have to wait for it
         if (arrive(p)) {
             work(p, layer, 0);
             let_go(p->m);
@@ -888,12 +876,12 @@ static void enter_layer(Pass *p, size_t layer, size_t i) {
     }
     const Layer *l = &m->weights.layers[layer];
     if (c->residual_scalars)
-        for (int d = 0; d < c->dim; d++) x[d] = l->kept * x[d] + l->added * x0[d];
+        for (int d = 0; d < c->dim; d++) x[d] = *l->kept * x[d] + *l->added * x0[d];
     m->kernels->rmsnorm(m->normed.x + i * m->width, x, l->attention_norm, c->dim, c->norm_eps);
     finish_input(m, &m->normed, &l->wq, i);
 }
 
-// Norm, where the model does, and turn by the angles of a position: the neighbouring pairs of a head
+// Norm, where the model does, and turn by the angles of a position: neighbouring pairs of a head
 static void norm_and_turn(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
@@ -933,7 +921,8 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
     float *out = m->scratch + p->thread * m->width;
     for (size_t i = first; i < last; i++) {
         size_t pos = p->steps[i].pos;
-        float *k = m->k + i * m->width + head * head_dim, *v = m->v + i * m->width + head * head_dim;
+        size_t at = i * m->width + head * head_dim;
+        float *k = m->k + at, *v = m->v + at;
         norm_and_turn(m, k, l->k_norm, (int)pos);
         for (size_t d = 0; d < head_dim; d++) {
             cache_at(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
@@ -957,7 +946,8 @@ static void attention(Pass *p, size_t layer) {
     Model *m = p->m;
     size_t kv_heads = m->config.n_kv_heads, item = 0;
     for (size_t first = 0, last; first < p->n; first = last) {
-        for (last = first + 1; last < p->n && p->steps[last].story == p->steps[first].story;) last++;
+        int story = p->steps[first].story;
+        for (last = first + 1; last < p->n && p->steps[last].story == story;) last++;
         for (size_t head = 0; head < kv_heads; head++, item++)
             if (item % p->n_threads == (size_t)p->thread) attend_head(p, layer, head, first, last);
     }
@@ -994,8 +984,8 @@ static void add_value_embeddings(Pass *p, size_t layer, size_t i) {
 
 static void cap_logits(Pass *p, size_t layer, size_t i) {
     (void)layer;
-    size_t vocab = p->m->config.vocab_size;
-    if (i < p->n_head) p->m->kernels->softcap(logits_of(p->m, i), vocab, p->m->config.logit_softcap);
+    const Config *c = &p->m->config;
+    if (i < p->n_head) p->m->kernels->softcap(logits_of(p->m, i), c->vocab_size, c->logit_softcap);
 }
 
 // What each thread does in a forward pass.
@@ -1027,7 +1017,6 @@ static void pass(Pass *p) {
     if (m->config.logit_softcap > 0.0f) each_token(p, 0, cap_logits);
 }
 
-#if defined(_OPENMP)
 // Behind a pass of all active threads: its seconds, and those in which one was waited for that did
 // not run. Where most of the latest time was lost so, because other programs have the cores, half
 // the threads do the next passes, and after a while twice as many are tried. They all compute the
@@ -1036,7 +1025,7 @@ static void adjust_threads(Model *m, double time, double lost) {
     m->spent += time;
     m->wasted += lost;
     bool is_busy = m->spent > 0.01 && m->wasted > m->spent / 2;
-    m->n_passes++;
+    if (m->n_passes < MAX_PATIENCE) m->n_passes++;
     if (m->spent > 0.02) {  // what is longer ago counts less
         m->spent /= 2;
         m->wasted /= 2;
@@ -1053,7 +1042,6 @@ static void adjust_threads(Model *m, double time, double lost) {
     m->n_passes = 0;
     m->spent = m->wasted = 0.0;
 }
-#endif
 
 // Run a batch of n <= max_batch tokens through the model, behind those it was given before.
 static void forward(Model *m, const Step *steps, size_t n) {
@@ -1063,57 +1051,45 @@ static void forward(Model *m, const Step *steps, size_t n) {
     set_rows(&m->mixed, n);
     set_rows(&m->inner, n);
     set_rows(&m->wanted, p.n_head);
-#if defined(_OPENMP)
-    if (m->n_active > 1) {
-        double start = seconds(), end = start;
-        atomic_store(&m->lost, 0);
-#pragma omp parallel num_threads(m->n_active) firstprivate(p)
-        {
-            p.n_threads = omp_get_num_threads();  // which may be fewer
-            p.thread = omp_get_thread_num();
-            pass(&p);
-            int lost = (int)(p.lost * 1e6), most = atomic_load(&m->lost);
-            while (lost > most && !atomic_compare_exchange_weak(&m->lost, &most, lost)) {}
-            if (p.thread == 0) end = seconds();
-        }
-        double now = seconds(), lost = atomic_load(&m->lost) * 1e-6;
-        if (now - end > 1e-4) lost += now - end;  // of the others to end as well
-        adjust_threads(m, now - start, lost);
+    if (m->n_active == 1) {
+        if (m->n_threads > 1) adjust_threads(m, 0.0, 0.0);
+        pass(&p);
         return;
     }
-    if (m->n_threads > 1) adjust_threads(m, 0.0, 0.0);
-#endif
-    pass(&p);
+    double start = seconds(), end = start, lost = 0.0;
+    OMP(parallel num_threads(m->n_active) firstprivate(p) reduction(max : lost))
+    {
+        p.n_threads = omp_get_num_threads();  // which may be fewer
+        p.thread = omp_get_thread_num();
+        pass(&p);
+        lost = p.lost;
+        if (p.thread == 0) end = seconds();
+    }
+    double now = seconds();
+    if (now - end > 1e-4) lost += now - end;  // until the others ended as well
+    adjust_threads(m, now - start, lost);
 }
 
 // Read bytes with all threads and do next to nothing with them: what the memory gives.
 static void read_all(const Model *m, const uint8_t *data, size_t n) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(m->n_threads)
+    OMP(parallel num_threads(m->n_threads))
     {
-        size_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        size_t first = n / threads * thread, last = thread + 1 == threads ? n : n / threads * (thread + 1);
-        m->kernels->read(data + first, last - first);
+        size_t share = n / omp_get_num_threads();  // but for a few bytes
+        m->kernels->read(data + share * omp_get_thread_num(), share);
     }
-#else
-    m->kernels->read(data, n);
-#endif
 }
 
 // As many threads as the caller wants; 0: as many as the machine has, as long as each has at least
 // MIN_WORK products to do for a token: waiting for one another costs more than less work saves.
 static int pick_threads(const Config *c, int wanted) {
-#if defined(_OPENMP)
+#if !defined(_OPENMP)
+    wanted = 1;
+#endif
     uint64_t work = (uint64_t)c->n_layers * c->dim * (2 * (uint64_t)c->dim + 2 * c->hidden_dim) +
                     (uint64_t)c->vocab_size * c->dim;
     uint64_t most = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
-    if (wanted) return wanted;
+    if (wanted) return wanted < MAX_THREADS ? wanted : MAX_THREADS;
     return (int)(work / MIN_WORK < 1 ? 1 : work / MIN_WORK < most ? work / MIN_WORK : most);
-#else
-    (void)c;
-    (void)wanted;
-    return 1;
-#endif
 }
 
 // A model of its file, with room for n_stories of n_positions (0: the whole context) each.
@@ -1133,6 +1109,7 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
                           : windows_at + layers * sizeof(int32_t);
     Walk walk = {.config = c, .at = header_bytes, .alignment = version == 3 ? ALIGNMENT : 1};
     uint64_t end = lay_out(&m.weights, &walk);
+    m.matrix_bytes = walk.matrix_bytes;
     if (end != m.file.size)
         die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
             "it is %s, or no version %d model file", path, m.file.size, c->dim, c->n_layers,
@@ -1174,7 +1151,7 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     m.values = alloc(places, ROUND_UP(head_dim, LANES) * number);
     m.rope_cos = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
     m.rope_sin = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
-    for (size_t i = 0; i < head_dim / 2; i++) {  // in double, so that rounding is the same anywhere
+    for (size_t i = 0; i < head_dim / 2; i++) {  // in double: libms then differ next to never
         double freq = pow(c->rope_theta, -(double)(2 * i) / (double)head_dim);
         for (size_t pos = 0; pos < m.n_positions; pos++) {
             m.rope_cos[pos * (head_dim / 2) + i] = (float)cos((double)pos * freq);
@@ -1355,31 +1332,28 @@ static void push_if_piece(const Tokenizer *t, Heap *h, const Symbol *s, ptrdiff_
 static uint8_t *normalize(const char *text, size_t left, size_t *n) {
     const uint8_t *in = (const uint8_t *)text;
     size_t at = 0;
-    if (left > SIZE_MAX / 4 - 1) die("the prompt is too long");
-    uint8_t *out = alloc(3 * left + 1, 1);  // a broken byte grows to three
+    uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // a broken byte grows to three
     if (left) out[at++] = ' ';
     while (left) {
-        size_t length = utf8_length(in, left);
-        if (length == 3 && !memcmp(in, "\xE2\x96\x81", 3)) {
-            out[at++] = ' ';
-        } else if (length) {
-            memcpy(out + at, in, length);
-            at += length;
-        } else {
-            memcpy(out + at, "\xEF\xBF\xBD", 3);
-            at += 3;
-            length = 1;
-        }
-        in += length;
-        left -= length;
+        size_t length = utf8_length(in, left), size = length ? length : 3;
+        const void *from = length ? (const void *)in : "\xEF\xBF\xBD";
+        if (length == 3 && !memcmp(in, "\xE2\x96\x81", 3)) from = " ", size = 1;
+        memcpy(out + at, from, size);
+        at += size;
+        in += length ? length : 1;
+        left -= length ? length : 1;
     }
     *n = at;
     return out;
 }
 
-// Cut text into tokens behind a BOS, with the ids that SentencePiece gives. Returns the tokens, to
-// be freed; *n_tokens is how many there are. O(n log n): each merge is found through a heap.
+enum { MOST_TOKENS = 3, AND_MORE = 2 };  // of a text: so many a byte, a space and a BOS
+
+// Cut text into tokens behind a BOS, with the ids that SentencePiece gives. Returns the tokens, the
+// latest block; *n_tokens is how many there are. O(n log n): each merge is found through a heap.
 static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
+    int *tokens = alloc(MOST_TOKENS * (uint64_t)length + AND_MORE, sizeof(int));
+    const Block *kept = blocks;
     size_t n_bytes;
     uint8_t *bytes = normalize(text, length, &n_bytes);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
@@ -1406,7 +1380,6 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
         push_if_piece(t, &heap, symbols, (ptrdiff_t)pair.left, l->next);
     }
 
-    int *tokens = alloc(n_bytes + 1, sizeof(int));
     size_t n_out = 0;
     tokens[n_out++] = BOS;
     for (ptrdiff_t i = n ? 0 : -1; i >= 0; i = symbols[i].next) {
@@ -1419,9 +1392,7 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
             tokens[n_out++] = UNK;
         }
     }
-    release(heap.pairs);
-    release(symbols);
-    release(bytes);
+    release_to(kept);
     *n_tokens = n_out;
     return tokens;
 }
@@ -1513,7 +1484,7 @@ typedef struct {
     float repeat_penalty;  // 1: none
     int top_k;             // 0: all tokens
     const Kernels *kernels;
-    Candidate *candidates;  // (n_threads, vocab_size)
+    Candidate *candidates;  // (threads that draw, vocab_size)
 } Sampler;
 
 enum { PENALTY_WINDOW = 64 };  // a repetition is one of so many tokens
@@ -1526,7 +1497,7 @@ static float random_float(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// The first state of the random numbers: splitmix64 spreads neighbouring seeds (Steele et al. 2014).
+// The first state of the random numbers: splitmix64 (Steele et al. 2014) spreads neighbouring seeds
 static uint64_t random_state(uint64_t seed) {
     seed += 0x9E3779B97F4A7C15u;
     seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -1535,20 +1506,37 @@ static uint64_t random_state(uint64_t seed) {
     return seed ? seed : 1;  // 0 is the one state that xorshift never leaves
 }
 
-static int by_probability(const void *a, const void *b) {
-    const Candidate *x = a, *y = b;
-    if (x->p != y->p) return x->p > y->p ? -1 : 1;
-    return (x->token > y->token) - (x->token < y->token);
+static bool is_likelier(const Candidate *a, const Candidate *b) {
+    return a->p > b->p || (a->p == b->p && a->token < b->token);
 }
 
-// A token drawn among the likeliest: the first top_k, of these those whose probabilities first sum
-// to top_p (Holtzman et al. 2020), and no less likely than min_p times the likeliest (Nguyen et al.
-// 2024).
+// Let candidate i of n sink in a binary heap with the likeliest on top.
+static void sink(Candidate *c, int n, int i) {
+    Candidate own = c[i];
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && is_likelier(&c[child + 1], &c[child])) child++;
+        if (!is_likelier(&c[child], &own)) break;
+        c[i] = c[child];
+    }
+    c[i] = own;
+}
+
+// A token drawn among those no less likely than min_p times the likeliest (Nguyen et al. 2024), of
+// these the first top_k, and of these the first that have a share of top_p (Holtzman et al. 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
     size_t likeliest = s->kernels->argmax(probs, n);
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, least = s->min_p * probs[likeliest];
     // with top_p, one below this bound is only kept after all others, and not worth sorting
     float bound = n > 1 && !s->top_k ? (1.0f - top_p) / (float)(n - 1) : 0.0f;
+    if (s->top_k && s->top_k < n) {  // of top_k parts each has one that is no less than this:
+        bound = 1.0f;
+        for (int64_t k = s->top_k, part = 0; part < k; part++) {
+            float largest = 0.0f;
+            for (int i = (int)(n * part / k); i < (int)(n * (part + 1) / k); i++)
+                largest = probs[i] > largest ? probs[i] : largest;
+            bound = largest < bound ? largest : bound;
+        }
+    }
     if (bound < least) bound = least;
     int kept = 0;
     for (int first = 0; first < n; first += LANES) {  // most have none
@@ -1558,25 +1546,27 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
             if (probs[i] >= bound) s->candidates[kept++] = (Candidate){probs[i], i};
     }
     if (!kept) return (int)likeliest;  // only where the weights gave no numbers
-    qsort(s->candidates, kept, sizeof(Candidate), by_probability);
-    float whole = 1.0f, sum = 0.0f;
-    if (s->top_k && s->top_k < kept) {
-        kept = s->top_k;
-        whole = 0.0f;
-        for (int i = 0; i < kept; i++) whole += s->candidates[i].p;
+    Candidate *c = s->candidates, *end = c + kept;  // from the end on downwards: the likeliest
+    float sum = 0.0f, limit = s->top_k ? INFINITY : top_p;
+    int most = s->top_k && s->top_k < kept ? s->top_k : kept, taken = 0;
+    for (int i = kept / 2; i-- > 0;) sink(c, kept, i);
+    for (; taken < most && sum <= limit; taken++) {
+        Candidate top = c[0];
+        c[0] = end[-1 - taken];
+        sink(c, kept - 1 - taken, 0);
+        end[-1 - taken] = top;
+        sum += top.p;
     }
-    int last = 0;
-    for (; last < kept; last++) {
-        sum += s->candidates[last].p;
-        if (sum > top_p * whole) break;
+    if (s->top_k) {
+        limit = top_p * sum;
+        for (sum = 0.0f, taken = 0; taken < most && sum <= limit; taken++) sum += end[-1 - taken].p;
     }
-    if (last == kept) last = kept - 1;
     float target = coin * sum, cumulative = 0.0f;
-    for (int i = 0; i < last; i++) {
-        cumulative += s->candidates[i].p;
-        if (target < cumulative) return s->candidates[i].token;
+    for (int i = 0; i + 1 < taken; i++) {
+        cumulative += end[-1 - i].p;
+        if (target < cumulative) return end[-1 - i].token;
     }
-    return s->candidates[last].token;
+    return end[-taken].token;
 }
 
 // The next token from logits (n), which are overwritten, behind the tokens told so far.
@@ -1588,7 +1578,7 @@ static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *
             size_t j = first;
             while (told[j] != told[i]) j++;
             float *logit = &logits[told[i]];
-            if (j == i) *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+            if (j == i) *logit *= *logit > 0 ? 1.0f / s->repeat_penalty : s->repeat_penalty;
         }
     }
     if (s->temperature == 0.0f) return (int)s->kernels->argmax(logits, n);
@@ -1614,18 +1604,23 @@ typedef struct {
     bool is_done;
 } Story;
 
-// Take the tokens of a story from position start to n - 1 through the model, behind those before;
-// the logits behind the last.
-static float *prefill(Model *m, const int *tokens, size_t start, size_t n, int story) {
+// Take tokens of the first story, a batch of those from position `first` on that is as large as
+// can be, through the model; all logits behind them, or those behind token n - 1 alone. Returns how
+// many tokens that were.
+static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wants_all) {
     Step steps[MAX_BATCH];
-    for (size_t first = start, count; first < n; first += count) {
-        count = n - first < m->max_batch ? n - first : m->max_batch;
-        if (count > MAX_BATCH) count = MAX_BATCH;
-        for (size_t i = 0, pos = first; i < count; i++, pos++)
-            steps[i] = (Step){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, story,
-                              pos + 1 == n};
-        forward(m, steps, count);
-    }
+    size_t count = n - first < m->max_batch ? n - first : m->max_batch;
+    if (count > MAX_BATCH) count = MAX_BATCH;
+    for (size_t i = 0, pos = first; i < count; i++, pos++)
+        steps[i] = (Step){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
+                          wants_all || pos + 1 == n};
+    forward(m, steps, count);
+    return count;
+}
+
+// The logits behind the last of n tokens, those before `start` having been taken.
+static float *prefill(Model *m, const int *tokens, size_t start, size_t n) {
+    while (start < n) start += feed(m, tokens, start, n, false);
     return logits_of(m, 0);
 }
 
@@ -1643,9 +1638,7 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
 // Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
 static void draw_next(const Model *m, const Sampler *sampler, Story *s, float *logits) {
     Sampler own = *sampler;
-#if defined(_OPENMP)
     own.candidates += (size_t)omp_get_thread_num() * m->config.vocab_size;
-#endif
     int token = sample(&own, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
     if (token == BOS || token == EOS) s->is_done = true;
     else s->tokens[s->n++] = token;
@@ -1673,51 +1666,49 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
                      uint64_t seed, bool as_json) {
     size_t n_prompt, n_stories = m->n_stories, n_told = 0, printed = 0;
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
-    if (n_prompt > m->n_positions) {
-        if (n_prompt > (size_t)m->config.seq_len)
-            die("the prompt has %zu tokens, and the model's context %d: shorten the prompt",
-                n_prompt, m->config.seq_len);
+    if (n_prompt > (size_t)m->config.seq_len)
+        die("the prompt has %zu tokens, and the model's context %d: shorten the prompt", n_prompt,
+            m->config.seq_len);
+    if (n_prompt > m->n_positions)
         die("the prompt has %zu tokens, and -n stops at %zu: raise -n, or give -n 0 for the whole "
             "context of %d", n_prompt, m->n_positions, m->config.seq_len);
-    }
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
     Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json};
     Story *stories = alloc(n_stories, sizeof(Story));
     Step *steps = alloc(n_stories, sizeof(Step));
-    int *owners = alloc(n_stories, sizeof(int));
 
     double start = seconds();
-    float *logits = prefill(m, tokens, 0, n_prompt, 0);
+    prefill(m, tokens, 0, n_prompt);
     double prefilled = seconds();
-    size_t logits_bytes = m->config.vocab_size * sizeof(float);
-    float *drawn_from = alloc(logits_bytes, 1);  // drawing overwrites them
     for (size_t i = 0; i < n_stories; i++) {
         Story *s = &stories[i];
         *s = (Story){.seed = seed + i, .state = random_state(seed + i), .n = n_prompt};
         s->tokens = alloc(m->n_positions + 1, sizeof(int));
         memcpy(s->tokens, tokens, n_prompt * sizeof *tokens);
-        if (i) copy_first_story(m, i, n_prompt);
-        draw_next(m, sampler, s, memcpy(drawn_from, logits, logits_bytes));
-        if (n_stories == 1) print_story(tokenizer, &printer, s);
+        steps[i].story = (int)i;
+        if (!i) continue;
+        copy_first_story(m, i, n_prompt);
+        memcpy(logits_of(m, i), logits_of(m, 0), m->config.vocab_size * sizeof(float));
     }
-    for (;;) {
-        size_t n = 0;
+    for (size_t n = n_stories;;) {
+        if (n_stories == 1) {
+            draw_next(m, sampler, stories, logits_of(m, 0));
+            print_story(tokenizer, &printer, stories);
+        } else {
+            OMP(parallel for num_threads(m->n_active))
+            for (size_t i = 0; i < n; i++)
+                draw_next(m, sampler, &stories[steps[i].story], logits_of(m, i));
+        }
+        n = 0;
         for (size_t i = 0; i < n_stories; i++) {
             const Story *s = &stories[i];
-            if (s->is_done) continue;
-            owners[n] = (int)i;
-            steps[n++] = (Step){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1, (int)i,
-                                true};
+            if (!s->is_done)
+                steps[n++] = (Step){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
+                                    (int)i, true};
         }
         if (!n) break;
         forward(m, steps, n);
         n_told += n;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(m->n_threads) if (n > 1)
-#endif
-        for (size_t i = 0; i < n; i++)
-            draw_next(m, sampler, &stories[owners[i]], logits_of(m, i));
-        if (n_stories == 1) print_story(tokenizer, &printer, stories);
     }
     double end = seconds();
     for (; n_stories > 1 && printed < n_stories; printed++)
@@ -1731,6 +1722,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
 // ------------------------------------------------------------------------------------------------
 // Evaluation: bits per byte of a text, the number that train.py gives
 
+static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
 // Documents of a file, between <|endoftext|>, without the white space at their ends. Returns the
 // next one from *at on, or NULL; not NUL-terminated, its length in *n.
 static const char *next_document(const File *f, size_t *at, size_t *n) {
@@ -1739,33 +1732,27 @@ static const char *next_document(const File *f, size_t *at, size_t *n) {
         const char *start = (const char *)f->data + *at, *end = start;
         const char *limit = (const char *)f->data + f->size;
         size_t length = sizeof mark - 1;
-        while (end < limit && !((size_t)(limit - end) >= length && !memcmp(end, mark, length))) end++;
+        while (end < limit && ((size_t)(limit - end) < length || memcmp(end, mark, length))) end++;
         *at += (size_t)(end - start) + (end < limit ? length : 0);
-        while (start < end && strchr(" \t\n\v\f\r", *start)) start++;
-        while (end > start && strchr(" \t\n\v\f\r", end[-1])) end--;
+        while (start < end && is_space(*start)) start++;
+        while (end > start && is_space(end[-1])) end--;
         *n = (size_t)(end - start);
         if (*n) return start;
     }
     return NULL;
 }
 
-// Mean loss, nats a token, of all tokens (n) but the first, in windows of the context, each of which
-// is read for itself, as train.py does.
+// Mean loss, nats a token, of all tokens (n) but the first, in windows of the context, each read
+// for itself, as train.py does.
 static double loss_of(Model *m, const int *tokens, size_t n) {
     size_t vocab = m->config.vocab_size;
-    Step steps[MAX_BATCH];
     double total = 0.0;
     for (size_t start = 0, window; start + 1 < n; start += window) {
         window = n - 1 - start < m->n_positions ? n - 1 - start : m->n_positions;
         for (size_t first = 0, count; first < window; first += count) {
-            count = window - first < m->max_batch ? window - first : m->max_batch;
-            const int *in = tokens + start + first;
-            for (size_t i = 0; i < count; i++)
-                steps[i] = (Step){in[i], first + i ? in[(ptrdiff_t)i - 1] : -1, (int)(first + i), 0,
-                                  true};
-            forward(m, steps, count);
+            count = feed(m, tokens + start, first, window, true);
             for (size_t i = 0; i < count; i++) {
-                float *logits = logits_of(m, i), own = logits[in[i + 1]];
+                float *logits = logits_of(m, i), own = logits[tokens[start + first + i + 1]];
                 size_t best = m->kernels->argmax(logits, vocab);
                 float most = logits[best];
                 m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest has 1 / sum
@@ -1781,44 +1768,32 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
     size_t at = 0, length, n = 0, room = 0, bytes = 0, n_documents = 0;
     int *tokens = NULL;
     for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
-        size_t count;
-        int *ids = encode(tokenizer, text, length, &count);
-        if (n + count > room) {
-            room = 2 * (n + count);
-            int *more = alloc(room, sizeof(int));
+        size_t count, most = MOST_TOKENS * length + AND_MORE;
+        if (most > room - n) {  // twice as much each time, so that the old ones may stay
+            int *more = alloc(room = 2 * (n + most), sizeof(int));
             if (n) memcpy(more, tokens, n * sizeof(int));
-            if (tokens) release(tokens);
             tokens = more;
         }
-        memcpy(tokens + n, ids, count * sizeof(int));
-        release(ids);
+        const Block *kept = blocks;
+        memcpy(tokens + n, encode(tokenizer, text, length, &count), count * sizeof(int));
+        release_to(kept);
         n += count;
         bytes += length;
     }
     if (n < 2) die("%s has no text to evaluate", path);
     double start = seconds(), loss = loss_of(m, tokens, n);
     double elapsed = seconds() - start;
+    if (!isfinite(loss)) die("the loss on %s is no number: the model is damaged", path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
                                  : "%zu documents, %zu bytes, %zu tokens\n"
                                    "loss: %.4f nats a token\nbits per byte: %.4f\n";
     printf(format, n_documents, bytes, n, loss, loss / log(2.0) * (double)n / (double)bytes);
     fprintf(stderr, "achieved tok/s: %.1f\n", (double)(n - 1) / elapsed);
-    close_file(&f);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Speed
-
-// Bytes of a matrix, all of which a token reads.
-static uint64_t bytes_of(const Tensor *t) {
-    if (!t->data) return 0;
-    uint64_t rows = t->group ? ROUND_UP(t->rows, t->lanes) : t->rows;
-    uint64_t bytes = rows * ROUND_UP(t->cols, FORMATS[t->format].per_code) *
-                     FORMATS[t->format].bits / 8;
-    if (t->group) bytes += rows * ((t->cols + t->group - 1) / t->group) * (t->wide_scales ? 4 : 2);
-    return bytes;
-}
 
 static int by_value(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -1827,26 +1802,20 @@ static int by_value(const void *a, const void *b) {
 
 enum { ROUNDS = 7, BENCH_TOKENS = 128 };
 
-// Prefill and decode of as many tokens as there are positions, both from the first position on and the latter of all
-// stories at once, and reading as many bytes as the matrices have, in turn; medians.
+// Prefill and decode of as many tokens as there are positions, both from the first one on and the
+// latter of all stories at once, and reading as many bytes as the matrices have, in turn; medians.
 static void bench(Model *m) {
-    const Weights *w = &m->weights;
-    uint64_t bytes = bytes_of(&w->output);
-    for (int i = 0; i < m->config.n_layers; i++) {
-        const Layer *l = &w->layers[i];
-        const Tensor *all[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w2, &l->w3};
-        for (size_t j = 0; j < sizeof all / sizeof *all; j++) bytes += bytes_of(all[j]);
-    }
+    uint64_t bytes = m->matrix_bytes;
     int n = (int)m->n_positions;
     uint8_t *memory = alloc(bytes, 1);
     memset(memory, 1, bytes);
     int *tokens = alloc(n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
     Step *steps = alloc(m->n_stories, sizeof(Step));
-    double prefills[ROUNDS], decodes[ROUNDS], reads[ROUNDS];
+    double rates[3][ROUNDS];
     for (int round = -1; round < ROUNDS; round++) {  // the first one pages the weights in
         double times[4] = {seconds()};
-        prefill(m, tokens, 0, n, 0);
+        prefill(m, tokens, 0, n);
         times[1] = seconds();
         for (int i = 0; i < n; i++) {
             for (size_t s = 0; s < m->n_stories; s++)
@@ -1858,19 +1827,18 @@ static void bench(Model *m) {
         for (int i = 0; i < times_read; i++) read_all(m, memory, bytes);
         times[3] = seconds();
         if (round < 0) continue;
-        prefills[round] = n / (times[1] - times[0]);
-        decodes[round] = n * (double)m->n_stories / (times[2] - times[1]);
-        reads[round] = (double)bytes * times_read / (times[3] - times[2]);
+        rates[0][round] = n / (times[1] - times[0]);
+        rates[1][round] = n * (double)m->n_stories / (times[2] - times[1]);
+        rates[2][round] = (double)bytes * times_read / (times[3] - times[2]);
     }
-    double *all[] = {prefills, decodes, reads};
-    for (int i = 0; i < 3; i++) qsort(all[i], ROUNDS, sizeof(double), by_value);
-    double decode = decodes[ROUNDS / 2], read = reads[ROUNDS / 2];
+    for (int i = 0; i < 3; i++) qsort(rates[i], ROUNDS, sizeof(double), by_value);
+    double decode = rates[1][ROUNDS / 2], read = rates[2][ROUNDS / 2];
     double by_decode = decode / (double)m->n_stories * (double)bytes;
     printf("kernels: %s, %d threads, %s\n", m->kernels->name, m->n_threads,
            FORMATS[m->config.format].name);
     printf("matrices: %.1f MB, of a file of %.1f MB\n", (double)bytes / 1e6,
            (double)m->file.size / 1e6);
-    printf("prefill: %.1f tok/s\ndecode: %.1f tok/s\n", prefills[ROUNDS / 2], decode);
+    printf("prefill: %.1f tok/s\ndecode: %.1f tok/s\n", rates[0][ROUNDS / 2], decode);
     printf("memory: %.1f GB/s read, %.1f GB/s by decode, %.0f %%\n", read / 1e9, by_decode / 1e9,
            100 * by_decode / read);
 }
@@ -2021,10 +1989,8 @@ int main(int argc, char **argv) {
         sampler.candidates = alloc(candidates, sizeof(Candidate));
         if (is_eval) evaluate(&model, &tokenizer, text, as_json);
         else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
-        close_file(&tokenizer.file);
     }
-    close_file(&model.file);
-    release_all();
+    release_to(NULL);
     return EXIT_SUCCESS;
 }
 
@@ -2092,6 +2058,11 @@ INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16
 #endif
 }
 
+// Numbers i to i + 15 of a row of n in float32, zeros behind its end.
+INLINE Floats KERNEL(load_row)(const float *row, size_t i, size_t n) {
+    return i + LANES <= n ? KERNEL(load)(row + i) : KERNEL(load_part)(row, i, n - i, false);
+}
+
 // The sum of sixteen: halves of what is left are added.
 INLINE float KERNEL(sum)(Floats v) {
 #if defined(KERNEL_AVX512)
@@ -2139,8 +2110,8 @@ INLINE float KERNEL(largest)(Floats v) {
 #endif
 }
 
-// e^x to about 2 units in the last place; 0 below -87, e^88 above 88. Range reduction by ln 2 in two
-// parts and a polynomial, as in Cephes (Moshier 1992); the same bits on every machine, unlike libm.
+// e^x to about 2 units in the last place; 0 below -87, e^88 above 88. Range reduction by ln 2 in
+// two parts and a polynomial, as in Cephes (Moshier 1992); the same bits anywhere, unlike libm.
 INLINE Floats KERNEL(exp)(Floats x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     Ints is_tiny = x < -87.0f;
@@ -2161,13 +2132,8 @@ INLINE Floats KERNEL(exp)(Floats x) {
 // x / rms(x) * gain (n), without the last factor where gain is NULL.
 static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps) {
     Floats squares = {0};
-    size_t whole = n / LANES * LANES;
-    for (size_t i = 0; i < whole; i += LANES) {
-        Floats v = KERNEL(load)(x + i);
-        squares += v * v;
-    }
-    if (whole < n) {
-        Floats v = KERNEL(load_part)(x, whole, n - whole, false);
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats v = KERNEL(load_row)(x, i, n);
         squares += v * v;
     }
     float scale = 1.0f / sqrtf(KERNEL(sum)(squares) / (float)n + eps);
@@ -2218,11 +2184,9 @@ static void KERNEL(softmax)(float *x, size_t n, float temperature) {
     inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 times infinity would be no number
     Floats sums = {0};
     for (size_t i = 0; i < n; i += LANES) {
-        size_t part = n - i < LANES ? n - i : LANES;
-        Floats v = part < LANES ? KERNEL(load_part)(x, i, part, false) : KERNEL(load)(x + i);
-        v = KERNEL(exp)((v - max) * inverse);
-        memcpy(x + i, &v, part * sizeof *x);
-        sums += part < LANES ? KERNEL(load_part)(x, i, part, false) : v;
+        Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
+        memcpy(x + i, &v, (n - i < LANES ? n - i : LANES) * sizeof *x);
+        sums += KERNEL(load_row)(x, i, n);
     }
     float share = 1.0f / KERNEL(sum)(sums);
     for (size_t i = 0; i < n; i++) x[i] *= share;
@@ -2240,10 +2204,8 @@ static void KERNEL(softcap)(float *x, size_t n, float cap) {
 // sigmoid(a . b), both (n)
 static float KERNEL(gate)(const float *a, const float *b, size_t n) {
     Floats sum = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        size_t part = n - i < LANES ? n - i : LANES;
-        sum += KERNEL(load_part)(a, i, part, false) * KERNEL(load_part)(b, i, part, false);
-    }
+    for (size_t i = 0; i < n; i += LANES)
+        sum += KERNEL(load_row)(a, i, n) * KERNEL(load_row)(b, i, n);
     return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sum)))[0]);
 }
 
@@ -2258,8 +2220,8 @@ static void KERNEL(read)(const uint8_t *data, size_t n) {
     (void)kept;
 }
 
-// Row i of an input as whole numbers of 16 bits, in groups of columns that share a scale. Behind the
-// last column there are zeros, to a whole vector.
+// A row of an input as whole numbers of 16 bits, in groups of columns that share a scale. Behind
+// the last column there are zeros, to a whole vector. What is no number becomes 0.
 static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
     const float magic = 12582912.0f, *x = in->x + row * in->stride;
     for (size_t g = 0; g * group < n; g++) {
@@ -2269,10 +2231,14 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
             Floats v = (Floats)((Ints)KERNEL(load)(x + i) & 0x7FFFFFFF);
             most = KERNEL(choose)(v > most, v, most);
         }
-        float scale = KERNEL(largest)(most) / (127 * 256), inverse = scale > 0.0f ? 1.0f / scale : 0;
+        float scale = KERNEL(largest)(most) / (127 * 256);
+        float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;  // finite
         Words sum = {0};
         for (size_t i = g * group; i < end; i += LANES) {
-            Ints v = (Ints)(KERNEL(load)(x + i) * inverse + magic) - (Ints)KERNEL(splat)(magic);
+            Floats scaled = KERNEL(load)(x + i) * inverse;
+            Ints is_number = (scaled > -32768.0f) & (scaled < 32768.0f);
+            scaled = KERNEL(choose)(is_number, scaled, KERNEL(splat)(0.0f));
+            Ints v = (Ints)(scaled + magic) - (Ints)KERNEL(splat)(magic);
             if (in->is_8bit) v = (v + 128) & -256;
             Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
             Bytes low = __builtin_convertvector(v, Bytes);
@@ -2354,7 +2320,8 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
             low[i] = (Ints){0} + (!is_4bit && KERNEL(IS_SIGNED) ? 0 : offset);
             high[i] = (Ints){0};
         }
-        size_t end = (g + 1) * group / per_vector < vectors ? (g + 1) * group / per_vector : vectors;
+        size_t end = (g + 1) * group / per_vector;
+        if (end > vectors) end = vectors;
         for (; v < end; v++, codes += sizeof(Codes)) {
             Codes c;
             memcpy(&c, codes, sizeof c);

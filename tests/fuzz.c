@@ -9,7 +9,7 @@ enum { STEPS = 3 };
 static void run_model(File file) {
     Model m = load_model(file, STEPS, 1, 1, file.size % 2, file.size % 3 == 0);
     int tokens[STEPS] = {BOS, 0, m.config.vocab_size - 1};
-    float *logits = prefill(&m, tokens, 0, m.n_positions, 0);
+    float *logits = prefill(&m, tokens, 0, m.n_positions);
     Sampler sampler = {.temperature = 0.5f, .top_p = 0.9f, .min_p = 0.01f, .top_k = 40,
                        .repeat_penalty = 1.1f, .kernels = m.kernels,
                        .candidates = alloc(m.config.vocab_size, sizeof(Candidate))};
@@ -36,8 +36,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     on_error.caller = &caller;
     on_error.text = error;
     on_error.size = sizeof error;
-    if (!size || setjmp(caller)) {
-        release_all();
+    if (!size) return 0;
+    if (setjmp(caller)) {
+        release_to(NULL);
         return 0;
     }
     File file = {.path = "fuzz", .data = data, .size = size};
@@ -56,8 +57,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     File tokenizer = open_file(getenv("FUZZ_TOKENIZER"), "tokenizer file");
     Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
     encode_and_decode(&t, (const char *)data, size);
-    close_file(&tokenizer);
 #endif
-    release_all();
+    release_to(NULL);
     return 0;
 }

@@ -19,8 +19,7 @@ static void write_logits(char **words, int n_words) {
         for (int i = 0; i < count; i++)
             fwrite(logits_of(&m, i), sizeof(float), m.config.vocab_size, stdout);
     }
-    close_file(&m.file);
-    release_all();
+    release_to(NULL);
 }
 
 // encode TOKENIZER VOCAB_SIZE: texts on stdin, each with a NUL behind it; a line of ids for each.
@@ -33,15 +32,15 @@ static void encode_lines(const char *path, int vocab_size) {
         text[n++] = (char)c;
         if (c) continue;
         size_t n_tokens;
+        const Block *kept = blocks;
         int *tokens = encode(&t, text, n - 1, &n_tokens);
         for (size_t i = 0; i < n_tokens; i++) printf(i ? " %d" : "%d", tokens[i]);
         putchar('\n');
-        release(tokens);
+        release_to(kept);
         n = 0;
     }
     free(text);
-    close_file(&t.file);
-    release_all();
+    release_to(NULL);
 }
 
 // decode TOKENIZER VOCAB_SIZE ID...: the text of the ids.
@@ -50,8 +49,7 @@ static void decode(char **words, int n) {
     Printer printer = {.out = stdout};
     for (int i = 2; i < n; i++) print_token(&t, &printer, atoi(words[i]), i == 2);
     print_rest(&printer);
-    close_file(&t.file);
-    release_all();
+    release_to(NULL);
 }
 
 // draw TEMPERATURE TOP_P TOP_K MIN_P REPEAT_PENALTY SEED N LOGIT...: N tokens drawn from the same
@@ -68,7 +66,7 @@ static void draw(char **words, int n_words) {
         for (int j = 0; j < n; j++) logits[j] = strtof(words[7 + j], NULL);
         printf("%d\n", sample(&s, &state, logits, n, told, 2));
     }
-    release_all();
+    release_to(NULL);
 }
 
 #if defined(_OPENMP)

@@ -182,6 +182,21 @@ def llama2c_file(model, version):
     return b"".join(parts)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e-42])
+def test_bits_are_the_same_where_numbers_end(builds, tmp_path, wrong):
+    model = random_model(vocab_size=105)
+    with torch.no_grad():
+        model.layers[0].attention_norm.weight[:2] = wrong
+        if wrong < 1:
+            model.layers[0].attention_norm.weight[:] = wrong
+    export_model(model, tmp_path / "model.bin", dtype="int8")
+    found = [
+        logits_of(builds["harness", kind], tmp_path / "model.bin", [1, 5, 7], 105, 1, kernels)
+        for kind, kernels in (("checked", "portable"), ("fast", "AVX2"), ("fast", ""))
+    ]
+    assert all(np.array_equal(logits, found[0], equal_nan=True) for logits in found)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [1, 2])
 def test_llama2cs_other_versions(builds, tmp_path, version, tied):
@@ -332,9 +347,9 @@ def test_the_library_tells_what_the_engine_tells(builds, small, tmp_path):
     words = ["-s", "1", "-t", "0.8", "-n", "0", "-i", "Once upon"]
     expected = subprocess.run([builds["run", "fast"], small, *words], capture_output=True).stdout
     code = f"""
-import os, sys
+import ctypes, os, sys
 sys.path.insert(0, {str(REPO / "examples")!r})
-from llama2 import Llama
+from llama2 import Llama, Sampling
 library = {str(library)!r}
 llama = Llama({str(small)!r}, library=library)
 assert llama.decode(llama.encode("Tim, a cat")) == "Tim, a cat"
@@ -351,6 +366,10 @@ for wrong in ("llama.forward([105])", "llama.forward([1], 9)", no_tokenizer, no_
 if os.path.exists("/proc/self/maps"):  # a load that fails lets go of the model
     assert open("/proc/self/maps").read().count({str(small)!r}) == 1
 print(llama.tell("Once upon", seed=1, temperature=0.8))
+sampling = ctypes.byref(Sampling(1.0, 0.9, 0.0, 1.0, 0))
+llama.forward([1, 5, 7])
+assert llama.c.llama_sample(llama.llama, sampling) >= 0
+assert llama.c.llama_sample(llama.llama, sampling) == -1  # its logits are used up
 llama.close()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
@@ -363,7 +382,7 @@ def test_sampling_follows_the_probabilities(builds):
     logits = [3.0, 1.0, 2.0, -1.0, 0.0]
     weights = np.exp(logits) / np.exp(logits).sum()
 
-    def drawn(temperature, top_p, n=20000, top_k=0, min_p=0, penalty=1):
+    def drawn(temperature, top_p, n=20000, top_k=0, min_p=0, penalty=1, logits=logits):
         command = [builds["harness", "checked"], "draw", temperature, top_p, top_k, min_p, penalty]
         command += ["5", n, *logits]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
@@ -383,6 +402,13 @@ def test_sampling_follows_the_probabilities(builds):
     counts = drawn(1.0, 1, top_k=2)
     share = weights[0] / (weights[0] + weights[2])
     assert abs(counts[0] - 20000 * share) < 5 * math.sqrt(20000 * share * (1 - share))
+    many = np.random.default_rng(1).normal(0, 2, 300)
+    order = np.argsort(-many).tolist()
+    weights = np.exp(many[order]) / np.exp(many).sum()
+    for top_p, top_k in ((0.5, 0), (1, 40), (0.7, 40)):
+        share = np.cumsum(weights[: top_k or None]) / (weights[:top_k].sum() if top_k else 1)
+        nucleus = order[: int((share <= top_p).sum()) + 1][: top_k or None]
+        assert set(drawn(1.0, top_p, top_k=top_k, logits=many)) == set(nucleus)
     assert set(drawn(0, 1, 5, penalty=2)) == {2}  # 0 and 3 were told: 3.0 / 2 is less than 2.0
     for temperature in (0.01, 1e-30, 1e-44):
         assert set(drawn(temperature, 1, 500)) == {0}
