@@ -389,9 +389,7 @@ def load_file(path, device):
     if not os.path.exists(path):
         earlier = os.path.join(os.path.dirname(path), "previous")
         also = f"; the run before it is in {earlier}" if os.path.isdir(earlier) else ""
-        raise UserError(
-            f"checkpoint {path} does not exist; train one with: python train.py{also}"
-        )
+        raise UserError(f"checkpoint {path} does not exist; train one with: python train.py{also}")
     damaged = Damaged(f"{path} is damaged or no checkpoint of this program")
     try:
         with zipfile.ZipFile(path) as archive:

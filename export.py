@@ -14,6 +14,7 @@ refuses what it cannot carry.
 """
 
 import argparse
+import os
 import struct
 from dataclasses import fields
 from typing import NamedTuple
