@@ -1775,7 +1775,8 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
             tokens = more;
         }
         const Block *kept = blocks;
-        memcpy(tokens + n, encode(tokenizer, text, length, &count), count * sizeof(int));
+        int *ids = encode(tokenizer, text, length, &count);
+        memcpy(tokens + n, ids, count * sizeof(int));
         release_to(kept);
         n += count;
         bytes += length;
