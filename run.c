@@ -451,7 +451,7 @@ static void check_config(const Config *c, const char *path) {
 static int find_version(const File *f) {
     uint32_t words[2] = {0};
     if (f->size < sizeof words)
-        die("%s has %zu bytes, less than any model file", f->path, f->size);
+        die("%s has %zu bytes, less than the header of any model file", f->path, f->size);
     memcpy(words, f->data, sizeof words);
     if (words[0] == MAGIC && (words[1] < 1 || words[1] > 3))
         die("%s is a version %u model file, and this engine reads versions 0 to 3: "

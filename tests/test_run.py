@@ -457,8 +457,8 @@ def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32)
     "data, part",
     [
         (b"", "is empty"),
-        (b"abc", "less than any model file"),
-        (b"24ka", "less than any model file"),
+        (b"abc", "less than the header of any"),
+        (b"24ka", "less than the header of any"),
         (bytes(12), "less than the header"),
         (header(), "truncated"),
         (b"0" * 4096, "its header says dim"),
