@@ -262,10 +262,11 @@ def attend(q, k, v, window, dropout):
     """
     T, S = q.shape[2], k.shape[2]
     window = 0 if window >= S else window
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and T == S and not dropout:
-        if window and T % window == 0:
+    if q.device.type == "cpu" and T == S and not dropout:
+        is_bf16 = q.dtype is torch.bfloat16  # in which SDPA is slow
+        if window and T % window == 0 and (is_bf16 or 8 * window <= T):
             return attend_blocks(q, k, v, window)
-        if T <= 512 or q.shape[0] * q.shape[1] * T * T <= 1 << 26:  # scores: 128 MB
+        if is_bf16 and (T <= 512 or q.shape[0] * q.shape[1] * T * T <= 1 << 26):  # 128 MB
             return attend_all(q, k, v, window)
     if T == 1 and window:  # decoding
         k, v, window = k[:, :, -window:], v[:, :, -window:], 0

@@ -160,6 +160,15 @@ def total(*numbers):
     return sums.tolist()
 
 
+def from_first(value):
+    """The first rank's value, in all of them."""
+    if WORLD_SIZE == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
 def any_rank(flag):
     """Whether the flag is set in any rank."""
     return total(float(flag))[0] > 0

@@ -10,10 +10,10 @@
 // No input may crash it: every size is checked before it is used, and whatever does not fit ends in
 // die() with one sentence.
 //
-// To add an architecture option: its field or bit in Header and Config, its range in
-// check_config(), its tensor in lay_out(), its use between embed() and pass(), and the same in
-// export.py and doc/format.md. To add a number format: its row in FORMATS, its kernel in the last
-// part, and the same two. To add an instruction set: its block where the kernels are included.
+// To add an architecture option: its field or bit in Config, its range in check_config(), its tensor
+// in lay_out(), its use between embed() and pass(), and the same in export.py and doc/format.md. To
+// add a number format: its row in FORMATS, its kernel in the last part, and the same two. To add an
+// instruction set: its block where the kernels are included.
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
@@ -324,63 +324,53 @@ static const Kernels *pick_kernels(void) {
 
 typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
-// With every option off, as in versions 0 to 2, the model is Llama 2.
-typedef struct {
-    int version;     // of the file
-    int dim;         // width of the residual stream
-    int hidden_dim;  // width inside the feed-forward
-    int n_layers;
-    int n_heads;     // query heads
-    int n_kv_heads;  // key and value heads; each serves n_heads / n_kv_heads query heads
-    int vocab_size;
-    int seq_len;     // longest context
-    float norm_eps;
-    float rope_theta;
-    Activation activation;  // of the feed-forward
-    float logit_softcap;    // c: logits become c * tanh(logits / c); 0: none
-    int value_embeddings;   // so many layers, the first ones, add an embedding to their values
-    int bigram_rows;        // of a hashed table of (token before, token); 0: none
-    bool tie_embeddings;    // the output head is the embedding table
-    bool qk_norm;           // RMSNorm of each query and key head, before RoPE
-    bool norm_gains;        // RMSNorm has gains
-    bool embedding_norm;    // RMSNorm behind the embedding
-    bool residual_scalars;  // a layer begins with a x + b x0; x0 is the embedding
-    bool smear;             // a gate adds the embedding of the token before
-    Format format;          // of matrices and tables; gains and other vectors are fp32
-    int group;              // of version 2: so many numbers share a scale
-} Config;
-
-// Version 3's header; behind it the window of each layer, int32 (n_layers).
+// Version 3's header, behind which the window of each layer lies, int32 (n_layers). What versions 0
+// to 2 have no field for is that of Llama 2: no option but NORM_GAINS, perhaps TIE_EMBEDDINGS.
 typedef struct {
     uint32_t magic;
     int32_t version;
     uint64_t file_size;
-    uint32_t header_size, options, format, activation;
-    int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
-    int32_t value_embeddings, bigram_rows;
-    float norm_eps, rope_theta, logit_softcap;
-} Header;
+    uint32_t header_size;
+    uint32_t options;     // those below
+    uint32_t format;      // of matrices and tables; gains and other vectors are fp32
+    uint32_t activation;  // of the feed-forward
+    int32_t dim;          // width of the residual stream
+    int32_t hidden_dim;   // width inside the feed-forward
+    int32_t n_layers;
+    int32_t n_heads;      // query heads
+    int32_t n_kv_heads;   // key and value heads; each serves n_heads / n_kv_heads query heads
+    int32_t vocab_size;
+    int32_t seq_len;           // longest context
+    int32_t value_embeddings;  // so many layers, the first ones, add an embedding to their values
+    int32_t bigram_rows;       // of a hashed table of (token before, token); 0: none
+    float norm_eps, rope_theta;
+    float logit_softcap;  // c: logits become c * tanh(logits / c); 0: none
+    int32_t group;        // of version 2, where so many numbers share a scale; not in the header
+} Config;
 
-_Static_assert(sizeof(Header) == 80, "the header has no gaps");
+enum {  // bits of Config.options
+    TIE_EMBEDDINGS = 1,     // the output head is the embedding table
+    QK_NORM = 2,            // RMSNorm of each query and key head, before RoPE
+    NORM_GAINS = 4,         // RMSNorm has gains
+    EMBEDDING_NORM = 8,     // RMSNorm behind the embedding
+    RESIDUAL_SCALARS = 16,  // a layer begins with a x + b x0; x0 is the embedding
+    SMEAR = 32,             // a gate adds the embedding of the token before
+    KNOWN_OPTIONS = 63,
+};
 
 enum {
     MAGIC = 0x616b3432,
     V0_HEADER_BYTES = 7 * 4,
     V1_HEADER_BYTES = 256,  // of version 2 as well
+    HEADER_BYTES = offsetof(Config, group),
     ALIGNMENT = 64,         // of the tensors of version 3
     MAX_CONTEXT = 1 << 24,
     MAX_GROUP = 256,
 };
 
-enum {  // bits of Header.options
-    TIE_EMBEDDINGS = 1,
-    QK_NORM = 2,
-    NORM_GAINS = 4,
-    EMBEDDING_NORM = 8,
-    RESIDUAL_SCALARS = 16,
-    SMEAR = 32,
-    KNOWN_OPTIONS = 63,
-};
+_Static_assert(HEADER_BYTES == 80, "the header has no gaps");
+
+static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
 typedef struct {
     Tensor wq;                      // (n_heads * head_dim, dim)
@@ -462,14 +452,13 @@ static int find_version(const File *f) {
         die("%s is a checkpoint or zip file; make a model.bin of it: "
             "python export.py model.bin --checkpoint=%s", f->path, f->path);
     int version = words[0] == MAGIC ? (int)words[1] : 0;
-    size_t bytes[] = {V0_HEADER_BYTES, V1_HEADER_BYTES, V1_HEADER_BYTES, sizeof(Header)};
+    size_t bytes[] = {V0_HEADER_BYTES, V1_HEADER_BYTES, V1_HEADER_BYTES, HEADER_BYTES};
     if (f->size < bytes[version])
         die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
             version);
     return version;
 }
 
-// llama2.c's versions: what they have no field for is Llama 2's.
 static Config read_llama2c(const File *f, int version) {
     int32_t h[9] = {0};  // version 1 and 2 have 7 numbers behind magic and version, and then these:
     uint8_t tied = 0;
@@ -478,45 +467,36 @@ static Config read_llama2c(const File *f, int version) {
     if (version == 2) memcpy(&h[8], f->data + 8 + 7 * 4 + 1, sizeof *h);
     if (!version) tied = h[5] > 0;  // vocab_size is negative where the head has its own matrix
     return (Config){
-        .version = version,
+        .version = version, .options = NORM_GAINS | (tied ? TIE_EMBEDDINGS : 0),
+        .format = version == 2 ? INT8 : FP32,
         .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3], .n_kv_heads = h[4],
         .vocab_size = version || tied || h[5] == INT32_MIN ? h[5] : -h[5], .seq_len = h[6],
-        .norm_eps = 1e-5f, .rope_theta = 10000.0f, .tie_embeddings = tied, .norm_gains = true,
-        .format = version == 2 ? INT8 : FP32, .group = h[8],
+        .norm_eps = 1e-5f, .rope_theta = 10000.0f, .group = h[8],
     };
 }
 
 static Config read_v3(const File *f) {
     static const char *remedy = "build run.c of the version that wrote it, or export it again";
-    Header h;
-    memcpy(&h, f->data, sizeof h);
-    if (h.file_size != f->size)
+    Config c = {0};
+    memcpy(&c, f->data, HEADER_BYTES);
+    uint32_t unknown = c.options & ~(uint32_t)KNOWN_OPTIONS;
+    if (c.file_size != f->size)
         die("%s has %zu bytes where its header says %llu: it is %s; copy or export it again",
-            f->path, f->size, (unsigned long long)h.file_size,
-            f->size < h.file_size ? "truncated" : "too long");
-    if (h.header_size != sizeof h)
-        die("%s has a header of %u bytes, and this engine knows one of %zu: %s", f->path,
-            h.header_size, sizeof h, remedy);
-    if (h.options & ~(uint32_t)KNOWN_OPTIONS)
-        die("%s has the options 0x%x, which this engine does not know: %s", f->path,
-            h.options & ~(uint32_t)KNOWN_OPTIONS, remedy);
-    if (h.format >= N_FORMATS)
-        die("%s has number format %u, and this engine reads 0 to %d: %s", f->path, h.format,
+            f->path, f->size, (unsigned long long)c.file_size,
+            f->size < c.file_size ? "truncated" : "too long");
+    if (c.header_size != HEADER_BYTES)
+        die("%s has a header of %u bytes, and this engine knows one of %d: %s", f->path,
+            c.header_size, HEADER_BYTES, remedy);
+    if (unknown)
+        die("%s has the options 0x%x, which this engine does not know: %s", f->path, unknown,
+            remedy);
+    if (c.format >= N_FORMATS)
+        die("%s has number format %u, and this engine reads 0 to %d: %s", f->path, c.format,
             N_FORMATS - 1, remedy);
-    if (h.activation >= N_ACTIVATIONS)
+    if (c.activation >= N_ACTIVATIONS)
         die("%s has activation %u, and this engine knows 0 (swiglu) and 1 (relu2): %s", f->path,
-            h.activation, remedy);
-    return (Config){
-        .version = 3, .dim = h.dim, .hidden_dim = h.hidden_dim, .n_layers = h.n_layers,
-        .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .vocab_size = h.vocab_size,
-        .seq_len = h.seq_len, .norm_eps = h.norm_eps, .rope_theta = h.rope_theta,
-        .activation = (Activation)h.activation, .logit_softcap = h.logit_softcap,
-        .value_embeddings = h.value_embeddings, .bigram_rows = h.bigram_rows,
-        .tie_embeddings = h.options & TIE_EMBEDDINGS, .qk_norm = h.options & QK_NORM,
-        .norm_gains = h.options & NORM_GAINS, .embedding_norm = h.options & EMBEDDING_NORM,
-        .residual_scalars = h.options & RESIDUAL_SCALARS, .smear = h.options & SMEAR,
-        .format = (Format)h.format,
-    };
+            c.activation, remedy);
+    return c;
 }
 
 static float bf16_at(const void *p, size_t i) {
@@ -636,33 +616,33 @@ static uint64_t lay_out(Weights *m, Walk *w) {
         walk_vectors(w, &l->ffn_norm, layers, dim);
         walk_vectors(w, &m->norm, 1, dim);
     }
-    walk_tensors(w, &m->tok_embeddings, 1, vocab, dim, c->tie_embeddings ? LANES : 1);
-    if (c->norm_gains && !llama2c) walk_vectors(w, &l->attention_norm, layers, dim);
+    walk_tensors(w, &m->tok_embeddings, 1, vocab, dim, has(c, TIE_EMBEDDINGS) ? LANES : 1);
+    if (has(c, NORM_GAINS) && !llama2c) walk_vectors(w, &l->attention_norm, layers, dim);
     walk_tensors(w, &l->wq, layers, dim, dim, LANES);
     walk_tensors(w, &l->wk, layers, kv_dim, dim, LANES);
     walk_tensors(w, &l->wv, layers, kv_dim, dim, LANES);
     walk_tensors(w, &l->wo, layers, dim, dim, LANES);
-    if (c->norm_gains && !llama2c) walk_vectors(w, &l->ffn_norm, layers, dim);
+    if (has(c, NORM_GAINS) && !llama2c) walk_vectors(w, &l->ffn_norm, layers, dim);
     walk_tensors(w, &l->w1, layers, hidden, dim, LANES);
     walk_tensors(w, &l->w2, layers, dim, hidden, LANES);
     if (c->activation == SWIGLU) walk_tensors(w, &l->w3, layers, hidden, dim, LANES);
-    if (c->norm_gains && !llama2c) walk_vectors(w, &m->norm, 1, dim);
+    if (has(c, NORM_GAINS) && !llama2c) walk_vectors(w, &m->norm, 1, dim);
     if (c->version == 0)  // rotary tables, which are computed here instead
         skip(w, (uint64_t)c->seq_len * head_dim * sizeof(float));
-    if (!c->tie_embeddings) walk_tensors(w, &m->output, 1, vocab, dim, LANES);
-    if (c->qk_norm && c->norm_gains) {
+    if (!has(c, TIE_EMBEDDINGS)) walk_tensors(w, &m->output, 1, vocab, dim, LANES);
+    if (has(c, QK_NORM) && has(c, NORM_GAINS)) {
         walk_vectors(w, &l->q_norm, layers, head_dim);
         walk_vectors(w, &l->k_norm, layers, head_dim);
     }
-    if (c->embedding_norm && c->norm_gains) walk_vectors(w, &m->embedding_norm, 1, dim);
-    if (c->residual_scalars) {
+    if (has(c, EMBEDDING_NORM) && has(c, NORM_GAINS)) walk_vectors(w, &m->embedding_norm, 1, dim);
+    if (has(c, RESIDUAL_SCALARS)) {
         walk_vectors(w, &l->kept, layers, 1);
         walk_vectors(w, &l->added, layers, 1);
     }
     walk_tensors(w, &l->value_embeddings, c->value_embeddings, vocab, kv_dim, 1);
     if (c->bigram_rows) walk_tensors(w, &m->bigram, 1, c->bigram_rows, dim, 1);
-    if (c->smear) walk_vectors(w, &m->smear_gate, 1, dim);
-    if (c->tie_embeddings) m->output = m->tok_embeddings;
+    if (has(c, SMEAR)) walk_vectors(w, &m->smear_gate, 1, dim);
+    if (has(c, TIE_EMBEDDINGS)) m->output = m->tok_embeddings;
     return w->at;
 }
 
@@ -830,7 +810,7 @@ static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
 static void embedding_of(const Model *m, float *out, int token) {
     const Config *c = &m->config;
     read_row(out, &m->weights.tok_embeddings, (size_t)token);
-    if (c->embedding_norm)
+    if (has(c, EMBEDDING_NORM))
         m->kernels->rmsnorm(out, out, m->weights.embedding_norm, c->dim, c->norm_eps);
 }
 
@@ -844,7 +824,7 @@ static size_t bigram_hash(int before, int token, int rows) {
 static void embed(const Model *m, float *x, float *tmp, const Step *s) {
     const Config *c = &m->config;
     embedding_of(m, x, s->token);
-    if (c->smear && s->before >= 0) {
+    if (has(c, SMEAR) && s->before >= 0) {
         float gate = m->kernels->gate(m->weights.smear_gate, x, c->dim);
         embedding_of(m, tmp, s->before);
         for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
@@ -875,7 +855,7 @@ static void enter_layer(Pass *p, size_t layer, size_t i) {
         return;
     }
     const Layer *l = &m->weights.layers[layer];
-    if (c->residual_scalars)
+    if (has(c, RESIDUAL_SCALARS))
         for (int d = 0; d < c->dim; d++) x[d] = *l->kept * x[d] + *l->added * x0[d];
     m->kernels->rmsnorm(m->normed.x + i * m->width, x, l->attention_norm, c->dim, c->norm_eps);
     finish_input(m, &m->normed, &l->wq, i);
@@ -885,7 +865,7 @@ static void enter_layer(Pass *p, size_t layer, size_t i) {
 static void norm_and_turn(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
-    if (m->config.qk_norm)
+    if (has(&m->config, QK_NORM))
         m->kernels->rmsnorm(head, head, gain, 2 * half, m->config.norm_eps);
     for (int i = 0; i < half; i++) {
         float a = head[2 * i], b = head[2 * i + 1];
@@ -1103,7 +1083,7 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     *c = version == 3 ? read_v3(&m.file) : read_llama2c(&m.file, version);
     check_config(c, path);
 
-    size_t layers = c->n_layers, windows_at = sizeof(Header);
+    size_t layers = c->n_layers, windows_at = HEADER_BYTES;
     m.weights.layers = alloc(layers, sizeof(Layer));
     uint64_t header_bytes = version == 0 ? V0_HEADER_BYTES : version < 3 ? V1_HEADER_BYTES
                           : windows_at + layers * sizeof(int32_t);

@@ -283,7 +283,9 @@ check_settings()
 # ---- data and model
 
 device = parallel.start(device)
-dtype = pick_dtype(dtype, device)
+if dtype == "auto" and is_resumed:  # as it began
+    dtype = checkpoint["compute_dtype"].removeprefix("torch.")
+dtype = parallel.from_first(pick_dtype(dtype, device))  # a measurement, if it is "auto"
 first_step = checkpoint["iter_num"] if is_resumed else 0
 if parallel.total(first_step) != [first_step * WORLD_SIZE]:
     raise UserError(
@@ -418,16 +420,40 @@ def to_device(x, y):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
+def gradient_norms():
+    """The norm of each parameter's gradient for the first micro-batch, (n_parameters,)."""
+    model(*to_device(*batches.at(0, micro_batch_size))).backward()
+    norms = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return norms
+
+
 def compile_model():
-    """Compile what a training step runs again and again; without a compiler, say so and go on."""
+    """
+    Compile what a training step runs again and again; where that does not work, say so and go on
+    without. C++ compilers have been seen to make code that computes nonsense (GCC 12 for AVX-512
+    FP16, tuned for no processor in particular), so on a CPU both ways are compared.
+    """
     say("compiling the model")
     try:
         model.compile_layers()
-        model(*to_device(*batches.at(0, micro_batch_size))).backward()
+        norms = gradient_norms()
     except Exception as e:
         say(f"torch.compile fails ({type(e).__name__}); going on without it")
         model.fast_layers = None
-    model.zero_grad(set_to_none=True)
+        return
+    finally:
+        model.zero_grad(set_to_none=True)
+    compiled_layers, model.fast_layers = model.fast_layers, None
+    if device.type != "cpu" or dropout or same_gradients(norms, gradient_norms()):
+        model.fast_layers = compiled_layers
+    else:
+        say("torch.compile makes code that computes other gradients here; going on without it")
+
+
+def same_gradients(norms, others):
+    """Whether two results of gradient_norms() differ by no more than rounding does."""
+    return torch.allclose(norms, others, rtol=0.1, atol=1e-3 * others.norm().item())
 
 
 # ---- the parts of a step

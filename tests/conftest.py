@@ -1,5 +1,6 @@
 """What the tests share: the repository's path, compiled engines, small corpora and models."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -63,14 +64,19 @@ def supports(flag, cc="cc"):
 
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
-    """The engine and the harness, fast and with sanitizers."""
-    folder = tmp_path_factory.mktemp("builds")
+    """The engine and the harness, fast and with sanitizers; processes of one run share them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     flags = {"fast": ["-O3"], "checked": ["-O1"] if ENGINE_EMULATOR else SANITIZE}
-    return {
-        (name, kind): compile_c(REPO / source, folder / f"{name}_{kind}", *flags[kind])
-        for name, source in (("run", "run.c"), ("harness", "tests/harness.c"))
-        for kind in flags
-    }
+    sources = {"run": "run.c", "harness": "tests/harness.c"}
+    found = {(name, kind): folder / f"{name}_{kind}" for name in sources for kind in flags}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for (name, kind), path in found.items():
+            if not path.exists():
+                compile_c(REPO / sources[name], path, *flags[kind])
+    return found
 
 
 @pytest.fixture(scope="session")

