@@ -135,7 +135,7 @@ cooldown_shape = "linear"  # linear or cosine
 final_lr_frac = 0.0  # where they end, as a part of the full rates
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # auto, float32, bfloat16, float16 (of the matrix products)
+dtype = "auto"  # of the matrix products: float32, bfloat16, float16; auto: what is fast here
 fp8_head = False  # the products of the head in 8 bits, for GPUs that have them (RTX 40, H100)
 fsdp = False  # under torchrun: each process holds a part of the model (FSDP2), not all (DDP)
 activation_checkpointing = "none"  # saves memory, costs time; block (most of both) or selective

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, read_log, refused, script, train
 
+import hardware
 from checkpoint import load_checkpoint
 
 
@@ -380,11 +381,43 @@ def test_compiled_layers_train_alike(practice, tmp_path, more):
         done = train(practice, out, *words)
         assert done.returncode == 0, done.stderr
         assert ("compiling" in done.stdout) == (compile == "True")
-        assert "fails" not in done.stdout
+        assert "going on without" not in done.stdout
         losses.append([e["loss"] for e in read_log(out) if e["kind"] == "train"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert any((tmp_path / "True" / "compiled").iterdir())
     assert not (tmp_path / "False" / "compiled").exists()
+
+
+def test_wrong_compiled_code_is_not_used(practice, tmp_path):
+    code = f"""
+import sys, model
+def compile_wrongly(self):
+    def wrong(block):
+        return lambda x, *more: 2 * x + block(x, *more)
+    self.fast_layers = [wrong(block) for block in self.layers]
+model.Transformer.compile_layers = compile_wrongly
+sys.argv = {["train.py", *TINY, f"--data_dir={practice}", f"--out_dir={tmp_path / 'wrong'}"]}
+sys.argv += ["--compile=True", "--max_iters=2", "--log_interval=1"]
+exec(compile(open({str(REPO / "train.py")!r}).read(), {str(REPO / "train.py")!r}, "exec"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert "makes code that computes other gradients here; going on without it" in done.stdout
+    train(practice, tmp_path / "right", "--compile=False", "--max_iters=2", "--log_interval=1")
+    wrong, right = (
+        [e["loss"] for e in read_log(tmp_path / name) if e["kind"] == "train"]
+        for name in ("wrong", "right")
+    )
+    assert wrong == right
+
+
+@pytest.mark.parametrize("factor, expected", [(0.3, torch.bfloat16), (0.9, torch.float32)])
+def test_auto_computes_in_what_is_faster(monkeypatch, factor, expected):
+    """Where products in bfloat16 take that share of the time that float32 takes."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: factor}
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
+    monkeypatch.setattr(hardware, "seconds_of_product", lambda x: seconds[x.dtype])
+    assert hardware.pick_dtype("auto", torch.device("cpu")) is expected
 
 
 def test_minutes_end_a_run_and_its_schedule(practice, tmp_path):
