@@ -12,6 +12,7 @@ object a line; README.md says what is in it). Ctrl-C ends the run after the curr
 checkpoint.
 """
 
+import contextlib
 import math
 import os
 import shlex
@@ -603,13 +604,14 @@ def request_stop(signum, frame):
     torchrun, which sends each process what the system may have sent it already.
     """
     global stopping
-    if not stopping and FIRST:
+    is_first, stopping = not stopping, True
+    if is_first and FIRST:
         more = "; once more ends at once, without a checkpoint" if WORLD_SIZE == 1 else ""
-        tqdm.write(f"stopping after this step{more}")
-    elif stopping and WORLD_SIZE == 1:
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            tqdm.write(f"stopping after this step{more}")
+    elif not is_first and WORLD_SIZE == 1:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
-    stopping = True
 
 
 def stop_if_diverged(what, loss):
