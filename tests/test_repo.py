@@ -29,33 +29,25 @@ def test_pyproject_and_requirements_have_the_same_pins():
     assert "torch==2.13.0" in expected
 
 
-# of each preset
-PARAMETERS = {
-    "baby128": 10_948_908,
-    "cs336_large": 969_411_840,
-    "cs336_medium": 423_183_360,
-    "cs336_small": 128_625_408,
-    "cs336_tiny": 22_696_448,
-    "plain_llama2c": 7_155_360,
-    "speedrun_cpu": 12_583_176,
-    "speedrun_gpu": 77_595_152,
-    "sprint_cpu": 4_063_364,
-    "stories110M": 109_529_856,
-    "stories15M": 15_191_712,
-    "stories260K": 260_032,
-    "stories42M": 41_689_600,
-    "story": 1_638_536,
-    "tok105": 3_045_450,
-}
+def documented_presets():
+    """{name: numbers of its row in config/README.md}"""
+    rows = (REPO / "config" / "README.md").read_text().splitlines()
+    rows = [row.replace(",", "").split("|") for row in rows if row.startswith("| `")]
+    return {row[1].split("`")[1]: [float(number) for number in row[3:8]] for row in rows}
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.py")), ids=lambda p: p.name)
-def test_presets_are_models_of_their_size(path):
+def test_presets_are_what_their_table_says(path):
     settings = train_settings([str(path)])
     sizes = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
     with torch.device("meta"):
         model = Transformer(ModelArgs(**sizes))
-    assert model.n_params() == PARAMETERS[path.stem]
+    tables = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
+    tokens = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    tokens *= settings["max_seq_len"]
+    gflop = round(model.flops_per_token() / 1e9, 3)
+    expected = [model.n_params(), tables, tokens, settings["max_iters"], gflop]
+    assert documented_presets()[path.stem] == expected
 
 
 def test_bootstrap_reads_pins_and_results(tmp_path):
