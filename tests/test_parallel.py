@@ -80,7 +80,9 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     assert read_log(runs / name)[-1]["reason"] == "finished"
     one, many = ((runs / n / "model.bin").read_bytes() for n in ("one", name))
     one, many = (np.frombuffer(data[128:], "<f4") for data in (one, many))
-    np.testing.assert_allclose(one, many, atol=2e-3)  # the rates are high
+    # all but a few whose gradient is nearly zero, of which AdamW makes much
+    assert np.quantile(np.abs(one - many), 0.999) < 1e-4
+    assert np.linalg.norm(one - many) < 1e-4 * np.linalg.norm(one)
 
 
 @pytest.mark.parametrize(
