@@ -48,7 +48,7 @@ def has_bf16(device):
 def bf16_pays(device):
     """
     Whether products in bfloat16 are clearly faster than in float32. A GPU that has them is; of CPUs
-    it depends: Zen 5 is four times as fast, an Intel Xeon without AMX half as fast. So it is
+    it depends: Zen 5 is four times as fast, an Intel Xeon without AMX about half as fast. So it is
     measured, in a tenth of a second, both in turn.
     """
     if not has_bf16(device) or device.type != "cpu":
