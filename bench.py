@@ -34,11 +34,11 @@ import torch
 from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
 from dataset import TrainBatches, ahead
-from export import DTYPES, export_model
 from files import atomic_write, write_json
 from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
 from memory import tune_malloc
 from model import ARCHS, ModelArgs, Transformer
+from modelbin import DTYPES, export_model
 from optim import make_optimizer
 from trials import race, read_run, same_run, shards_hint, start, train_settings, value_at
 

@@ -47,9 +47,8 @@ from tqdm import tqdm
 
 import parallel
 from configurator import UserError
-from files import atomic_write, checksum, flush_folder
+from files import atomic_write, checksum, flush_folder, remove, replace
 from model import ModelArgs, Transformer
-from rundir import remove
 
 FORMAT = 2
 MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
@@ -294,18 +293,6 @@ def link_or_move(path, target):
         os.link(path, target)
     except OSError:
         os.replace(path, target)
-
-
-def replace(path, target):
-    """os.replace, for a folder as well: there are some microseconds in which `target` is absent."""
-    old = None
-    if os.path.isdir(target) or (os.path.isdir(path) and os.path.exists(target)):
-        old = f"{target}.old.part"
-        remove(old)
-        os.replace(target, old)
-    os.replace(path, target)
-    if old:
-        remove(old)
 
 
 def link_or_copy(path, target):

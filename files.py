@@ -62,6 +62,27 @@ def flush_folder(folder):
             os.close(fd)
 
 
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def replace(path, target):
+    """os.replace, for a folder as well: there are some microseconds in which `target` is absent."""
+    old = None
+    if os.path.isdir(target) or (os.path.isdir(path) and os.path.exists(target)):
+        old = f"{target}.old.part"
+        remove(old)
+        os.replace(target, old)
+    os.replace(path, target)
+    if old:
+        remove(old)
+
+
 def checksum(path):
     """[size, CRC-32] of a file."""
     crc, size = 0, 0

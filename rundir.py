@@ -10,13 +10,12 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 
 from tqdm import tqdm
 
 from configurator import UserError
-from files import atomic_write
+from files import atomic_write, remove
 
 LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")
@@ -113,11 +112,3 @@ class RunDir:
         except OSError as e:
             warning = f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on"
             tqdm.write(warning, file=sys.stderr)
-
-
-def remove(path):
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            os.remove(path)

@@ -3,6 +3,7 @@ Tell stories with a trained model, in PyTorch.
 
     python sample.py --out_dir=out --start="Once upon a time" --num_samples=3
     python sample.py --checkpoint=out/ckpt.pt --temperature=0
+    python sample.py --checkpoint=hf:user/name            # a Llama of the Hugging Face hub
 """
 
 import os
@@ -10,14 +11,13 @@ import sys
 
 import torch
 
-from checkpoint import load_checkpoint, load_model
 from configurator import UserError, configure
+from formats import load
 from hardware import pick_device, pick_dtype
-from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a training run
-checkpoint = ""  # a checkpoint; empty: best.pt in out_dir, which model.bin is made of, or ckpt.pt
+checkpoint = ""  # any model that export.py reads; empty: best.pt in out_dir, or ckpt.pt
 tokenizer = ""  # a tokenizer model elsewhere; empty: tokenizer.model beside the checkpoint
 start = ""  # prompt, or FILE:prompt.txt for a text in a file
 num_samples = 1  # stories
@@ -52,14 +52,11 @@ if not checkpoint:
     checkpoint = best if os.path.exists(best) else latest
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-model = load_model(load_checkpoint(checkpoint), checkpoint).to(device).eval()
+model, found, _ = load(checkpoint, tokenizer=tokenizer)
+model, tokenizer = model.to(device).eval(), found
 model.dtype = dtype
-tokenizer = Tokenizer(tokenizer or os.path.join(os.path.dirname(checkpoint), "tokenizer.model"))
-if tokenizer.vocab_size != model.args.vocab_size:
-    raise UserError(
-        f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, but the model's vocabulary "
-        f"{model.args.vocab_size}: give the tokenizer it was trained with (--tokenizer=PATH)"
-    )
+if tokenizer is None:
+    raise UserError(f"there is no tokenizer.model beside {checkpoint}: give --tokenizer=PATH")
 
 prompt = tokenizer.encode(start.encode(errors="surrogateescape"))
 if len(prompt) > model.args.max_seq_len:
@@ -67,9 +64,9 @@ if len(prompt) > model.args.max_seq_len:
         f"the prompt has {len(prompt)} tokens, and the model's context {model.args.max_seq_len}: "
         f"shorten the prompt"
     )
+stop = tokenizer.stop
 generator = torch.Generator().manual_seed(seed)
 on_terminal = sys.stdout.isatty()
-stop = (tokenizer.bos_id, tokenizer.eos_id)
 for i in range(num_samples):
     if i:
         print("\n---\n")

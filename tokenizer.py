@@ -29,18 +29,22 @@ N_BYTES = 256
 
 class Tokenizer:
     """
-    Text to ids and back, by a SentencePiece model file. Ids 0, 1, 2 are unk, BOS, EOS.
-    Raises UserError where the file is missing or no SentencePiece model.
+    Text to ids and back, by a SentencePiece model file, or by the bytes of one, `proto`, that came
+    from model_path. Ids 0, 1, 2 are unk, BOS, EOS. Raises UserError where the file is missing or no
+    SentencePiece model.
     """
 
-    def __init__(self, model_path):
+    def __init__(self, model_path, proto=None):
         self.model_path = os.fspath(model_path)
-        if not os.path.isfile(self.model_path):
+        if proto is None and not os.path.isfile(self.model_path):
             what = "is a folder" if os.path.isdir(self.model_path) else "does not exist"
             raise UserError(f"tokenizer model {self.model_path} {what}")
-        with open(self.model_path, "rb") as f:
-            proto = f.read()
-        self.hash = hashlib.sha256(proto).hexdigest()
+        self.hash = ""  # where it was put together anew
+        if proto is None:
+            with open(self.model_path, "rb") as f:
+                proto = f.read()
+            self.hash = hashlib.sha256(proto).hexdigest()
+        self.proto = proto
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(proto)
@@ -53,6 +57,7 @@ class Tokenizer:
                 f"{self.model_path} numbers unk, BOS and EOS {self.unk_id}, {self.bos_id}, "
                 f"{self.eos_id}; expected 0, 1, 2 as in Llama 2"
             )
+        self.stop = (self.bos_id, self.eos_id)  # a text ends there
         self.byte_fallback = any(self.sp.is_byte(i) for i in range(self.vocab_size))
 
     def encode(self, text, bos=True, eos=False):
@@ -97,17 +102,23 @@ class Tokenizer:
             f"./run does not, and gives such prompts other ids"
         )
 
-    def export(self, path):
-        """Write the tokenizer file of run.c; the layout is at the top of this file."""
+    def c_file(self):
+        """The tokenizer file of run.c, as bytes; the layout is at the top of this file."""
         pieces = []
         for i in range(self.vocab_size):
             piece = self.sp.id_to_piece(i).replace(SPACE, " ")
             piece = {self.bos_id: "\n<s>\n", self.eos_id: "\n</s>\n"}.get(i, piece)
             pieces.append(piece.encode())
+        entries = (
+            struct.pack("<fI", self.sp.get_score(i), len(piece)) + piece
+            for i, piece in enumerate(pieces)
+        )
+        return struct.pack("<I", max(map(len, pieces))) + b"".join(entries)
+
+    def export(self, path):
+        """Write the tokenizer file of run.c."""
         with atomic_write(path) as f:
-            f.write(struct.pack("<I", max(map(len, pieces))))
-            for i, piece in enumerate(pieces):
-                f.write(struct.pack("<fI", self.sp.get_score(i), len(piece)) + piece)
+            f.write(self.c_file())
 
 
 def c_tokenizer_path(model_path):
@@ -179,6 +190,29 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
             f"({str(e).rpartition(']')[2].strip() or e}); give it more text or a smaller vocab_size"
         ) from None
     return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
+
+
+def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
+    """
+    A SentencePiece BPE model file, as bytes, of pieces with their scores and types (those of
+    SentencePiece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), which changes
+    no text before it encodes.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as proto
+    except ImportError:
+        raise UserError("this needs protobuf: pip install .[export]") from None
+    model = proto.ModelProto()
+    for piece, score, kind in zip(pieces, scores, types, strict=True):
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.vocab_size = len(pieces)
+    model.trainer_spec.byte_fallback = 6 in types
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = add_dummy_prefix
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    return model.SerializeToString()
 
 
 def bytes_in(tokens, tokenizer):

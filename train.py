@@ -49,10 +49,10 @@ from checkpoint import (  # noqa: E402
 )
 from configurator import UserError, configure, settings_of  # noqa: E402
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
-from export import export_model  # noqa: E402
 from files import atomic_write  # noqa: E402
 from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
 from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer  # noqa: E402
+from modelbin import export_model  # noqa: E402
 from optim import (  # noqa: E402
     DECAYS,
     OPTIMIZERS,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from conftest import EVERYTHING, REPO, random_model
 
-from export import DTYPES, export_model
+from modelbin import DTYPES, export_model
 from synth import make_stories
 from tokenizer import Tokenizer, train_sentencepiece
 

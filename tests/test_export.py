@@ -8,10 +8,19 @@ import pytest
 import torch
 from conftest import EVERYTHING, random_model, refused, script
 
-import export
+import modelbin
 from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
-from export import DTYPES, MAGIC, V3_HEADER, V3_OPTIONS, V3_STRUCT, export_model, quantized, tensors
+from modelbin import (
+    DTYPES,
+    MAGIC,
+    V3_HEADER,
+    V3_OPTIONS,
+    V3_STRUCT,
+    export_model,
+    quantized,
+    tensors,
+)
 
 
 def save(model, path):
@@ -169,7 +178,7 @@ def test_version_3_writes_nothing_that_its_readers_refuse(tmp_path, option):
 
 
 def test_an_option_that_export_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "V3_CARRIED", export.V3_CARRIED - {"smear"})
+    monkeypatch.setattr(modelbin, "V3_CARRIED", modelbin.V3_CARRIED - {"smear"})
     with pytest.raises(UserError, match="version 3 cannot carry smear = True"):
         export_model(random_model(smear=True), tmp_path / "model.bin")
 

@@ -1,5 +1,6 @@
 """The repository itself: pins that agree, presets that can be read, and the bootstrap's steps."""
 
+import ast
 import os
 import re
 import shutil
@@ -90,8 +91,11 @@ def test_no_script_needs_an_optional_package():
     core = {"torch", "numpy", "sentencepiece", "requests", "tqdm"}
     ours = {path.stem for path in REPO.glob("*.py")}
     for path in REPO.glob("*.py"):
-        for name in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
-            assert name in core | ours | set(sys.stdlib_module_names), f"{path.name}: {name}"
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in (name.partition(".")[0] for name in names):
+                assert name in core | ours | set(sys.stdlib_module_names), f"{path.name}: {name}"
 
 
 def test_the_default_is_the_winning_recipe():

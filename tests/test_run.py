@@ -27,7 +27,8 @@ from conftest import (
     supports,
 )
 
-from export import (
+from model import ARCHS
+from modelbin import (
     DTYPES,
     MAGIC,
     V0_HEADER,
@@ -36,8 +37,8 @@ from export import (
     V3_STRUCT,
     export_model,
     quantized,
+    read_bin,
 )
-from model import ARCHS
 
 PARITY = {
     "plain": {},
@@ -131,6 +132,7 @@ def test_logits_of_number_formats_agree_with_pytorch(builds, tmp_path, name, dty
             if p.dim() == 2 and len(p) > 1:
                 p.copy_(round_trip(p, dtype))
         expected = model(tokens[None])[0].numpy()
+        assert np.array_equal(read_bin(path).eval()(tokens[None])[0].numpy(), expected)
     assert np.abs(expected).max() > 1
     assert np.abs(found - expected).max() <= (1e-4 if dtype == "bf16" else 1e-3)
 
@@ -207,6 +209,7 @@ def test_llama2cs_other_versions(builds, tmp_path, version, tied):
     found = logits_of(builds["harness", "checked"], path, tokens.tolist(), 105)
     with torch.no_grad():
         expected = model(tokens[None])[0].numpy()
+        assert np.array_equal(read_bin(path).eval()(tokens[None])[0].numpy(), expected)
     assert np.abs(found - expected).max() <= (1e-4 if version == 1 else 1e-3)
     harness = builds["harness", "checked"]
     for size in (255, 256, len(data) // 2, len(data) - 1, len(data) + 1):

@@ -15,6 +15,8 @@ from conftest import REPO, TINY, read_log, refused, script, train
 
 import hardware
 from checkpoint import load_checkpoint
+from formats import load, write_checkpoint
+from huggingface import write_folder
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -156,6 +158,19 @@ def test_a_setting_that_means_what_the_model_has_is_taken(trained, practice, tmp
     refused(train(practice, tmp_path / "a", *start, "--value_embeddings=1"), "its model has 2")
     done = train(practice, tmp_path / "b", *start, "--value_embeddings=-1")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_from_elsewhere_is_trained_on(trained, practice, tmp_path):
+    """A folder of Hugging Face's, as a checkpoint; the loss begins where that of the run ended."""
+    model, tokenizer, facts = load(str(trained / "best.pt"))
+    write_folder(model, str(tmp_path / "hf"), "fp32", tokenizer, facts)
+    back = tmp_path / "back" / "ckpt.pt"
+    write_checkpoint(*load(str(tmp_path / "hf"))[:1], str(back), "fp32", tokenizer, {})
+    done = train(practice, tmp_path / "out", f"--init_from={back}", "--max_iters=2")
+    assert done.returncode == 0, done.stderr
+    losses = [entry["loss"] for entry in read_log(tmp_path / "out") if entry["kind"] == "train"]
+    ended = [entry["val_loss"] for entry in read_log(trained) if entry["kind"] == "eval"][-1]
+    assert abs(losses[0] - ended) < 0.3
 
 
 def test_a_resumed_run_keeps_and_gains_memory(practice, tmp_path):

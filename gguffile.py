@@ -1,0 +1,262 @@
+"""
+GGUF, the file of llama.cpp and Ollama: plain Llama as its architecture `llama`, the options of
+`portable` as `qwen3`, with the tokenizer inside. Everything else is refused by name.
+
+llama.cpp turns neighbouring pairs of a head in `llama`, as ours does, and halves in `qwen3`.
+
+To add an architecture: its row in ARCHITECTURES, and its tensors in NAMES.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from files import flush_folder, remove
+from huggingface import fill, halves_to_pairs, need
+from model import ModelArgs, Transformer, pairs_to_halves
+from modelbin import not_carried, skeleton
+from tokenizer import sentencepiece_model
+
+# Our names of tensors and theirs; {} stands for the layer
+NAMES = {
+    "tok_embeddings": "token_embd",
+    "layers.{}.attention_norm": "blk.{}.attn_norm",
+    "layers.{}.attention.wq": "blk.{}.attn_q",
+    "layers.{}.attention.wk": "blk.{}.attn_k",
+    "layers.{}.attention.wv": "blk.{}.attn_v",
+    "layers.{}.attention.wo": "blk.{}.attn_output",
+    "layers.{}.attention.q_norm": "blk.{}.attn_q_norm",
+    "layers.{}.attention.k_norm": "blk.{}.attn_k_norm",
+    "layers.{}.ffn_norm": "blk.{}.ffn_norm",
+    "layers.{}.feed_forward.w1": "blk.{}.ffn_gate",
+    "layers.{}.feed_forward.w2": "blk.{}.ffn_down",
+    "layers.{}.feed_forward.w3": "blk.{}.ffn_up",
+    "norm": "output_norm",
+    "output": "output",
+}
+TURNED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # in halves by qwen3
+
+# Fields of ModelArgs and their keys, behind the architecture and a point
+KEYS = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "context_length",
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "hidden_dim": "feed_forward_length",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+PLAIN = {*KEYS, "tie_embeddings"}
+ARCHITECTURES = {"llama": PLAIN, "qwen3": {*PLAIN, "qk_norm"}}  # what they carry
+
+# --dtype: their number format of matrices, their name of such a file; vectors stay in F32
+DTYPES = {
+    "fp32": ("F32", "ALL_F32"),
+    "fp16": ("F16", "MOSTLY_F16"),
+    "bf16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+    "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
+}
+BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
+
+
+def their_name(name):
+    """blk.3.attn_q.weight of layers.3.attention.wq.weight."""
+    words = name.split(".")
+    number = next((word for word in words if word.isdigit()), "")
+    stem = name.removesuffix(".weight")
+    stem = stem.replace(f".{number}.", ".{}.") if number else stem
+    return NAMES[stem].replace("{}", number) + ".weight"
+
+
+def architecture(args):
+    """The name of the first architecture that carries ModelArgs. Raises UserError."""
+    for name, carried in ARCHITECTURES.items():
+        field = not_carried(args, carried)
+        if not field:
+            return name
+    raise UserError(
+        f"gguf cannot carry {field.name} = {getattr(args, field.name)}: llama.cpp has no "
+        f"architecture with it; train with --arch=llama or portable, or write --format=bin or hf"
+    )
+
+
+def check_tokenizer(tokenizer):
+    if tokenizer is None:
+        raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
+    if not tokenizer.byte_fallback:
+        raise UserError(
+            f"gguf cannot carry {tokenizer.model_path}, which has no byte pieces: llama.cpp would "
+            f"end at the first character it lacks; write --format=bin or hf"
+        )
+
+
+def write_gguf(model, path, dtype, tokenizer, facts):
+    """
+    Write a Transformer and its Tokenizer as a GGUF file, whole or not at all. Matrices whose rows
+    are no multiple of 32 stay in F16 where q8_0 or q4_0 is asked for, as llama.cpp does it.
+    """
+    gguf = need("gguf")
+    args, kind = model.args, architecture(model.args)
+    check_tokenizer(tokenizer)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is a folder or a device, not a file")
+    part = f"{path}.{os.getpid()}.part"
+    wanted, file_type = (getattr(gguf.GGMLQuantizationType, DTYPES[dtype][0]), DTYPES[dtype][1])
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        f = gguf.GGUFWriter(part, kind)
+        f.add_name(facts.get("name", "story teller"))
+        for name, key in KEYS.items():
+            value = getattr(args, name)
+            put = f.add_float32 if isinstance(value, float) else f.add_uint32
+            put(f"{kind}.{key}", value)
+        for key in HEAD_KEYS:
+            f.add_uint32(f"{kind}.{key}", args.head_dim)
+        f.add_file_type(getattr(gguf.LlamaFileType, file_type))
+        f.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        put_tokenizer(f, tokenizer)
+        kept = []
+        for name, tensor in model.state_dict().items():
+            if name == "output.weight" and args.tie_embeddings:
+                continue
+            if name.startswith(("tok_embeddings", "output")):
+                tensor = tensor[: args.vocab_size]
+            if kind == "qwen3" and name.endswith(TURNED):
+                tensor = pairs_to_halves(tensor, args.head_dim)
+            number_format = wanted if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
+            if dtype in ("q8_0", "q4_0") and tensor.dim() > 1 and tensor.shape[1] % BLOCK:
+                number_format = gguf.GGMLQuantizationType.F16
+                kept.append(their_name(name))
+            numbers = np.ascontiguousarray(tensor.float().numpy())
+            numbers = gguf.quants.quantize(numbers, number_format)
+            f.add_tensor(their_name(name), numbers, raw_dtype=number_format)
+        f.write_header_to_file()
+        f.write_kv_data_to_file()
+        f.write_tensors_to_file(progress=False)
+        f.close()
+        with open(part, "rb+") as whole:
+            os.fsync(whole.fileno())
+        os.replace(part, path)
+        flush_folder(os.path.dirname(path))
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+    finally:
+        remove(part)
+    if kept:
+        print(
+            f"note: {len(kept)} tensors, such as {kept[0]}, stay in F16: their rows are no "
+            f"multiple of {BLOCK} numbers"
+        )
+
+
+def put_tokenizer(f, tokenizer):
+    """Pieces, scores and types; texts end at EOS and, as in ours, at the next BOS."""
+    sp, n = tokenizer.sp, range(tokenizer.vocab_size)
+    f.add_tokenizer_model("llama")
+    f.add_tokenizer_pre("default")
+    f.add_token_list([sp.id_to_piece(i) for i in n])
+    f.add_token_scores([sp.get_score(i) for i in n])
+    f.add_token_types([token_type(sp, i) for i in n])
+    f.add_bos_token_id(tokenizer.bos_id)
+    f.add_eos_token_id(tokenizer.eos_id)
+    f.add_eot_token_id(tokenizer.bos_id)
+    f.add_unk_token_id(tokenizer.unk_id)
+    f.add_pad_token_id(tokenizer.eos_id)
+    f.add_add_bos_token(True)
+    f.add_add_eos_token(False)
+    f.add_add_space_prefix(True)
+    f.add_remove_extra_whitespaces(False)
+
+
+def token_type(sp, i):
+    """gguf's type of a piece; its numbers are those of SentencePiece."""
+    kinds = {2: sp.is_unknown, 3: sp.is_control, 5: sp.is_unused, 6: sp.is_byte}
+    return next((number for number, is_one in kinds.items() if is_one(i)), 1)
+
+
+# ---- reading
+
+
+def read_gguf(path):
+    """
+    The Transformer of a GGUF file of llama or qwen3, in any number format that gguf can read, as
+    float32 on the CPU, and its SentencePiece model as bytes, or None. Raises UserError.
+    """
+    gguf = need("gguf")
+
+    def refuse(name, value, expected):
+        raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
+
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist")
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as e:  # what foreign bytes lead to is open-ended
+        raise UserError(f"{path} is damaged or no GGUF file: {e}") from None
+    kind = fields.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        refuse("general.architecture", kind, " or ".join(ARCHITECTURES))
+    found = {k.removeprefix(f"{kind}."): v for k, v in fields.items() if k.startswith(f"{kind}.")}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" in tensors:  # vocab_size is often left out
+        found["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    found.setdefault("attention.head_count_kv", found.get("attention.head_count"))
+    found.setdefault("rope.freq_base", 10000.0)
+    for name in found.keys() - {*KEYS.values(), *HEAD_KEYS}:
+        if name != "rope.scaling.type" or found[name] != "none":
+            refuse(f"{kind}.{name}", found[name], "a model without it")
+    values = {}
+    for name, key in KEYS.items():
+        if not isinstance(found.get(key), (int, float)):
+            refuse(f"{kind}.{key}", found.get(key), "a number")
+        values[name] = found[key]
+        if isinstance(found[key], float):  # 1e-5 as it was before float32
+            values[name] = float(f"{found[key]:.7g}")
+    is_tied = "output.weight" not in tensors
+    try:
+        args = ModelArgs(**values, tie_embeddings=is_tied, qk_norm=kind == "qwen3")
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    for key in HEAD_KEYS:
+        if found.get(key, args.head_dim) != args.head_dim:
+            refuse(f"{kind}.{key}", found[key], f"embedding_length / head_count, {args.head_dim}")
+
+    def reads(tensor):
+        def numbers():
+            try:
+                found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                refuse(tensor.name, tensor.tensor_type.name, "a number format that gguf can read")
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            return torch.from_numpy(np.array(found, np.float32)).view(shape)
+
+        return numbers
+
+    source = {name: reads(tensor) for name, tensor in tensors.items()}
+    names = [(name, their_name(name)) for name in skeleton(args).state_dict()]
+    model = Transformer(args)
+
+    def turn(name, tensor):
+        is_turned = kind == "qwen3" and name.endswith(TURNED)
+        return halves_to_pairs(tensor, args.head_dim) if is_turned else tensor
+
+    fill(model, source, names, path, turn)
+    return model, tokenizer_of(fields)
+
+
+def tokenizer_of(fields):
+    """The SentencePiece model of a GGUF file's fields, as bytes; None where it has another kind."""
+    if fields.get("tokenizer.ggml.model") != "llama":
+        return None
+    lists = [fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
+    if not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) > 1:
+        return None
+    has_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    return sentencepiece_model(*lists, add_dummy_prefix=has_prefix)

@@ -1,0 +1,301 @@
+"""
+A Llama with the options of modded-llama2.c, for transformers; the file travels with the weights:
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+It needs torch and transformers alone. Batches may be padded on either side, with an attention_mask.
+Besides keys and values the cache holds the token ids, as a layer of its own behind the others: two
+of the options look at the token before.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class ModdedLlamaConfig(PretrainedConfig):
+    """Llama's fields, then the options: all of them off are Llama 2."""
+
+    model_type = "modded_llama"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size=4096,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=None,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        use_cache=True,
+        qk_norm=False,  # RMSNorm of each query and key head, before RoPE
+        norm_gains=True,  # RMSNorm has learned gains
+        activation="swiglu",  # or relu2, w2(relu(w1 x)²): mlp has no up_proj then
+        logit_softcap=0.0,  # c: logits become c * tanh(logits / c); 0: none
+        layer_windows=(),  # positions that each layer sees, itself included; 0: all
+        embedding_norm=False,  # RMSNorm behind the embedding
+        residual_scalars=False,  # layer i begins with a_i x + b_i x0; x0 is the embedding
+        value_embeddings=0,  # so many layers, the first, add an embedding to their values
+        bigram_rows=0,  # rows of a hashed table of (token before, token), added to the embedding
+        smear=False,  # a gate adds the embedding of the token before
+        **others,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.use_cache = use_cache
+        self.qk_norm = qk_norm
+        self.norm_gains = norm_gains
+        self.activation = activation
+        self.logit_softcap = logit_softcap
+        self.layer_windows = list(layer_windows) or [0] * num_hidden_layers
+        self.embedding_norm = embedding_norm
+        self.residual_scalars = residual_scalars
+        self.value_embeddings = value_embeddings
+        self.bigram_rows = bigram_rows
+        self.smear = smear
+        super().__init__(**{k: v for k, v in others.items() if k != "head_dim"})
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), in float32, times gains if there are any."""
+
+    def __init__(self, config, size):
+        super().__init__()
+        self.size, self.eps = (size,), config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(size)) if config.norm_gains else None
+
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.float()
+        return F.rms_norm(x.float(), self.size, weight, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
+
+    def forward(self, x, extra_values, cos, sin, mask, cache):
+        """
+        x (B, T, hidden_size); extra_values (B, T, kv_size) or None; cos, sin (T, head_dim / 2);
+        mask (B, 1, T, S), true where a query may look.
+        """
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        v = v if extra_values is None else v + extra_values
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        is_grouped = q.shape[1] > k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, heads, T, head_dim): the halves of a head are turned together."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.is_gated = config.activation == "swiglu"
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        if self.is_gated:
+            self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x):
+        if self.is_gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.relu(self.gate_proj(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.mlp = MLP(config)
+
+    def forward(self, x, *rest):
+        x = x + self.self_attn(self.input_layernorm(x), *rest)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ModdedLlamaPreTrainedModel(PreTrainedModel):
+    config_class = ModdedLlamaConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("Block",)
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, ModdedLlamaModel) and self.config.residual_scalars:
+            nn.init.ones_(module.residual_scalars)
+            nn.init.zeros_(module.x0_scalars)
+
+
+class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        n, size = config.num_hidden_layers, config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(n))
+        self.norm = RMSNorm(config, size)
+        if config.embedding_norm:
+            self.embedding_norm = RMSNorm(config, size)
+        if config.residual_scalars:
+            self.residual_scalars = nn.Parameter(torch.ones(n))
+            self.x0_scalars = nn.Parameter(torch.zeros(n))
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.value_embeddings = nn.ModuleList(
+            nn.Embedding(config.vocab_size, kv_size) for _ in range(config.value_embeddings)
+        )
+        if config.bigram_rows:
+            self.bigram_embeddings = nn.Embedding(config.bigram_rows, size)
+        if config.smear:
+            self.smear_gate = nn.Linear(size, 1, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def normed_embedding(self, tokens):
+        x = self.embed_tokens(tokens)
+        return self.embedding_norm(x) if self.config.embedding_norm else x
+
+    def embed(self, tokens, before):
+        """What the first layer gets, (B, T, hidden_size), of tokens and those before, -1: none."""
+        x = self.normed_embedding(tokens)
+        if self.config.smear:
+            gate = torch.sigmoid(self.smear_gate(x)) * (before >= 0)[..., None]
+            x = x + gate.to(x.dtype) * self.normed_embedding(before.clamp(min=0))
+        if self.config.bigram_rows:
+            mixed = (before * 36313) ^ (tokens * 27191)
+            rows = torch.where(before < 0, 0, 1 + mixed % (self.config.bigram_rows - 1))
+            x = x + self.bigram_embeddings(rows)
+        return x
+
+    def forward(self, tokens, attention_mask=None, cache=None):
+        """
+        tokens (B, T), behind those in a cache of S - T; attention_mask (B, S), 0 where padding is
+        -> (B, T, hidden_size).
+        """
+        config, T = self.config, tokens.shape[1]
+        every = tokens  # (B, S)
+        if cache is not None:
+            if len(cache.layers) == config.num_hidden_layers:
+                cache.layers.append(DynamicLayer())
+            ids = tokens[:, None, :, None]
+            every = cache.update(ids, ids, config.num_hidden_layers)[0][:, 0, :, 0]
+        S = every.shape[1]
+        before = F.pad(every, (1, 0), value=-1)[:, S - T : S]
+        place = torch.arange(S, device=tokens.device)
+        behind = place[S - T :, None] - place  # (T, S): how far a key lies before a query
+        causal, seen = behind >= 0, None
+        if attention_mask is not None and not attention_mask.all():
+            seen = attention_mask[:, :S].bool()  # (B, S)
+            before = torch.where(F.pad(seen, (1, 0))[:, S - T : S], before, -1)
+        masks = {}
+        for window in {*config.layer_windows}:
+            mask = (causal & (behind < window) if window else causal)[None, None]
+            if seen is not None:  # padding sees itself, so that no row is empty
+                mask = mask & seen[:, None, None] | (behind == 0)
+            masks[window] = mask
+
+        freqs = torch.arange(0, config.head_dim, 2, device=tokens.device).float()
+        freqs = config.rope_theta ** (-freqs / config.head_dim)
+        angles = torch.outer(place[S - T :].float(), freqs)
+        cos, sin = angles.cos(), angles.sin()
+
+        x = x0 = self.embed(tokens, before)
+        for i, block in enumerate(self.layers):
+            if config.residual_scalars:
+                x = self.residual_scalars[i] * x + self.x0_scalars[i] * x0
+            extra_values = None
+            if i < config.value_embeddings:
+                extra_values = self.value_embeddings[i](tokens)
+            x = block(x, extra_values, cos, sin, masks[config.layer_windows[i]], cache)
+        return self.norm(x)
+
+
+class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = ModdedLlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=None,
+        labels=None,
+        logits_to_keep=0,
+        return_dict=True,
+        **others,
+    ):
+        """
+        Logits (B, T, vocab_size), of the last logits_to_keep positions alone unless that is 0; with
+        labels (B, T), -100 where a place does not count, the mean cross-entropy of predicting each
+        from the places before it as well.
+        """
+        if others.get("inputs_embeds") is not None:
+            raise ValueError("this model looks token ids up in several tables: give input_ids")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        x = self.model(input_ids, attention_mask, past_key_values)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, cap = self.lm_head(x[:, keep]), self.config.logit_softcap
+        if cap:
+            logits = (cap * torch.tanh(logits.float() / cap)).to(x.dtype)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        if not return_dict:
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -1,0 +1,668 @@
+"""
+Hugging Face folders: config.json, model.safetensors, tokenizer files and a model card, written and
+read; names on the hub, downloaded and uploaded.
+
+Plain Llama is written as LlamaForCausalLM and the options of `portable` as Qwen3ForCausalLM, so
+that transformers loads them without further code. What no stock architecture carries comes as
+ModdedLlamaForCausalLM with the file modeling_modded_llama.py, for trust_remote_code=True.
+
+To add an option: its field in EXTRAS and its tensor in NAMES, both used in
+hub/modeling_modded_llama.py. To read another architecture of transformers: its row in DEFAULTS.
+"""
+
+import json
+import os
+import shutil
+
+import torch
+
+from configurator import UserError
+from files import atomic_write, remove, replace
+from model import ModelArgs, Transformer, pairs_to_halves
+from modelbin import not_carried, skeleton, window_settings
+from tokenizer import SPACE
+
+# Number formats of the tensors, by --dtype
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SHARD = "5GB"
+MODELING = "modeling_modded_llama.py"
+
+# Our names of tensors and theirs; {} stands for a number
+NAMES = (
+    ("tok_embeddings.weight", "model.embed_tokens.weight"),
+    ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight"),
+    ("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
+    ("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
+    ("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    ("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    ("layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
+    ("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
+    ("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
+    ("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight"),
+    ("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight"),
+    ("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight"),
+    ("norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+    ("embedding_norm.weight", "model.embedding_norm.weight"),
+    ("residual_scalars", "model.residual_scalars"),
+    ("x0_scalars", "model.x0_scalars"),
+    ("value_embeddings.{}.weight", "model.value_embeddings.{}.weight"),
+    ("bigram_embeddings.weight", "model.bigram_embeddings.weight"),
+    ("smear_gate.weight", "model.smear_gate.weight"),
+)
+TURNED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # by RoPE: pairs, or halves
+PADDED = ("tok_embeddings", "output", "value_embeddings")  # with rows past vocab_size
+
+# Fields of ModelArgs and theirs
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# Fields that only ModdedLlamaConfig has, under our names; windows are those of the layers
+EXTRAS = (
+    "qk_norm norm_gains activation logit_softcap embedding_norm residual_scalars value_embeddings "
+    "bigram_rows smear"
+).split()
+
+# What an architecture carries, the first that does it being taken
+PLAIN = {*FIELDS, "rope_theta"}
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", PLAIN),
+    "qwen3": ("Qwen3ForCausalLM", {*PLAIN, "qk_norm", "sliding_window"}),
+    "modded_llama": ("ModdedLlamaForCausalLM", {*PLAIN, *EXTRAS, "sliding_window"}),
+}
+# What a config.json leaves out, by model_type; None: see args_of()
+COMMON = {
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "head_dim": None,
+    "rope_theta": 10000.0,
+}
+DEFAULTS = {
+    "llama": COMMON,
+    "mistral": {**COMMON, "num_key_value_heads": 8, "max_position_embeddings": 1 << 17},
+    "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
+    "modded_llama": COMMON,
+}
+# Fields of a config.json that our model has no word for, with the only value that it computes
+ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+BENIGN = "rotary_emb.inv_freq"  # a tensor of old folders that can be computed
+
+
+def need(package):
+    """The module of an optional package; UserError says how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"this needs {package}: pip install .[export]") from None
+
+
+# ---- tensors
+
+
+def halves_to_pairs(weight, head_dim):
+    """The inverse of pairs_to_halves."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def their_name(name):
+    """model.layers.3.self_attn.q_proj.weight of layers.3.attention.wq.weight."""
+    words = name.split(".")
+    number = next((word for word in words if word.isdigit()), "")
+    table = dict(NAMES)
+    return table[name.replace(f".{number}.", ".{}.") if number else name].replace("{}", number)
+
+
+def their_tensors(model):
+    """{their name: tensor} of a Transformer; a tied head is left out, as are padded rows."""
+    args, found = model.args, {}
+    for name, tensor in model.state_dict().items():
+        if name == "output.weight" and args.tie_embeddings:
+            continue
+        if name.startswith(PADDED):
+            tensor = tensor[: args.vocab_size].clone()
+        if name.endswith(TURNED):
+            tensor = pairs_to_halves(tensor, args.head_dim)
+        found[their_name(name)] = tensor
+    return found
+
+
+# ---- config.json
+
+
+def config_of(args, dtype):
+    """config.json of ModelArgs, as a dict; the architecture is the first that carries them."""
+    kind = next(k for k, (_, carried) in ARCHITECTURES.items() if not not_carried(args, carried))
+    sizes = [args.window(layer) for layer in range(args.n_layers)]
+    config = {
+        "architectures": [ARCHITECTURES[kind][0]],
+        "model_type": kind,
+        **{theirs: getattr(args, ours) for ours, theirs in FIELDS.items()},
+        "head_dim": args.head_dim,
+        "rope_theta": args.rope_theta,  # of older transformers
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+    if kind == "qwen3":
+        del config["mlp_bias"]
+        words = ["sliding_attention" if size else "full_attention" for size in sizes]
+        config |= {"use_sliding_window": any(sizes), "sliding_window": max(sizes) or None}
+        config |= {"max_window_layers": 0, "layer_types": words}
+    if kind == "modded_llama":
+        for name in ("hidden_act", "mlp_bias", "attention_bias", "attention_dropout"):
+            del config[name]
+        config |= {name: getattr(args, name) for name in EXTRAS} | {"layer_windows": sizes}
+        module = MODELING.removesuffix(".py")
+        classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+        config["auto_map"] = {k: f"{module}.ModdedLlama{v}" for k, v in classes.items()}
+    return config
+
+
+def args_of(config, path):
+    """
+    ModelArgs of a config.json of a Llama, Mistral or Qwen3, or of ours. Raises UserError, which
+    names the field, for anything that this model does not compute.
+    """
+
+    def refuse(name, value, expected):
+        raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
+
+    kind = config.get("model_type")
+    if kind not in DEFAULTS:
+        refuse("model_type", kind, " or ".join(DEFAULTS))
+    config = {**DEFAULTS[kind], **config}
+    for name, value in ONLY.items():
+        if config.get(name, value) not in (value, None):
+            refuse(name, config[name], value)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        refuse("rope_type", rope_type, "default, without scaling")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("partial_rotary_factor", rope["partial_rotary_factor"], 1.0)
+    missing = [theirs for theirs in FIELDS.values() if theirs not in config]
+    if missing:
+        refuse(missing[0], "missing", "a number")
+    values = {ours: config[theirs] for ours, theirs in FIELDS.items()}
+    values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
+    values["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
+    values["qk_norm"] = kind == "qwen3"
+    if kind == "modded_llama":
+        values |= {name: config[name] for name in EXTRAS if name in config}
+    try:
+        args = ModelArgs(**values, **window_settings(windows_of(config, kind, refuse)))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    if (config["head_dim"] or args.head_dim) != args.head_dim:
+        refuse(
+            "head_dim", config["head_dim"], f"hidden_size / num_attention_heads, {args.head_dim}"
+        )
+    return args
+
+
+def windows_of(config, kind, refuse):
+    """The window of each layer, 0 where it sees everything, of a config.json."""
+    n = config["num_hidden_layers"]
+    if kind == "modded_llama":
+        sizes = config.get("layer_windows", [])
+    elif kind == "mistral":
+        sizes = [config.get("sliding_window", 4096) or 0] * n
+    elif kind == "qwen3" and config.get("use_sliding_window"):
+        first = config.get("max_window_layers", 28)
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(n)]
+        kinds = config.get("layer_types") or kinds
+        sizes = [config["sliding_window"] * (k == "sliding_attention") for k in kinds]
+    else:
+        sizes = []
+    if len(sizes) not in (0, n) or len(set(sizes) - {0}) > 1:
+        refuse("windows", sizes, f"those of {n} layers, all of one size or 0")
+    return sizes
+
+
+# ---- reading a folder
+
+
+def is_folder(path):
+    """Whether a path is a folder of this kind."""
+    return os.path.isfile(os.path.join(path, "config.json"))
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is no JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be read: expected a JSON object")
+    return found
+
+
+def weight_files(folder):
+    """Paths of the safetensors files of a folder: one, or those that an index names."""
+    single = os.path.join(folder, "model.safetensors")
+    index = f"{single}.index.json"
+    if os.path.isfile(index):
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise UserError(f"{index} cannot be read: it has no weight_map")
+        paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
+    else:
+        paths = [single]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} does not exist; expected the weights of {folder} there")
+    return paths
+
+
+def open_tensors(paths):
+    """{name: function that reads the tensor} of safetensors files."""
+    safetensors = need("safetensors")
+    found = {}
+    for path in paths:
+        try:
+            f = safetensors.safe_open(path, "pt")
+        except (safetensors.SafetensorError, OSError) as e:
+            raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
+        for name in f.keys():  # noqa: SIM118 (it is no dict)
+            found[name] = lambda f=f, name=name: f.get_tensor(name)
+    return found
+
+
+def fill(model, source, names, path, turn=None):
+    """
+    Set each tensor of a model from `source`, {name: function that reads it}, of which all must be
+    used; names: (our name, its name there). Raises UserError, which names the tensor.
+    """
+    left = {name for name in source if not name.endswith(BENIGN)}
+    state = model.state_dict()
+    for ours, theirs in names:
+        if ours == "output.weight" and model.args.tie_embeddings:
+            if theirs in source and not torch.equal(source[theirs]().float(), state[ours]):
+                raise UserError(
+                    f"{path} cannot be read: {theirs} is not the embedding it is tied to"
+                )
+            left.discard(theirs)
+            continue
+        if theirs not in source:
+            raise UserError(f"{path} cannot be read: it has no {theirs}")
+        tensor, target = source[theirs](), state[ours]
+        if tensor.shape != target.shape:
+            raise UserError(
+                f"{path} cannot be read: {theirs} is {tuple(tensor.shape)}, "
+                f"expected {tuple(target.shape)}"
+            )
+        target.copy_(turn(ours, tensor) if turn else tensor)
+        left.discard(theirs)
+    if left:
+        raise UserError(f"{path} cannot be read: {min(left)} has no place in this model")
+
+
+def read_folder(folder):
+    """The Transformer of a Hugging Face folder, float32, on the CPU. Raises UserError."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is no folder; expected one with config.json")
+    args = args_of(read_json(os.path.join(folder, "config.json")), folder)
+    source = open_tensors(weight_files(folder))
+    names = [(name, their_name(name)) for name in skeleton(args).state_dict()]
+    model = Transformer(args)
+
+    def turn(name, tensor):
+        return halves_to_pairs(tensor, args.head_dim) if name.endswith(TURNED) else tensor
+
+    fill(model, source, names, folder, turn)
+    return model
+
+
+# ---- tokenizer
+
+
+def tokenizer_json(tokenizer):
+    """
+    tokenizer.json of a SentencePiece BPE, as a dict, with the same ids for every text.
+    SentencePiece joins the two neighbours that make the piece of the best score; here every pair
+    that makes a piece is written down, in the order of the scores.
+    """
+    sp = tokenizer.sp
+    pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    special = [i for i in range(len(pieces)) if sp.is_unknown(i) or sp.is_control(i)]
+    made = {}  # pieces that merging can make, and their scores
+    for i, piece in enumerate(pieces):
+        if not (i in special or sp.is_byte(i) or sp.is_unused(i)):
+            made[piece] = sp.get_score(i)
+    merges = []
+    for piece in sorted(made, key=lambda piece: -made[piece]):
+        for i in range(1, len(piece)):
+            if piece[:i] in made and piece[i:] in made:
+                merges.append([piece[:i], piece[i:]])
+    words = {"single_word": False, "lstrip": False, "rstrip": False}
+    bos = pieces[tokenizer.bos_id]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": pieces[i], **words, "normalized": False, "special": True}
+            for i in special
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": bos, "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[tokenizer.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": tokenizer.byte_fallback,
+            "ignore_merges": False,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": merges,
+        },
+    }
+
+
+def tokenizer_config(tokenizer, max_seq_len):
+    """tokenizer_config.json. Text that looks like a special token stays text, as in ours."""
+    piece = tokenizer.sp.id_to_piece
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": piece(tokenizer.unk_id),
+        "bos_token": piece(tokenizer.bos_id),
+        "eos_token": piece(tokenizer.eos_id),
+        "pad_token": piece(tokenizer.eos_id),
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+
+
+class FastTokenizer:
+    """A tokenizer.json, through Hugging Face's tokenizers, with what sample.py needs of ours."""
+
+    def __init__(self, folder):
+        self.model_path = os.path.join(folder, "tokenizer.json")
+        try:
+            self.backend = need("tokenizers").Tokenizer.from_file(self.model_path)
+        except Exception as e:  # the library raises no other
+            raise UserError(f"{self.model_path} cannot be read: {e}") from None
+        config = read_json(os.path.join(folder, "config.json"))
+        generation = os.path.join(folder, "generation_config.json")
+        config |= read_json(generation) if os.path.isfile(generation) else {}
+        stop = [config.get("bos_token_id"), config.get("eos_token_id")]
+        stop = [i for one in stop for i in (one if isinstance(one, list) else [one])]
+        self.stop = tuple(i for i in stop if isinstance(i, int))
+        self.vocab_size = self.backend.get_vocab_size()
+
+    def encode(self, text):
+        """Ids of a text, str or bytes; one that begins nothing begins with BOS or EOS."""
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self.backend.encode(text).ids or list(self.stop[:1])
+
+    def decode(self, ids):
+        return self.backend.decode(list(ids))
+
+
+# ---- writing a folder
+
+
+def card(model, facts):
+    """The model card, README.md; facts: see formats.training_facts() and export.py."""
+    args, kind = model.args, config_of(model.args, "fp32")["model_type"]
+    trust = ", trust_remote_code=True" if kind == "modded_llama" else ""
+    options = {k: v for k, v in args.to_dict().items() if v != getattr(ModelArgs(), k)}
+    rows = {**facts, "parameters": f"{model.n_params():,}", **options}
+    name, path = rows.pop("name", "a story teller"), rows.pop("repository", ".")
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    code = f"the file {MODELING} beside it" if trust else "transformers' own code, nothing else"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- modded-llama2.c
+- {kind}
+---
+
+# {name}
+
+A small language model trained with modded-llama2.c. transformers runs it with {code}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{path}"
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path{trust})
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
+```
+
+A text ends with the token before the next one, BOS, which generation_config.json stops at.
+
+| | |
+|---|---|
+{table}
+"""
+
+
+def write_folder(model, folder, dtype, tokenizer, facts):
+    """
+    Write a Transformer as a Hugging Face folder, whole or not at all; one that was written before
+    is replaced, any other is left alone. tokenizer: a Tokenizer, or None for the weights alone.
+    """
+    save = need("huggingface_hub").save_torch_state_dict
+    need("safetensors")
+    config = config_of(model.args, dtype)
+    check_replaceable(folder)
+    part = f"{os.path.normpath(folder)}.{os.getpid()}.part"
+    remove(part)
+    os.makedirs(part)
+
+    def put(name, value):
+        with open(os.path.join(part, name), "w", encoding="utf-8") as f:
+            f.write(value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
+
+    try:
+        tensors = {k: t.to(DTYPES[dtype]).contiguous() for k, t in their_tensors(model).items()}
+        save(tensors, part, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
+        put("config.json", config)
+        put(
+            "generation_config.json",
+            {
+                "bos_token_id": 1,
+                "eos_token_id": [2, 1],  # a text ends where the next begins
+                "pad_token_id": 2,
+                "do_sample": True,
+                "top_p": 0.9,
+                "max_new_tokens": min(256, model.args.max_seq_len * 3 // 4),
+            },
+        )
+        if tokenizer:
+            put("tokenizer.json", tokenizer_json(tokenizer))
+            put("tokenizer_config.json", tokenizer_config(tokenizer, model.args.max_seq_len))
+            with open(os.path.join(part, "tokenizer.model"), "wb") as f:
+                f.write(tokenizer.proto)
+        if "auto_map" in config:
+            hub = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
+            shutil.copyfile(os.path.join(hub, MODELING), os.path.join(part, MODELING))
+        put("README.md", card(model, facts))
+        replace(part, os.path.normpath(folder))
+    except OSError as e:
+        raise UserError(f"cannot write {folder}: {e.strerror}") from None
+    finally:
+        remove(part)
+
+
+def check_replaceable(folder):
+    """Raise UserError unless a folder is absent, empty, or of this kind: nothing else is lost."""
+    if not os.path.exists(folder):
+        return
+    if not os.path.isdir(folder):
+        raise UserError(f"cannot write {folder}: it is a file; name a folder")
+    known = ("config.json", "generation_config.json", "README.md", MODELING, "__pycache__")
+    for name in os.listdir(folder):
+        if name not in known and not name.startswith(("model", "tokenizer", ".git", ".cache")):
+            raise UserError(
+                f"cannot write {folder}: it holds {name}, which is not of an export; name another"
+            )
+
+
+# ---- one safetensors file, with our names
+
+
+def write_file(model, path, dtype):
+    """Write a Transformer as one safetensors file, its ModelArgs as JSON in the metadata."""
+    save = need("safetensors.torch").save
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "output.weight" and model.args.tie_embeddings:
+            continue
+        tensor = tensor[: model.args.vocab_size].clone() if name.startswith(PADDED) else tensor
+        tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
+    args = {**model.args.to_dict(), "vocab_multiple": 1}
+    metadata = {"format": "pt", "model_args": json.dumps(args)}
+    with atomic_write(path) as f:
+        f.write(save(tensors, metadata))
+
+
+def read_file(path):
+    """The Transformer of such a file, float32, on the CPU. Raises UserError."""
+    source = open_tensors([path])
+    metadata = need("safetensors").safe_open(path, "pt").metadata() or {}
+    try:
+        args = ModelArgs.from_dict(json.loads(metadata["model_args"]))
+        names = [(name, name) for name in skeleton(args).state_dict()]
+    except KeyError:
+        raise UserError(f"{path} cannot be read: its metadata has no model_args") from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    if args.tie_embeddings:
+        names = [one for one in names if one[0] != "output.weight"]
+    model = Transformer(args)
+    fill(model, source, names, path)
+    return model
+
+
+# ---- the hub
+
+
+def token():
+    """The access token: HF_TOKEN of the environment or of a file .env, or None."""
+    if os.environ.get("HF_TOKEN") or not os.path.isfile(".env"):
+        return os.environ.get("HF_TOKEN") or None
+    with open(".env", encoding="utf-8") as f:
+        for line in f:
+            name, _, value = line.strip().removeprefix("export ").partition("=")
+            if name.strip() == "HF_TOKEN":
+                return value.strip().strip("\"'") or None
+    return None
+
+
+def download(name):
+    """The folder of a model of the hub, user/name or user/name@revision, kept in its cache."""
+    hub = need("huggingface_hub")
+    name, _, revision = name.partition("@")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+    try:
+        return hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, token=token()
+        )
+    except Exception as e:  # of the hub, of the network, of the name
+        raise UserError(f"cannot download {name}: {reason(e)}") from None
+
+
+def check_push(name):
+    """Raise UserError unless an upload to user/name can begin, as far as can be seen from here."""
+    hub = need("huggingface_hub")
+    try:
+        need("huggingface_hub.utils").validate_repo_id(name)
+    except ValueError as e:
+        raise UserError(f"cannot upload to {name}: {reason(e)}") from None
+    if not (token() or hub.get_token()):
+        raise UserError(
+            f"cannot upload to {name} without an access token: set HF_TOKEN, or write it to .env "
+            f"as HF_TOKEN=..."
+        )
+
+
+def push(folder, name, private=False, dry_run=False):
+    """Upload a folder as a model of the hub, user/name, which is made if it is not there."""
+    hub = need("huggingface_hub")
+    files = {n: os.path.getsize(os.path.join(folder, n)) for n in sorted(os.listdir(folder))}
+    for file, size in files.items():
+        print(f"  {file}  {size:,} bytes")
+    if dry_run:
+        print(f"dry run: these {len(files)} files would go to {name}; nothing was sent")
+        return
+    api = hub.HfApi(token=token())
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload model")
+    except Exception as e:
+        raise UserError(
+            f"cannot upload to {name}: {reason(e)}; {folder} is whole, run the same command again"
+        ) from None
+    print(f"uploaded to {done.repo_url if hasattr(done, 'repo_url') else name}")
+
+
+def reason(error):
+    """What an error of the hub's library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -1,0 +1,498 @@
+"""
+model.bin, which run.c reads: written by export_model(), read by read_bin().
+
+Version 0 is llama2.c's first format, byte for byte, and carries plain Llama 2 in fp32. Version 3
+says everything about itself and carries every option of ModelArgs and every number format.
+doc/format.md specifies both. llama2.c's versions 1 and 2 are read as well.
+
+To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in tensors(), and the same
+in run.c and doc/format.md; until then both versions refuse it by name. To add a number format: its
+place in DTYPES, its case in blobs() and read_blobs(), and the same two. To add a version: a
+writer in VERSIONS that refuses what it cannot carry.
+"""
+
+import math
+import os
+import struct
+from dataclasses import fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError
+from files import atomic_write
+from model import ACTIVATIONS, ModelArgs, Transformer
+
+V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+V0_CARRIED = {*V0_HEADER, "tie_embeddings"}
+# no reader needs them; window_pattern is judged together with sliding_window
+TRAINING_ONLY = {"multiple_of", "dropout", "zero_init", "vocab_multiple", "window_pattern"}
+
+MAGIC = 0x616B3432  # "ak42" as a number, that of llama2.c's versions 1 and 2
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+LANES = 16  # rows of a matrix that lie together: run.c multiplies so many at once
+
+
+class Codes(NamedTuple):
+    """A number format of whole numbers, `zero` of which is subtracted, times a scale."""
+
+    bits: int
+    group: int  # columns of a row that share a scale
+    zero: int
+    per_code: int  # columns of a row that lie together
+
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# number formats of matrices and tables; the place is the field `dtype`
+DTYPES = {
+    "fp32": None,
+    "bf16": None,
+    "int8": Codes(bits=8, group=64, zero=128, per_code=4),
+    "int4": Codes(bits=4, group=32, zero=8, per_code=8),
+}
+
+# Bits of the field `options`, the lowest first
+V3_OPTIONS = (
+    "tie_embeddings",
+    "qk_norm",
+    "norm_gains",
+    "embedding_norm",
+    "residual_scalars",
+    "smear",
+)
+
+# Version 3: name, struct code, least and most value of each field, little-endian, without gaps
+V3_HEADER = (
+    ("magic", "I", MAGIC, MAGIC),
+    ("version", "i", 3, 3),
+    ("file_size", "Q", 1, 1 << 62),  # bytes
+    ("header_size", "I", 80, 80),  # bytes of these fields
+    ("options", "I", 0, (1 << len(V3_OPTIONS)) - 1),
+    ("dtype", "I", 0, len(DTYPES) - 1),  # of the tensors
+    ("activation", "I", 0, len(ACTIVATIONS) - 1),  # the place in ACTIVATIONS
+    ("dim", "i", 1, 1 << 16),
+    ("hidden_dim", "i", 1, 1 << 20),
+    ("n_layers", "i", 1, 1 << 12),
+    ("n_heads", "i", 1, 1 << 12),
+    ("n_kv_heads", "i", 1, 1 << 12),
+    ("vocab_size", "i", 3, 1 << 24),
+    ("max_seq_len", "i", 1, 1 << 24),
+    ("value_embeddings", "i", 0, 1 << 12),
+    ("bigram_rows", "i", 0, 1 << 28),
+    ("norm_eps", "f", 0, 1),
+    ("rope_theta", "f", 1, 1e12),
+    ("logit_softcap", "f", 0, 1e6),
+)
+V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
+MAX_WINDOW = 1 << 24
+TABLES = {"value_embeddings", "bigram_embeddings"}  # of rows that are looked up, not multiplied
+V3_CARRIED = {*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"}
+
+LAYER_TENSORS = (
+    "attention_norm",
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "ffn_norm",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
+
+
+def windows(args):
+    """The window of each layer, 0 where it sees everything."""
+    return [args.window(layer) for layer in range(args.n_layers)]
+
+
+def not_carried(args, carried):
+    """The first field, of dataclasses, that readers of only the `carried` would miss, or None."""
+    for field in fields(ModelArgs):
+        if field.name in carried | TRAINING_ONLY or getattr(args, field.name) == field.default:
+            continue
+        if field.name != "sliding_window" or any(windows(args)):
+            return field
+    return None
+
+
+def refuse(args, carried, version):
+    """Raise UserError, naming the option, for a model that is more than the version can say."""
+    if field := not_carried(args, carried):
+        raise UserError(
+            f"version {version} cannot carry {field.name} = {getattr(args, field.name)}: "
+            f"its readers take {field.default} for granted"
+        )
+
+
+def tensors(model, with_rope_tables=False):
+    """
+    (name, parts) of each tensor of a model file, in the order of every version; the parts lie one
+    behind the other. Rows past vocab_size, and what the model does not have, are left out.
+    """
+    args, state = model.args, model.state_dict()
+    state |= {"rope_cos": model.rope_cos, "rope_sin": model.rope_sin}
+
+    def found(name, *keys):
+        parts = [state[key] for key in keys if key in state]
+        if name in ("tok_embeddings", "output", "value_embeddings"):
+            parts = [part[: args.vocab_size] for part in parts]
+        return [(name, parts)] if parts else []
+
+    def per_layer(name):
+        return found(name, *(f"layers.{i}.{name}.weight" for i in range(args.n_layers)))
+
+    yield from found("tok_embeddings", "tok_embeddings.weight")
+    for name in LAYER_TENSORS:
+        yield from per_layer(name)
+    yield from found("norm", "norm.weight")
+    if with_rope_tables:
+        yield from found("rope_cos", "rope_cos")
+        yield from found("rope_sin", "rope_sin")
+    if not args.tie_embeddings:
+        yield from found("output", "output.weight")
+    yield from per_layer("attention.q_norm")
+    yield from per_layer("attention.k_norm")
+    yield from found("embedding_norm", "embedding_norm.weight")
+    yield from found("residual_scalars", "residual_scalars")
+    yield from found("x0_scalars", "x0_scalars")
+    tables = (f"value_embeddings.{i}.weight" for i in range(args.value_embeddings))
+    yield from found("value_embeddings", *tables)
+    yield from found("bigram_embeddings", "bigram_embeddings.weight")
+    yield from found("smear_gate", "smear_gate.weight")
+
+
+def quantized(matrix, codes):
+    """
+    Whole numbers (rows, cols), uint8, and scales (rows, groups), bfloat16, of a matrix, which is
+    about (numbers - codes.zero) * scales. int8 has the largest number of a group near -127 or 127.
+    int4 takes, of some scales around the one that has it at -8, that of the least squared error.
+    """
+    rows, cols = matrix.shape
+    w = F.pad(matrix.float(), (0, -cols % codes.group)).view(rows, -1, codes.group)
+    largest = w.gather(2, w.abs().argmax(2, keepdim=True))  # with its sign
+    if codes.bits == 8:  # a little more, since bfloat16 may round the scale down
+        tries, least, most = [largest.abs() / 127 * (1 + 2**-8)], -127, 127
+    else:
+        tries, least, most = [largest / -8 * (0.8 + 0.02 * i) for i in range(16)], -8, 7
+    best = torch.full_like(largest, torch.inf)
+    numbers, scales = torch.zeros_like(w), torch.zeros_like(largest)
+    for scale in tries:
+        scale = scale.bfloat16().float()
+        q = (w / torch.where(scale == 0, 1, scale)).round().clamp(least, most)
+        error = (w - q * scale).square().sum(2, keepdim=True)
+        numbers = torch.where(error < best, q, numbers)
+        scales = torch.where(error < best, scale, scales)
+        best = torch.minimum(error, best)
+    numbers = (numbers + codes.zero).to(torch.uint8).view(rows, -1)[:, :cols]
+    return numbers, scales.squeeze(2).bfloat16()
+
+
+def laid_out(numbers, scales, codes, lanes):
+    """
+    The two in the order of the file, see doc/format.md: blocks of `lanes` rows, of which the first
+    columns of each lie one behind the other, then the next ones; filled up with zeros.
+    """
+    rows, cols = numbers.shape
+    fill = (0, -cols % codes.per_code, 0, -rows % lanes)
+    numbers = F.pad(numbers, fill, value=codes.zero)
+    numbers = numbers.view(-1, lanes, numbers.shape[1] // codes.per_code, codes.per_code // 4, 4)
+    numbers = numbers.transpose(1, 2)  # (blocks, steps, lanes, 1 or 2, 4)
+    if codes.bits == 4:
+        numbers = numbers[:, :, :, 0] | numbers[:, :, :, 1] << 4
+    scales = F.pad(scales, (0, 0, 0, -rows % lanes)).view(-1, lanes, scales.shape[1])
+    return numbers.contiguous(), scales.transpose(1, 2).contiguous()
+
+
+def raw(tensor):
+    """The bytes of a tensor, little-endian."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
+    array = tensor.detach().cpu().reshape(-1).view(whole).numpy()
+    return array.astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+def write_v0(model, f, dtype):
+    args = model.args
+    refuse(args, V0_CARRIED, 0)
+    if dtype != "fp32":
+        raise UserError(
+            f"version 0 cannot carry dtype = {dtype}: its readers take fp32 for granted"
+        )
+    header = [getattr(args, name) for name in V0_HEADER]
+    if not args.tie_embeddings:
+        header[V0_HEADER.index("vocab_size")] *= -1
+    f.write(struct.pack("<7i", *header))
+    for _, parts in tensors(model, with_rope_tables=True):
+        f.writelines(raw(part.float()) for part in parts)
+
+
+def lanes_of(name, args):
+    """How many rows of a matrix lie together: one of a table whose rows are only looked up."""
+    is_untied = name == "tok_embeddings" and not args.tie_embeddings
+    return 1 if name in TABLES or is_untied else LANES
+
+
+def is_vector(name, parts):
+    """Whether a tensor stays in float32 in every number format: gains and other vectors."""
+    return parts[0].dim() == 1 or name == "smear_gate"
+
+
+def blobs(model, dtype):
+    """What lies behind the header of a version 3 file, each aligned, as iterables of bytes."""
+    codes = DTYPES[dtype]
+    for name, parts in tensors(model):
+        if is_vector(name, parts):
+            yield (raw(part.float()) for part in parts)
+        elif codes is None:
+            yield (raw(part.to(FLOATS[dtype])) for part in parts)
+        else:
+            lanes = lanes_of(name, model.args)
+            made = [laid_out(*quantized(part, codes), codes, lanes) for part in parts]
+            yield (raw(numbers) for numbers, _ in made)
+            yield (raw(scales) for _, scales in made)
+
+
+def write_v3(model, f, dtype):
+    args = model.args
+    refuse(args, V3_CARRIED, 3)
+    values = {
+        **args.to_dict(),
+        "magic": MAGIC,
+        "version": 3,
+        "file_size": 1,  # not known yet
+        "header_size": struct.calcsize(V3_STRUCT),
+        "options": sum(getattr(args, name) << bit for bit, name in enumerate(V3_OPTIONS)),
+        "dtype": list(DTYPES).index(dtype),
+        "activation": ACTIVATIONS.index(args.activation),
+    }
+    limits = [*V3_HEADER, ("sliding_window", "i", 0, MAX_WINDOW)]
+    for name, _, least, most in limits:
+        if not least <= values[name] <= most:
+            raise UserError(
+                f"version 3 cannot carry {name} = {values[name]}: expected {least} to {most}"
+            )
+    f.write(bytes(values["header_size"]))
+    f.write(struct.pack(f"<{args.n_layers}i", *windows(args)))
+    for pieces in blobs(model, dtype):
+        f.write(bytes(-f.tell() % ALIGNMENT))
+        f.writelines(pieces)
+    values["file_size"] = f.tell()
+    f.seek(0)
+    f.write(struct.pack(V3_STRUCT, *(values[name] for name, *_ in V3_HEADER)))
+
+
+VERSIONS = {0: write_v0, 3: write_v3}
+
+
+def export_model(model, path, version=None, dtype="fp32"):
+    """
+    Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 where
+    that carries the model, so that llama2.c's readers take it, else 3.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype}: expected one of {', '.join(DTYPES)}")
+    if version is None:
+        version = 3 if dtype != "fp32" or not_carried(model.args, V0_CARRIED) else 0
+    if version not in VERSIONS:
+        raise UserError(
+            f"version {version}: expected auto or one of {', '.join(map(str, VERSIONS))}"
+        )
+    try:
+        with atomic_write(path) as f:
+            VERSIONS[version](model, f, dtype)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+
+# ---- reading
+
+
+class Bytes:
+    """The bytes of a file, from which one array after another is taken. Raises UserError."""
+
+    def __init__(self, path):
+        self.path, self.at = path, 0
+        try:
+            if os.path.isdir(path):
+                raise UserError(f"{path} is a folder; expected a model.bin")
+            self.size = os.path.getsize(path)
+            self.data = np.memmap(path, np.uint8, "r") if self.size else np.empty(0, np.uint8)
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+    def take(self, code, count):
+        """The next `count` numbers, an array of numpy's type `code`."""
+        end = self.at + count * np.dtype(code).itemsize
+        if end > self.size:
+            raise UserError(f"{self.path} ends at byte {self.size}, but goes on to {end}")
+        found = self.data[self.at : end].view(code)
+        self.at = end
+        return found
+
+    def floats(self, count, code="<f4"):
+        return torch.from_numpy(self.take(code, count).astype(np.float32))
+
+    def align(self):
+        self.at += -self.at % ALIGNMENT
+
+    def refuse(self, what):
+        raise UserError(f"{self.path} is no model.bin that this version reads: {what}")
+
+
+def read_bin(path):
+    """
+    The Transformer of a model file of any version, on the CPU; int8 and int4 become the float32
+    numbers that they stand for. Raises UserError, one sentence, for anything else.
+    """
+    data = Bytes(path)
+    if data.size < 8:
+        data.refuse(f"it has {data.size} bytes")
+    magic, version = data.take("<u4", 2).tolist()
+    version = version if magic == MAGIC else 0
+    if version not in (0, 1, 2, 3):
+        data.refuse(f"version {version}; expected 0 to 3")
+    try:
+        return read_v3(data) if version == 3 else read_llama2cs(data, version)
+    except (ValueError, RuntimeError) as e:  # numbers that do not fit together, or not the memory
+        data.refuse(str(e).splitlines()[0])
+
+
+def skeleton(args):
+    """The model without its numbers, to see its sizes before there is memory for them."""
+    with torch.device("meta"):
+        return Transformer(args)
+
+
+def read_llama2cs(data, version):
+    """A model of llama2.c's versions 0, 1 and 2."""
+    data.at = 8 if version else 0
+    values = dict(zip(V0_HEADER, data.take("<i4", 7).tolist(), strict=True))
+    tied, group = values["vocab_size"] > 0, 0
+    values["vocab_size"] = abs(values["vocab_size"])
+    if version:
+        tied = bool(data.take("u1", 1)[0])
+    if version == 2:
+        group = int(data.take("<i4", 1)[0])
+    for name, code, least, most in V3_HEADER:
+        if code == "i" and name in values and not least <= values[name] <= most:
+            data.refuse(f"{name} = {values[name]}, expected {least} to {most}")
+    args = ModelArgs(**values, tie_embeddings=tied)
+    if version == 2 and (group < 1 or args.dim % group or args.hidden_dim % group):
+        data.refuse(f"groups of {group} numbers do not divide its rows")
+    model = skeleton(args)
+    numbers = {True: 0, False: 0}  # of vectors, of matrices
+    for name, parts in tensors(model):
+        numbers[is_vector(name, parts)] += sum(part.numel() for part in parts)
+    tables = args.max_seq_len * args.head_dim
+    expected = {
+        0: 28 + 4 * (sum(numbers.values()) + tables),
+        1: 256 + 4 * sum(numbers.values()),
+        2: 256 + 4 * numbers[True] + numbers[False] + (group and 4 * numbers[False] // group),
+    }[version]
+    if data.size != expected:
+        data.refuse(f"it has {data.size} bytes, and its header stands for {expected}")
+    model = Transformer(args)
+    data.at = 256 if version else 28
+    order = list(tensors(model, with_rope_tables=version == 0))
+    if version:
+        order.sort(key=lambda one: not is_vector(*one))
+    for name, parts in order:
+        if name.startswith("rope"):
+            found = data.floats(tables // 2).view(parts[0].shape)
+            if not torch.allclose(found, parts[0], rtol=0, atol=1e-3):
+                data.refuse("its rotary angles are not those of rope_theta = 10000")
+            continue
+        for part in parts:
+            if version == 2 and not is_vector(name, parts):
+                found = data.floats(part.numel(), "i1").view(-1, group)
+                found *= data.floats(len(found))[:, None]
+            else:
+                found = data.floats(part.numel())
+            part.copy_(found.view(part.shape))
+    return model
+
+
+def read_v3(data):
+    data.at = 0
+    size = struct.calcsize(V3_STRUCT)
+    fields_ = struct.unpack(V3_STRUCT, data.take("u1", size).tobytes())
+    values = {}
+    for (name, _, least, most), value in zip(V3_HEADER, fields_, strict=True):
+        if not least <= value <= most:
+            data.refuse(f"{name} = {value}, expected {least} to {most}")
+        values[name] = value
+    if values["file_size"] != data.size:
+        data.refuse(f"it has {data.size} bytes, and its header says {values['file_size']}")
+    options = values.pop("options")
+    dtype, activation = list(DTYPES)[values["dtype"]], ACTIVATIONS[values["activation"]]
+    for name in ("magic", "version", "file_size", "header_size", "dtype"):
+        del values[name]
+    for name in ("norm_eps", "rope_theta", "logit_softcap"):  # 1e-5 as it was before float32
+        values[name] = float(f"{values[name]:.7g}")
+    sizes = data.take("<i4", values["n_layers"]).tolist()
+    if len(set(sizes) - {0}) > 1 or min(sizes) < 0:
+        data.refuse("its layers have windows of different sizes")
+    args = ModelArgs(
+        **values | {"activation": activation},
+        **{name: bool(options >> bit & 1) for bit, name in enumerate(V3_OPTIONS)},
+        **window_settings(sizes),
+    )
+    if skeleton(args).n_params() > 2 * data.size:  # half a byte each at least
+        data.refuse(f"its {data.size} bytes are too few for its header")
+    model = Transformer(args)
+    read_blobs(data, model, dtype)
+    if data.at != data.size:
+        data.refuse(f"it has {data.size} bytes, and its header stands for {data.at}")
+    return model
+
+
+def window_settings(sizes):
+    """The settings of windows, of which there is one size besides 0, of each layer."""
+    if not any(sizes):
+        return {}
+    letters = "".join("S" if size else "L" for size in sizes)
+    n = len(letters)
+    period = next(p for p in range(1, n + 1) if all(letters[i] == letters[i % p] for i in range(n)))
+    return {"sliding_window": max(sizes), "window_pattern": letters[:period]}
+
+
+def read_blobs(data, model, dtype):
+    """Set all numbers of a model from what blobs() wrote."""
+    codes = DTYPES[dtype]
+    for name, parts in tensors(model):
+        data.align()
+        if is_vector(name, parts) or dtype == "fp32":
+            found = [data.floats(part.numel()) for part in parts]
+        elif dtype == "bf16":
+            halves = [data.take("<i2", part.numel()).astype(np.int16) for part in parts]
+            found = [torch.from_numpy(half).view(torch.bfloat16) for half in halves]
+        else:
+            lanes = lanes_of(name, model.args)
+            numbers = [taken_numbers(data, *part.shape, codes, lanes) for part in parts]
+            data.align()
+            scales = [taken_scales(data, *part.shape, codes, lanes) for part in parts]
+            found = [n * s for n, s in zip(numbers, scales, strict=True)]
+        for part, one in zip(parts, found, strict=True):
+            part.copy_(one.view(part.shape))
+
+
+def taken_numbers(data, rows, cols, codes, lanes):
+    """The numbers of a matrix that laid_out() wrote, without their zero: (rows, cols), float32."""
+    blocks, steps = math.ceil(rows / lanes), math.ceil(cols / codes.per_code)
+    q = torch.from_numpy(data.take("u1", blocks * steps * lanes * 4).copy())
+    q = q.view(blocks, steps, lanes, 1, 4)
+    if codes.bits == 4:
+        q = torch.cat((q & 15, q >> 4), dim=3)
+    q = q.transpose(1, 2).reshape(blocks * lanes, -1)[:rows, :cols]
+    return q.float() - codes.zero
+
+
+def taken_scales(data, rows, cols, codes, lanes):
+    """The scale of each number of a matrix, (rows, cols), float32."""
+    blocks, groups = math.ceil(rows / lanes), math.ceil(cols / codes.group)
+    halves = data.take("<i2", blocks * groups * lanes).astype(np.int16)
+    scales = torch.from_numpy(halves).view(torch.bfloat16).float().view(blocks, groups, lanes)
+    scales = scales.transpose(1, 2).reshape(blocks * lanes, groups)[:rows]
+    return scales.repeat_interleave(codes.group, dim=1)[:, :cols]

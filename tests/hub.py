@@ -1,0 +1,117 @@
+"""A stand-in for the Hugging Face hub on 127.0.0.1: models are made, uploaded and downloaded."""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Hub(ThreadingHTTPServer):
+    """`models`: {name: {file: bytes}}; `tokens` that it was shown; names of `private` models."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.models, self.tokens, self.private, self.blobs = {}, set(), set(), {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *words):
+        pass
+
+    def answer(self, value=None, status=200, **headers):
+        body = value if isinstance(value, bytes) else json.dumps(value or {}).encode()
+        self.send_response(status)
+        for name, text in {"content_length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(text))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    def do_POST(self):
+        hub, path, body = self.server, self.path.partition("?")[0], self.body()
+        hub.tokens.add(self.headers.get("Authorization"))
+        name = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if asked.get("private") or asked.get("visibility") == "private":
+                hub.private.add(name)
+            hub.models.setdefault(name, {})
+            self.answer({"url": f"{hub.url}/{name}", "name": name})
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif name.removesuffix(".git") not in hub.models:
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif path.endswith("/preupload/main"):
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self.answer({"files": modes})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{hub.url}/blob/{one['oid']}"}}
+            self.answer({"transfer": "basic", "objects": objects})
+        elif path.endswith("/commit/main"):
+            for line in body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    hub.models[name][value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    hub.models[name][value["path"]] = hub.blobs[value["oid"]]
+            commit = hashlib.sha1(body).hexdigest()
+            url = f"{hub.url}/{name}/commit/{commit}"
+            self.answer({"success": True, "commitUrl": url, "commitOid": commit})
+        else:
+            self.answer({"error": f"no such place: {path}"}, 404)
+
+    def do_PUT(self):
+        data = self.body()
+        oid = self.path.rpartition("/")[2]
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.answer({"error": "wrong hash"}, 400)
+        self.server.blobs[oid] = data
+        return self.answer()
+
+    def do_GET(self):
+        hub, path = self.server, self.path.partition("?")[0]
+        words = path.removeprefix("/api/models").strip("/").split("/")
+        name, commit = "/".join(words[:2]), "0" * 40
+        files = hub.models.get(name)
+        if files is None:
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif path.startswith(f"/api/models/{name}/tree/"):
+            tree = [{"type": "file", "path": f, "size": len(files[f]), "oid": "0"} for f in files]
+            self.answer(tree)
+        elif path.startswith("/api/models"):
+            siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
+            self.answer({"id": name, "modelId": name, "sha": commit, "siblings": siblings})
+        elif words[2] == "resolve" and words[4] in files:
+            data = files[words[4]]
+            tag = f'"{hashlib.sha256(data).hexdigest()}"'
+            self.answer(data, ETag=tag, X_Repo_Commit=commit)
+        else:
+            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET

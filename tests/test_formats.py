@@ -1,0 +1,603 @@
+"""Models in other formats: read back exactly, run by transformers with our logits, or refused."""
+
+import json
+import os
+import runpy
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVERYTHING, REPO, bin_of, logits_of, random_model, refused, script
+from test_tokenizer import generated_texts
+
+import formats
+import gguffile
+import huggingface
+from checkpoint import save_file
+from configurator import UserError
+from formats import FORMATS, load, recognize
+from hub import Hub
+from modelbin import export_model, read_bin, windows
+
+# name: options, the class of transformers that loads it
+CASES = {
+    "plain": ({}, "LlamaForCausalLM"),
+    "gqa": ({"n_kv_heads": 2, "hidden_dim": 88}, "LlamaForCausalLM"),
+    "untied": ({"tie_embeddings": False, "rope_theta": 5e5, "norm_eps": 1e-6}, "LlamaForCausalLM"),
+    "padded": ({"vocab_multiple": 64, "n_kv_heads": 1}, "LlamaForCausalLM"),
+    "padded_untied": ({"vocab_multiple": 64, "tie_embeddings": False}, "LlamaForCausalLM"),
+    "portable": ({"qk_norm": True, "n_kv_heads": 2}, "Qwen3ForCausalLM"),
+    "portable_untied": ({"qk_norm": True, "tie_embeddings": False}, "Qwen3ForCausalLM"),
+    "windows": ({"qk_norm": True, "sliding_window": 5, "n_layers": 4}, "Qwen3ForCausalLM"),
+    "softcap": ({"logit_softcap": 5.0}, "ModdedLlamaForCausalLM"),
+    "modded": (EVERYTHING, "ModdedLlamaForCausalLM"),
+    "gated": ({"smear": True, "bigram_rows": 64, "sliding_window": 4}, "ModdedLlamaForCausalLM"),
+}
+IN_GGUF = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+
+
+def sized(tokenizer, **options):
+    return random_model(**{"vocab_size": tokenizer.vocab_size, **options})
+
+
+def same_model(found, model):
+    """Equal tensors, but for rows past the vocabulary, and equal ModelArgs in what is exported."""
+    expected, state = model.state_dict(), found.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name][: len(tensor)]), name
+    args = model.args.to_dict()
+    differing = {k for k, value in found.args.to_dict().items() if value != args[k]}
+    assert differing <= {"vocab_multiple", "window_pattern"}
+    assert windows(found.args) == windows(model.args)
+
+
+def transformers_model(folder, name="CausalLM"):
+    """The model as a user of transformers gets it; remote code only where it must be."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())
+    trust = "auto_map" in config
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=trust).vocab_size
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+
+
+def export(*words):
+    """Run export.py in this process, which has all it needs in memory; UserError comes through."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export.py", *map(str, words)])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        runpy.run_path(str(REPO / "export.py"), run_name="__main__")
+
+
+def close(found, expected):
+    return (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("to", FORMATS)
+def test_round_trips_are_exact(tmp_path, tokenizers, to, name):
+    """From a checkpoint to any format and back to a checkpoint, in two commands' worth of calls."""
+    options, kind = CASES[name]
+    tokenizer = tokenizers[512]
+    model = sized(tokenizer, **options)
+    path = str(tmp_path / f"there{FORMATS[to].ending or '_hf'}")
+    if to == "gguf" and (kind not in IN_GGUF or "sliding_window" in options):
+        pytest.skip("not carried by GGUF, which another test sees refused")
+    FORMATS[to].write(model, path, "fp32", tokenizer, {})
+    assert recognize(path) == to
+    loaded = load(path, tokenizer="" if to != "bin" else tokenizer.model_path)
+    same_model(loaded.model, model)
+    text = "Once upon a time, there was Zoë. 😀\n"
+    assert loaded.tokenizer.encode(text) == tokenizer.encode(text)
+    back = str(tmp_path / "back" / "ckpt.pt")
+    FORMATS["checkpoint"].write(loaded.model, back, "fp32", loaded.tokenizer, {})
+    again = load(back)
+    same_model(again.model, model)
+    assert again.tokenizer.encode(text) == tokenizer.encode(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizers):
+    """The out_dir of a run, as far as exports look at it."""
+    folder, tokenizer = tmp_path_factory.mktemp("finished"), tokenizers[512]
+    model = sized(tokenizer, **EVERYTHING)
+    value = {"model": model.state_dict(), "model_args": model.args.to_dict(), "iter_num": 60}
+    config = {"max_seq_len": 32, "optimizer": "muon", "data_dir": str(folder)}
+    value |= {"config": config, "n_sequences": 480, "train_s": 90.0}
+    for name in ("best.pt", "ckpt.pt"):
+        save_file(folder / name, value)
+    lines = [{"kind": "start", "train_tokens": 123456, "device_name": "a processor"}]
+    lines += [{"kind": "eval", "step": n, "val_loss": 2.5, "val_bpb": n / 100} for n in (40, 60)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
+    (folder / "tokenizer.model").write_bytes(tokenizer.proto)
+    return folder
+
+
+def test_from_a_run_to_a_folder_and_on(tmp_path, finished, run):
+    """sample.py tells the same of a run, of what was made of it, and ./run of its model.bin."""
+    best, folder, back = finished / "best.pt", tmp_path / "hf", tmp_path / "back" / "ckpt.pt"
+    done = script("export.py", folder, "--format=hf", f"--checkpoint={best}")
+    assert done.returncode == 0, done.stderr
+    export(back, f"--from-hf={folder}")
+    words = ["--temperature=0", "--max_new_tokens=20", "--start=Once"]
+    told = [script("sample.py", f"--checkpoint={one}", *words) for one in (best, folder, back)]
+    assert all(done.returncode == 0 for done in told), [done.stderr for done in told]
+    assert len({done.stdout for done in told}) == 1 and told[0].stdout.startswith("Once")
+    export(tmp_path / "r" / "model.bin", f"--from-hf={folder}")
+    told_in_c = run(tmp_path / "r" / "model.bin", "-t", 0, "-n", 12, "-i", "Once").stdout
+    assert told[0].stdout.startswith(told_in_c.decode(errors="replace").strip("\ufffd\n"))
+
+    card = (folder / "README.md").read_text()
+    for part in (
+        "| steps | 60 |",
+        "| tokens seen | 15,360 |",
+        "| training | 1.5 minutes |",
+        "| training text | 123,456 tokens |",
+        "| validation | 0.6000 bits per byte |",
+        "| activation | relu2 |",
+        "trust_remote_code=True",
+    ):
+        assert part in card
+    assert str(finished) not in card + (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_the_bytes(tmp_path, tokenizers, dtype):
+    model = sized(tokenizers[512], **EVERYTHING)
+    for to in ("hf", "safetensors"):
+        path = str(tmp_path / f"there{FORMATS[to].ending or '_hf'}")
+        FORMATS[to].write(model, path, dtype, tokenizers[512], {})
+        found, number_format = load(path).model.state_dict(), huggingface.DTYPES[dtype]
+        for name, tensor in model.state_dict().items():
+            expected = tensor[: len(found[name])].to(number_format).float()
+            assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "q8_0", "q4_0"])
+def test_number_formats_of_gguf(tmp_path, tokenizers, capsys, dtype):
+    model = sized(tokenizers[512], dim=64, hidden_dim=88)
+    gguffile.write_gguf(model, tmp_path / "model.gguf", dtype, tokenizers[512], {})
+    found = gguffile.read_gguf(tmp_path / "model.gguf")[0].state_dict()
+    worst = {"fp16": 3e-4, "bf16": 3e-3, "q8_0": 8e-3, "q4_0": 0.1}[dtype]
+    for name, tensor in model.state_dict().items():
+        error = (found[name] - tensor).norm() / tensor.norm()
+        assert error <= (0 if tensor.dim() == 1 else worst), name
+    said = capsys.readouterr().out
+    assert ("2 tensors, such as blk.0.ffn_down.weight, stay in F16" in said) == ("q" in dtype)
+
+
+# ---- transformers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name):
+    options, kind = CASES[name]
+    model = sized(tokenizers[105], **options)
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[105], {})
+    theirs = transformers_model(tmp_path / "hf")
+    assert type(theirs).__name__ == kind
+    tokens = torch.randint(3, 105, (2, 24))
+    with torch.no_grad():
+        assert close(theirs(tokens).logits, model(tokens))
+    words = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None}
+    found = theirs.generate(tokens[:1, :6], **words)[0, 6:].tolist()
+    assert found == list(model.generate(tokens[0, :6].tolist(), 16, temperature=0))
+
+
+def test_our_modeling_file_does_what_transformers_asks_of_it(tmp_path, tokenizers):
+    """Padding on the left and on the right, beams with a cache and without, a loss, gradients."""
+    model = sized(tokenizers[105], **EVERYTHING)
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", None, {})
+    theirs = transformers_model(tmp_path / "hf")
+    tokens = torch.randint(3, 105, (1, 9))
+    for left in (4, 0):
+        padded = torch.nn.functional.pad(tokens, (left, 4 - left), value=2)
+        mask = torch.zeros(1, 13, dtype=torch.int64)
+        mask[:, left : left + 9] = 1
+        with torch.no_grad():
+            found = theirs(padded, attention_mask=mask).logits[:, left : left + 9]
+            assert close(found, model(tokens))
+    words = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    padded = torch.nn.functional.pad(tokens, (4, 0), value=2)
+    mask = (torch.arange(13) >= 4).long()[None]
+    found = theirs.generate(padded, attention_mask=mask, **words)[0, 13:].tolist()
+    assert found == list(model.generate(tokens[0].tolist(), 12, temperature=0))
+    beams = [
+        theirs.generate(tokens, num_beams=3, use_cache=use_cache, **words)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+    loss, expected = theirs(tokens, labels=tokens).loss, model(tokens[:, :-1], tokens[:, 1:])
+    assert abs(loss - expected) < 1e-5
+    loss.backward()
+    expected.backward()
+    gradients = dict(model.named_parameters())
+    for name in ("smear_gate.weight", "residual_scalars", "bigram_embeddings.weight"):
+        found = dict(theirs.named_parameters())[f"model.{name}"].grad
+        assert close(found, gradients[name].grad), name
+    with pytest.raises(ValueError, match="give input_ids"):
+        theirs(tokens, inputs_embeds=torch.zeros(1, 9, 48))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3"])
+def test_folders_that_transformers_wrote(tmp_path, builds, kind, tied):
+    import transformers
+
+    windows = {
+        "Mistral": {"sliding_window": 5},
+        "Qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        rope_theta=500000.0,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        **windows.get(kind, {}),
+    )
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    model = load(str(tmp_path / "hf")).model.eval()
+    assert model.args.rope_theta == 500000 and model.args.norm_eps == 1e-6
+    tokens = torch.randint(0, 300, (1, 32))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert close(model(tokens), expected)
+    export_model(model, tmp_path / "model.bin")
+    path = tmp_path / "model.bin"
+    found = logits_of(builds["harness", "checked"], path, tokens[0].tolist(), 300)
+    assert close(torch.from_numpy(found.copy()), expected[0])
+
+
+@pytest.mark.parametrize("size", [105, 512, 1500])
+def test_autotokenizer_has_our_ids(tmp_path, tokenizers, size):
+    from transformers import AutoTokenizer
+
+    tokenizer = tokenizers[size]
+    huggingface.write_folder(sized(tokenizer), str(tmp_path / "hf"), "fp32", tokenizer, {})
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = [*generated_texts(4000, seed=size)]
+    texts += [c * n for c in ("a", " ", "\n", "ha", "é") for n in range(24)] + ["\0", "a\0b"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids, text
+        if tokenizer.byte_fallback:
+            assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+    assert theirs.bos_token_id == 1 and theirs.eos_token_id == theirs.pad_token_id == 2
+
+
+def test_a_tokenizer_json_alone_is_enough_to_sample(tmp_path, tokenizers, capsys):
+    model = sized(tokenizers[512])
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[512], {})
+    os.remove(tmp_path / "hf" / "tokenizer.model")
+    found, text = load(str(tmp_path / "hf")).tokenizer, "Once upon a time, Zoë said 😀"
+    ids = tokenizers[512].encode(text)
+    assert found.encode(text) == found.encode(text.encode()) == ids and found.decode(ids) == text
+    assert found.encode("") == [1] and {1, 2} == {*found.stop}
+    done = script("sample.py", f"--checkpoint={tmp_path / 'hf'}", "--start=Once upon a time")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time") and len(done.stdout) > 20
+    export(tmp_path / "m.bin", f"--from-hf={tmp_path / 'hf'}")
+    assert "is left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs the tokenizer"):
+        export(tmp_path / "m.gguf", f"--from-hf={tmp_path / 'hf'}")
+
+
+# ---- Meta's releases
+
+
+def meta_release(folder, model, n_files):
+    """The files of a release with its matrices spread over n_files, as Llama 2 has them."""
+    args = model.args
+    folder.mkdir()
+    params = {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads}
+    params |= {"n_kv_heads": args.n_kv_heads, "norm_eps": args.norm_eps, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps({**params, "multiple_of": 256}))
+    for i in range(n_files):
+        part = {"rope.freqs": torch.zeros(6)}
+        for name, tensor in model.state_dict().items():
+            by_columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+            axis = 1 if by_columns else 0
+            part[name] = tensor if tensor.dim() == 1 else tensor.chunk(n_files, axis)[i].clone()
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+
+
+@pytest.mark.parametrize("n_files", [1, 2])
+def test_metas_releases(tmp_path, n_files):
+    model = random_model(tie_embeddings=False, n_kv_heads=2, max_seq_len=4096, vocab_size=106)
+    meta_release(tmp_path / "release", model, n_files)
+    assert recognize(str(tmp_path / "release")) == "meta"
+    same_model(load(str(tmp_path / "release")).model, model)
+    export(tmp_path / "m.bin", f"--from-meta={tmp_path / 'release'}")
+    same_model(read_bin(tmp_path / "m.bin"), model)
+    params = json.loads((tmp_path / "release" / "params.json").read_text())
+    for change, part in (
+        ({"use_scaled_rope": True}, "use_scaled_rope = True is unknown"),
+        ({"moe": {}}, "moe = {} is unknown"),
+        ({"n_layers": 3}, "it has no layers.2."),
+        ({"n_layers": 1}, "has no place in this model"),
+        ({"dim": 64}, "expected"),
+        ({"n_heads": 5}, "does not divide"),
+    ):
+        (tmp_path / "release" / "params.json").write_text(json.dumps({**params, **change}))
+        with pytest.raises(UserError, match="cannot be read") as e:
+            load(str(tmp_path / "release"))
+        assert part in str(e.value)
+    (tmp_path / "release" / "params.json").write_text(json.dumps(params))
+    (tmp_path / "release" / "consolidated.00.pth").write_bytes(b"half")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(str(tmp_path / "release"))
+
+
+# ---- what is refused
+
+
+# format, options of the model, --dtype, size of the vocabulary, a part of the sentence
+REFUSED = (
+    *(
+        ("gguf", {name: value}, "fp32", 512, f"gguf cannot carry {name} = {value}")
+        for name, value in (
+            ("norm_gains", False),
+            ("activation", "relu2"),
+            ("logit_softcap", 5.0),
+            ("sliding_window", 8),
+            ("embedding_norm", True),
+            ("residual_scalars", True),
+            ("value_embeddings", 1),
+            ("bigram_rows", 16),
+            ("smear", True),
+        )
+    ),
+    ("gguf", {}, "fp32", 105, "which has no byte pieces"),
+    ("gguf", {}, "int8", 512, "dtype = int8: expected one of fp32, fp16, bf16, q8_0, q4_0"),
+    ("hf", {}, "int8", 512, "dtype = int8: expected one of fp32, bf16, fp16"),
+    ("safetensors", {}, "q4_0", 512, "dtype = q4_0: expected one of fp32, bf16, fp16"),
+    ("checkpoint", {}, "bf16", 512, "dtype = bf16: expected one of fp32"),
+    ("bin", {}, "fp16", 512, "dtype = fp16: expected one of fp32, bf16, int8, int4"),
+    ("bin", {"sliding_window": 1 << 25, "max_seq_len": 64}, "fp32", 512, "version 3 cannot carry"),
+)
+
+
+@pytest.mark.parametrize("to, options, dtype, size, part", REFUSED)
+def test_what_is_not_carried_is_refused(tmp_path, tokenizers, to, options, dtype, size, part):
+    source, tokenizer = str(tmp_path / "source" / "ckpt.pt"), tokenizers[size]
+    formats.write_checkpoint(sized(tokenizer, **options), source, "fp32", tokenizer, {})
+    with pytest.raises(UserError) as e:
+        export(tmp_path / "out", f"--checkpoint={source}", f"--format={to}", f"--dtype={dtype}")
+    assert part in str(e.value)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
+    best, out = f"--checkpoint={finished / 'best.pt'}", tmp_path / "out"
+    model = sized(tokenizers[512])
+    formats.write_bin(model, str(tmp_path / "a" / "model.bin"), "fp32", None, {})
+    bin_ = tmp_path / "a" / "model.bin"
+    before = {name: (finished / name).read_bytes() for name in ("best.pt", "ckpt.pt", "log.jsonl")}
+    for words, part in (
+        ([out, best, "--version=3", "--format=hf"], "only --format=bin has versions"),
+        ([out, best, "--push-to-hub=a/b"], "give --format=hf"),
+        ([out, best, "--format=hf", "--dry-run"], "give --push-to-hub"),
+        ([out, f"--from-bin={bin_}", f"--from-hf={tmp_path}"], "expected one of them"),
+        ([out, f"--from-bin={bin_}", "--format=hf"], "there is no tokenizer.model beside"),
+        ([out, f"--from-bin={bin_}", f"--tokenizer={tmp_path / 'x'}"], "does not exist"),
+        ([out, f"--from-bin={bin_}", f"--tokenizer={tokenizers[105].model_path}"], "105 pieces"),
+        ([bin_, f"--from-bin={bin_}", "--dtype=int8"], "is what would be read"),
+        ([finished / "ckpt.pt", best, "--format=bin"], "is a checkpoint, which would be lost"),
+        ([finished / "ckpt.pt", f"--from-bin={bin_}"], "exists, and would be lost"),
+        ([finished, best, "--format=hf"], "which is not of an export; name another"),
+        ([finished / "log.jsonl", best, "--format=hf"], "it is a file; name a folder"),
+        ([out, f"--from-hf={tmp_path / 'none'}"], "is no folder"),
+        ([out, f"--from-hf={finished}"], "cannot read"),
+        ([out, f"--from-gguf={bin_}"], "is damaged or no GGUF file"),
+        ([out, f"--from-gguf={tmp_path / 'none'}"], "does not exist"),
+        ([out, f"--from-bin={finished / 'best.pt'}"], "is no model.bin"),
+        ([out, f"--from-safetensors={bin_}"], "is damaged or no safetensors file"),
+        ([out, f"--from-meta={tmp_path}"], "params.json"),
+        ([out, "--checkpoint=hf:a/b c"], "cannot download a/b c"),
+    ):
+        with pytest.raises(UserError) as e:
+            export(*words)
+        assert part in str(e.value)
+        assert os.listdir(tmp_path) == ["a"]
+    for name, data in before.items():
+        assert (finished / name).read_bytes() == data
+    refused(script("export.py", out, best, "--format=hf", "--dtype=int8"), "dtype = int8")
+    assert script("export.py", out, best, "--format=onnx").returncode == 2
+
+
+# of a config.json: what changes, and a part of the sentence
+FOREIGN = (
+    ({"model_type": "gpt2"}, "model_type = gpt2; expected llama or"),
+    ({"hidden_act": "gelu"}, "hidden_act = gelu; expected silu"),
+    ({"attention_bias": True}, "attention_bias = True"),
+    ({"mlp_bias": True}, "mlp_bias = True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = llama3"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ({"head_dim": 64}, "head_dim = 64; expected hidden_size / num_attention_heads, 12"),
+    ({"num_attention_heads": 5}, "does not divide"),
+    ({"hidden_size": "wide"}, "cannot be read"),
+    ({"hidden_size": 96, "head_dim": 24}, "expected (105, 96)"),
+    ({"num_hidden_layers": 3}, "it has no model.layers.2."),
+    ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place"),
+    ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
+)
+
+
+@pytest.mark.parametrize("change, part", FOREIGN)
+def test_folders_that_this_model_does_not_compute(tmp_path, tokenizers, change, part):
+    huggingface.write_folder(sized(tokenizers[105]), str(tmp_path / "hf"), "fp32", None, {})
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError) as e:
+        load(str(tmp_path / "hf"))
+    assert part in str(e.value)
+
+
+def test_damaged_folders_and_files(tmp_path, tokenizers):
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save_tensors
+
+    folder, model = tmp_path / "hf", sized(tokenizers[512])
+    huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # else mapped
+    for data in (b"", whole[:5], whole[:1000], whole[:-4]):
+        weights.write_bytes(data)
+        with pytest.raises(UserError, match="damaged or no safetensors file"):
+            load(str(folder))
+    save_tensors({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}, weights)
+    with pytest.raises(UserError, match=r"q_proj.bias has no place in this model"):
+        load(str(folder))
+    save_tensors({**tensors, "lm_head.weight": torch.zeros(512, 48)}, weights)
+    with pytest.raises(UserError, match=r"lm_head.weight is not the embedding it is tied to"):
+        load(str(folder))
+    save_tensors(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, weights
+    )
+    same_model(load(str(folder)).model, model)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "elsewhere.safetensors"}}')
+    with pytest.raises(UserError, match=r"elsewhere.safetensors does not exist"):
+        load(str(folder))
+    index.write_text("{}")
+    with pytest.raises(UserError, match="has no weight_map"):
+        load(str(folder))
+    for text, part in (("{", "is no JSON"), ("[]", "expected a JSON object"), ("{}", "model_type")):
+        config.write_text(text)
+        with pytest.raises(UserError, match=part):
+            load(str(folder))
+    for name in ("fp32.gguf", "one.safetensors"):
+        path = tmp_path / name
+        FORMATS[name.rpartition(".")[2]].write(model, str(path), "fp32", tokenizers[512], {})
+        data = path.read_bytes()
+        for n in (8, 100, len(data) // 2, len(data) - 1):
+            path.write_bytes(data[:n])
+            with pytest.raises(UserError, match=r"damaged or no|cannot be read"):
+                load(str(path))
+
+
+def test_damaged_model_bins(tmp_path, tokenizers):
+    model, path = sized(tokenizers[105], **EVERYTHING), tmp_path / "model.bin"
+    plain = sized(tokenizers[105])
+    for one, version in ((plain, 0), (model, 3)):
+        export_model(one, path, version)
+        data = path.read_bytes()
+        for size in (0, 3, 27, 28, 79, 80, 90, 300, len(data) // 2, len(data) - 1, len(data) + 1):
+            path.write_bytes((data + b"\0")[:size])
+            with pytest.raises(UserError, match=r"no model.bin that this version reads|ends at"):
+                read_bin(path)
+        rng = np.random.default_rng(0)
+        for _ in range(200):  # every field of the headers
+            broken = bytearray(data)
+            at = int(rng.integers(0, 28 if version == 0 else 100)) // 4 * 4
+            values = (0, -1, 2, 7, 1 << 20, 0x7FFFFFFF, int(rng.integers(1 << 31)))
+            broken[at : at + 4] = struct.pack("<i", int(rng.choice(values)))
+            path.write_bytes(broken)
+            try:
+                read_bin(path)
+            except UserError as e:
+                assert "\n" not in str(e)
+    export_model(plain, path, 0)
+    data = bytearray(path.read_bytes())
+    at = 28 + 4 * (plain.n_params())
+    data[at : at + 4] = struct.pack("<f", 0.5)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="rotary angles are not those of rope_theta = 10000"):
+        read_bin(path)
+
+
+def test_a_folder_is_replaced_only_by_its_own_kind(tmp_path, tokenizers):
+    folder = tmp_path / "hf"
+    for seed in (0, 1):
+        model = random_model(seed=seed, vocab_size=512)
+        huggingface.write_folder(model, str(folder) + "/", "fp32", tokenizers[512], {})
+        same_model(load(str(folder)).model, model)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"it holds notes.txt"):
+        huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_sizes_past_a_shard_are_split(tmp_path, tokenizers, monkeypatch):
+    monkeypatch.setattr(huggingface, "MAX_SHARD", "50KB")
+    model = sized(tokenizers[512], **EVERYTHING)
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[512], {})
+    assert len([n for n in os.listdir(tmp_path / "hf") if n.endswith(".safetensors")]) > 3
+    same_model(load(str(tmp_path / "hf")).model, model)
+
+
+def test_a_missing_package_says_how_to_install_it():
+    with pytest.raises(UserError, match=r"this needs no_such_package: pip install .\[export\]"):
+        huggingface.need("no_such_package")
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path, tokenizers, capsys):
+    tokenizer, other = tokenizers[512], tokenizers[1500]
+    formats.write_bin(sized(tokenizer), str(tmp_path / "a.bin"), "fp32", tokenizer, {})
+    assert (tmp_path / "tokenizer.bin").read_bytes() == bin_of(tokenizer).read_bytes()
+    formats.write_bin(sized(other), str(tmp_path / "b.bin"), "fp32", other, {})
+    assert "is of another tokenizer" in capsys.readouterr().out
+    assert (tmp_path / "tokenizer.bin").read_bytes() == bin_of(tokenizer).read_bytes()
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_upload_and_download(hub, tmp_path, finished):
+    folder = tmp_path / "hf"
+    words = [folder, "--format=hf", f"--checkpoint={finished / 'best.pt'}"]
+    done = script("export.py", *words, "--push-to-hub=me/tiny", cwd=tmp_path)
+    refused(done, "HF_TOKEN")
+    assert not hub.models and not folder.exists()
+    (tmp_path / ".env").write_text('OTHER=1\nexport HF_TOKEN="hf_secret"\n')
+    done = script("export.py", *words, "--push-to-hub=me/tiny", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "nothing was sent" in done.stdout and not hub.models
+    done = script("export.py", *words, "--push-to-hub=me/tiny", "--private", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded to {hub.url}/me/tiny" in done.stdout
+    assert hub.tokens == {"Bearer hf_secret"} and hub.private == {"me/tiny"}
+    assert hub.models["me/tiny"] == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "hf_secret" not in done.stdout + done.stderr
+    told = [
+        script("sample.py", f"--checkpoint={one}", "--temperature=0", "--max_new_tokens=20")
+        for one in (finished / "best.pt", "hf:me/tiny")
+    ]
+    assert told[1].returncode == 0, told[1].stderr
+    assert told[0].stdout == told[1].stdout
+    refused(script("sample.py", "--checkpoint=hf:me/other"), "cannot download me/other")
+    hub.shutdown()
+    hub.server_close()
+    done = script("sample.py", "--checkpoint=hf:me/tiny", "--temperature=0", "--max_new_tokens=20")
+    assert done.stdout == told[0].stdout  # from the cache, as without a network
+    done = script("export.py", *words, "--push-to-hub=me/tiny", cwd=tmp_path)
+    refused(done, "cannot upload to me/tiny", "is whole, run the same command again")

@@ -1,0 +1,80 @@
+"""llama.cpp, through llama-cpp-python, with the GGUF files that we write: make test-peers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from test_formats import CASES, IN_GGUF, close, sized
+from test_tokenizer import c_ids, generated_texts
+
+import gguffile
+
+pytestmark = pytest.mark.peer
+F32 = 0  # GGML's number of the number format, for the cache of keys and values
+NAMES = [n for n, (o, kind) in CASES.items() if kind in IN_GGUF and "sliding_window" not in o]
+
+
+def llama(path, **words):
+    from llama_cpp import Llama
+
+    return Llama(str(path), verbose=False, n_threads=1, type_k=F32, type_v=F32, **words)
+
+
+@pytest.mark.parametrize("dtype", gguffile.DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_llama_cpp_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name, dtype):
+    """fp32: the same 64 tokens from the same text; others: logits of the numbers that are there."""
+    tokenizer, path = tokenizers[512], tmp_path / "model.gguf"
+    sizes = {"dim": 64, "n_heads": 4, "hidden_dim": 96, "max_seq_len": 256}
+    model = sized(tokenizer, **{**CASES[name][0], **sizes})
+    gguffile.write_gguf(model, path, dtype, tokenizer, {})
+    model = gguffile.read_gguf(path)[0].eval()
+    prompt = "Once upon a time, Zoë saw"
+    ids = tokenizer.encode(prompt)
+    peer = llama(path, n_ctx=256, logits_all=True)
+    assert peer.tokenize(prompt.encode()) == ids
+    peer.eval(ids)
+    logits = torch.from_numpy(np.array(peer.scores[: len(ids)]))
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0]
+    # activations of 8 bits in the quantized formats, of 16 in the halves
+    worst = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}.get(dtype, 0.1)
+    assert (logits - expected).abs().max() <= worst * expected.abs().max()
+    if dtype == "fp32":
+        assert close(logits, expected)
+        told, peer_ids = list(model.generate(ids, 64, temperature=0)), []
+        peer.reset()
+        for token in peer.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+            peer_ids.append(int(token))
+            if len(peer_ids) == len(told):
+                break
+        assert peer_ids == told and len(told) == 64
+
+
+@pytest.mark.parametrize("size", [512, 1500])
+def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, size):
+    """Ours, llama.cpp's and run.c's (AutoTokenizer's in test_formats) on thousands of lines."""
+    tokenizer, path = tokenizers[size], tmp_path / "model.gguf"
+    gguffile.write_gguf(random_model(vocab_size=size), path, "fp32", tokenizer, {})
+    peer = llama(path, vocab_only=True, n_ctx=32)
+    texts = [*generated_texts(4000, seed=size)]
+    texts += [c * n for c in ("a", " ", "\n", "ha", "é") for n in range(24)]
+    bytes_ = [text.encode() for text in texts]
+    in_c = c_ids(builds, tokenizer, bytes_)
+    for text, theirs in zip(bytes_, in_c, strict=True):
+        ids = tokenizer.encode(text)
+        assert theirs == ids and peer.tokenize(text) == ids, text
+
+
+def test_a_story_ends_where_the_next_begins(tmp_path, tokenizers):
+    """BOS ends a text, as in ours; text that looks like a special token is text."""
+    path = tmp_path / "model.gguf"
+    gguffile.write_gguf(random_model(vocab_size=512), path, "fp32", tokenizers[512], {})
+    peer = llama(path, vocab_only=True, n_ctx=32)
+    from llama_cpp import llama_cpp
+
+    vocab = llama_cpp.llama_model_get_vocab(peer.model)
+    assert llama_cpp.llama_vocab_is_eog(vocab, 1) and llama_cpp.llama_vocab_is_eog(vocab, 2)
+    assert peer.token_bos() == 1 and peer.token_eos() == 2
+    text = "a</s> <s>"
+    assert peer.tokenize(text.encode(), special=False) == tokenizers[512].encode(text)
