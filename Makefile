@@ -2,6 +2,7 @@
 # make test    all tests
 # make run     the C engine; make debug: run_debug, the same with sanitizers; make libllama2: the
 #              engine as a shared library, see llama2.h and examples/llama2.py
+# make test-peers   the GGUF files that export.py writes, run by llama.cpp (llama-cpp-python)
 # make fuzz    wrong files and texts at random for the engine, with clang; FUZZ_SECONDS=60 for each
 # make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
 # make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes for
@@ -27,7 +28,7 @@ CFLAGS ?= $(STRICT) -O3 $(if $(filter x86_64,$(shell uname -m)),,$(call has,-mcp
 SANITIZE = $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
 
-.PHONY: story test test-arm bench fuzz lint clean debug libllama2 dev
+.PHONY: story test test-arm test-peers bench fuzz lint clean debug libllama2 dev
 
 run: run.c
 	$(CC) $(CFLAGS) run.c -o run -lm
@@ -54,6 +55,14 @@ test: dev
 test-arm: dev
 	ENGINE_CC=aarch64-linux-gnu-gcc ENGINE_FLAGS="-march=armv8.2-a+dotprod -static" \
 	ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest tests/test_run.py -k "logits or bits"
+
+PEER = llama-cpp-python==0.3.36
+
+test-peers: dev
+	@.venv/bin/python -c "import llama_cpp" 2>/dev/null || { \
+	  echo "llama.cpp is missing. It is compiled in ten to twenty minutes by:"; \
+	  echo "    .venv/bin/python -m pip install $(PEER)"; exit 1; }
+	.venv/bin/python -m pytest -m slow tests/test_peers.py
 
 fuzz: dev
 	.venv/bin/python tests/fuzz.py --seconds=$(FUZZ_SECONDS)

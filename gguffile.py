@@ -148,6 +148,11 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         raise UserError(f"cannot write {path}: {e.strerror}") from None
     finally:
         remove(part)
+    if kind == "qwen3":
+        print(
+            "note: llama.cpp runs this file; Ollama's engine for qwen3 reads byte-level BPE "
+            "vocabularies alone: for Ollama train with --arch=llama"
+        )
     if kept:
         print(
             f"note: {len(kept)} tensors, such as {kept[0]}, stay in F16: their rows are no "

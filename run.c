@@ -11,7 +11,7 @@
 // die() with one sentence.
 //
 // To add an architecture option: its field or bit in Config, its range in check_config(), its tensor
-// in lay_out(), its use between embed() and pass(), and the same in export.py and doc/format.md. To
+// in lay_out(), its use between embed() and pass(), and the same in modelbin.py and doc/format.md. To
 // add a number format: its row in FORMATS, its kernel in the last part, and the same two. To add an
 // instruction set: its block where the kernels are included.
 

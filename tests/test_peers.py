@@ -8,8 +8,9 @@ from test_formats import CASES, IN_GGUF, close, sized
 from test_tokenizer import c_ids, generated_texts
 
 import gguffile
+import huggingface
 
-pytestmark = pytest.mark.peer
+pytestmark = pytest.mark.slow
 F32 = 0  # GGML's number of the number format, for the cache of keys and values
 NAMES = [n for n, (o, kind) in CASES.items() if kind in IN_GGUF and "sliding_window" not in o]
 
@@ -53,9 +54,17 @@ def test_llama_cpp_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name,
 
 @pytest.mark.parametrize("size", [512, 1500])
 def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, size):
-    """Ours, llama.cpp's and run.c's (AutoTokenizer's in test_formats) on thousands of lines."""
-    tokenizer, path = tokenizers[size], tmp_path / "model.gguf"
-    gguffile.write_gguf(random_model(vocab_size=size), path, "fp32", tokenizer, {})
+    """Ours, llama.cpp's, run.c's and AutoTokenizer's on thousands of lines."""
+    from transformers import AutoTokenizer
+
+    tokenizer, path, model = (
+        tokenizers[size],
+        tmp_path / "model.gguf",
+        random_model(vocab_size=size),
+    )
+    gguffile.write_gguf(model, path, "fp32", tokenizer, {})
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizer, {})
+    auto = AutoTokenizer.from_pretrained(tmp_path / "hf")
     peer = llama(path, vocab_only=True, n_ctx=32)
     texts = [*generated_texts(4000, seed=size)]
     texts += [c * n for c in ("a", " ", "\n", "ha", "é") for n in range(24)]
@@ -64,6 +73,7 @@ def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, size):
     for text, theirs in zip(bytes_, in_c, strict=True):
         ids = tokenizer.encode(text)
         assert theirs == ids and peer.tokenize(text) == ids, text
+        assert auto(text.decode())["input_ids"] == ids, text
 
 
 def test_a_story_ends_where_the_next_begins(tmp_path, tokenizers):
