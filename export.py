@@ -94,7 +94,7 @@ if to != "checkpoint" and recognize(words.path) == "checkpoint" and os.path.isfi
         f"{words.path} is a checkpoint, which would be lost: name another file for the model"
     )
 if os.path.exists(words.path) and os.path.exists(source) and os.path.samefile(words.path, source):
-    raise UserError(f"{words.path} is what would be read: name another file for the model")
+    raise UserError(f"{words.path}, which is to be read, would be lost: name another file")
 
 model, tokenizer, facts = load(source, kind, words.tokenizer)
 if isinstance(tokenizer, FastTokenizer):

@@ -5,6 +5,7 @@ import sys
 
 # for glibc's malloc: freed memory is kept for the next step, and comes in huge pages
 TUNABLES = {"hugetlb": 1, "mmap_threshold": 1 << 30, "trim_threshold": 1 << 32}
+SETTINGS = ":".join(f"glibc.malloc.{k}={v}" for k, v in TUNABLES.items())
 
 
 def tune_malloc():
@@ -17,5 +18,5 @@ def tune_malloc():
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return
-    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{k}={v}" for k, v in TUNABLES.items())
+    os.environ["GLIBC_TUNABLES"] = SETTINGS
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+from memory import SETTINGS  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 from synth import make_stories  # noqa: E402
 from tokenizer import Tokenizer, train_sentencepiece  # noqa: E402
@@ -25,11 +27,40 @@ from tokenizer import Tokenizer, train_sentencepiece  # noqa: E402
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def script(name, *words, cwd=None, **options):
+class Zygote:
+    """
+    Scripts in forks of one process, tests/zygote.py, of each process of the tests. It has the
+    settings of malloc for which train.py would start anew.
+    """
+
+    def __init__(self):
+        self.process = None
+
+    def run(self, command, cwd, env):
+        env = {"GLIBC_TUNABLES": SETTINGS, **env}
+        if self.process is None:
+            words = [sys.executable, str(REPO / "tests" / "zygote.py")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.process = subprocess.Popen(words, env=env, **pipes)
+        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+            request = {"argv": command[1:], "cwd": os.fspath(cwd or os.getcwd()), "env": env}
+            request |= {"out": out.name, "err": err.name}
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            status = int(self.process.stdout.readline())
+            texts = [file.read().decode() for file in (out, err)]
+        return subprocess.CompletedProcess(command, status, *texts)
+
+
+zygote = Zygote()
+
+
+def script(name, *words, cwd=None, env=None, **options):
     """Run one of the repository's scripts as a user would; returns the CompletedProcess."""
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch may set it in the process of the tests
     command = [sys.executable, str(REPO / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, **options)
+    if sys.platform == "linux" and not options:
+        return zygote.run(command, cwd, dict(env or os.environ))
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, **options)
 
 
 def refused(done, *parts):

@@ -396,7 +396,7 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([out, f"--from-bin={bin_}", "--format=hf"], "there is no tokenizer.model beside"),
         ([out, f"--from-bin={bin_}", f"--tokenizer={tmp_path / 'x'}"], "does not exist"),
         ([out, f"--from-bin={bin_}", f"--tokenizer={tokenizers[105].model_path}"], "105 pieces"),
-        ([bin_, f"--from-bin={bin_}", "--dtype=int8"], "is what would be read"),
+        ([bin_, f"--from-bin={bin_}", "--dtype=int8"], "which is to be read, would be lost"),
         ([finished / "ckpt.pt", best, "--format=bin"], "is a checkpoint, which would be lost"),
         ([finished / "ckpt.pt", f"--from-bin={bin_}"], "exists, and would be lost"),
         ([finished, best, "--format=hf"], "which is not of an export; name another"),
