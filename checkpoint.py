@@ -355,6 +355,11 @@ def load_whole(path, device="cpu"):
         if not os.path.exists(file) and os.path.exists(os.path.join(path, LATEST)):
             best = next(n for n in (BEST, LATEST) if os.path.exists(os.path.join(path, n)))
             raise UserError(f"{path} is the folder of a run: name {os.path.join(path, best)}")
+        if os.path.exists(os.path.join(path, "config.json")):
+            raise UserError(
+                f"{path} is a Hugging Face folder: make a checkpoint of it first, with "
+                f"python export.py imported/ckpt.pt --from-hf={path}"
+            )
         if not os.path.exists(file):
             raise Damaged(f"{path} is a folder, and no sharded checkpoint: it has no {RUN_FILE}")
         checkpoint, needed = load_file(file, device), ("files", "model_args")

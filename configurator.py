@@ -36,7 +36,9 @@ def one_sentence_errors():
 
     def hook(kind, error, traceback):
         if issubclass(kind, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            # in one line, and no file can send commands to a terminal
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+            print(f"error: {text}", file=sys.stderr)
         elif issubclass(kind, BrokenPipeError):  # who read the output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         elif issubclass(kind, OSError) and error.filename:

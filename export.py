@@ -30,10 +30,9 @@ parser = argparse.ArgumentParser(
 parser.add_argument("path", help="the file or folder to write, such as out/model.bin")
 parser.add_argument(
     "--checkpoint",
-    default="out/ckpt.pt",
     metavar="PATH",
     help="the model to write; a checkpoint, or anything that --from-... takes (default: "
-    "%(default)s)",
+    "out/ckpt.pt)",
 )
 for name in SOURCES:
     if name != "checkpoint":
@@ -72,13 +71,15 @@ parser.add_argument(
 words = parser.parse_args()
 
 sources = [(name, getattr(words, f"from_{name}", None)) for name in SOURCES]
-sources = [(name, path) for name, path in sources if path]
-if len(sources) > 1:
-    names = " and ".join(f"--from-{name}" for name, _ in sources)
-    raise UserError(f"{names}: expected one of them")
-kind, source = sources[0] if sources else (recognize(words.checkpoint), words.checkpoint)
+sources = [(name, path) for name, path in sources if path is not None]
+if len(sources) + (words.checkpoint is not None) > 1:
+    names = [f"--from-{name}" for name, _ in sources] + ["--checkpoint"] * bool(words.checkpoint)
+    raise UserError(f"{' and '.join(names)}: expected one of them")
+checkpoint = os.path.join("out", "ckpt.pt") if words.checkpoint is None else words.checkpoint
+kind, source = sources[0] if sources else (recognize(checkpoint), checkpoint)
 to = words.format or format_of(words.path)
-if words.dtype not in FORMATS[to].dtypes:
+dtype = words.dtype.lower()
+if dtype not in FORMATS[to].dtypes:
     known = ", ".join(FORMATS[to].dtypes)
     raise UserError(f"dtype = {words.dtype}: expected one of {known} for --format={to}")
 if words.version != "auto" and to != "bin":
@@ -87,31 +88,40 @@ if words.push_to_hub and to != "hf":
     raise UserError("push-to-hub uploads a folder: give --format=hf")
 if (words.dry_run or words.private) and not words.push_to_hub:
     raise UserError("dry-run and private are about an upload: give --push-to-hub=USER/NAME")
-if words.push_to_hub and not words.dry_run:
-    check_push(words.push_to_hub)
+if words.push_to_hub:
+    check_push(words.push_to_hub, words.dry_run)
+if not words.path:
+    raise UserError("the path to write is empty: name a file or a folder")
 if to != "checkpoint" and recognize(words.path) == "checkpoint" and os.path.isfile(words.path):
     raise UserError(
         f"{words.path} is a checkpoint, which would be lost: name another file for the model"
     )
-if os.path.exists(words.path) and os.path.exists(source) and os.path.samefile(words.path, source):
-    raise UserError(f"{words.path}, which is to be read, would be lost: name another file")
+target, read = os.path.realpath(words.path), os.path.realpath(source)
+if os.path.exists(target) and (
+    target == read
+    or (os.path.isdir(read) and target.startswith(read + os.sep))
+    or (os.path.isdir(target) and read.startswith(target + os.sep))
+):
+    raise UserError(f"{words.path}, which belongs to what is read, would be lost: name another")
 
 model, tokenizer, facts = load(source, kind, words.tokenizer)
 if isinstance(tokenizer, FastTokenizer):
-    print(f"note: {tokenizer.model_path} is no SentencePiece model, and is left out")
+    print(f"note: only tokenizer.model of SentencePiece is exported; {tokenizer.model_path} is not")
     tokenizer = None
 if to == "hf" and tokenizer is None and words.tokenizer != "none":
     raise UserError(
         f"there is no tokenizer.model beside {source}: give --tokenizer=PATH, or --tokenizer=none "
         f"for the weights alone"
     )
+if tokenizer is None and words.tokenizer != "none":
+    print(f"note: there is no tokenizer.model beside {source}: the model is written without")
 facts["name"] = os.path.basename(words.push_to_hub or os.path.abspath(words.path))
 facts["repository"] = words.push_to_hub or "."
 if to == "bin":
     version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(words.version, words.version)
-    write_bin(model, words.path, words.dtype, tokenizer, facts, version)
+    write_bin(model, words.path, dtype, tokenizer, facts, version)
 else:
-    FORMATS[to].write(model, words.path, words.dtype, tokenizer, facts)
+    FORMATS[to].write(model, words.path, dtype, tokenizer, facts)
 print(f"wrote {words.path}")
 if words.push_to_hub:
     push(words.path, words.push_to_hub, words.private, words.dry_run)

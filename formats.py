@@ -20,7 +20,7 @@ import modelbin
 from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
 from files import atomic_write
-from huggingface import FastTokenizer, fill, read_json
+from huggingface import FastTokenizer, filled, read_json
 from model import ModelArgs, Transformer
 from modelbin import export_model, skeleton
 from tokenizer import Tokenizer
@@ -36,38 +36,51 @@ class Loaded(NamedTuple):
     facts: dict
 
 
+class Source(NamedTuple):
+    """What a function of SOURCES returns: a Loaded whose tokenizer is not looked for yet."""
+
+    model: Transformer
+    find_tokenizer: Callable
+    facts: dict = {}  # noqa: RUF012 (never written to)
+
+
 # ---- reading
 
 
-def tokenizer_in(folder):
-    """The Tokenizer of a folder with tokenizer.model or only tokenizer.json, or None."""
-    path = os.path.join(folder, "tokenizer.model")
-    if os.path.isfile(path):
-        return Tokenizer(path)
-    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        return FastTokenizer(folder)
-    return None
+def tokenizer_in(*folders):
+    """The Tokenizer of the first folder with a tokenizer.model, or None."""
+    paths = (os.path.join(folder, "tokenizer.model") for folder in folders)
+    return next((Tokenizer(path) for path in paths if os.path.isfile(path)), None)
 
 
 def from_checkpoint(path):
     checkpoint = load_checkpoint(path)
-    model = load_model(checkpoint, path)
-    folder = os.path.dirname(path)
-    return Loaded(model, tokenizer_in(folder), training_facts(checkpoint, folder))
+    model, folder = load_model(checkpoint, path), os.path.dirname(path)
+
+    def find_tokenizer():
+        found = tokenizer_in(folder)
+        if found and checkpoint.get("tokenizer_hash", "") not in ("", found.hash):
+            raise UserError(
+                f"{path} was trained with another tokenizer than {found.model_path}: "
+                f"give it with --tokenizer=PATH"
+            )
+        return found
+
+    return Source(model, find_tokenizer, training_facts(checkpoint, folder))
 
 
 def training_facts(checkpoint, folder):
     """What a checkpoint and the log beside it say of the training, by name."""
     config, step = checkpoint.get("config", {}), checkpoint.get("iter_num")
-    if not config:
-        return {}
-    tokens = checkpoint.get("n_sequences", 0) * config.get("max_seq_len", 0)
-    facts = {
-        "steps": f"{step:,}",
-        "tokens seen": f"{tokens:,}",
-        "optimizer": config.get("optimizer"),
-        "training": f"{checkpoint.get('train_s', 0) / 60:,.1f} minutes",
-    }
+    facts = {}
+    if isinstance(step, int):
+        facts["steps"] = f"{step:,}"
+    if "n_sequences" in checkpoint and "max_seq_len" in config:
+        facts["tokens seen"] = f"{checkpoint['n_sequences'] * config['max_seq_len']:,}"
+    if "optimizer" in config:
+        facts["optimizer"] = config["optimizer"]
+    if "train_s" in checkpoint:
+        facts["training"] = f"{checkpoint['train_s'] / 60:,.1f} minutes"
     log = os.path.join(folder, "log.jsonl")
     if not os.path.isfile(log):
         return facts
@@ -90,20 +103,24 @@ def training_facts(checkpoint, folder):
 def from_hf(path):
     if path.startswith(HUB):
         path = huggingface.download(path.removeprefix(HUB))
-    return Loaded(huggingface.read_folder(path), tokenizer_in(path), {})
+    has_json = os.path.isfile(os.path.join(path, "tokenizer.json"))
+    return Source(
+        huggingface.read_folder(path),
+        lambda: tokenizer_in(path) or (FastTokenizer(path) if has_json else None),
+    )
 
 
 def from_safetensors(path):
-    return Loaded(huggingface.read_file(path), tokenizer_in(os.path.dirname(path)), {})
+    return Source(huggingface.read_file(path), lambda: tokenizer_in(os.path.dirname(path)))
 
 
 def from_bin(path):
-    return Loaded(modelbin.read_bin(path), tokenizer_in(os.path.dirname(path)), {})
+    return Source(modelbin.read_bin(path), lambda: tokenizer_in(os.path.dirname(path)))
 
 
 def from_gguf(path):
     model, proto = gguffile.read_gguf(path)
-    return Loaded(model, proto and Tokenizer(path, proto), {})
+    return Source(model, lambda: proto and Tokenizer(path, proto))
 
 
 META_PARAMS = set(
@@ -145,18 +162,17 @@ def from_meta(folder):
 
     def whole(name):
         tensors = [part[name] for part in parts]
-        if tensors[0].shape == shapes.get(name):  # the same in all
+        if tensors[0].shape == shapes.get(name) or name not in shapes:  # the same in all
             return tensors[0]
         by_columns = tensors[0].shape[0] == shapes[name][0]
         return torch.cat(tensors, dim=1 if by_columns else 0)
 
-    source = {
-        name: lambda name=name: whole(name) for name in parts[0] if not name.endswith("rope.freqs")
-    }
-    model = Transformer(args)
-    fill(model, source, [(name, name) for name in shapes], folder)
+    names = [name for name in parts[0] if not name.endswith("rope.freqs")]
+    tensors = {name: whole(name) for name in names}
+    source = {name: (tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+    model = filled(args, source, [(name, name) for name in shapes], folder)
     folder = folder.rstrip("/\\")
-    return Loaded(model, tokenizer_in(folder) or tokenizer_in(os.path.dirname(folder)), {})
+    return Source(model, lambda: tokenizer_in(folder, os.path.dirname(folder)))
 
 
 WHOLE_ROWS = ("output", "layers.0.feed_forward.w1")  # whose rows are spread over the files
@@ -192,56 +208,94 @@ def load(path, kind=None, tokenizer=""):
     The Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of another
     SentencePiece model, or none. Raises UserError.
     """
-    loaded = SOURCES[kind or recognize(path) or "checkpoint"](path)
-    if tokenizer:
-        found = None if tokenizer == "none" else Tokenizer(tokenizer)
-        loaded = loaded._replace(tokenizer=found)
-    found, n = loaded.tokenizer, loaded.model.args.vocab_size
-    if isinstance(found, Tokenizer) and found.vocab_size != n:
+    try:
+        model, find_tokenizer, facts = SOURCES[kind or recognize(path) or "checkpoint"](path)
+        if tokenizer:
+            found = None if tokenizer == "none" else Tokenizer(tokenizer)
+        else:
+            found = find_tokenizer()
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {huggingface.reason(e)}") from None
+    except Exception as e:  # what foreign files lead to is open-ended
+        raise UserError(f"{path} cannot be read: {huggingface.reason(e)}") from None
+    n = model.args.vocab_size
+    is_exact = isinstance(found, Tokenizer)  # others leave rows of the model unused
+    if found and (found.vocab_size > n or (is_exact and found.vocab_size < n)):
         raise UserError(
             f"{found.model_path} has {found.vocab_size} pieces, but the model's vocabulary {n}: "
             f"give the tokenizer it was trained with (--tokenizer=PATH)"
         )
-    return loaded
+    return Loaded(model, found, facts)
 
 
 # ---- writing
 
 
-def beside(path, name, tokenizer, data):
-    """Put a file of the tokenizer beside a model, unless another one is there."""
-    path = os.path.join(os.path.dirname(path), name)
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            if f.read() != data:
-                print(f"note: {path} is of another tokenizer than {tokenizer.model_path}; left")
+def check_file(path, name, tokenizer):
+    """Raise UserError unless a file can be written to path, and its tokenizer beside it as name."""
+    folder = os.path.dirname(path) or "."
+    if os.path.basename(path) in ("", name) or os.path.isdir(path):
+        raise UserError(f"cannot write {path!r}: it is a folder, or the tokenizer's; name a file")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {huggingface.reason(e)}") from None
+    beside = os.path.join(folder, name)
+    if not tokenizer or not os.path.exists(beside):
         return
-    with atomic_write(path) as f:
-        f.write(data)
+    with open(beside, "rb") as f:
+        data = f.read()
+    if data in (tokenizer.c_file(), tokenizer.proto):
+        return
+    if not name.endswith(".model") or Tokenizer(beside).c_file() != tokenizer.c_file():
+        raise UserError(
+            f"cannot write {path}: {beside} is of another tokenizer; name a file in another folder"
+        )
+
+
+def put_beside(path, name, data):
+    """Write the tokenizer's file beside a model, unless it is there."""
+    path = os.path.join(os.path.dirname(path), name)
+    if not os.path.exists(path):
+        with atomic_write(path) as f:
+            f.write(data)
 
 
 def write_bin(model, path, dtype, tokenizer, facts, version=None):
+    check_file(path, "tokenizer.bin", tokenizer)
     export_model(model, path, version, dtype)
     if tokenizer:
-        beside(path, "tokenizer.bin", tokenizer, tokenizer.c_file())
+        put_beside(path, "tokenizer.bin", tokenizer.c_file())
 
 
 def write_checkpoint(model, path, dtype, tokenizer, facts):
     """A checkpoint to train on from, or to sample: --init_from=PATH of train.py."""
     if os.path.exists(path):
         raise UserError(f"{path} exists, and would be lost: name another file")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    check_file(path, "tokenizer.model", tokenizer)
     value = {"model": model.state_dict(), "model_args": model.args.to_dict()}
+    try:
+        save_file(path, value | {"tokenizer_hash": tokenizer.hash if tokenizer else ""})
+    except UserError as e:
+        raise UserError(f"cannot write {path}: {e}") from None
     if tokenizer:
-        value["tokenizer_hash"] = tokenizer.hash
-        beside(path, "tokenizer.model", tokenizer, tokenizer.proto)
-    save_file(path, value)
+        put_beside(path, "tokenizer.model", tokenizer.proto)
 
 
 def write_safetensors(model, path, dtype, tokenizer, facts):
+    check_file(path, "tokenizer.model", tokenizer)
     huggingface.write_file(model, path, dtype)
     if tokenizer:
-        beside(path, "tokenizer.model", tokenizer, tokenizer.proto)
+        put_beside(path, "tokenizer.model", tokenizer.proto)
+
+
+def write_gguf(model, path, dtype, tokenizer, facts):
+    gguffile.architecture(model.args)
+    gguffile.check_tokenizer(tokenizer)
+    check_file(path, "", None)
+    gguffile.write_gguf(model, path, dtype, tokenizer, facts)
 
 
 class Format(NamedTuple):
@@ -256,7 +310,7 @@ class Format(NamedTuple):
 FORMATS = {
     "bin": Format(".bin", (*modelbin.DTYPES,), write_bin, "model.bin, for ./run"),
     "hf": Format("", (*huggingface.DTYPES,), huggingface.write_folder, "a folder for transformers"),
-    "gguf": Format(".gguf", (*gguffile.DTYPES,), gguffile.write_gguf, "for llama.cpp and Ollama"),
+    "gguf": Format(".gguf", (*gguffile.DTYPES,), write_gguf, "for llama.cpp and Ollama"),
     "safetensors": Format(
         ".safetensors",
         (*huggingface.DTYPES,),

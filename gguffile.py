@@ -7,6 +7,7 @@ llama.cpp turns neighbouring pairs of a head in `llama`, as ours does, and halve
 To add an architecture: its row in ARCHITECTURES, and its tensors in NAMES.
 """
 
+import math
 import os
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 
 from configurator import UserError
 from files import flush_folder, remove
-from huggingface import fill, halves_to_pairs, need
-from model import ModelArgs, Transformer, pairs_to_halves
-from modelbin import not_carried, skeleton
+from huggingface import check_range, filled, halves_to_pairs, need, reason
+from model import ModelArgs, pairs_to_halves
+from modelbin import Bytes, not_carried, shortest, skeleton
 from tokenizer import sentencepiece_model
 
 # Our names of tensors and theirs; {} stands for the layer
@@ -63,6 +64,7 @@ DTYPES = {
     "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }
 BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
+LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # numbers; scales are F16
 
 
 def their_name(name):
@@ -82,18 +84,24 @@ def architecture(args):
             return name
     raise UserError(
         f"gguf cannot carry {field.name} = {getattr(args, field.name)}: llama.cpp has no "
-        f"architecture with it; train with --arch=llama or portable, or write --format=bin or hf"
+        f"architecture with it; write --format=bin or hf, or train another model with --arch=llama "
+        f"or portable and --{field.name}={field.default}"
     )
 
 
 def check_tokenizer(tokenizer):
+    """The normalizer_spec of a tokenizer that llama.cpp can be; UserError for any other."""
     if tokenizer is None:
         raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
+    spec = tokenizer.check_plain("gguf")
+    if spec.remove_extra_whitespaces:
+        raise UserError(f"gguf cannot carry {tokenizer.model_path}, which folds spaces")
     if not tokenizer.byte_fallback:
         raise UserError(
             f"gguf cannot carry {tokenizer.model_path}, which has no byte pieces: llama.cpp would "
             f"end at the first character it lacks; write --format=bin or hf"
         )
+    return spec
 
 
 def write_gguf(model, path, dtype, tokenizer, facts):
@@ -103,12 +111,9 @@ def write_gguf(model, path, dtype, tokenizer, facts):
     """
     gguf = need("gguf")
     args, kind = model.args, architecture(model.args)
-    check_tokenizer(tokenizer)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"cannot write {path}: it is a folder or a device, not a file")
+    spec = check_tokenizer(tokenizer)
     part = f"{path}.{os.getpid()}.part"
     wanted, file_type = (getattr(gguf.GGMLQuantizationType, DTYPES[dtype][0]), DTYPES[dtype][1])
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         f = gguf.GGUFWriter(part, kind)
         f.add_name(facts.get("name", "story teller"))
@@ -120,7 +125,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
             f.add_uint32(f"{kind}.{key}", args.head_dim)
         f.add_file_type(getattr(gguf.LlamaFileType, file_type))
         f.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        put_tokenizer(f, tokenizer)
+        put_tokenizer(f, tokenizer, spec)
         kept = []
         for name, tensor in model.state_dict().items():
             if name == "output.weight" and args.tie_embeddings:
@@ -133,6 +138,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
             if dtype in ("q8_0", "q4_0") and tensor.dim() > 1 and tensor.shape[1] % BLOCK:
                 number_format = gguf.GGMLQuantizationType.F16
                 kept.append(their_name(name))
+            check_range(name, tensor, LARGEST.get(number_format.name, math.inf), dtype)
             numbers = np.ascontiguousarray(tensor.float().numpy())
             numbers = gguf.quants.quantize(numbers, number_format)
             f.add_tensor(their_name(name), numbers, raw_dtype=number_format)
@@ -145,7 +151,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         os.replace(part, path)
         flush_folder(os.path.dirname(path))
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
+        raise UserError(f"cannot write {path}: {reason(e)}") from None
     finally:
         remove(part)
     if kind == "qwen3":
@@ -160,7 +166,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         )
 
 
-def put_tokenizer(f, tokenizer):
+def put_tokenizer(f, tokenizer, spec):
     """Pieces, scores and types; texts end at EOS and, as in ours, at the next BOS."""
     sp, n = tokenizer.sp, range(tokenizer.vocab_size)
     f.add_tokenizer_model("llama")
@@ -175,7 +181,7 @@ def put_tokenizer(f, tokenizer):
     f.add_pad_token_id(tokenizer.eos_id)
     f.add_add_bos_token(True)
     f.add_add_eos_token(False)
-    f.add_add_space_prefix(True)
+    f.add_add_space_prefix(spec.add_dummy_prefix)
     f.add_remove_extra_whitespaces(False)
 
 
@@ -199,7 +205,8 @@ def read_gguf(path):
         raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
 
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} is no file; expected a GGUF file")
+    check_lengths(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -222,8 +229,8 @@ def read_gguf(path):
         if not isinstance(found.get(key), (int, float)):
             refuse(f"{kind}.{key}", found.get(key), "a number")
         values[name] = found[key]
-        if isinstance(found[key], float):  # 1e-5 as it was before float32
-            values[name] = float(f"{found[key]:.7g}")
+        if isinstance(found[key], float):
+            values[name] = shortest(found[key])
     is_tied = "output.weight" not in tensors
     try:
         args = ModelArgs(**values, tie_embeddings=is_tied, qk_norm=kind == "qwen3")
@@ -242,23 +249,58 @@ def read_gguf(path):
             shape = tuple(int(n) for n in reversed(tensor.shape))
             return torch.from_numpy(np.array(found, np.float32)).view(shape)
 
-        return numbers
+        return tuple(int(n) for n in reversed(tensor.shape)), numbers
 
     source = {name: reads(tensor) for name, tensor in tensors.items()}
     names = [(name, their_name(name)) for name in skeleton(args).state_dict()]
-    model = Transformer(args)
 
     def turn(name, tensor):
         is_turned = kind == "qwen3" and name.endswith(TURNED)
         return halves_to_pairs(tensor, args.head_dim) if is_turned else tensor
 
-    fill(model, source, names, path, turn)
-    return model, tokenizer_of(fields)
+    return filled(args, source, names, path, turn), tokenizer_of(fields)
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of types of values
+STRING, ARRAY = 8, 9
+
+
+def check_lengths(path):
+    """
+    Raise UserError unless the keys and values of a GGUF file end before it does: gguf's reader
+    would go on for as long as a wrong length says.
+    """
+    data = Bytes(path)
+    magic, version = data.take("<u4", 2).tolist()
+    if magic != int.from_bytes(b"GGUF", "little") or version not in (2, 3):
+        raise UserError(f"{path} is damaged or no GGUF file of version 2 or 3")
+    _, n_values = data.take("<u8", 2).tolist()
+
+    def skip(kind):
+        if kind == STRING:
+            data.take("u1", int(data.take("<u8", 1)[0]))
+        elif kind == ARRAY:
+            inner, n = int(data.take("<u4", 1)[0]), int(data.take("<u8", 1)[0])
+            if inner in SIZES:
+                data.take("u1", n * SIZES[inner])
+            else:
+                for _ in range(n if inner == STRING else n + 1):  # arrays of arrays: not used
+                    skip(inner if inner == STRING else -1)
+        elif kind in SIZES:
+            data.take("u1", SIZES[kind])
+        else:
+            raise UserError(f"{path} is damaged: it has a value of type {kind}")
+
+    for _ in range(n_values):
+        skip(STRING)
+        skip(int(data.take("<u4", 1)[0]))
 
 
 def tokenizer_of(fields):
     """The SentencePiece model of a GGUF file's fields, as bytes; None where it has another kind."""
     if fields.get("tokenizer.ggml.model") != "llama":
+        return None
+    if not fields.get("tokenizer.ggml.add_bos_token", True):  # ours always begins with BOS
         return None
     lists = [fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) > 1:

@@ -11,21 +11,24 @@ hub/modeling_modded_llama.py. To read another architecture of transformers: its 
 """
 
 import json
+import math
 import os
-import shutil
+import re
 
 import torch
 
 from configurator import UserError
-from files import atomic_write, remove, replace
+from files import atomic_write, flush_folder, remove, replace
 from model import ModelArgs, Transformer, pairs_to_halves
 from modelbin import not_carried, skeleton, window_settings
 from tokenizer import SPACE
 
 # Number formats of the tensors, by --dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = (*DTYPES.values(), torch.float64)  # of tensors that are read
 MAX_SHARD = "5GB"
 MODELING = "modeling_modded_llama.py"
+MARK = "A small language model, exported by modded-llama2.c."  # of a model card that is ours
 
 # Our names of tensors and theirs; {} stands for a number
 NAMES = (
@@ -101,6 +104,7 @@ ONLY = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 BENIGN = "rotary_emb.inv_freq"  # a tensor of old folders that can be computed
 
 
@@ -147,7 +151,7 @@ def their_tensors(model):
 # ---- config.json
 
 
-def config_of(args, dtype):
+def config_of(args, dtype, special_ids):
     """config.json of ModelArgs, as a dict; the architecture is the first that carries them."""
     kind = next(k for k, (_, carried) in ARCHITECTURES.items() if not not_carried(args, carried))
     sizes = [args.window(layer) for layer in range(args.n_layers)]
@@ -164,9 +168,7 @@ def config_of(args, dtype):
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
+        **special_ids,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
     if kind == "qwen3":
@@ -200,12 +202,15 @@ def args_of(config, path):
     for name, value in ONLY.items():
         if config.get(name, value) not in (value, None):
             refuse(name, config[name], value)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        refuse("rope_type", rope_type, "default, without scaling")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", rope["partial_rotary_factor"], 1.0)
+    rope = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        found = config.get(field) or {}
+        if not isinstance(found, dict) or found.keys() - {*PLAIN_ROPE, "type", "rope_theta"}:
+            refuse(field, found, "rotary angles without scaling")
+        for name, value in PLAIN_ROPE.items():
+            if found.get(name, value) != value or found.get("type", "default") != "default":
+                refuse(field, found, "rotary angles without scaling")
+        rope |= found
     missing = [theirs for theirs in FIELDS.values() if theirs not in config]
     if missing:
         refuse(missing[0], "missing", "a number")
@@ -237,10 +242,12 @@ def windows_of(config, kind, refuse):
         first = config.get("max_window_layers", 28)
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(n)]
         kinds = config.get("layer_types") or kinds
-        sizes = [config["sliding_window"] * (k == "sliding_attention") for k in kinds]
+        size = config.get("sliding_window", 4096)
+        sizes = [size if k == "sliding_attention" else 0 for k in kinds]
     else:
         sizes = []
-    if len(sizes) not in (0, n) or len(set(sizes) - {0}) > 1:
+    wrong = any(type(size) is not int or size < 0 for size in sizes)
+    if wrong or len(sizes) not in (0, n) or len(set(sizes) - {0}) > 1:
         refuse("windows", sizes, f"those of {n} layers, all of one size or 0")
     return sizes
 
@@ -267,10 +274,10 @@ def read_json(path):
 
 
 def weight_files(folder):
-    """Paths of the safetensors files of a folder: one, or those that an index names."""
+    """Paths of the safetensors files of a folder: one, else those that an index names."""
     single = os.path.join(folder, "model.safetensors")
     index = f"{single}.index.json"
-    if os.path.isfile(index):
+    if os.path.isfile(index) and not os.path.isfile(single):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise UserError(f"{index} cannot be read: it has no weight_map")
@@ -284,7 +291,7 @@ def weight_files(folder):
 
 
 def open_tensors(paths):
-    """{name: function that reads the tensor} of safetensors files."""
+    """{name: (shape, function that reads it)} of the tensors of safetensors files."""
     safetensors = need("safetensors")
     found = {}
     for path in paths:
@@ -293,37 +300,47 @@ def open_tensors(paths):
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
         for name in f.keys():  # noqa: SIM118 (it is no dict)
-            found[name] = lambda f=f, name=name: f.get_tensor(name)
+            shape = tuple(f.get_slice(name).get_shape())
+            found[name] = shape, lambda f=f, name=name: f.get_tensor(name)
     return found
 
 
-def fill(model, source, names, path, turn=None):
+def filled(args, source, names, path, turn=None):
     """
-    Set each tensor of a model from `source`, {name: function that reads it}, of which all must be
-    used; names: (our name, its name there). Raises UserError, which names the tensor.
+    The Transformer of ModelArgs with the tensors of `source`, {name: (shape, function that reads
+    it)}, all of which must be used; names: (our name, its name there); turn: of our name and the
+    tensor, what it is here. Raises UserError, which names the tensor, before there is memory for
+    the model where names or shapes do not fit.
     """
+
+    def refuse(what):
+        raise UserError(f"{path} cannot be read: {what}")
+
     left = {name for name in source if not name.endswith(BENIGN)}
-    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(args).state_dict().items()}
     for ours, theirs in names:
-        if ours == "output.weight" and model.args.tie_embeddings:
-            if theirs in source and not torch.equal(source[theirs]().float(), state[ours]):
-                raise UserError(
-                    f"{path} cannot be read: {theirs} is not the embedding it is tied to"
-                )
-            left.discard(theirs)
-            continue
-        if theirs not in source:
-            raise UserError(f"{path} cannot be read: it has no {theirs}")
-        tensor, target = source[theirs](), state[ours]
-        if tensor.shape != target.shape:
-            raise UserError(
-                f"{path} cannot be read: {theirs} is {tuple(tensor.shape)}, "
-                f"expected {tuple(target.shape)}"
-            )
-        target.copy_(turn(ours, tensor) if turn else tensor)
+        is_tied = ours == "output.weight" and args.tie_embeddings
+        if theirs not in source and not is_tied:
+            refuse(f"it has no {theirs}")
+        if theirs in source and source[theirs][0] != shapes[ours]:
+            refuse(f"{theirs} is {source[theirs][0]}, expected {shapes[ours]}")
         left.discard(theirs)
     if left:
-        raise UserError(f"{path} cannot be read: {min(left)} has no place in this model")
+        refuse(f"{min(left)} has no place in this model")
+    model = Transformer(args)
+    state = model.state_dict()
+    for ours, theirs in names:
+        if theirs not in source:
+            continue
+        tensor = source[theirs][1]()
+        if tensor.dtype not in FLOATS:
+            refuse(f"{theirs} is {tensor.dtype}, expected float32, bfloat16 or float16")
+        if ours == "output.weight" and args.tie_embeddings:
+            if not torch.equal(tensor.float(), state[ours]):
+                refuse(f"{theirs} is not the embedding it is tied to")
+            continue
+        state[ours].copy_(turn(ours, tensor) if turn else tensor)
+    return model
 
 
 def read_folder(folder):
@@ -333,13 +350,11 @@ def read_folder(folder):
     args = args_of(read_json(os.path.join(folder, "config.json")), folder)
     source = open_tensors(weight_files(folder))
     names = [(name, their_name(name)) for name in skeleton(args).state_dict()]
-    model = Transformer(args)
 
     def turn(name, tensor):
         return halves_to_pairs(tensor, args.head_dim) if name.endswith(TURNED) else tensor
 
-    fill(model, source, names, folder, turn)
-    return model
+    return filled(args, source, names, folder, turn)
 
 
 # ---- tokenizer
@@ -349,8 +364,21 @@ def tokenizer_json(tokenizer):
     """
     tokenizer.json of a SentencePiece BPE, as a dict, with the same ids for every text.
     SentencePiece joins the two neighbours that make the piece of the best score; here every pair
-    that makes a piece is written down, in the order of the scores.
+    that makes a piece is written down, in the order of the scores. Raises UserError for models that
+    do more.
     """
+    spec = tokenizer.check_plain("hf")
+
+    def replaced(kind, pattern, content):
+        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+    normalizers, strip = [replaced("String", " ", SPACE)], []
+    if spec.add_dummy_prefix:
+        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
+        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    if spec.remove_extra_whitespaces:
+        first = [replaced("Regex", r"\A +", ""), replaced("Regex", " {2,}", " ")]
+        normalizers = [*first, *normalizers, replaced("Regex", rf"{SPACE}+\z", "")]
     sp = tokenizer.sp
     pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     special = [i for i in range(len(pieces)) if sp.is_unknown(i) or sp.is_control(i)]
@@ -373,13 +401,7 @@ def tokenizer_json(tokenizer):
             {"id": i, "content": pieces[i], **words, "normalized": False, "special": True}
             for i in special
         ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -401,7 +423,7 @@ def tokenizer_json(tokenizer):
                 {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *strip,
             ],
         },
         "model": {
@@ -449,7 +471,7 @@ class FastTokenizer:
         stop = [config.get("bos_token_id"), config.get("eos_token_id")]
         stop = [i for one in stop for i in (one if isinstance(one, list) else [one])]
         self.stop = tuple(i for i in stop if isinstance(i, int))
-        self.vocab_size = self.backend.get_vocab_size()
+        self.vocab_size = 1 + max(self.backend.get_vocab().values(), default=-1)
 
     def encode(self, text):
         """Ids of a text, str or bytes; one that begins nothing begins with BOS or EOS."""
@@ -465,7 +487,7 @@ class FastTokenizer:
 
 def card(model, facts):
     """The model card, README.md; facts: see formats.training_facts() and export.py."""
-    args, kind = model.args, config_of(model.args, "fp32")["model_type"]
+    args, kind = model.args, config_of(model.args, "fp32", {})["model_type"]
     trust = ", trust_remote_code=True" if kind == "modded_llama" else ""
     options = {k: v for k, v in args.to_dict().items() if v != getattr(ModelArgs(), k)}
     rows = {**facts, "parameters": f"{model.n_params():,}", **options}
@@ -482,13 +504,13 @@ tags:
 
 # {name}
 
-A small language model trained with modded-llama2.c. transformers runs it with {code}.
+{MARK} transformers runs it with {code}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "{path}"
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 model = AutoModelForCausalLM.from_pretrained(path{trust})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
@@ -508,60 +530,93 @@ def write_folder(model, folder, dtype, tokenizer, facts):
     is replaced, any other is left alone. tokenizer: a Tokenizer, or None for the weights alone.
     """
     save = need("huggingface_hub").save_torch_state_dict
-    need("safetensors")
-    config = config_of(model.args, dtype)
+    special_ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} if tokenizer else {}
+    stop = {**special_ids, "eos_token_id": [2, 1]} if tokenizer else {}  # or where the next begins
+    length = min(256, model.args.max_seq_len * 3 // 4)
+    sampling = {"do_sample": True, "top_p": 0.9, "max_new_tokens": max(1, length)}
+    files = {
+        "config.json": config_of(model.args, dtype, special_ids),
+        "generation_config.json": {**stop, **sampling},
+        "README.md": card(model, facts),
+    }
+    if tokenizer:
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
+        files["tokenizer_config.json"] = tokenizer_config(tokenizer, model.args.max_seq_len)
+        files["tokenizer.model"] = tokenizer.proto
+    if "auto_map" in files["config.json"]:
+        hub = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
+        with open(os.path.join(hub, MODELING), "rb") as f:
+            files[MODELING] = f.read()
+    tensors = {name: converted(name, t, dtype) for name, t in their_tensors(model).items()}
+    target = os.path.realpath(folder)
     check_replaceable(folder)
-    part = f"{os.path.normpath(folder)}.{os.getpid()}.part"
+    part = f"{target}.{os.getpid()}.part"
     remove(part)
-    os.makedirs(part)
-
-    def put(name, value):
-        with open(os.path.join(part, name), "w", encoding="utf-8") as f:
-            f.write(value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
-
     try:
-        tensors = {k: t.to(DTYPES[dtype]).contiguous() for k, t in their_tensors(model).items()}
+        os.makedirs(part)
+        for name, value in files.items():
+            if isinstance(value, dict):
+                value = json.dumps(value, indent=1) + "\n"
+            with atomic_write(os.path.join(part, name)) as f:
+                f.write(value.encode() if isinstance(value, str) else value)
         save(tensors, part, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
-        put("config.json", config)
-        put(
-            "generation_config.json",
-            {
-                "bos_token_id": 1,
-                "eos_token_id": [2, 1],  # a text ends where the next begins
-                "pad_token_id": 2,
-                "do_sample": True,
-                "top_p": 0.9,
-                "max_new_tokens": min(256, model.args.max_seq_len * 3 // 4),
-            },
-        )
-        if tokenizer:
-            put("tokenizer.json", tokenizer_json(tokenizer))
-            put("tokenizer_config.json", tokenizer_config(tokenizer, model.args.max_seq_len))
-            with open(os.path.join(part, "tokenizer.model"), "wb") as f:
-                f.write(tokenizer.proto)
-        if "auto_map" in config:
-            hub = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
-            shutil.copyfile(os.path.join(hub, MODELING), os.path.join(part, MODELING))
-        put("README.md", card(model, facts))
-        replace(part, os.path.normpath(folder))
-    except OSError as e:
-        raise UserError(f"cannot write {folder}: {e.strerror}") from None
+        for name in os.listdir(part):
+            with open(os.path.join(part, name), "rb+") as f:
+                os.fsync(f.fileno())
+            os.chmod(f.name, os.stat(os.path.join(part, "config.json")).st_mode)  # not mine alone
+        flush_folder(part)
+        replace(part, target)
+        flush_folder(os.path.dirname(target))
+    except (OSError, need("safetensors").SafetensorError) as e:
+        raise UserError(f"cannot write {folder}: {reason(e)}") from None
     finally:
         remove(part)
 
 
+def converted(name, tensor, dtype):
+    """A tensor in a number format of DTYPES; UserError where a number becomes infinite."""
+    found = tensor.to(DTYPES[dtype]).contiguous()
+    if dtype == "fp16":
+        check_range(name, tensor, torch.finfo(torch.float16).max, dtype)
+    return found
+
+
+def check_range(name, tensor, most, dtype):
+    """Raise UserError where a tensor has numbers that a number format cannot hold."""
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if most < largest < math.inf:
+        raise UserError(
+            f"dtype = {dtype} cannot carry {name}, which has numbers up to {largest:g}; "
+            f"take bf16 or fp32"
+        )
+
+
+# what write_folder() makes
+OURS = re.compile(
+    r"config.json|generation_config.json|README.md|tokenizer(_config)?.json|tokenizer.model|"
+    r"model.safetensors(.index.json)?|model-\d{5}-of-\d{5}.safetensors|" + MODELING
+)
+
+
 def check_replaceable(folder):
     """Raise UserError unless a folder is absent, empty, or of this kind: nothing else is lost."""
-    if not os.path.exists(folder):
+    if not os.path.lexists(folder):
         return
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {folder}: it is a file; name a folder")
-    known = ("config.json", "generation_config.json", "README.md", MODELING, "__pycache__")
-    for name in os.listdir(folder):
-        if name not in known and not name.startswith(("model", "tokenizer", ".git", ".cache")):
+    names = os.listdir(folder)
+    for name in names:
+        if not OURS.fullmatch(name) or not os.path.isfile(os.path.join(folder, name)):
             raise UserError(
                 f"cannot write {folder}: it holds {name}, which is not of an export; name another"
             )
+    readme = os.path.join(folder, "README.md")
+    if names and not os.path.isfile(readme):
+        raise UserError(f"cannot write {folder}: it holds {names[0]}; name another")
+    if names:
+        with open(readme, encoding="utf-8", errors="replace") as f:
+            if MARK not in f.read():
+                raise UserError(f"cannot write {folder}: its README.md is not ours; name another")
 
 
 # ---- one safetensors file, with our names
@@ -575,7 +630,7 @@ def write_file(model, path, dtype):
         if name == "output.weight" and model.args.tie_embeddings:
             continue
         tensor = tensor[: model.args.vocab_size].clone() if name.startswith(PADDED) else tensor
-        tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
+        tensors[name] = converted(name, tensor, dtype)
     args = {**model.args.to_dict(), "vocab_multiple": 1}
     metadata = {"format": "pt", "model_args": json.dumps(args)}
     with atomic_write(path) as f:
@@ -587,39 +642,41 @@ def read_file(path):
     source = open_tensors([path])
     metadata = need("safetensors").safe_open(path, "pt").metadata() or {}
     try:
-        args = ModelArgs.from_dict(json.loads(metadata["model_args"]))
+        args = ModelArgs.from_dict(dict(json.loads(metadata["model_args"])))
         names = [(name, name) for name in skeleton(args).state_dict()]
     except KeyError:
-        raise UserError(f"{path} cannot be read: its metadata has no model_args") from None
+        raise UserError(
+            f"{path} cannot be read: its metadata has no model_args; the folder of a Hugging Face "
+            f"model is read with --from-hf=FOLDER"
+        ) from None
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
-    if args.tie_embeddings:
-        names = [one for one in names if one[0] != "output.weight"]
-    model = Transformer(args)
-    fill(model, source, names, path)
-    return model
+    return filled(args, source, names, path)
 
 
 # ---- the hub
 
 
 def token():
-    """The access token: HF_TOKEN of the environment or of a file .env, or None."""
-    if os.environ.get("HF_TOKEN") or not os.path.isfile(".env"):
-        return os.environ.get("HF_TOKEN") or None
-    with open(".env", encoding="utf-8") as f:
-        for line in f:
-            name, _, value = line.strip().removeprefix("export ").partition("=")
-            if name.strip() == "HF_TOKEN":
-                return value.strip().strip("\"'") or None
-    return None
+    """The access token, HF_TOKEN of the environment or of a file .env, or None."""
+    found = os.environ.get("HF_TOKEN")
+    if not found and os.path.isfile(".env"):
+        with open(".env", encoding="utf-8", errors="replace") as f:
+            for line in f:
+                name, _, value = line.strip().removeprefix("export ").partition("=")
+                if name.strip() == "HF_TOKEN":
+                    found = value.partition(" #")[0].strip().strip("\"'")
+    found = (found or "").strip()
+    if not re.fullmatch(r"[!-~]*", found):
+        raise UserError("HF_TOKEN is no access token: expected letters and digits, as hf_...")
+    return found or None
 
 
 def download(name):
     """The folder of a model of the hub, user/name or user/name@revision, kept in its cache."""
     hub = need("huggingface_hub")
     name, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+    patterns = ["*config.json", "model*.safetensors", "model*.index.json", "tokenizer*"]
     try:
         return hub.snapshot_download(
             name, revision=revision or None, allow_patterns=patterns, token=token()
@@ -628,14 +685,16 @@ def download(name):
         raise UserError(f"cannot download {name}: {reason(e)}") from None
 
 
-def check_push(name):
+def check_push(name, dry_run=False):
     """Raise UserError unless an upload to user/name can begin, as far as can be seen from here."""
     hub = need("huggingface_hub")
     try:
         need("huggingface_hub.utils").validate_repo_id(name)
     except ValueError as e:
         raise UserError(f"cannot upload to {name}: {reason(e)}") from None
-    if not (token() or hub.get_token()):
+    if "/" not in name:
+        raise UserError(f"cannot upload to {name}: expected user/name")
+    if not (dry_run or token() or hub.get_token()):
         raise UserError(
             f"cannot upload to {name} without an access token: set HF_TOKEN, or write it to .env "
             f"as HF_TOKEN=..."
@@ -663,6 +722,9 @@ def push(folder, name, private=False, dry_run=False):
 
 
 def reason(error):
-    """What an error of the hub's library says, in one line."""
+    """What an error says, in one line, without the access token."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text.replace(token() or "\0", "***")

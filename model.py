@@ -43,6 +43,7 @@ ARCHS = {
 }
 
 
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 # as in run.c: larger ones are slips, and would only end in a lack of memory
 LARGEST = {
     "dim": 1 << 16,
@@ -90,6 +91,12 @@ class ModelArgs:
     vocab_multiple: int = 1  # rows of embedding and head in memory, rounded up; never exported
 
     def __post_init__(self):
+        for field in fields(self):
+            kind, value = type(field.default), getattr(self, field.name)
+            if kind is float and type(value) is int:
+                setattr(self, field.name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"{field.name} = {value!r}: expected {WORDS[kind]}")
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -360,7 +360,12 @@ def read_bin(path):
 
 
 def skeleton(args):
-    """The model without its numbers, to see its sizes before there is memory for them."""
+    """
+    The model without its numbers, to see its sizes before there is memory for them. Raises
+    UserError where the tables of RoPE alone would take more than half a gigabyte.
+    """
+    if args.max_seq_len * args.head_dim > 1 << 27:
+        raise UserError(f"max_seq_len = {args.max_seq_len} is more than this program reads")
     with torch.device("meta"):
         return Transformer(args)
 
@@ -429,8 +434,8 @@ def read_v3(data):
     dtype, activation = list(DTYPES)[values["dtype"]], ACTIVATIONS[values["activation"]]
     for name in ("magic", "version", "file_size", "header_size", "dtype"):
         del values[name]
-    for name in ("norm_eps", "rope_theta", "logit_softcap"):  # 1e-5 as it was before float32
-        values[name] = float(f"{values[name]:.7g}")
+    for name in ("norm_eps", "rope_theta", "logit_softcap"):
+        values[name] = shortest(values[name])
     sizes = data.take("<i4", values["n_layers"]).tolist()
     if len(set(sizes) - {0}) > 1 or min(sizes) < 0:
         data.refuse("its layers have windows of different sizes")
@@ -446,6 +451,11 @@ def read_v3(data):
     if data.at != data.size:
         data.refuse(f"it has {data.size} bytes, and its header stands for {data.at}")
     return model
+
+
+def shortest(value):
+    """The number with the fewest digits that is `value` in float32: 1e-5, not 9.999999747e-06."""
+    return float(str(np.float32(value)))
 
 
 def window_settings(sizes):

@@ -59,6 +59,8 @@ if tokenizer is None:
     raise UserError(f"there is no tokenizer.model beside {checkpoint}: give --tokenizer=PATH")
 
 prompt = tokenizer.encode(start.encode(errors="surrogateescape"))
+if not prompt:
+    raise UserError("this tokenizer begins no text by itself: give --start")
 if len(prompt) > model.args.max_seq_len:
     raise UserError(
         f"the prompt has {len(prompt)} tokens, and the model's context {model.args.max_seq_len}: "

@@ -92,6 +92,26 @@ class Tokenizer:
             text = text.removeprefix(b" ")
         return text.decode("utf-8", errors="replace")
 
+    def check_plain(self, name):
+        """
+        The normalizer_spec of the model (sentencepiece_model.proto). Raises UserError for what
+        format `name` cannot carry: anything but BPE, text that is replaced before encoding, and
+        pieces of several characters that are defined by hand.
+        """
+        spec = proto_module().ModelProto.FromString(self.proto)
+        wrong = ""
+        if spec.trainer_spec.model_type != spec.trainer_spec.BPE:
+            wrong = "is no BPE"
+        elif spec.normalizer_spec.precompiled_charsmap:
+            wrong = "replaces characters"
+        elif any(
+            piece.type == piece.USER_DEFINED and len(piece.piece) > 1 for piece in spec.pieces
+        ):
+            wrong = "has pieces that are defined by hand"
+        if wrong:
+            raise UserError(f"{name} cannot carry {self.model_path}, which {wrong}")
+        return spec.normalizer_spec
+
     def caveat(self):
         """A sentence where this model changes a text before encoding, as run.c does not; or ""."""
         text = " a  \ufb01 "  # spaces to fold, a ligature to take apart
@@ -192,16 +212,22 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
     return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
 
 
+def proto_module():
+    """SentencePiece's own description of its files."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError("this needs protobuf: pip install .[export]") from None
+    return sentencepiece_model_pb2
+
+
 def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
     """
     A SentencePiece BPE model file, as bytes, of pieces with their scores and types (those of
     SentencePiece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), which changes
     no text before it encodes.
     """
-    try:
-        from sentencepiece import sentencepiece_model_pb2 as proto
-    except ImportError:
-        raise UserError("this needs protobuf: pip install .[export]") from None
+    proto = proto_module()
     model = proto.ModelProto()
     for piece, score, kind in zip(pieces, scores, types, strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)

@@ -266,6 +266,9 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
+    def resize_token_embeddings(self, *words, **others):
+        raise ValueError("the vocabulary of this model is in several tables and stays as it is")
+
     def forward(
         self,
         input_ids,
@@ -284,6 +287,15 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
         """
         if others.get("inputs_embeds") is not None:
             raise ValueError("this model looks token ids up in several tables: give input_ids")
+        if others.get("output_hidden_states") or others.get("output_attentions"):
+            raise ValueError("this model does not return hidden states or attentions")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("expected an attention_mask (batch, positions)")
+        places = others.get("position_ids")
+        if places is not None and attention_mask is None and (places.diff() != 1).any():
+            raise ValueError("this model takes one text a row: position_ids cannot begin anew")
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError("this model needs a DynamicCache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -295,7 +307,9 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
             logits = (cap * torch.tanh(logits.float() / cap)).to(x.dtype)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+            n = others.get("num_items_in_batch")  # of Trainer, for steps of several batches
+            size = self.config.vocab_size
+            loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=n)
         if not return_dict:
             return (logits,) if loss is None else (loss, logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -96,6 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, path = self.server, self.path.partition("?")[0]
+        hub.tokens.add(self.headers.get("Authorization"))
         words = path.removeprefix("/api/models").strip("/").split("/")
         name, commit = "/".join(words[:2]), "0" * 40
         files = hub.models.get(name)

@@ -1,5 +1,6 @@
 """Models in other formats: read back exactly, run by transformers with our logits, or refused."""
 
+import io
 import json
 import os
 import runpy
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import EVERYTHING, REPO, bin_of, logits_of, random_model, refused, script
 from test_tokenizer import generated_texts
@@ -20,6 +22,7 @@ from configurator import UserError
 from formats import FORMATS, load, recognize
 from hub import Hub
 from modelbin import export_model, read_bin, windows
+from tokenizer import Tokenizer
 
 # name: options, the class of transformers that loads it
 CASES = {
@@ -147,6 +150,22 @@ def test_from_a_run_to_a_folder_and_on(tmp_path, finished, run):
     assert str(finished) not in card + (folder / "config.json").read_text()
 
 
+def test_a_theta_that_is_a_whole_number(tmp_path, tokenizers):
+    """JSON has 500000 where GGUF must have 500000.0."""
+    import gguf
+
+    huggingface.write_folder(
+        sized(tokenizers[512]), str(tmp_path / "hf"), "fp32", tokenizers[512], {}
+    )
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rope_theta": 500000}))
+    loaded = load(str(tmp_path / "hf"))
+    formats.write_gguf(loaded.model, str(tmp_path / "m.gguf"), "fp32", loaded.tokenizer, {})
+    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["llama.rope.freq_base"]
+    assert field.types == [gguf.GGUFValueType.FLOAT32] and field.contents() == 500000
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_the_bytes(tmp_path, tokenizers, dtype):
     model = sized(tokenizers[512], **EVERYTHING)
@@ -221,8 +240,39 @@ def test_our_modeling_file_does_what_transformers_asks_of_it(tmp_path, tokenizer
     for name in ("smear_gate.weight", "residual_scalars", "bigram_embeddings.weight"):
         found = dict(theirs.named_parameters())[f"model.{name}"].grad
         assert close(found, gradients[name].grad), name
-    with pytest.raises(ValueError, match="give input_ids"):
-        theirs(tokens, inputs_embeds=torch.zeros(1, 9, 48))
+    for words, part in (
+        ({"inputs_embeds": torch.zeros(1, 9, 48)}, "give input_ids"),
+        ({"output_hidden_states": True}, "does not return hidden states"),
+        (
+            {"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool)},
+            "expected an attention_mask",
+        ),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])}, "one text a row"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            theirs(tokens, **words)
+    with pytest.raises(ValueError, match="stays as it is"):
+        theirs.resize_token_embeddings(120)
+    halves = theirs(tokens, labels=tokens, num_items_in_batch=torch.tensor(16)).loss
+    assert abs(halves - loss / 2) < 1e-5  # 8 places of 16
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers_model(tmp_path / "again")
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["plain", "modded"])
+def test_the_cards_code_tells_a_story_and_stops(tmp_path, tokenizers, name, capsys, monkeypatch):
+    model = sized(tokenizers[512], **CASES[name][0])
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[512], {})
+    card = (tmp_path / "hf" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "hf")
+    exec(card.partition("```python\n")[2].partition("```")[0], found := {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
+    config = found["model"].generation_config
+    assert config.eos_token_id == [2, 1] and config.bos_token_id == 1
+    huggingface.write_folder(model, str(tmp_path / "bare"), "fp32", None, {})
+    for name in ("config.json", "generation_config.json"):  # of a vocabulary that is not ours
+        assert "token_id" not in (tmp_path / "bare" / name).read_text()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -292,7 +342,7 @@ def test_a_tokenizer_json_alone_is_enough_to_sample(tmp_path, tokenizers, capsys
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time") and len(done.stdout) > 20
     export(tmp_path / "m.bin", f"--from-hf={tmp_path / 'hf'}")
-    assert "is left out" in capsys.readouterr().out
+    assert "only tokenizer.model of SentencePiece is exported" in capsys.readouterr().out
     with pytest.raises(UserError, match="needs the tokenizer"):
         export(tmp_path / "m.gguf", f"--from-hf={tmp_path / 'hf'}")
 
@@ -396,15 +446,25 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([out, f"--from-bin={bin_}", "--format=hf"], "there is no tokenizer.model beside"),
         ([out, f"--from-bin={bin_}", f"--tokenizer={tmp_path / 'x'}"], "does not exist"),
         ([out, f"--from-bin={bin_}", f"--tokenizer={tokenizers[105].model_path}"], "105 pieces"),
-        ([bin_, f"--from-bin={bin_}", "--dtype=int8"], "which is to be read, would be lost"),
+        (
+            [bin_, f"--from-bin={bin_}", "--dtype=int8"],
+            "which belongs to what is read, would be lost",
+        ),
         ([finished / "ckpt.pt", best, "--format=bin"], "is a checkpoint, which would be lost"),
         ([finished / "ckpt.pt", f"--from-bin={bin_}"], "exists, and would be lost"),
-        ([finished, best, "--format=hf"], "which is not of an export; name another"),
+        ([finished, best, "--format=hf"], "which belongs to what is read, would be lost"),
+        ([tmp_path / "a", best, "--format=hf"], "it holds model.bin, which is not of an export"),
         ([finished / "log.jsonl", best, "--format=hf"], "it is a file; name a folder"),
         ([out, f"--from-hf={tmp_path / 'none'}"], "is no folder"),
         ([out, f"--from-hf={finished}"], "cannot read"),
         ([out, f"--from-gguf={bin_}"], "is damaged or no GGUF file"),
-        ([out, f"--from-gguf={tmp_path / 'none'}"], "does not exist"),
+        ([out, f"--from-gguf={tmp_path / 'none'}"], "is no file"),
+        ([out, best, f"--from-bin={bin_}"], "--from-bin and --checkpoint: expected one of them"),
+        (["", best], "the path to write is empty"),
+        ([f"{out}/", best], "is a folder, or the tokenizer's"),
+        ([tmp_path / "tokenizer.bin", best], "is a folder, or the tokenizer's"),
+        ([out, best, "--format=hf", "--push-to-hub=a b/c", "--dry-run"], "cannot upload to a b/c"),
+        ([out, best, "--format=hf", "--push-to-hub=c", "--dry-run"], "expected user/name"),
         ([out, f"--from-bin={finished / 'best.pt'}"], "is no model.bin"),
         ([out, f"--from-safetensors={bin_}"], "is damaged or no safetensors file"),
         ([out, f"--from-meta={tmp_path}"], "params.json"),
@@ -427,12 +487,22 @@ FOREIGN = (
     ({"attention_bias": True}, "attention_bias = True"),
     ({"mlp_bias": True}, "mlp_bias = True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = llama3"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'rope_type': 'llama3'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "expected rotary angles without scaling"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_scaling = "),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor': 0.5"),
     ({"head_dim": 64}, "head_dim = 64; expected hidden_size / num_attention_heads, 12"),
     ({"num_attention_heads": 5}, "does not divide"),
-    ({"hidden_size": "wide"}, "cannot be read"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling = "),
+    ({"rope_scaling": "linear"}, "rope_scaling = linear"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters = "),
+    ({"hidden_size": "wide"}, "dim = 'wide': expected a whole number"),
+    ({"num_hidden_layers": 2.0}, "n_layers = 2.0: expected a whole number"),
+    ({"tie_word_embeddings": "false"}, "tie_embeddings = 'false': expected true or false"),
+    ({"model_type": ["llama"]}, "cannot be read"),
+    ({"model_type": "modded_llama", "bigram_rows": 1 << 28}, "it has no model.bigram_embeddings"),
+    ({"model_type": "modded_llama", "layer_windows": [-1, 0]}, "windows = [-1, 0]"),
+    ({"max_position_embeddings": 1 << 24, "head_dim": None}, "more than this program reads"),
     ({"hidden_size": 96, "head_dim": 24}, "expected (105, 96)"),
     ({"num_hidden_layers": 3}, "it has no model.layers.2."),
     ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place"),
@@ -474,7 +544,8 @@ def test_damaged_folders_and_files(tmp_path, tokenizers):
     )
     same_model(load(str(folder)).model, model)
     index = folder / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "elsewhere.safetensors"}}')
+    os.replace(weights, tmp_path / "elsewhere.safetensors")
+    index.write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
     with pytest.raises(UserError, match=r"elsewhere.safetensors does not exist"):
         load(str(folder))
     index.write_text("{}")
@@ -490,7 +561,7 @@ def test_damaged_folders_and_files(tmp_path, tokenizers):
         data = path.read_bytes()
         for n in (8, 100, len(data) // 2, len(data) - 1):
             path.write_bytes(data[:n])
-            with pytest.raises(UserError, match=r"damaged or no|cannot be read"):
+            with pytest.raises(UserError, match=r"damaged or no|cannot be read|ends at byte"):
                 load(str(path))
 
 
@@ -530,10 +601,40 @@ def test_a_folder_is_replaced_only_by_its_own_kind(tmp_path, tokenizers):
         model = random_model(seed=seed, vocab_size=512)
         huggingface.write_folder(model, str(folder) + "/", "fp32", tokenizers[512], {})
         same_model(load(str(folder)).model, model)
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"it holds notes.txt"):
+    (tmp_path / "link").symlink_to("hf")
+    huggingface.write_folder(model, str(tmp_path / "link"), "fp32", tokenizers[512], {})
+    assert sorted(os.listdir(tmp_path)) == ["hf", "link"] and (tmp_path / "link").is_symlink()
+    for name in ("notes.txt", ".git", "model.bin", "tokenizer_corpus.txt", "model_backup"):
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match=f"it holds {name}"):
+            huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
+        (folder / name).unlink()
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"its README.md is not ours"):
         huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
-    assert os.listdir(tmp_path) == ["hf"]
+    (folder / "README.md").unlink()
+    with pytest.raises(UserError, match="it holds"):
+        huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, tokenizers, monkeypatch):
+    import gguf
+    import huggingface_hub
+    from safetensors import SafetensorError
+
+    def full(*words, **others):
+        raise error
+
+    model, path = sized(tokenizers[512]), str(tmp_path / "out")
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    for to in ("hf", "gguf"):
+        for error in (SafetensorError("No space left"), OSError(28, "No space left")):
+            if to == "gguf" and not isinstance(error, OSError):
+                continue
+            with pytest.raises(UserError, match=f"cannot write {path}: No space left"):
+                FORMATS[to].write(model, path, "fp32", tokenizers[512], {})
+            assert not os.listdir(tmp_path)
 
 
 def test_sizes_past_a_shard_are_split(tmp_path, tokenizers, monkeypatch):
@@ -549,13 +650,77 @@ def test_a_missing_package_says_how_to_install_it():
         huggingface.need("no_such_package")
 
 
-def test_the_tokenizer_goes_with_the_model(tmp_path, tokenizers, capsys):
+def test_the_tokenizer_goes_with_the_model(tmp_path, tokenizers):
     tokenizer, other = tokenizers[512], tokenizers[1500]
-    formats.write_bin(sized(tokenizer), str(tmp_path / "a.bin"), "fp32", tokenizer, {})
+    for to in ("bin", "checkpoint", "safetensors"):
+        ending, write = FORMATS[to].ending, FORMATS[to].write
+        for name in ("a", "b"):
+            write(sized(tokenizer), str(tmp_path / f"{name}{ending}"), "fp32", tokenizer, {})
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(UserError, match="is of another tokenizer; name a file in another"):
+            write(sized(other), str(tmp_path / f"c{ending}"), "fp32", other, {})
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert (tmp_path / "tokenizer.bin").read_bytes() == bin_of(tokenizer).read_bytes()
-    formats.write_bin(sized(other), str(tmp_path / "b.bin"), "fp32", other, {})
-    assert "is of another tokenizer" in capsys.readouterr().out
-    assert (tmp_path / "tokenizer.bin").read_bytes() == bin_of(tokenizer).read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(other.proto)
+    with pytest.raises(UserError, match="was trained with another tokenizer than"):
+        load(str(tmp_path / "a.pt"))
+    assert load(str(tmp_path / "a.pt"), tokenizer=tokenizer.model_path).tokenizer.vocab_size == 512
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "safetensors"])
+def test_numbers_too_large_for_fp16_are_refused(tmp_path, tokenizers, to):
+    model = sized(tokenizers[512])
+    model.layers[0].feed_forward.w1.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"fp16 cannot carry .*, which has numbers up to 100000"):
+        FORMATS[to].write(model, str(tmp_path / "out"), "fp16", tokenizers[512], {})
+    assert not os.listdir(tmp_path)
+
+
+def trained_by_sentencepiece(path, stories, **words):
+    settings = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True}
+    settings |= {"vocab_size": 700, "minloglevel": 2, "character_coverage": 1.0, **words}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(stories[:500]), model_writer=model, **settings
+    )
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def test_tokenizers_of_other_kinds(tmp_path, stories):
+    """Spaces that are folded, or not put before a text, are carried; the rest is refused."""
+    from transformers import AutoTokenizer
+
+    for i, words in enumerate(({"remove_extra_whitespaces": True}, {"add_dummy_prefix": False})):
+        tokenizer = trained_by_sentencepiece(tmp_path / f"{i}.model", stories, **words)
+        folder = str(tmp_path / f"hf{i}")
+        huggingface.write_folder(sized(tokenizer), folder, "fp32", tokenizer, {})
+        theirs = AutoTokenizer.from_pretrained(folder)
+        for text in [*generated_texts(800, seed=5), "  a   b  ", " ", "\n a \n  b "]:
+            assert theirs(text)["input_ids"] == tokenizer.encode(text), text
+    with pytest.raises(UserError, match="which folds spaces"):
+        tokenizer = Tokenizer(tmp_path / "0.model")
+        formats.write_gguf(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
+    for words, part in (
+        ({"model_type": "unigram"}, "is no BPE"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "replaces characters"),
+        ({"user_defined_symbols": ["<pet>"]}, "has pieces that are defined by hand"),
+    ):
+        tokenizer = trained_by_sentencepiece(tmp_path / "other.model", stories, **words)
+        for to in ("hf", "gguf"):
+            with pytest.raises(UserError, match=f"{to} cannot carry .*, which {part}"):
+                FORMATS[to].write(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_hostile_gguf_ends_soon(tmp_path, tokenizers):
+    start, name = b"GGUF" + struct.pack("<IQQ", 3, 0, 1), struct.pack("<Q", 3) + b"a.b"
+    values = [struct.pack("<IIQ", 9, inner, 1 << 40) for inner in (4, 8, 9)]
+    values += [struct.pack("<IQ", 8, 1 << 60), struct.pack("<I", 77), b""]
+    for value in values:
+        (tmp_path / "m.gguf").write_bytes(start + name + value + bytes(200))
+        with pytest.raises(UserError, match=r"ends at byte|is damaged|cannot be read"):
+            load(str(tmp_path / "m.gguf"))
 
 
 # ---- the hub
@@ -579,13 +744,13 @@ def test_upload_and_download(hub, tmp_path, finished):
     done = script("export.py", *words, "--push-to-hub=me/tiny", cwd=tmp_path)
     refused(done, "HF_TOKEN")
     assert not hub.models and not folder.exists()
-    (tmp_path / ".env").write_text('OTHER=1\nexport HF_TOKEN="hf_secret"\n')
+    (tmp_path / ".env").write_text('OTHER=1\nexport HF_TOKEN="hf_secret" # mine\r\n')
     done = script("export.py", *words, "--push-to-hub=me/tiny", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "nothing was sent" in done.stdout and not hub.models
     done = script("export.py", *words, "--push-to-hub=me/tiny", "--private", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"uploaded to {hub.url}/me/tiny" in done.stdout
-    assert hub.tokens == {"Bearer hf_secret"} and hub.private == {"me/tiny"}
+    assert hub.tokens - {None} == {"Bearer hf_secret"} and hub.private == {"me/tiny"}
     assert hub.models["me/tiny"] == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert "hf_secret" not in done.stdout + done.stderr
     told = [
@@ -595,6 +760,9 @@ def test_upload_and_download(hub, tmp_path, finished):
     assert told[1].returncode == 0, told[1].stderr
     assert told[0].stdout == told[1].stdout
     refused(script("sample.py", "--checkpoint=hf:me/other"), "cannot download me/other")
+    done = script("sample.py", "--checkpoint=hf:me/tiny", env={**os.environ, "HF_TOKEN": "hf a\n"})
+    refused(done, "HF_TOKEN is no access token")
+    assert "hf a" not in done.stderr
     hub.shutdown()
     hub.server_close()
     done = script("sample.py", "--checkpoint=hf:me/tiny", "--temperature=0", "--max_new_tokens=20")
