@@ -490,7 +490,8 @@ def card(model, facts):
     args, kind = model.args, config_of(model.args, "fp32", {})["model_type"]
     trust = ", trust_remote_code=True" if kind == "modded_llama" else ""
     options = {k: v for k, v in args.to_dict().items() if v != getattr(ModelArgs(), k)}
-    rows = {**facts, "parameters": f"{model.n_params():,}", **options}
+    rows = {**facts, "parameters": f"{model.n_params():,}", "max_seq_len": args.max_seq_len}
+    rows |= options
     name, path = rows.pop("name", "a story teller"), rows.pop("repository", ".")
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     code = f"the file {MODELING} beside it" if trust else "transformers' own code, nothing else"

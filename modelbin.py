@@ -350,6 +350,8 @@ def read_bin(path):
     if data.size < 8:
         data.refuse(f"it has {data.size} bytes")
     magic, version = data.take("<u4", 2).tolist()
+    if magic == int.from_bytes(b"GGUF", "little"):
+        data.refuse("it is a GGUF file; read it with --from-gguf")
     version = version if magic == MAGIC else 0
     if version not in (0, 1, 2, 3):
         data.refuse(f"version {version}; expected 0 to 3")

@@ -280,6 +280,10 @@ if not checkpoint:
     config |= {k: v for k, v in ARCHS.get(arch, {}).items() if k not in given}
 globals().update(config)
 check_settings()
+plain = {name: f.default for f in fields(ModelArgs) if (name := f.name) in ARCHS["modded"]}
+plain |= ARCHS[arch]
+if arch != "modded" and (more := [name for name in plain if config[name] != plain[name]]):
+    say(f"note: {', '.join(f'{n} = {config[n]}' for n in more)}, beyond --arch={arch}")
 
 # ---- data and model
 
