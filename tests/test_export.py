@@ -225,7 +225,7 @@ def test_command_line(tmp_path):
     before = (tmp_path / "ckpt.pt").read_bytes()
     refused(script("export.py", tmp_path / "ckpt.pt", checkpoint), "would be lost")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    refused(script("export.py", tmp_path / "previous", checkpoint), "is a folder or a device")
+    refused(script("export.py", tmp_path / "previous", checkpoint), "it is a folder")
 
 
 def test_llama2cs_own_checkpoints_load(tmp_path):
