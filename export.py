@@ -12,10 +12,11 @@ What a format cannot carry is refused by name, and nothing is written. formats.p
 
 import argparse
 import os
+from functools import partial
 
 from configurator import UserError, one_sentence_errors
-from formats import FORMATS, SOURCES, format_of, load, recognize, write_bin
-from huggingface import FastTokenizer, check_push, push
+from formats import FORMATS, SOURCES, format_of, load, recognize
+from huggingface import FastTokenizer, check_push, push, reason
 from modelbin import VERSIONS
 
 one_sentence_errors()
@@ -115,13 +116,16 @@ if to == "hf" and tokenizer is None and words.tokenizer != "none":
     )
 if tokenizer is None and words.tokenizer != "none":
     print(f"note: there is no tokenizer.model beside {source}: the model is written without")
-facts["name"] = os.path.basename(words.push_to_hub or os.path.abspath(words.path))
-facts["repository"] = words.push_to_hub or "."
+name = os.path.basename(words.push_to_hub or os.path.abspath(words.path))
+facts = {"name": name, "repository": words.push_to_hub or ".", **facts}
+write = FORMATS[to].write
 if to == "bin":
     version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(words.version, words.version)
-    write_bin(model, words.path, dtype, tokenizer, facts, version)
-else:
-    FORMATS[to].write(model, words.path, dtype, tokenizer, facts)
+    write = partial(write, version=version)
+try:
+    write(model, words.path, dtype, tokenizer, facts)
+except OSError as e:
+    raise UserError(f"cannot write {words.path}: {reason(e)}") from None
 print(f"wrote {words.path}")
 if words.push_to_hub:
     push(words.path, words.push_to_hub, words.private, words.dry_run)

@@ -33,7 +33,9 @@ def atomic_write(path, mode="wb"):
     path = os.fspath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"cannot write {path}: it is a folder or a device, not a file")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    folder = os.path.dirname(path) or "."
+    is_new = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
     part = f"{path}.{os.getpid()}.part"
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -45,6 +47,9 @@ def atomic_write(path, mode="wb"):
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
         if isinstance(e, OSError):  # which names the .part file, or for a full disk nothing
             e.filename = path
         raise

@@ -238,10 +238,8 @@ def check_file(path, name, tokenizer):
     folder = os.path.dirname(path) or "."
     if os.path.basename(path) in ("", name) or os.path.isdir(path):
         raise UserError(f"cannot write {path!r}: it is a folder, or the tokenizer's; name a file")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {huggingface.reason(e)}") from None
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"cannot write {path}: {folder} is no folder")
     beside = os.path.join(folder, name)
     if not tokenizer or not os.path.exists(beside):
         return

@@ -142,6 +142,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
             numbers = np.ascontiguousarray(tensor.float().numpy())
             numbers = gguf.quants.quantize(numbers, number_format)
             f.add_tensor(their_name(name), numbers, raw_dtype=number_format)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         f.write_header_to_file()
         f.write_kv_data_to_file()
         f.write_tensors_to_file(progress=False)

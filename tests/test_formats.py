@@ -432,7 +432,8 @@ def test_what_is_not_carried_is_refused(tmp_path, tokenizers, to, options, dtype
     source, tokenizer = str(tmp_path / "source" / "ckpt.pt"), tokenizers[size]
     formats.write_checkpoint(sized(tokenizer, **options), source, "fp32", tokenizer, {})
     with pytest.raises(UserError) as e:
-        export(tmp_path / "out", f"--checkpoint={source}", f"--format={to}", f"--dtype={dtype}")
+        out = tmp_path / "new" / "out"
+        export(out, f"--checkpoint={source}", f"--format={to}", f"--dtype={dtype}")
     assert part in str(e.value)
     assert os.listdir(tmp_path) == ["source"]
 
