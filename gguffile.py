@@ -277,18 +277,15 @@ def check_lengths(path):
         raise UserError(f"{path} is damaged or no GGUF file of version 2 or 3")
     _, n_values = data.take("<u8", 2).tolist()
 
-    def skip(kind):
-        if kind == STRING:
-            data.take("u1", int(data.take("<u8", 1)[0]))
-        elif kind == ARRAY:
-            inner, n = int(data.take("<u4", 1)[0]), int(data.take("<u8", 1)[0])
-            if inner in SIZES:
-                data.take("u1", n * SIZES[inner])
-            else:
-                for _ in range(n if inner == STRING else n + 1):  # arrays of arrays: not used
-                    skip(inner if inner == STRING else -1)
-        elif kind in SIZES:
-            data.take("u1", SIZES[kind])
+    def skip(kind, n=1):
+        if kind in SIZES:
+            data.take("u1", n * SIZES[kind])
+        elif kind == STRING:
+            for _ in range(n):
+                data.take("u1", int(data.take("<u8", 1)[0]))
+        elif kind == ARRAY and n == 1:
+            inner, length = int(data.take("<u4", 1)[0]), int(data.take("<u8", 1)[0])
+            skip(inner, length)
         else:
             raise UserError(f"{path} is damaged: it has a value of type {kind}")
 

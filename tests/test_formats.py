@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import EVERYTHING, REPO, bin_of, logits_of, random_model, refused, script
+from local_hub import Hub
 from test_tokenizer import generated_texts
 
 import formats
@@ -20,7 +21,6 @@ import huggingface
 from checkpoint import save_file
 from configurator import UserError
 from formats import FORMATS, load, recognize
-from hub import Hub
 from modelbin import export_model, read_bin, windows
 from tokenizer import Tokenizer
 
