@@ -200,6 +200,8 @@ def story():
             script("export.py", model, f"--checkpoint={best}")
         else:
             script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", "--resume=auto")
+            if not finished(OUT):
+                raise StepFailed("training was stopped; the same command goes on from there")
 
     step(
         6,

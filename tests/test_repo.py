@@ -67,6 +67,16 @@ def test_bootstrap_reads_pins_and_results(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: expected: story")
 
 
+def test_no_story_after_a_training_that_was_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bootstrap, "OUT", str(tmp_path))
+    monkeypatch.setattr(bootstrap, "make_venv", lambda requirements: None)
+    monkeypatch.setattr(bootstrap, "call", lambda *command, shown=True: None)
+    (tmp_path / "log.jsonl").write_text('{"kind": "end", "reason": "interrupted"}\n')
+    with pytest.raises(bootstrap.StepFailed, match="training was stopped; the same command"):
+        bootstrap.story()
+    assert "[7/7]" not in capsys.readouterr().out
+
+
 def test_a_torch_that_is_there_is_used_and_a_broken_venv_made_again(tmp_path):
     """All the packages are seen behind .venv's own, so nothing is downloaded."""
     for name in ("bootstrap.py", "requirements.txt"):
