@@ -170,7 +170,7 @@ def from_meta(folder):
     names = [name for name in parts[0] if not name.endswith("rope.freqs")]
     tensors = {name: whole(name) for name in names}
     source = {name: (tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
-    model = filled(args, source, [(name, name) for name in shapes], folder)
+    model = filled(args, source, folder, str, in_halves=False)
     folder = folder.rstrip("/\\")
     return Source(model, lambda: tokenizer_in(folder, os.path.dirname(folder)))
 

@@ -15,9 +15,9 @@ import torch
 
 from configurator import UserError
 from files import flush_folder, remove
-from huggingface import check_range, filled, halves_to_pairs, need, reason
-from model import ModelArgs, pairs_to_halves
-from modelbin import Bytes, not_carried, shortest, skeleton
+from huggingface import check_range, exported, filled, need, reason, renamed
+from model import ModelArgs
+from modelbin import Bytes, not_carried, shortest
 from tokenizer import sentencepiece_model
 
 # Our names of tensors and theirs; {} stands for the layer
@@ -37,7 +37,6 @@ NAMES = {
     "norm": "output_norm",
     "output": "output",
 }
-TURNED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # in halves by qwen3
 
 # Fields of ModelArgs and their keys, behind the architecture and a point
 KEYS = {
@@ -69,11 +68,7 @@ LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # number
 
 def their_name(name):
     """blk.3.attn_q.weight of layers.3.attention.wq.weight."""
-    words = name.split(".")
-    number = next((word for word in words if word.isdigit()), "")
-    stem = name.removesuffix(".weight")
-    stem = stem.replace(f".{number}.", ".{}.") if number else stem
-    return NAMES[stem].replace("{}", number) + ".weight"
+    return renamed(name.removesuffix(".weight"), NAMES) + ".weight"
 
 
 def architecture(args):
@@ -127,13 +122,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         f.add_quantization_version(gguf.GGML_QUANT_VERSION)
         put_tokenizer(f, tokenizer, spec)
         kept = []
-        for name, tensor in model.state_dict().items():
-            if name == "output.weight" and args.tie_embeddings:
-                continue
-            if name.startswith(("tok_embeddings", "output")):
-                tensor = tensor[: args.vocab_size]
-            if kind == "qwen3" and name.endswith(TURNED):
-                tensor = pairs_to_halves(tensor, args.head_dim)
+        for name, tensor in exported(model, in_halves=kind == "qwen3"):
             number_format = wanted if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
             if dtype in ("q8_0", "q4_0") and tensor.dim() > 1 and tensor.shape[1] % BLOCK:
                 number_format = gguf.GGMLQuantizationType.F16
@@ -253,13 +242,8 @@ def read_gguf(path):
         return tuple(int(n) for n in reversed(tensor.shape)), numbers
 
     source = {name: reads(tensor) for name, tensor in tensors.items()}
-    names = [(name, their_name(name)) for name in skeleton(args).state_dict()]
-
-    def turn(name, tensor):
-        is_turned = kind == "qwen3" and name.endswith(TURNED)
-        return halves_to_pairs(tensor, args.head_dim) if is_turned else tensor
-
-    return filled(args, source, names, path, turn), tokenizer_of(fields)
+    model = filled(args, source, path, their_name, in_halves=kind == "qwen3")
+    return model, tokenizer_of(fields)
 
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of types of values

@@ -20,7 +20,7 @@ import torch
 from configurator import UserError
 from files import atomic_write, flush_folder, remove, replace
 from model import ModelArgs, Transformer, pairs_to_halves
-from modelbin import not_carried, skeleton, window_settings
+from modelbin import PADDED, not_carried, skeleton, window_settings, windows
 from tokenizer import SPACE
 
 # Number formats of the tensors, by --dtype
@@ -54,7 +54,6 @@ NAMES = (
     ("smear_gate.weight", "model.smear_gate.weight"),
 )
 TURNED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # by RoPE: pairs, or halves
-PADDED = ("tok_embeddings", "output", "value_embeddings")  # with rows past vocab_size
 
 # Fields of ModelArgs and theirs
 FIELDS = {
@@ -126,26 +125,32 @@ def halves_to_pairs(weight, head_dim):
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def renamed(name, table):
+    """The name of a tensor elsewhere; in the table {} stands for the number in it."""
+    number = next((word for word in name.split(".") if word.isdigit()), "")
+    name = name.replace(f".{number}.", ".{}.") if number else name
+    return table[name].replace("{}", number)
+
+
 def their_name(name):
     """model.layers.3.self_attn.q_proj.weight of layers.3.attention.wq.weight."""
-    words = name.split(".")
-    number = next((word for word in words if word.isdigit()), "")
-    table = dict(NAMES)
-    return table[name.replace(f".{number}.", ".{}.") if number else name].replace("{}", number)
+    return renamed(name, dict(NAMES))
 
 
-def their_tensors(model):
-    """{their name: tensor} of a Transformer; a tied head is left out, as are padded rows."""
-    args, found = model.args, {}
+def exported(model, in_halves):
+    """
+    (our name, tensor) of what a Transformer is elsewhere: without a tied head and padded rows, and
+    with queries and keys in the order of pairs_to_halves if in_halves.
+    """
+    args = model.args
     for name, tensor in model.state_dict().items():
         if name == "output.weight" and args.tie_embeddings:
             continue
         if name.startswith(PADDED):
             tensor = tensor[: args.vocab_size].clone()
-        if name.endswith(TURNED):
+        if in_halves and name.endswith(TURNED):
             tensor = pairs_to_halves(tensor, args.head_dim)
-        found[their_name(name)] = tensor
-    return found
+        yield name, tensor
 
 
 # ---- config.json
@@ -154,7 +159,7 @@ def their_tensors(model):
 def config_of(args, dtype, special_ids):
     """config.json of ModelArgs, as a dict; the architecture is the first that carries them."""
     kind = next(k for k, (_, carried) in ARCHITECTURES.items() if not not_carried(args, carried))
-    sizes = [args.window(layer) for layer in range(args.n_layers)]
+    sizes = windows(args)
     config = {
         "architectures": [ARCHITECTURES[kind][0]],
         "model_type": kind,
@@ -305,11 +310,11 @@ def open_tensors(paths):
     return found
 
 
-def filled(args, source, names, path, turn=None):
+def filled(args, source, path, rename, in_halves):
     """
     The Transformer of ModelArgs with the tensors of `source`, {name: (shape, function that reads
-    it)}, all of which must be used; names: (our name, its name there); turn: of our name and the
-    tensor, what it is here. Raises UserError, which names the tensor, before there is memory for
+    it)}, all of which must be used; rename: of our name, its name there; in_halves: as in
+    exported(). Raises UserError, which names the tensor, before there is memory for
     the model where names or shapes do not fit.
     """
 
@@ -318,6 +323,7 @@ def filled(args, source, names, path, turn=None):
 
     left = {name for name in source if not name.endswith(BENIGN)}
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(args).state_dict().items()}
+    names = [(name, rename(name)) for name in shapes]
     for ours, theirs in names:
         is_tied = ours == "output.weight" and args.tie_embeddings
         if theirs not in source and not is_tied:
@@ -339,7 +345,8 @@ def filled(args, source, names, path, turn=None):
             if not torch.equal(tensor.float(), state[ours]):
                 refuse(f"{theirs} is not the embedding it is tied to")
             continue
-        state[ours].copy_(turn(ours, tensor) if turn else tensor)
+        is_turned = in_halves and ours.endswith(TURNED)
+        state[ours].copy_(halves_to_pairs(tensor, args.head_dim) if is_turned else tensor)
     return model
 
 
@@ -349,12 +356,7 @@ def read_folder(folder):
         raise UserError(f"{folder} is no folder; expected one with config.json")
     args = args_of(read_json(os.path.join(folder, "config.json")), folder)
     source = open_tensors(weight_files(folder))
-    names = [(name, their_name(name)) for name in skeleton(args).state_dict()]
-
-    def turn(name, tensor):
-        return halves_to_pairs(tensor, args.head_dim) if name.endswith(TURNED) else tensor
-
-    return filled(args, source, names, folder, turn)
+    return filled(args, source, folder, their_name, in_halves=True)
 
 
 # ---- tokenizer
@@ -548,7 +550,7 @@ def write_folder(model, folder, dtype, tokenizer, facts):
         hub = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
         with open(os.path.join(hub, MODELING), "rb") as f:
             files[MODELING] = f.read()
-    tensors = {name: converted(name, t, dtype) for name, t in their_tensors(model).items()}
+    tensors = {their_name(n): converted(n, t, dtype) for n, t in exported(model, in_halves=True)}
     target = os.path.realpath(folder)
     check_replaceable(folder)
     part = f"{target}.{os.getpid()}.part"
@@ -626,12 +628,7 @@ def check_replaceable(folder):
 def write_file(model, path, dtype):
     """Write a Transformer as one safetensors file, its ModelArgs as JSON in the metadata."""
     save = need("safetensors.torch").save
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name == "output.weight" and model.args.tie_embeddings:
-            continue
-        tensor = tensor[: model.args.vocab_size].clone() if name.startswith(PADDED) else tensor
-        tensors[name] = converted(name, tensor, dtype)
+    tensors = {n: converted(n, t, dtype) for n, t in exported(model, in_halves=False)}
     args = {**model.args.to_dict(), "vocab_multiple": 1}
     metadata = {"format": "pt", "model_args": json.dumps(args)}
     with atomic_write(path) as f:
@@ -644,7 +641,6 @@ def read_file(path):
     metadata = need("safetensors").safe_open(path, "pt").metadata() or {}
     try:
         args = ModelArgs.from_dict(dict(json.loads(metadata["model_args"])))
-        names = [(name, name) for name in skeleton(args).state_dict()]
     except KeyError:
         raise UserError(
             f"{path} cannot be read: its metadata has no model_args; the folder of a Hugging Face "
@@ -652,7 +648,7 @@ def read_file(path):
         ) from None
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
-    return filled(args, source, names, path)
+    return filled(args, source, path, str, in_halves=False)
 
 
 # ---- the hub

@@ -87,6 +87,7 @@ V3_HEADER = (
 )
 V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
 MAX_WINDOW = 1 << 24
+PADDED = ("tok_embeddings", "output", "value_embeddings")  # in memory, with rows past vocab_size
 TABLES = {"value_embeddings", "bigram_embeddings"}  # of rows that are looked up, not multiplied
 V3_CARRIED = {*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"}
 
@@ -137,7 +138,7 @@ def tensors(model, with_rope_tables=False):
 
     def found(name, *keys):
         parts = [state[key] for key in keys if key in state]
-        if name in ("tok_embeddings", "output", "value_embeddings"):
+        if name in PADDED:
             parts = [part[: args.vocab_size] for part in parts]
         return [(name, parts)] if parts else []
 
