@@ -8,26 +8,38 @@ which the merges were learned (Sennrich et al. 2016, arXiv:1508.07909; on bytes:
 
 Ids are: the 256 bytes, then the merges in order, then the special tokens, which stand for
 themselves in a text and are never split nor merged.
+
+    python bpe.py train --source=text.txt --model=my.model --vocab_size=10000
+    python bpe.py encode --source=text.txt --model=my.model --out=shards     # or --out=ids.npy
 """
 
+import base64
 import heapq
 import json
-import multiprocessing
 import os
 import re
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
+import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, configure
+from corpus import Span, cut_points, plan_shards, read_documents, text_files
 from files import atomic_write
+from workers import in_order, worker_count
 
-CACHED = 1 << 18  # pre-tokens whose ids an encoder remembers
-PIECE = 1 << 16  # characters that a stream is encoded in
+TYPE = "byte-level BPE"  # of a file of save()
+PIECE = 1 << 22  # bytes of a file that are counted at a time
+MOST_PRETOKENS = 1 << 22  # different ones that training counts
+CACHED = 1 << 17  # stretches of text whose ids an encoder remembers
+BLOCK = 1 << 16  # characters that a stream is encoded in
+# Before a space that something follows every pattern cuts. Cutting there first, and then each
+# different stretch only once by its pattern, is several times as fast
+BEFORE_SPACE = re.compile(r"(?= \S)")
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 # Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k); <L>, <N> and <S> stand for the letters,
 # numbers and white space of Unicode, as the unicodedata of this Python knows it
@@ -58,6 +70,14 @@ def pattern(name="gpt2"):
     return re.compile(text)
 
 
+def regex_of(pattern_name):
+    """A pattern of pre-tokens for engines that know the classes of Unicode by name."""
+    regex = PATTERNS[pattern_name]
+    for ours, theirs in (("L", r"\p{L}"), ("N", r"\p{N}"), ("S", r"\s")):
+        regex = regex.replace(f"[<{ours}>]", theirs).replace(f"<{ours}>", theirs)
+    return regex
+
+
 def split_at(special_tokens):
     """A compiled pattern of special tokens, the longest first, or None where there are none."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
@@ -67,107 +87,182 @@ def split_at(special_tokens):
 # ---- training
 
 
-def count_pretokens(path, start, end, special_tokens, pattern_name):
-    """Counter of the pre-tokens, as bytes, in the bytes from start to end of a file."""
-    with open(path, "rb") as f:
-        f.seek(start)
-        text = f.read(end - start).decode(errors="replace")
+def texts_of(span):
+    """
+    The texts in a Span, as strings: of a .txt file all it says, whatever it is, so that it may be
+    cut anywhere; else its documents.
+    """
+    if not is_plain(span.path):
+        yield from read_documents([span])
+        return
+    with open(span.path, "rb") as f:
+        f.seek(span.start)
+        yield f.read(span.end - span.start).decode(errors="replace")
+
+
+def is_plain(path):
+    return os.path.splitext(path)[1] not in (".json", ".jsonl")
+
+
+def count_pretokens(span, special_tokens, pattern_name):
+    """Counter of the pre-tokens, as bytes, in a Span."""
     special, find = split_at(special_tokens), pattern(pattern_name).finditer
-    counts = Counter()
-    for part in special.split(text) if special else [text]:
-        counts.update(match[0] for match in find(part))
-    return Counter({token.encode(): n for token, n in counts.items()})
+    stretches, counts = Counter(), Counter()
+    for text in texts_of(span):
+        for part in special.split(text) if special else [text]:
+            stretches.update(BEFORE_SPACE.split(part))
+    for stretch, n in stretches.items():
+        for match in find(stretch):
+            counts[match[0].encode()] += n
+    return counts
 
 
-def cuts(path, special_tokens, size=1 << 24):
+def pieces_of(span, special_tokens, size=PIECE):
     """
-    Where a file is cut into pieces of about `size` bytes, so that no pre-token is cut in two:
-    before a special token, or between an ASCII letter or digit and a newline. The first place is 0,
-    the last the size of the file.
+    A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files
+    before a special token, before a space with an ASCII character behind it, or between an ASCII
+    letter or digit and a newline; others between documents.
     """
+    if not is_plain(span.path):
+        if span.end - span.start < os.path.getsize(span.path):
+            return [span]
+        places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
+        return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
 
     def begins_inside(token, other):
         ends = [other[i:] for i in range(1, len(other))]
         return any(end.startswith(token) or token.startswith(end) for end in ends)
 
-    places, total = [0], os.path.getsize(path)
-    special = [
-        re.escape(token.encode())
-        for token in special_tokens
-        if not any(begins_inside(token, other) for other in special_tokens)
-    ]
-    safe = re.compile(b"|".join([b"(?<=[A-Za-z0-9])(?=\n)", *(b"(?=" + t + b")" for t in special)]))
-    window = max([1 << 16, *(2 * len(token) for token in special)])
-    with open(path, "rb") as f:
-        while places[-1] + size < total:
+    tokens = [token.encode() for token in special_tokens]
+    alone = [t for t in tokens if not any(begins_inside(t, other) for other in tokens)]
+
+    def cuts(way, token):
+        match = re.compile(way).search(token + b"a", 1)
+        return match and match.start() < len(token)
+
+    no_token = b"".join(b"(?! " + re.escape(t) + b")" for t in tokens)
+    ways = [no_token + b"(?= [!-~])", b"(?<=[A-Za-z0-9])(?=\n)"]
+    ways = [way for way in ways if not any(cuts(way, t) for t in tokens)]
+    ways += [b"(?=" + re.escape(t) + b")" for t in alone]
+    window = max([1 << 12, *(2 * len(t) for t in tokens)])
+    safe, places = re.compile(b"|".join(ways) or b"(?!)"), [span.start]
+    with open(span.path, "rb") as f:
+        while places[-1] + size < span.end:
             at, match = places[-1] + size, None
-            while at < total and not match:
+            while at < span.end and not match:
                 f.seek(at)
                 text = f.read(2 * window)  # windows overlap, so that nothing is missed between them
                 match = safe.search(text)
                 at += match.start() if match else window
-            places.append(min(at, total))
-    return [*places, total] if places[-1] < total else places
+            places.append(min(at, span.end))
+    if places[-1] < span.end:
+        places.append(span.end)
+    return [Span(span.path, a, b) for a, b in pairwise(places)]
 
 
-class Later:
-    """A pair in a heap: the lexicographically greater of two comes first."""
-
-    __slots__ = ("pair",)
-
-    def __init__(self, pair):
-        self.pair = pair
-
-    def __lt__(self, other):
-        return self.pair > other.pair
+def count_all(spans, special_tokens, num_processes, pattern_name):
+    """
+    Counter of the pre-tokens of Spans. Where there are more different ones than MOST_PRETOKENS the
+    rarest are given up, so that memory stays bounded; a line says so.
+    """
+    n_bytes = sum(span.end - span.start for span in spans)
+    size = max(1 << 16, min(PIECE, -(-n_bytes // num_processes)))
+    pieces = [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
+    counts, given_up = Counter(), 0
+    arguments = special_tokens, pattern_name
+    for found in in_order(count_pretokens, pieces, arguments, num_processes, "count"):
+        counts.update(found)
+        while len(counts) > MOST_PRETOKENS:
+            given_up += 1
+            counts = Counter({token: n for token, n in counts.items() if n > given_up})
+    if given_up:
+        print(
+            f"more than {MOST_PRETOKENS:,} different pre-tokens: of those that came up "
+            f"{given_up} times or less some were not counted"
+        )
+    return counts
 
 
 def merge_all(counts, n_merges):
     """
     The first n_merges merges, pairs of bytes, of pre-tokens {bytes: count}. Of pairs that occur
-    equally often the lexicographically greater is merged first. A merge touches only the
-    pre-tokens that contain it.
+    equally often the lexicographically greater is merged first.
+
+    All pre-tokens lie one after another in arrays, each symbol with the places of its neighbours. A
+    pair knows how often it occurs and where, so that a merge costs what it changes. The heap may
+    hold counts that have sunk since; they are corrected when they come to the top.
     """
-    pieces = {bytes([i]): bytes([i]) for i in range(256)}
-    words = [[pieces[bytes([b])] for b in word] for word in counts]
-    weights = list(counts.values())
-    pair_counts, places = Counter(), defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += weights[i]
-            places[pair].add(i)
-    heap = [(-n, Later(pair)) for pair, n in pair_counts.items()]
+    tokens = [bytes([i]) for i in range(256)]  # id -> bytes
+    ids_of = {token: i for i, token in enumerate(tokens)}
+    # the greater of two tokens has the smaller key: its bytes counted down, and a greater end
+    keys = [chr(255 - i) + "\u0100" for i in range(256)]
+    letters = np.frombuffer(b"".join(counts), np.uint8)
+    ids = array("i", letters.astype(np.int32).tobytes())  # (n_symbols,); -1: merged to its left
+    lengths = np.fromiter(map(len, counts), np.int64, len(counts))
+    ends = np.cumsum(lengths)
+    n_symbols = len(ids)
+    weights = array("q", np.repeat(np.fromiter(counts.values(), np.int64), lengths).tobytes())
+    left, right = np.arange(-1, n_symbols - 1), np.arange(1, n_symbols + 1)
+    left[ends - lengths], right[ends - 1] = -1, -1
+    left, right = (array("i", x.astype(np.int32).tobytes()) for x in (left, right))
+    # where each pair begins
+    places = defaultdict(partial(array, "i"))
+    counts_of = {}
+    symbols = np.frombuffer(ids, np.int32)
+    first = np.flatnonzero(np.frombuffer(right, np.int32) >= 0)
+    codes = symbols[first] << 8 | symbols[first + 1]
+    order = np.argsort(codes, kind="stable")
+    totals = np.bincount(codes, np.frombuffer(weights, np.int64)[first], 1 << 16)
+    for part in np.split(first[order], np.flatnonzero(np.diff(codes[order])) + 1):
+        if len(part):
+            pair = int(symbols[part[0]]), int(symbols[part[0] + 1])
+            places[pair] = array("i", part.astype(np.int32).tobytes())
+            counts_of[pair] = int(totals[pair[0] << 8 | pair[1]])
+    del symbols, first, codes, order, totals
+
+    heap = [(-n, keys[a], keys[b], a, b) for (a, b), n in counts_of.items()]
     heapq.heapify(heap)
     merges = []
-    bar = tqdm(total=n_merges, desc="merging", unit="merge", mininterval=0.5)
+    bar = tqdm(total=n_merges, desc="merge", unit="merge", mininterval=0.5)
     while heap and len(merges) < n_merges:
-        n, later = heapq.heappop(heap)
-        pair = later.pair
-        if -n != pair_counts[pair] or not n:  # changed since it was put there
+        n, _, _, a, b = heapq.heappop(heap)
+        count = counts_of.get((a, b), 0)
+        if -n != count:
+            if 0 < count < -n:
+                heapq.heappush(heap, (-count, keys[a], keys[b], a, b))
             continue
-        merges.append(pair)
+        joined = tokens[a] + tokens[b]
+        new = ids_of.setdefault(joined, len(tokens))
+        if new == len(tokens):
+            tokens.append(joined)
+            keys.append(keys[a][:-1] + keys[b])
+        merges.append((tokens[a], tokens[b]))
         bar.update()
-        (a, b), joined, changed = pair, pair[0] + pair[1], set()
-        for i in places.pop(pair):
-            word, weight, new, j = words[i], weights[i], [], 0
-            while j < len(word):
-                if j + 1 < len(word) and word[j] == a and word[j + 1] == b:
-                    new.append(joined)
-                    j += 2
-                else:
-                    new.append(word[j])
-                    j += 1
-            for old in pairwise(word):
-                pair_counts[old] -= weight
-                changed.add(old)
-            for one in pairwise(new):
-                pair_counts[one] += weight
-                places[one].add(i)
-                changed.add(one)
-            words[i] = new
-        del pair_counts[pair]
-        for one in changed - {pair}:
-            heapq.heappush(heap, (-pair_counts[one], Later(one)))
+        grown = set()
+        found = places.pop((a, b))
+        for i in sorted(found) if a == b else found:  # in order where they overlap: aaa
+            j = right[i]
+            if ids[i] != a or j < 0 or ids[j] != b:  # merged otherwise since
+                continue
+            weight, before, after = weights[i], left[i], right[j]
+            if before >= 0:
+                counts_of[ids[before], a] -= weight
+                pair = ids[before], new
+                counts_of[pair] = counts_of.get(pair, 0) + weight
+                places[pair].append(before)
+                grown.add(pair)
+            if after >= 0:
+                counts_of[b, ids[after]] -= weight
+                pair = new, ids[after]
+                counts_of[pair] = counts_of.get(pair, 0) + weight
+                places[pair].append(i)
+                grown.add(pair)
+                left[after] = i
+            ids[i], ids[j], right[i] = new, -1, after
+        counts_of.pop((a, b))
+        for a, b in grown:
+            if n := counts_of.get((a, b)):
+                heapq.heappush(heap, (-n, keys[a], keys[b], a, b))
     bar.close()
     return merges
 
@@ -175,9 +270,15 @@ def merge_all(counts, n_merges):
 def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
     """
     Train on a text file -> (vocab {id: bytes}, merges [(bytes, bytes)]), as CS336 asks for it:
-    special tokens end a pre-token and are not counted. Raises UserError where the size has no room
-    for the bytes and the special tokens.
+    special tokens end a pre-token and are not counted. A text with too few pairs makes a smaller
+    vocabulary. Raises UserError where the size has no room for the bytes and the special tokens.
     """
+    spans = [Span(os.fspath(input_path), 0, os.path.getsize(input_path))]
+    return train_on(spans, vocab_size, special_tokens, num_processes, pattern_name)
+
+
+def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
+    """train_bpe() on a list of Spans."""
     special_tokens = list(dict.fromkeys(special_tokens))
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
@@ -185,17 +286,7 @@ def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, patter
             f"vocab_size = {vocab_size}: expected at least {256 + len(special_tokens)}, for 256 "
             f"bytes and {len(special_tokens)} special tokens"
         )
-    places = cuts(input_path, special_tokens)
-    jobs = [(input_path, a, b, special_tokens, pattern_name) for a, b in pairwise(places)]
-    counts = Counter()
-    if num_processes == 1 or len(jobs) == 1:
-        for job in jobs:
-            counts.update(count_pretokens(*job))
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, mp_context=spawn) as pool:
-            for found in pool.map(count_pretokens, *zip(*jobs, strict=True)):
-                counts.update(found)
+    counts = count_all(spans, special_tokens, num_processes, pattern_name)
     merges = merge_all(counts, n_merges)
     tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
     tokens += [token.encode() for token in special_tokens]
@@ -204,8 +295,7 @@ def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, patter
 
 # ---- encoding
 
-# between these no pre-token of any pattern goes on
-SAFE = re.compile("(?<=[A-Za-z0-9])(?=\n)")
+SAFE = re.compile(r"(?= \S)|(?<=[A-Za-z0-9])(?=\n)")  # every pattern cuts there
 
 
 class BPETokenizer:
@@ -239,36 +329,44 @@ class BPETokenizer:
         self.find, self.cache = pattern(pattern_name).finditer, {}
 
     def pretoken_ids(self, text):
-        """The ids of one pre-token: of all pairs that can be merged, the first learned is next."""
+        """
+        The ids of one pre-token: of all pairs of neighbours that have a merge the first learned is
+        merged, the leftmost where there are several, and again.
+        """
         ids, ranks = [self.bytes[b] for b in text.encode(errors="replace")], self.ranks
-        while len(ids) > 1:
-            found = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
-            if not found:
-                break
-            (rank, new), _ = min(found)
-            merged, i = [], 0
-            while i < len(ids):
-                pair = ranks.get((ids[i], ids[i + 1])) if i + 1 < len(ids) else None
-                if pair and pair[0] == rank:
-                    merged.append(new)
-                    i += 2
-                else:
-                    merged.append(ids[i])
-                    i += 1
-            ids = merged
+        n = len(ids)
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # places of neighbours
+        heap = [(*ranks[pair], i, pair) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
+        heapq.heapify(heap)
+        while heap:
+            _, new, i, pair = heapq.heappop(heap)
+            j = right[i]
+            if j == n or (ids[i], ids[j]) != pair:  # merged otherwise since
+                continue
+            ids[i], ids[j], after, before = new, None, right[j], left[i]
+            right[i] = after
+            if after < n:
+                left[after] = i
+                if found := ranks.get(pair := (new, ids[after])):
+                    heapq.heappush(heap, (*found, i, pair))
+            if before >= 0 and (found := ranks.get(pair := (ids[before], new))):
+                heapq.heappush(heap, (*found, before, pair))
+        return [i for i in ids if i is not None]
+
+    def stretch_ids(self, text):
+        """The ids of text between two places where every pattern cuts; remembered."""
+        ids = [i for match in self.find(text) for i in self.pretoken_ids(match[0])]
         if len(self.cache) >= CACHED:
             self.cache.clear()
         self.cache[text] = ids
         return ids
 
     def encode(self, text):
-        """The ids of a text."""
+        """The ids of a text; special tokens in it stand for themselves."""
         ids, at, cached = [], 0, self.cache.get
         for match in [*(self.split.finditer(text) if self.split else ()), None]:
-            part = text[at : match.start()] if match else text[at:]
-            for token in self.find(part):
-                token = token[0]
-                ids += cached(token) or self.pretoken_ids(token)
+            for stretch in BEFORE_SPACE.split(text[at : match.start()] if match else text[at:]):
+                ids += cached(stretch) or self.stretch_ids(stretch)
             if match:
                 ids.append(self.special[match[0]])
                 at = match.end()
@@ -277,13 +375,13 @@ class BPETokenizer:
     def encode_iterable(self, texts):
         """
         Yield the ids of texts that follow each other, such as the lines of an open file: those of
-        the whole, in memory for PIECE characters and one line.
+        the whole, in memory for BLOCK characters and one line.
         """
         parts, size = [], 0
         for text in texts:
             parts.append(text)
             size += len(text)
-            if size < PIECE:
+            if size < BLOCK:
                 continue
             rest = "".join(parts)
             end = self.safe_end(rest)
@@ -293,16 +391,18 @@ class BPETokenizer:
 
     def safe_end(self, text):
         """
-        How much of a text can be encoded whatever follows: up to a newline behind an ASCII letter
-        or digit, far enough from the end that no special token begins before it and ends behind.
+        How much of a text can be encoded whatever follows: up to a place where every pattern cuts,
+        far enough from the end that no special token begins before it and ends behind.
         """
-        longest = max(map(len, self.special), default=1)
-        places = [match.start() for match in SAFE.finditer(text, 0, max(0, len(text) - longest))]
-        while places:
-            spans = self.split.finditer(text) if self.split else ()
-            if not any(match.start() < places[-1] < match.end() for match in spans):
-                return places[-1]
-            places.pop()
+        end = len(text) - max(map(len, self.special), default=1)
+        spans = [match.span() for match in self.split.finditer(text)] if self.split else []
+        while end > 0:
+            start = max(0, end - 1000)
+            for match in reversed(list(SAFE.finditer(text, start, end))):
+                place = match.start()
+                if not any(a < place < b or a == place + 1 for a, b in spans):
+                    return place
+            end = start
         return 0
 
     def decode(self, ids):
@@ -311,31 +411,58 @@ class BPETokenizer:
 
     # ---- files
 
-    def save(self, path):
-        """Write the tokenizer as JSON; tokens as strings of one character a byte (Latin-1)."""
+    def to_bytes(self):
+        """The tokenizer as JSON; tokens as strings of one character a byte (Latin-1)."""
         value = {
-            "type": "byte-level BPE",
+            "type": TYPE,
             "pattern": self.pattern_name,
             "special_tokens": list(self.special),
             "vocab": {i: token.decode("latin-1") for i, token in self.vocab.items()},
             "merges": [[a.decode("latin-1"), b.decode("latin-1")] for a, b in self.merges],
         }
-        with atomic_write(path, "w") as f:
-            json.dump(value, f)
+        return json.dumps(value).encode()
+
+    @classmethod
+    def from_bytes(cls, data, path):
+        """What to_bytes() made, read from `path`. Raises UserError for anything else."""
+        try:
+            value = json.loads(data)
+            vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
+            merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
+            if value["pattern"] not in PATTERNS or min(vocab) < 0:
+                raise ValueError(f"its pattern is {value['pattern']!r}")
+            return cls(vocab, merges, value["special_tokens"], value["pattern"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path} is no tokenizer of bpe.py: {e}") from None
+
+    def save(self, path):
+        """Write the tokenizer, and beside it as .vocab a list of its tokens for people to read."""
+        with atomic_write(path) as f:
+            f.write(self.to_bytes())
+        with atomic_write(os.path.splitext(path)[0] + ".vocab", "w") as f:
+            f.writelines(f"{i}\t{readable(token)}\n" for i, token in sorted(self.vocab.items()))
 
     @classmethod
     def load(cls, path):
         """Read what save() wrote. Raises UserError for anything else."""
         try:
-            with open(path, encoding="utf-8") as f:
-                value = json.load(f)
-            vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
-            merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
-            return cls(vocab, merges, value["special_tokens"], value["pattern"])
+            with open(path, "rb") as f:
+                return cls.from_bytes(f.read(), path)
         except OSError as e:
             raise UserError(f"cannot read {path}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path} is no tokenizer of bpe.py: {e}") from None
+
+    def tiktoken_file(self):
+        """
+        The ranks as tiktoken's files have them, as bytes: a line of base64 and id for each token.
+        Pattern and special tokens are not part of such a file.
+        """
+        special = set(self.special.values())
+        lines = (
+            base64.b64encode(token) + b" %d\n" % i
+            for i, token in sorted(self.vocab.items())
+            if i not in special
+        )
+        return b"".join(lines)
 
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):
@@ -343,20 +470,15 @@ class BPETokenizer:
         Read GPT-2's files: vocab.json, {token: id}, and merges.txt, a pair a line, in which each
         byte is a visible character. Raises UserError for anything else.
         """
-        to_byte = {character: byte for byte, character in visible_bytes().items()}
-
-        def token(text):
-            return bytes(to_byte[character] for character in text)
-
         special = set(special_tokens or ())
         try:
             with open(vocab_path, encoding="utf-8") as f:
                 found = json.load(f).items()
-            vocab = {i: t.encode() if t in special else token(t) for t, i in found}
+            vocab = {i: t.encode() if t in special else hidden(t) for t, i in found}
             with open(merges_path, encoding="utf-8") as f:
                 lines = f.read().split("\n")
             lines = [line for line in lines if line and not line.startswith("#version")]
-            merges = [tuple(map(token, line.split(" "))) for line in lines]
+            merges = [tuple(map(hidden, line.split(" "))) for line in lines]
             return cls(vocab, merges, special_tokens)
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
@@ -364,8 +486,104 @@ class BPETokenizer:
             raise UserError(f"{vocab_path} and {merges_path} are no files of GPT-2: {e}") from None
 
 
+def readable(token):
+    """A token for people to read: its text in quotes, or its bytes where they are no text."""
+    try:
+        return json.dumps(token.decode(), ensure_ascii=False)
+    except UnicodeDecodeError:
+        return repr(token)
+
+
+@cache
 def visible_bytes():
     """{byte: character} of GPT-2's files: a byte that can be seen is itself, the others follow."""
     seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in seen]
     return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def shown(token):
+    """A token as GPT-2's files have it, each byte a character of visible_bytes()."""
+    return "".join(visible_bytes()[byte] for byte in token)
+
+
+def hidden(text):
+    """The bytes of a token that shown() made; KeyError for anything else."""
+    return bytes(byte_of()[character] for character in text)
+
+
+@cache
+def byte_of():
+    return {character: byte for byte, character in visible_bytes().items()}
+
+
+# ---- as a script
+
+
+def train_stage():
+    from hftokenizer import byte_level_json  # which imports this file
+
+    check_source()
+    if pattern_name not in PATTERNS:
+        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
+    special = [token for token in special_tokens.split(",") if token]
+    spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
+    vocab, merges = train_on(spans, vocab_size, special, worker_count(num_workers), pattern_name)
+    tokenizer = BPETokenizer(vocab, merges, special, pattern_name)
+    if len(vocab) < vocab_size:
+        print(f"the text has pairs for {len(vocab):,} tokens only")
+    tokenizer.save(model)
+    base = os.path.splitext(model)[0]
+    print(f"wrote {model}, and {base}.vocab to read")
+    if also_tiktoken:
+        with atomic_write(f"{base}.tiktoken") as f:
+            f.write(tokenizer.tiktoken_file())
+        print(f"wrote {base}.tiktoken")
+    if also_hf:
+        with atomic_write(f"{base}.json", "w") as f:
+            json.dump(byte_level_json(tokenizer), f, ensure_ascii=False)
+        print(f"wrote {base}.json, a tokenizer.json of Hugging Face")
+
+
+def encode_stage():
+    from dataset import report, write_npy, write_shards  # which import this file
+    from tokenizer import ByteLevel
+
+    check_source()
+    if not out:
+        raise UserError("--out=PATH is missing: a folder for shards, or a file ending in .npy")
+    tokenizer = ByteLevel(model)
+    if out.endswith(".npy"):
+        n, dtype = write_npy(out, tokenizer, text_files(source), worker_count(num_workers))
+        print(f"{n:,} tokens, {dtype}, in {out}")
+        return
+    plan = plan_shards(source, valid_source)
+    report(write_shards(out, tokenizer, plan, worker_count(num_workers)), out)
+
+
+def check_source():
+    if not source:
+        raise UserError("--source=PATH is missing: a text, or a folder of .txt, .json or .jsonl")
+
+
+STAGES = {"train": train_stage, "encode": encode_stage}
+
+if __name__ == "__main__":
+    stage = ""  # train or encode
+    source = ""  # text: a file, or a folder of files, .txt, .json or .jsonl
+    model = "bpe.model"  # the tokenizer, which train writes and encode reads
+    num_workers = 0  # processes; 0: one a core
+    # train
+    vocab_size = 10000  # 256 bytes, merges and special tokens together
+    special_tokens = "<|endoftext|>"  # with commas between them; documents begin with the first
+    pattern_name = "gpt2"  # where text is cut into pre-tokens: as for gpt2, or as for gpt4
+    also_tiktoken = False  # write the ranks as tiktoken reads them, too
+    also_hf = False  # write tokenizer.json for Hugging Face's libraries, too
+    # encode
+    out = ""  # a folder for shards with their sidecar, or a file ending in .npy for all ids
+    valid_source = ""  # text for the first shard, validation; else the first part of source
+    configure(globals(), positional="stage")
+    if stage not in STAGES:
+        what = f"unknown stage {stage!r}" if stage else "no stage is given"
+        raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")
+    STAGES[stage]()

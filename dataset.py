@@ -22,22 +22,26 @@ import json
 import math
 import os
 import shlex
-import signal
 import zlib
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from bpe import is_plain, pieces_of, texts_of
 from configurator import UserError
-from corpus import SIDECAR, read_documents
+from corpus import SIDECAR, Span, read_documents
 from files import atomic_write, checksum, write_json
-from tokenizer import Tokenizer, bytes_in
+from tokenizer import open_tokenizer
+from workers import in_order, leave_ctrl_c
 
 SIDECAR_FORMAT = 2
 TINYSTORIES = "TinyStories_all_data"
 LLAMA2_VOCAB_SIZE = 32000
+# custom: SentencePiece, trained by tinystories.py; bpe: byte-level BPE, likewise; llama2: Meta's
+VOCAB_SOURCES = ("custom", "bpe", "llama2")
+FIRST_WORDS = 20  # by which a document is compared first
 CHUNK = 1 << 22  # ids that are looked at together when a shard is checked
+NPY_HEADER = 128  # bytes before the ids of a .npy file
 SLOW_CHECK = 1 << 30  # bytes of shards from which on checking them shows a progress bar
 
 
@@ -45,30 +49,38 @@ class DataPaths:
     """Where everything about one vocabulary lies below data_dir, as in llama2.c."""
 
     def __init__(self, data_dir, vocab_source, vocab_size):
-        """vocab_source "llama2", or vocab_size 0, stands for Llama 2's own vocabulary of 32,000."""
-        if vocab_source not in ("custom", "llama2"):
-            raise UserError(f"vocab_source = {vocab_source!r}: expected custom or llama2")
+        """
+        vocab_source "llama2", or vocab_size 0, stands for Llama 2's own vocabulary of 32,000; "bpe"
+        for byte-level BPE.
+        """
+        if vocab_source not in VOCAB_SOURCES:
+            raise UserError(f"vocab_source = {vocab_source!r}: expected {', '.join(VOCAB_SOURCES)}")
         if vocab_size < 0:
             raise UserError(
                 f"vocab_size = {vocab_size}: expected 0 (Llama 2's) or the size of a vocabulary"
             )
         self.data_dir = data_dir
-        self.is_llama2 = vocab_source == "llama2" or vocab_size == 0
+        self.vocab_source = "llama2" if vocab_size == 0 else vocab_source
+        self.is_llama2 = self.vocab_source == "llama2"
         self.vocab_size = LLAMA2_VOCAB_SIZE if self.is_llama2 else vocab_size
         self.stories = os.path.join(data_dir, TINYSTORIES)
-        name = "tokenizer" if self.is_llama2 else f"tok{vocab_size}"
+        name = {"llama2": "tokenizer", "bpe": f"bpe{vocab_size}"}.get(
+            self.vocab_source, f"tok{vocab_size}"
+        )
         self.tokenizer_model = os.path.join(data_dir, f"{name}.model")
         self.tokenizer_bin = os.path.join(data_dir, f"{name}.bin")
         self.shards = self.stories if self.is_llama2 else os.path.join(data_dir, name)
 
     def make_hint(self):
         """The flags that name this vocabulary and its folder on tinystories.py's command line."""
-        flag = "--vocab_source=llama2" if self.is_llama2 else f"--vocab_size={self.vocab_size}"
-        return (
-            flag
-            if self.data_dir == "data"
-            else f"{flag} --data_dir={shlex.quote(str(self.data_dir))}"
-        )
+        flags = []
+        if self.vocab_source != "custom":
+            flags.append(f"--vocab_source={self.vocab_source}")
+        if not self.is_llama2:
+            flags.append(f"--vocab_size={self.vocab_size}")
+        if self.data_dir != "data":
+            flags.append(f"--data_dir={shlex.quote(str(self.data_dir))}")
+        return " ".join(flags)
 
 
 # ---- writing
@@ -79,33 +91,56 @@ def document_key(text):
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
 
 
+class Documents:
+    """A set of documents, compared without their white space; `spans` say where they are."""
+
+    def __init__(self, spans):
+        self.keys, self.beginnings = set(), set()
+        for text in read_documents(spans):
+            self.keys.add(document_key(text))
+            self.beginnings.add(" ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS]))
+
+    def __contains__(self, text):
+        beginning = " ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS])
+        return beginning in self.beginnings and document_key(text) in self.keys
+
+
 @functools.cache
-def document_keys(spans):
-    return {document_key(text) for text in read_documents(spans)}
+def documents_of(spans):
+    return Documents(spans)
 
 
-def write_shard(model_path, spans, path, dtype, held_out=()):
+@functools.cache
+def tokenizer_and_encoder(model_path, encoder):
+    tokenizer = open_tokenizer(model_path)
+    return tokenizer, tokenizer.encoder(encoder)[1]
+
+
+def id_type(tokenizer):
+    """The smallest number format for the ids of a Tokenizer."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def write_shard(model_path, encoder, spans, path, dtype, held_out=()):
     """
     Encode the documents of some Spans into one shard, without those that are in the Spans of
     `held_out` too; returns what there is to say of it.
     """
-    tokenizer = cached_tokenizer(model_path)
+    tokenizer, encode = tokenizer_and_encoder(model_path, encoder)
     parts, n_documents, n_bytes, n_held_out = [], 0, 0, 0
-    documents = read_documents(spans)
-    keys = document_keys(tuple(held_out))
+    documents, known = read_documents(spans), documents_of(tuple(held_out))
     while batch := list(itertools.islice(documents, 1024)):
         n_read = len(batch)
-        batch = [text for text in batch if document_key(text) not in keys]
+        batch = [text for text in batch if text not in known]
         n_held_out += n_read - len(batch)
         n_documents += len(batch)
         n_bytes += sum(len(text.encode()) for text in batch)
-        ids = itertools.chain.from_iterable(tokenizer.encode_batch(batch))
-        parts.append(np.fromiter(ids, dtype=dtype))
+        parts.append(tokenizer.encode_flat(batch, encode).astype(dtype))
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype)
     if n_documents:
         with atomic_write(path) as f:
             tokens.tofile(f)
-    n_unk = int((tokens == tokenizer.unk_id).sum())
+    n_unk = int((tokens == tokenizer.unk_id).sum()) if tokenizer.unk_id >= 0 else 0
     return {
         "documents": n_documents,
         "tokens": len(tokens),
@@ -116,19 +151,15 @@ def write_shard(model_path, spans, path, dtype, held_out=()):
     }
 
 
-@functools.cache
-def cached_tokenizer(model_path):
-    return Tokenizer(model_path)
-
-
-def write_shards(folder, tokenizer, plan, num_workers):
+def write_shards(folder, tokenizer, plan, num_workers, encoder="auto"):
     """
-    Encode a corpus, as plan_shards cut it, into the shards of a folder, with num_workers processes.
+    Encode a corpus, as plan_shards cut it, into the shards of a folder, with num_workers processes
+    and an encoder of the tokenizer's.
     Training documents that are in the validation text as well are left out. A shard that the
     sidecar lists from the same text and tokenizer is kept. The sidecar is renewed after each shard,
     so an interrupted run goes on where it was. Returns the finished sidecar.
     """
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype, encoder = id_type(tokenizer), tokenizer.encoder(encoder)[0]
     meta = {
         "format": SIDECAR_FORMAT,
         "vocab_size": tokenizer.vocab_size,
@@ -169,7 +200,9 @@ def write_shards(folder, tokenizer, plan, num_workers):
         futures = {}
         for i, name, source, spans in todo:
             path, held_out = os.path.join(folder, name), tuple(plan[0]) if i else ()
-            future = pool.submit(write_shard, tokenizer.model_path, spans, path, dtype, held_out)
+            future = pool.submit(
+                write_shard, tokenizer.model_path, encoder, spans, path, dtype, held_out
+            )
             futures[future] = i, name, source, spans
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -198,22 +231,63 @@ def write_shards(folder, tokenizer, plan, num_workers):
 
 def check_documents(plan):
     """Raise UserError where a corpus has no document to train on, or none for validation."""
-    keys = document_keys(tuple(plan[0]))
-    if not keys:
+    known = documents_of(tuple(plan[0]))
+    if not known.keys:
         raise UserError(f"{plan[0][0].path} has no text for validation: only white space")
     texts = itertools.chain.from_iterable(map(read_documents, plan[1:]))
     first = next(texts, None)
     if first is None:
         raise UserError(f"{plan[1][0].path} has no text to train on: only white space")
-    if document_key(first) in keys and all(document_key(text) in keys for text in texts):
+    if first in known and all(text in known for text in texts):
         raise UserError(
             "every training document is in the validation text too: give another --valid_source"
         )
 
 
-def leave_ctrl_c():
-    """In a worker: Ctrl-C is for the parent, which then asks for no more shards."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def report(meta, folder):
+    """Print what write_shards() made."""
+    counts = ("documents", "tokens", "bytes", "unk")
+    total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
+    print(
+        f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
+        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
+        f"in {len(meta['shards'])} shards in {folder}"
+    )
+    if meta["held_out"]:
+        print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
+    if total["unk"]:
+        print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
+
+
+def encode_span(span, model_path, encoder, dtype):
+    """The ids of a Span: of a .txt file those of the text as it stands, else as in a shard."""
+    tokenizer, encode = tokenizer_and_encoder(model_path, encoder)
+    texts = list(texts_of(span))
+    ids = encode(texts)[0] if is_plain(span.path) else tokenizer.encode_flat(texts, encode)
+    return ids.astype(dtype)
+
+
+def write_npy(path, tokenizer, files, num_workers, encoder="auto"):
+    """
+    Encode text files with a ByteLevel into one NumPy array of ids, in bounded memory: .txt as they
+    stand, with the special tokens in them, and the documents of others behind a BOS each. Returns
+    how many ids there are, and their number format.
+    """
+    dtype, n, special = id_type(tokenizer), 0, list(tokenizer.bpe.special)
+    spans = [Span(file, 0, os.path.getsize(file)) for file in files]
+    spans = [piece for span in spans for piece in pieces_of(span, special)]
+    words = tokenizer.model_path, tokenizer.encoder(encoder)[0], dtype
+    with atomic_write(path) as f:
+        f.write(bytes(NPY_HEADER))
+        for ids in in_order(encode_span, spans, words, num_workers, "encode"):
+            ids.tofile(f)
+            n += len(ids)
+        f.seek(0)
+        shape = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n,)}
+        header = repr(shape).encode().ljust(NPY_HEADER - 11) + b"\n"
+        f.write(b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + header)
+        f.seek(0, os.SEEK_END)
+    return n, dtype
 
 
 def shard_is_whole(path, shard, dtype):
@@ -312,7 +386,7 @@ class TokenData:
         if meta:
             self.valid_bytes = meta["shards"][0]["bytes"]
         elif tokenizer:
-            self.valid_bytes = sum(bytes_in(part, tokenizer) for part in chunks(self.valid[0]))
+            self.valid_bytes = sum(map(tokenizer.bytes_in, chunks(self.valid[0])))
 
     @staticmethod
     def check_contents(names, shards, meta, vocab_size, again):
@@ -443,7 +517,9 @@ def valid_windows(shards, seq_len):
 
 
 def gather(shards, places, n, seq_len):
-    """Inputs and targets (n, seq_len) int64 of n windows; -1 where a target lacks."""
+    """Inputs and targets, tensors (n, seq_len) int64, of n windows; -1 where a target lacks."""
+    import torch  # here, so that tinystories.py starts without it
+
     batch = np.full((n, seq_len + 1), -1, dtype=np.int64)
     for out, (i, start) in zip(batch, places, strict=True):
         tokens = shards[i][start : start + seq_len + 1]
@@ -467,5 +543,5 @@ def valid_batches(shards, seq_len, batch_size, max_batches, rank=0, world_size=1
         rows = places[mine * batch_size : (mine + 1) * batch_size]
         x, y = gather(shards, rows, len(rows), seq_len)
         if mine < first + rank:
-            y = torch.full_like(y, -1)
+            y[:] = -1
         yield x, y

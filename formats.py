@@ -23,7 +23,7 @@ from files import atomic_write
 from huggingface import FastTokenizer, filled, read_json
 from model import ModelArgs, Transformer
 from modelbin import export_model, skeleton
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, open_tokenizer
 
 HUB = "hf:"  # before the name of a model of the hub
 
@@ -50,7 +50,7 @@ class Source(NamedTuple):
 def tokenizer_in(*folders):
     """The Tokenizer of the first folder with a tokenizer.model, or None."""
     paths = (os.path.join(folder, "tokenizer.model") for folder in folders)
-    return next((Tokenizer(path) for path in paths if os.path.isfile(path)), None)
+    return next((open_tokenizer(path) for path in paths if os.path.isfile(path)), None)
 
 
 def from_checkpoint(path):
@@ -120,7 +120,7 @@ def from_bin(path):
 
 def from_gguf(path):
     model, proto = gguffile.read_gguf(path)
-    return Source(model, lambda: proto and Tokenizer(path, proto))
+    return Source(model, lambda: proto and open_tokenizer(path, proto))
 
 
 META_PARAMS = set(
@@ -206,12 +206,12 @@ def recognize(path):
 def load(path, kind=None, tokenizer=""):
     """
     The Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of another
-    SentencePiece model, or none. Raises UserError.
+    tokenizer model, or none. Raises UserError.
     """
     try:
         model, find_tokenizer, facts = SOURCES[kind or recognize(path) or "checkpoint"](path)
         if tokenizer:
-            found = None if tokenizer == "none" else Tokenizer(tokenizer)
+            found = None if tokenizer == "none" else open_tokenizer(tokenizer)
         else:
             found = find_tokenizer()
     except UserError:
@@ -247,7 +247,7 @@ def check_file(path, name, tokenizer):
         data = f.read()
     if data in (tokenizer.c_file(), tokenizer.proto):
         return
-    if not name.endswith(".model") or Tokenizer(beside).c_file() != tokenizer.c_file():
+    if not name.endswith(".model") or open_tokenizer(beside).c_file() != tokenizer.c_file():
         raise UserError(
             f"cannot write {path}: {beside} is of another tokenizer; name a file in another folder"
         )

@@ -13,12 +13,13 @@ import os
 import numpy as np
 import torch
 
+from bpe import BPETokenizer, hidden, shown
 from configurator import UserError
 from files import flush_folder, remove
 from huggingface import check_range, exported, filled, need, reason, renamed
 from model import ModelArgs
 from modelbin import Bytes, not_carried, shortest
-from tokenizer import sentencepiece_model
+from tokenizer import ByteLevel, sentencepiece_model
 
 # Our names of tensors and theirs; {} stands for the layer
 NAMES = {
@@ -85,9 +86,14 @@ def architecture(args):
 
 
 def check_tokenizer(tokenizer):
-    """The normalizer_spec of a tokenizer that llama.cpp can be; UserError for any other."""
+    """
+    Raise UserError for a tokenizer that llama.cpp cannot be. Returns the normalizer_spec of a
+    SentencePiece.
+    """
     if tokenizer is None:
         raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
+    if isinstance(tokenizer, ByteLevel):
+        return None
     spec = tokenizer.check_plain("gguf")
     if spec.remove_extra_whitespaces:
         raise UserError(f"gguf cannot carry {tokenizer.model_path}, which folds spaces")
@@ -144,7 +150,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         raise UserError(f"cannot write {path}: {reason(e)}") from None
     finally:
         remove(part)
-    if kind == "qwen3":
+    if kind == "qwen3" and not isinstance(tokenizer, ByteLevel):
         print(
             "note: llama.cpp runs this file; Ollama's engine for qwen3 reads byte-level BPE "
             "vocabularies alone: for Ollama train with --arch=llama"
@@ -156,23 +162,37 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         )
 
 
+PATTERNS = {"gpt2": "gpt-2", "gpt4": "llama-bpe"}  # llama.cpp's names of our patterns
+
+
 def put_tokenizer(f, tokenizer, spec):
-    """Pieces, scores and types; texts end at EOS and, as in ours, at the next BOS."""
-    sp, n = tokenizer.sp, range(tokenizer.vocab_size)
-    f.add_tokenizer_model("llama")
-    f.add_tokenizer_pre("default")
-    f.add_token_list([sp.id_to_piece(i) for i in n])
-    f.add_token_scores([sp.get_score(i) for i in n])
-    f.add_token_types([token_type(sp, i) for i in n])
+    """Pieces, scores or merges, and types; texts end at EOS and, as in ours, at the next BOS."""
+    n = range(tokenizer.vocab_size)
+    if isinstance(tokenizer, ByteLevel):
+        bpe = tokenizer.bpe
+        special = {i: text for text, i in bpe.special.items()}
+        f.add_tokenizer_model("gpt2")
+        f.add_tokenizer_pre(PATTERNS[bpe.pattern_name])
+        tokens = [special.get(i) or shown(bpe.vocab.get(i, b"")) or f"[unused {i}]" for i in n]
+        f.add_token_list(tokens)
+        f.add_token_types([3 if i in special else 1 if i in bpe.vocab else 5 for i in n])
+        f.add_token_merges([f"{shown(a)} {shown(b)}" for a, b in bpe.merges])
+    else:
+        sp = tokenizer.sp
+        f.add_tokenizer_model("llama")
+        f.add_tokenizer_pre("default")
+        f.add_token_list([sp.id_to_piece(i) for i in n])
+        f.add_token_scores([sp.get_score(i) for i in n])
+        f.add_token_types([token_type(sp, i) for i in n])
+        f.add_unk_token_id(tokenizer.unk_id)
+        f.add_add_space_prefix(spec.add_dummy_prefix)
+        f.add_remove_extra_whitespaces(False)
     f.add_bos_token_id(tokenizer.bos_id)
     f.add_eos_token_id(tokenizer.eos_id)
     f.add_eot_token_id(tokenizer.bos_id)
-    f.add_unk_token_id(tokenizer.unk_id)
     f.add_pad_token_id(tokenizer.eos_id)
     f.add_add_bos_token(True)
     f.add_add_eos_token(False)
-    f.add_add_space_prefix(spec.add_dummy_prefix)
-    f.add_remove_extra_whitespaces(False)
 
 
 def token_type(sp, i):
@@ -279,13 +299,38 @@ def check_lengths(path):
 
 
 def tokenizer_of(fields):
-    """The SentencePiece model of a GGUF file's fields, as bytes; None where it has another kind."""
-    if fields.get("tokenizer.ggml.model") != "llama":
-        return None
+    """The tokenizer model of a GGUF file's fields, as bytes; None where it is none of ours."""
     if not fields.get("tokenizer.ggml.add_bos_token", True):  # ours always begins with BOS
+        return None
+    if fields.get("tokenizer.ggml.model") == "gpt2":
+        return byte_level_of(fields)
+    if fields.get("tokenizer.ggml.model") != "llama":
         return None
     lists = [fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) > 1:
         return None
     has_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
     return sentencepiece_model(*lists, add_dummy_prefix=has_prefix)
+
+
+def byte_level_of(fields):
+    """The model of bpe.py of a GGUF file's fields, as bytes; None where it cuts text otherwise."""
+    names = {theirs: ours for ours, theirs in PATTERNS.items()}
+    pattern_name = names.get(fields.get("tokenizer.ggml.pre"))
+    tokens, types, merges = (
+        fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")
+    )
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    if not (pattern_name and tokens and merges and len(tokens) == len(types or ())):
+        return None
+    special = [i for i, kind in enumerate(types) if kind == 3]
+    if bos not in special or bos != fields.get("tokenizer.ggml.eos_token_id"):
+        return None
+    special.sort(key=lambda i: i != bos)  # the first begins texts
+    try:
+        vocab = {i: hidden(tokens[i]) for i, kind in enumerate(types) if kind == 1}
+        vocab |= {i: tokens[i].encode() for i in special}
+        pairs = [tuple(map(hidden, merge.split(" "))) for merge in merges]
+        return BPETokenizer(vocab, pairs, [tokens[i] for i in special], pattern_name).to_bytes()
+    except (KeyError, ValueError, AttributeError, UserError):
+        return None

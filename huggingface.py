@@ -19,9 +19,9 @@ import torch
 
 from configurator import UserError
 from files import atomic_write, flush_folder, remove, replace
+from hftokenizer import tokenizer_config, tokenizer_json
 from model import ModelArgs, Transformer, pairs_to_halves
 from modelbin import PADDED, not_carried, skeleton, window_settings, windows
-from tokenizer import SPACE
 
 # Number formats of the tensors, by --dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -362,102 +362,6 @@ def read_folder(folder):
 # ---- tokenizer
 
 
-def tokenizer_json(tokenizer):
-    """
-    tokenizer.json of a SentencePiece BPE, as a dict, with the same ids for every text.
-    SentencePiece joins the two neighbours that make the piece of the best score; here every pair
-    that makes a piece is written down, in the order of the scores. Raises UserError for models that
-    do more.
-    """
-    spec = tokenizer.check_plain("hf")
-
-    def replaced(kind, pattern, content):
-        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-    normalizers, strip = [replaced("String", " ", SPACE)], []
-    if spec.add_dummy_prefix:
-        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
-        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    if spec.remove_extra_whitespaces:
-        first = [replaced("Regex", r"\A +", ""), replaced("Regex", " {2,}", " ")]
-        normalizers = [*first, *normalizers, replaced("Regex", rf"{SPACE}+\z", "")]
-    sp = tokenizer.sp
-    pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    special = [i for i in range(len(pieces)) if sp.is_unknown(i) or sp.is_control(i)]
-    made = {}  # pieces that merging can make, and their scores
-    for i, piece in enumerate(pieces):
-        if not (i in special or sp.is_byte(i) or sp.is_unused(i)):
-            made[piece] = sp.get_score(i)
-    merges = []
-    for piece in sorted(made, key=lambda piece: -made[piece]):
-        for i in range(1, len(piece)):
-            if piece[:i] in made and piece[i:] in made:
-                merges.append([piece[:i], piece[i:]])
-    words = {"single_word": False, "lstrip": False, "rstrip": False}
-    bos = pieces[tokenizer.bos_id]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": pieces[i], **words, "normalized": False, "special": True}
-            for i in special
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[tokenizer.unk_id],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": tokenizer.byte_fallback,
-            "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": merges,
-        },
-    }
-
-
-def tokenizer_config(tokenizer, max_seq_len):
-    """tokenizer_config.json. Text that looks like a special token stays text, as in ours."""
-    piece = tokenizer.sp.id_to_piece
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": piece(tokenizer.unk_id),
-        "bos_token": piece(tokenizer.bos_id),
-        "eos_token": piece(tokenizer.eos_id),
-        "pad_token": piece(tokenizer.eos_id),
-        "model_max_length": max_seq_len,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-    }
-
-
 class FastTokenizer:
     """A tokenizer.json, through Hugging Face's tokenizers, with what sample.py needs of ours."""
 
@@ -533,8 +437,12 @@ def write_folder(model, folder, dtype, tokenizer, facts):
     is replaced, any other is left alone. tokenizer: a Tokenizer, or None for the weights alone.
     """
     save = need("huggingface_hub").save_torch_state_dict
-    special_ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} if tokenizer else {}
-    stop = {**special_ids, "eos_token_id": [2, 1]} if tokenizer else {}  # or where the next begins
+    special_ids, stop = {}, {}
+    if tokenizer:
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        special_ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+        ends = [eos, bos] if eos != bos else eos  # or where the next text begins
+        stop = {**special_ids, "eos_token_id": ends}
     length = min(256, model.args.max_seq_len * 3 // 4)
     sampling = {"do_sample": True, "top_p": 0.9, "max_new_tokens": max(1, length)}
     files = {

@@ -6,11 +6,14 @@ Data for training: from stories on disk or on the net to token shards.
     python tinystories.py train_vocab --vocab_size=4096  # a SentencePiece vocabulary
     python tinystories.py pretokenize --vocab_size=4096  # all stories as shards of ids
 
+`--tokenizer=bpe` for the last two takes a byte-level BPE, of bpe.py, in place of SentencePiece.
+
 Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
 with <|endoftext|> between them), .json or .jsonl. The first shard is validation unless
 --valid_source names a text for it.
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -18,18 +21,21 @@ import shutil
 
 from tqdm import tqdm
 
+from bpe import PATTERNS, BPETokenizer, train_on
 from configurator import UserError, configure
-from corpus import plan_shards, read_documents, text_files
-from dataset import DataPaths, write_shards
+from corpus import SEPARATOR, plan_shards, read_documents, text_files
+from dataset import DataPaths, report, write_shards
 from files import atomic_write, download, unpack
 from synth import make_stories
-from tokenizer import Tokenizer, train_sentencepiece
+from tokenizer import open_tokenizer, train_sentencepiece
+from workers import worker_count
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
 data_dir = "data"  # everything is read and written below this folder
 vocab_size = 4096  # pieces of the vocabulary; 0 stands for Llama 2's own
-vocab_source = "custom"  # custom: trained here; llama2: data_dir/tokenizer.model, from Meta
+vocab_source = "custom"  # custom: SentencePiece; bpe: byte-level BPE; llama2: Meta's, in data_dir
+tokenizer = ""  # sentencepiece or bpe: another way to say --vocab_source=custom or bpe
 source = ""  # text to use instead of the downloaded stories: a file, or a folder of files
 valid_source = ""  # text for validation; without one the first shard is taken
 num_workers = 0  # processes; 0: one a core
@@ -43,8 +49,15 @@ n_stories = 20000  # stories of the practice corpus
 seed = 1337  # the same seed writes the same stories
 # train_vocab
 vocab_mb = 500  # megabytes of text, at most, that the vocabulary is trained on
+pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, or as for gpt4
+# pretokenize
+encoder = "auto"  # auto: the fastest that is installed; gigatoken, sentencepiece, tiktoken, own
 # -----------------------------------------------------------------------------
 
+# of encoders that another could replace
+FASTER = dict.fromkeys(
+    ("sentencepiece", "tiktoken", "own"), " (several times as fast: pip install .[fast])"
+)
 V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 ARCHIVE = "TinyStories_all_data.tar.gz"
 N_JSON = 20  # JSON files of the practice corpus; the first is validation
@@ -96,7 +109,7 @@ def download_pretokenized():
     paths = DataPaths(data_dir, "custom", pretokenized)
     fetch("enio/TinyStories", f"{name}/{name}.model", paths.tokenizer_model)
     fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
-    tokenizer = Tokenizer(paths.tokenizer_model)
+    tokenizer = open_tokenizer(paths.tokenizer_model)
     tokenizer.export(paths.tokenizer_bin)
     if tokenizer.caveat():
         print(tokenizer.caveat())
@@ -168,6 +181,13 @@ def train_vocab_stage():
     if vocab_mb < 1:
         raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
     spans = [span for shard in corpus_plan()[1:] for span in shard]  # validation stays unseen
+    (train_bpe_vocab if vocab_source == "bpe" else train_sentencepiece_vocab)(paths, spans)
+    open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
+    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+    print(f"next: python tinystories.py pretokenize {same_flags()}")
+
+
+def train_sentencepiece_vocab(paths, spans):
     limit, n_bytes, texts = vocab_mb * 1_000_000, 0, []
     bar = tqdm(total=sum(s.end - s.start for s in spans), unit="B", unit_scale=True, desc="read")
     with bar:
@@ -182,7 +202,7 @@ def train_vocab_stage():
                 print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
                 break
     print(f"training {vocab_size} pieces on {n_bytes:,} bytes of text")
-    model, about = train_sentencepiece(texts, vocab_size, worker_count())
+    model, about = train_sentencepiece(texts, vocab_size, worker_count(num_workers))
     if not about["byte_fallback"]:
         print(
             f"{vocab_size} pieces have no room for 256 bytes and the alphabet: "
@@ -192,9 +212,24 @@ def train_vocab_stage():
         print(f"too rare for a piece of their own: {about['dropped'][:100]!r}")
     with atomic_write(paths.tokenizer_model) as f:
         f.write(model)
-    Tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
-    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
-    print(f"next: python tinystories.py pretokenize {same_flags()}")
+
+
+def train_bpe_vocab(paths, spans):
+    if pattern_name not in PATTERNS:
+        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
+    total = list(itertools.accumulate(span.end - span.start for span in spans))
+    n_spans = 1 + sum(n_bytes < vocab_mb * 1_000_000 for n_bytes in total[:-1])
+    if n_spans < len(spans):
+        print(f"--vocab_mb={vocab_mb}: training on the first {total[n_spans - 1] / 1e6:.0f} MB")
+    special = [SEPARATOR.decode()]
+    words = vocab_size, special, worker_count(num_workers), pattern_name
+    vocab, merges = train_on(spans[:n_spans], *words)
+    if len(vocab) < vocab_size:
+        raise UserError(
+            f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
+            f"vocab_size"
+        )
+    BPETokenizer(vocab, merges, special, pattern_name).save(paths.tokenizer_model)
 
 
 def pretokenize_stage():
@@ -210,32 +245,17 @@ def pretokenize_stage():
             f"{paths.tokenizer_model} does not exist; train it with: "
             f"python tinystories.py train_vocab {same_flags()}"
         )
-    tokenizer = Tokenizer(paths.tokenizer_model)
+    tokenizer = open_tokenizer(paths.tokenizer_model)
     if tokenizer.vocab_size != paths.vocab_size:
         raise UserError(
             f"{paths.tokenizer_model} has {tokenizer.vocab_size} pieces, not {paths.vocab_size}"
         )
     tokenizer.export(paths.tokenizer_bin)
-    meta = write_shards(paths.shards, tokenizer, corpus_plan(), worker_count())
-    counts = ("documents", "tokens", "bytes", "unk")
-    total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
-    print(
-        f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
-        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
-        f"in {len(meta['shards'])} shards in {paths.shards}"
-    )
-    if meta["held_out"]:
-        print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
-    if total["unk"]:
-        print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
+    name, _ = tokenizer.encoder(encoder)
+    print(f"encoding with {name}{FASTER.get(name, '')}")
+    workers = worker_count(num_workers)
+    report(write_shards(paths.shards, tokenizer, corpus_plan(), workers, name), paths.shards)
     print(f"next: python train.py {paths.make_hint()}")
-
-
-def worker_count():
-    if num_workers < 0:
-        raise UserError(f"num_workers = {num_workers}: expected 0 (one a core) or more")
-    affinity = getattr(os, "sched_getaffinity", None)
-    return num_workers or (len(affinity(0)) if affinity else os.cpu_count())
 
 
 def same_flags():
@@ -260,6 +280,10 @@ STAGES = {
 
 if __name__ == "__main__":  # worker processes import this file again
     configure(globals(), positional="stage")
+    if tokenizer not in ("", "sentencepiece", "bpe"):
+        raise UserError(f"tokenizer = {tokenizer!r}: expected sentencepiece or bpe")
+    if tokenizer:
+        vocab_source = "bpe" if tokenizer == "bpe" else "custom"
     if stage not in STAGES:
         what = f"unknown stage {stage!r}" if stage else "no stage is given"
         raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")

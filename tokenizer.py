@@ -1,16 +1,23 @@
 """
-The tokenizer: SentencePiece BPE, and the file of it that run.c reads.
+The tokenizers, SentencePiece BPE and byte-level BPE, behind one interface; and the files of them
+that run.c reads.
 
     python tokenizer.py --tokenizer-model=data/tok128.model    # writes data/tok128.bin
 
-The C file has llama2.c's layout, little-endian: uint32 longest piece in bytes, then for each id
-float32 score, uint32 length, and the bytes of the piece, with the space as a plain space. Byte
-pieces appear as <0x0A>, BOS and EOS as "\\n<s>\\n" and "\\n</s>\\n".
+For SentencePiece that file has llama2.c's layout, little-endian: uint32 longest piece in bytes,
+then for each id float32 score, uint32 length, and the bytes of the piece, with the space as a plain
+space. Byte pieces appear as <0x0A>, BOS and EOS as "\\n<s>\\n" and "\\n</s>\\n". bpe.py writes the
+other kind.
+
+To add a kind: a class with what Tokenizer says, in open_tokenizer(). To add a library that encodes
+faster: a method in ENCODERS of a class.
 """
 
 import argparse
 import hashlib
 import io
+import itertools
+import json
 import os
 import struct
 from collections import Counter
@@ -18,6 +25,7 @@ from collections import Counter
 import numpy as np
 import sentencepiece
 
+from bpe import BPETokenizer, regex_of
 from configurator import UserError, one_sentence_errors
 from files import atomic_write
 
@@ -25,29 +33,122 @@ SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
 N_SPECIAL = 3  # <unk>, <s>, </s>
 N_BYTES = 256
+# what a library must encode as we do before it is used
+PROBE = [
+    "Once upon a time, there was a little girl named Lily. She didn't like 1,234 dogs!",
+    " two  spaces,   three\n\n\nlines\t\ttabs\r\n end  ",
+    "naïve Straße 日本語 中文 😀👩\u200d🚀 e\u0301 ½ Ⅷ \u00a0 \u2003 \x1c \x85 \u2581 \ufffd",
+    "<s>a</s> <unk> <0x41> <|endoftext|><|endoftext|> I'VE it's",
+    "",
+]
 
 
 class Tokenizer:
     """
-    Text to ids and back, by a SentencePiece model file, or by the bytes of one, `proto`, that came
-    from model_path. Ids 0, 1, 2 are unk, BOS, EOS. Raises UserError where the file is missing or no
-    SentencePiece model.
+    Text to ids and back, by a model file or by the bytes of one, `proto`, that came from
+    model_path. What both kinds have besides the methods: vocab_size; bos_id, which begins a text,
+    eos_id and unk_id (-1: there is none); `stop`, the ids at which a text ends; n_prefix, the bytes
+    that encoding puts before a text; and `hash` of the file, "" where it was put together anew.
+    Raises UserError where the file is missing or of another kind.
     """
 
+    n_prefix, unk_id = 0, -1
+    ENCODERS = ()  # names of methods that make a function of texts to ids, the fastest first
+
     def __init__(self, model_path, proto=None):
-        self.model_path = os.fspath(model_path)
-        if proto is None and not os.path.isfile(self.model_path):
-            what = "is a folder" if os.path.isdir(self.model_path) else "does not exist"
-            raise UserError(f"tokenizer model {self.model_path} {what}")
-        self.hash = ""  # where it was put together anew
+        self.model_path, self.hash = os.fspath(model_path), ""
         if proto is None:
-            with open(self.model_path, "rb") as f:
-                proto = f.read()
+            proto = read_model(self.model_path)
             self.hash = hashlib.sha256(proto).hexdigest()
         self.proto = proto
+
+    def encoder(self, name="auto"):
+        """
+        (name, function of a list of texts to (ids one after another, uint32; ids of each text)):
+        the fastest of ENCODERS that is installed and gives the ids of encode() for PROBE, or the
+        one that is named. Raises UserError where that cannot be.
+        """
+        if name not in ("auto", *self.ENCODERS):
+            raise UserError(f"encoder = {name!r}: expected auto, {', '.join(self.ENCODERS)}")
+        expected, lengths = flattened([self.encode(text, bos=False) for text in PROBE])
+        for one in self.ENCODERS if name == "auto" else [name]:
+            try:
+                encode = getattr(self, f"by_{one}")()
+                ids, counts = encode(PROBE)
+            except ImportError:
+                why = f"is not installed: pip install {one}"
+            except (ValueError, TypeError, KeyError, RuntimeError) as e:
+                why = f"cannot read {self.model_path}: {e}"
+            else:
+                if np.array_equal(ids, expected) and np.array_equal(counts, lengths):
+                    return one, encode
+                why = f"gives other ids than ours for {self.model_path}"
+            if name != "auto":
+                raise UserError(f"encoder {name} {why}")
+        raise AssertionError("the last of ENCODERS is our own")
+
+    def encode_flat(self, texts, encode):
+        """All ids of texts one after another, uint32, BOS before each; encode: of encoder()."""
+        ids, counts = encode(texts)
+        return np.insert(ids, np.cumsum(counts) - counts, self.bos_id)
+
+    def bytes_in(self, tokens):
+        """
+        Bytes of text behind an array of ids, BOS before each text; what encoding puts before a text
+        is not counted, and an unk, which hides at least one byte, as one.
+        """
+        lengths = np.array([len(piece) for piece in self.piece_bytes()])
+        if self.unk_id >= 0:
+            lengths[self.unk_id] = 1
+        counts = np.bincount(tokens, minlength=self.vocab_size)
+        return int((counts * lengths).sum() - self.n_prefix * counts[self.bos_id])
+
+    def caveat(self):
+        """A sentence where ./run gives a text other ids; or ""."""
+        return ""
+
+    def export(self, path):
+        """Write the tokenizer file of run.c."""
+        with atomic_write(path) as f:
+            f.write(self.c_file())
+
+
+def read_model(path):
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise UserError(f"tokenizer model {path} {what}")
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def flattened(lists):
+    """Lists of ids as (ids one after another, uint32; ids of each list)."""
+    counts = np.fromiter(map(len, lists), np.int64, len(lists))
+    ids = itertools.chain.from_iterable(lists)
+    return np.fromiter(ids, np.uint32, int(counts.sum())), counts
+
+
+def by_gigatoken(tokenizer):
+    """encode_batch() of a Tokenizer of gigatoken, as Tokenizer.encoder() describes it."""
+
+    def encode(texts):
+        found = tokenizer.encode_batch(texts, parallel=False).layout
+        return np.asarray(found.content.data), np.diff(np.asarray(found.offsets.data))
+
+    return encode
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model. Ids 0, 1, 2 are unk, BOS, EOS."""
+
+    n_prefix = 1  # a space
+    ENCODERS = ("gigatoken", "sentencepiece")
+
+    def __init__(self, model_path, proto=None):
+        super().__init__(model_path, proto)
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
-            self.sp.LoadFromSerializedProto(proto)
+            self.sp.LoadFromSerializedProto(self.proto)
         except RuntimeError:
             raise UserError(f"{self.model_path} is not a SentencePiece model") from None
         self.vocab_size = self.sp.vocab_size()
@@ -64,9 +165,22 @@ class Tokenizer:
         """Ids of `text`, a str or bytes (broken UTF-8 becomes U+FFFD), with BOS before it."""
         return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
 
-    def encode_batch(self, texts):
-        """Ids of each text of a list, BOS before each."""
-        return [[self.bos_id, *ids] for ids in self.sp.encode(list(texts), num_threads=1)]
+    def by_sentencepiece(self):
+        return lambda texts: flattened(self.sp.encode(texts, num_threads=1))
+
+    def by_gigatoken(self):
+        """It takes "<s>" in a text for BOS: texts that have such a piece go to SentencePiece."""
+        import gigatoken
+
+        encode = by_gigatoken(gigatoken.Tokenizer.from_sentencepiece(self.proto))
+        control = [self.sp.id_to_piece(i) for i in range(self.vocab_size) if self.sp.is_control(i)]
+
+        def encode_all(texts):
+            if any(piece in text for text in texts for piece in control):
+                return flattened(self.sp.encode(texts, num_threads=1))
+            return encode(texts)
+
+        return encode_all
 
     def piece_bytes(self):
         """For each id the bytes it stands for inside a text; BOS and EOS stand for none."""
@@ -135,10 +249,78 @@ class Tokenizer:
         )
         return struct.pack("<I", max(map(len, pieces))) + b"".join(entries)
 
-    def export(self, path):
-        """Write the tokenizer file of run.c."""
-        with atomic_write(path) as f:
-            f.write(self.c_file())
+
+class ByteLevel(Tokenizer):
+    """A model of bpe.py. Its first special token, <|endoftext|>, is BOS and EOS in one."""
+
+    ENCODERS = ("gigatoken", "tiktoken", "own")
+
+    def __init__(self, model_path, proto=None):
+        super().__init__(model_path, proto)
+        self.bpe = BPETokenizer.from_bytes(self.proto, self.model_path)
+        if not self.bpe.special:
+            raise UserError(
+                f"{self.model_path} has no special token to begin a text with: train it with "
+                f"--special_tokens='<|endoftext|>'"
+            )
+        self.vocab_size = 1 + max(self.bpe.vocab)
+        self.bos_id = self.eos_id = next(iter(self.bpe.special.values()))
+        self.stop = (self.bos_id,)
+
+    def encode(self, text, bos=True, eos=False):
+        """
+        Ids of `text`, a str or bytes (broken UTF-8 becomes U+FFFD), with BOS before it. Special
+        tokens in it stand for themselves.
+        """
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return [self.bos_id] * bos + self.bpe.encode(text) + [self.eos_id] * eos
+
+    def by_own(self):
+        return lambda texts: flattened([self.bpe.encode(text) for text in texts])
+
+    def by_tiktoken(self):
+        import tiktoken
+
+        bpe = self.bpe
+        merged = [bpe.ids[a + b] for a, b in bpe.merges]
+        if any(a >= b for a, b in itertools.pairwise([255, *merged])):
+            raise ValueError("its ids are not in the order of its merges")
+        special = set(bpe.special.values())
+        ranks = {token: i for i, token in bpe.vocab.items() if i not in special}
+        words = {"mergeable_ranks": ranks, "special_tokens": bpe.special}
+        encoding = tiktoken.Encoding("ours", pat_str=regex_of(bpe.pattern_name), **words)
+
+        def encode(texts):
+            return flattened(encoding.encode_batch(texts, num_threads=1, allowed_special="all"))
+
+        return encode
+
+    def by_gigatoken(self):
+        import gigatoken
+
+        from hftokenizer import byte_level_json  # which imports this file
+
+        return by_gigatoken(gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(self.bpe))))
+
+    def piece_bytes(self):
+        """For each id the bytes it stands for inside a text; BOS stands for none."""
+        pieces = [self.bpe.vocab.get(i, b"") for i in range(self.vocab_size)]
+        pieces[self.bos_id] = b""
+        return pieces
+
+    def decode(self, ids):
+        """The text of `ids`: what run.c prints."""
+        return self.bpe.decode(i for i in ids if i != self.bos_id)
+
+    def c_file(self):
+        """The tokenizer file of run.c, as bytes; bpe.py has the layout."""
+        return self.bpe.c_file(self.bos_id, self.eos_id)
+
+
+def open_tokenizer(model_path, proto=None):
+    """The Tokenizer of a model file, or of its bytes: a ByteLevel or a SentencePiece."""
+    data = read_model(os.fspath(model_path)) if proto is None else proto
+    return (ByteLevel if data[:1] == b"{" else SentencePiece)(model_path, proto)
 
 
 def c_tokenizer_path(model_path):
@@ -241,17 +423,6 @@ def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
     return model.SerializeToString()
 
 
-def bytes_in(tokens, tokenizer):
-    """
-    Bytes of text behind an array of ids, BOS before each text; the space that encoding adds is not
-    counted, and an unk, which hides at least one byte, as one.
-    """
-    lengths = np.array([len(piece) for piece in tokenizer.piece_bytes()])
-    lengths[tokenizer.unk_id] = 1
-    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
-    return int((counts * lengths).sum() - counts[tokenizer.bos_id])
-
-
 if __name__ == "__main__":
     one_sentence_errors()
     parser = argparse.ArgumentParser(description="Write run.c's tokenizer file beside a .model.")
@@ -259,7 +430,7 @@ if __name__ == "__main__":
         "-t", "--tokenizer-model", "--tokenizer_model", default="tokenizer.model", metavar="PATH"
     )
     model_path = parser.parse_args().tokenizer_model
-    tokenizer = Tokenizer(model_path)
+    tokenizer = open_tokenizer(model_path)
     tokenizer.export(c_tokenizer_path(model_path))
     print(f"wrote {c_tokenizer_path(model_path)}")
     if tokenizer.caveat():

@@ -65,7 +65,7 @@ from optim import (  # noqa: E402
 )
 from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
 from rundir import RunDir  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from tokenizer import open_tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # output
@@ -81,7 +81,7 @@ init_from = "scratch"  # scratch; resume: go on in out_dir; or a checkpoint's pa
 resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as init_from says
 # data
 data_dir = "data"  # as in tinystories.py
-vocab_source = "custom"  # custom, or llama2
+vocab_source = "custom"  # custom, bpe or llama2
 vocab_size = 4096  # must be that of the shards; 0 stands for Llama 2's own
 max_seq_len = 1024  # tokens a sequence: the context of the model
 batch_size = 8  # sequences a micro-batch
@@ -315,7 +315,9 @@ try:
     args = ModelArgs.from_dict({**model_settings, "vocab_size": paths.vocab_size})
 except ValueError as e:
     raise UserError(str(e)) from None
-tokenizer = Tokenizer(paths.tokenizer_model) if os.path.exists(paths.tokenizer_model) else None
+tokenizer = None
+if os.path.exists(paths.tokenizer_model):
+    tokenizer = open_tokenizer(paths.tokenizer_model)
 data = TokenData(paths, max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
 if checkpoint and tokenizer and checkpoint.get("tokenizer_hash", "") not in ("", tokenizer.hash):
     raise UserError(f"{checkpoint_path} was trained with another {paths.tokenizer_model}")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPO))
 from memory import SETTINGS  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 from synth import make_stories  # noqa: E402
-from tokenizer import Tokenizer, train_sentencepiece  # noqa: E402
+from tokenizer import open_tokenizer, train_sentencepiece  # noqa: E402
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -142,7 +142,7 @@ def tokenizers(tmp_path_factory, stories):
     for size in (105, 512, 1500):
         path = folder / f"tok{size}.model"
         path.write_bytes(train_sentencepiece(stories, size)[0])
-        found[size] = Tokenizer(path)
+        found[size] = open_tokenizer(path)
         found[size].export(folder / f"tok{size}.bin")
     return found
 

@@ -18,7 +18,7 @@ from conftest import EVERYTHING, REPO, random_model
 
 from modelbin import DTYPES, export_model
 from synth import make_stories
-from tokenizer import Tokenizer, train_sentencepiece
+from tokenizer import open_tokenizer, train_sentencepiece
 
 TARGETS = ("model", "tokenizer", "text")
 FLAGS = (
@@ -57,7 +57,7 @@ def main():
     stories = [item["story"] for item in make_stories(500, seed=1)]
     path = folder / "tokenizer.model"
     path.write_bytes(train_sentencepiece(stories, 120)[0])
-    tokenizer = Tokenizer(str(path))
+    tokenizer = open_tokenizer(str(path))
     tokenizer.export(path.with_suffix(".bin"))
     make_seeds(folder, tokenizer)
     environment = {

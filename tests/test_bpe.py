@@ -12,6 +12,7 @@ from test_tokenizer import generated_texts
 import bpe
 from bpe import BPETokenizer, train_bpe
 from configurator import UserError
+from corpus import Span
 
 END = "<|endoftext|>"
 HARD = (
@@ -74,20 +75,17 @@ def test_pieces_and_processes_change_nothing(tmp_path, corpora, name):
     text = corpora["hard"] + corpora["stories"] + corpora["runs"]
     (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
     path, total = tmp_path / "text", len(text.encode())
-    whole = bpe.count_pretokens(path, 0, total, [END], name)
-    for size in (1, 37, 1000, 20000):
-        places = bpe.cuts(path, [END], size)
-        assert places[0] == 0 and places[-1] == total and places == sorted(set(places))
-        found = Counter()
-        for a, b in pairwise(places):
-            found.update(bpe.count_pretokens(path, a, b, [END], name))
-        assert found == whole
-        assert size > 100 or len(places) > 20
-    odd = ["x<|endoftext|>", END, "aa"]  # in which others begin
-    found = Counter()
-    for a, b in pairwise(bpe.cuts(path, odd, 37)):
-        found.update(bpe.count_pretokens(path, a, b, odd, name))
-    assert found == bpe.count_pretokens(path, 0, total, odd, name)
+    for special in ([END], ["x<|endoftext|>", END, "aa"], ["a\nb", " a ", END]):  # some overlap
+        whole = bpe.count_pretokens(Span(path, 0, total), special, name)
+        for size in (1, 37, 1000, 20000):
+            pieces = bpe.pieces_of(Span(path, 0, total), special, size)
+            assert pieces[0].start == 0 and pieces[-1].end == total
+            assert all(a.end == b.start for a, b in pairwise(pieces))
+            found = Counter()
+            for piece in pieces:
+                found.update(bpe.count_pretokens(piece, special, name))
+            assert found == whole
+            assert size > 100 or len(pieces) > 20
     assert train_bpe(path, 400, [END], 2, name) == train_bpe(path, 400, [END], 1, name)
 
 
@@ -182,7 +180,7 @@ def test_ids_are_those_of_tiktoken(tokenizer, name):
 
 
 def test_streams_have_the_ids_of_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr(bpe, "PIECE", 100)
+    monkeypatch.setattr(bpe, "BLOCK", 100)
     text = "".join(texts_of_all_sorts())
     expected = tokenizer.encode(text)
     rng = random.Random(5)

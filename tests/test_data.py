@@ -15,7 +15,7 @@ from configurator import UserError
 from corpus import plan_shards, read_documents
 from dataset import DataPaths, TokenData
 from synth import make_stories
-from tokenizer import Tokenizer
+from tokenizer import open_tokenizer
 
 # ---- the practice corpus
 
@@ -322,7 +322,7 @@ def test_download_of_a_pretokenized_set(tmp_path, tokenizers, prefix):
     done = script("tinystories.py", "download", *flags)
     assert done.returncode == 0, done.stderr
     assert (data / "tok105.bin").read_bytes() == bin_of(tokenizer).read_bytes()
-    found = TokenData(DataPaths(data, "custom", 105), 64, Tokenizer(data / "tok105.model"))
+    found = TokenData(DataPaths(data, "custom", 105), 64, open_tokenizer(data / "tok105.model"))
     assert len(found.train) == 2 and len(found.valid) == 1
     assert found.valid_bytes == sum(len(d) for d in documents)  # counted from the ids
     refused(script("tinystories.py", "download", "--pretokenized=64"), "128 and 105")

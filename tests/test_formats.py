@@ -22,7 +22,7 @@ from checkpoint import save_file
 from configurator import UserError
 from formats import FORMATS, load, recognize
 from modelbin import export_model, read_bin, windows
-from tokenizer import Tokenizer
+from tokenizer import open_tokenizer
 
 # name: options, the class of transformers that loads it
 CASES = {
@@ -690,7 +690,7 @@ def trained_by_sentencepiece(path, stories, **words):
         sentence_iterator=iter(stories[:500]), model_writer=model, **settings
     )
     path.write_bytes(model.getvalue())
-    return Tokenizer(path)
+    return open_tokenizer(path)
 
 
 def test_tokenizers_of_other_kinds(tmp_path, stories):
@@ -705,7 +705,7 @@ def test_tokenizers_of_other_kinds(tmp_path, stories):
         for text in [*generated_texts(800, seed=5), "  a   b  ", " ", "\n a \n  b "]:
             assert theirs(text)["input_ids"] == tokenizer.encode(text), text
     with pytest.raises(UserError, match="which folds spaces"):
-        tokenizer = Tokenizer(tmp_path / "0.model")
+        tokenizer = open_tokenizer(tmp_path / "0.model")
         formats.write_gguf(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
     for words, part in (
         ({"model_type": "unigram"}, "is no BPE"),

@@ -12,7 +12,7 @@ from conftest import REPO, bin_of, refused, script
 
 from configurator import UserError
 from synth import make_stories
-from tokenizer import Tokenizer, bytes_in, train_sentencepiece
+from tokenizer import open_tokenizer, train_sentencepiece
 
 WORDS = (
     "Once upon a time there was Zoë 😀 naïve ▁ ▁▁ <s> </s> <unk> <0x41> ﬁ １２３ 2024 "
@@ -104,7 +104,7 @@ def test_with_byte_fallback_every_text_comes_back(tokenizers, size):
         assert tokenizer.decode(tokenizer.encode(text)) == same
         assert tokenizer.sp.decode(tokenizer.encode(text)) == same
         if text:
-            assert bytes_in(tokenizer.encode(text), tokenizer) == len(same.encode())
+            assert tokenizer.bytes_in(tokenizer.encode(text)) == len(same.encode())
 
 
 def test_the_c_file_is_llama2cs_layout(tokenizers):
@@ -148,7 +148,7 @@ def test_rare_characters_leave_room(tmp_path, stories):
         model, about = train_sentencepiece([*stories[:500], rare], size)
         path = tmp_path / f"tok{size}.model"
         path.write_bytes(model)
-        tokenizer = Tokenizer(path)
+        tokenizer = open_tokenizer(path)
         assert tokenizer.vocab_size == size and about["dropped"]
         ids = tokenizer.encode(about["dropped"][0])
         assert (0 in ids) == (size == 105)
@@ -160,7 +160,7 @@ def test_lines_of_any_length_are_learned_from(tmp_path, stories):
     text = " ".join(story.replace("\n", " ") for story in stories[:200])
     model, _ = train_sentencepiece([text], 512)
     (tmp_path / "tok512.model").write_bytes(model)
-    assert len(Tokenizer(tmp_path / "tok512.model").encode(text)) < len(text) / 1.8
+    assert len(open_tokenizer(tmp_path / "tok512.model").encode(text)) < len(text) / 1.8
 
 
 def test_small_vocabularies_have_room_for_newline_and_space():
