@@ -6,15 +6,18 @@ Measure how fast training and inference are, and what limits them.
     python bench.py loader        # tokens/s of the training batches alone
     python bench.py checkpoint    # size and time of checkpoints, and what they cost training
     python bench.py infer         # tokens/s of ./run, and of its peers beside it
+    python bench.py tokenizer --source=text.txt  # MB/s of training and encoding, beside peers
 
 `train --llama2c=PATH` measures a checkout of karpathy/llama2.c as well. `speedrun` writes
 speedrun.json and speedrun.png to --out; runs that are complete there are not done again. `infer`
-takes --peer=PATH, llama.cpp's llama-bench (its models need the package gguf), and --llama2c=PATH.
+takes --peer=PATH, llama.cpp's llama-bench (its models need the extra export), and --llama2c=PATH,
+as `tokenizer` does.
 
 Figures of shared machines vary: variants alternate in one process, and medians are printed.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -22,7 +25,6 @@ import os
 import re
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,25 +33,30 @@ import time
 import numpy as np
 import torch
 
+from bpe import BPETokenizer, train_bpe
 from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
+from corpus import SEPARATOR
 from dataset import TrainBatches, ahead
-from files import atomic_write, write_json
+from files import write_json
+from gguffile import write_gguf
 from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
+from hftokenizer import tokenizer_json
 from memory import tune_malloc
 from model import ARCHS, ModelArgs, Transformer
 from modelbin import DTYPES, export_model
 from optim import make_optimizer
+from tokenizer import ByteLevel, SentencePiece, sentencepiece_model, train_sentencepiece
 from trials import race, read_run, same_run, shards_hint, start, train_settings, value_at
 
 # -----------------------------------------------------------------------------
-what = ""  # train, speedrun, loader, checkpoint or infer
+what = ""  # train, speedrun, loader, checkpoint, infer or tokenizer
 batch_size = 32  # sequences a batch (loader; train at the given shape)
 max_seq_len = 256  # tokens a sequence
 # train
 shapes = "128,288"  # names in SHAPES; or given: dim, n_layers, n_heads and so on, as set here
 ways = "plain,eager,compiled,modded"  # names in WAYS
-llama2c = ""  # a checkout of karpathy/llama2.c, to measure it too (infer as well)
+llama2c = ""  # a checkout of karpathy/llama2.c, to measure it too (infer and tokenizer as well)
 train_rounds = 7  # in which the ways alternate
 train_steps = 4  # of each way in a round
 # speedrun
@@ -80,8 +87,11 @@ engine = "run"  # ours, as make run builds it
 peer = ""  # llama.cpp's llama-bench
 cases = ""  # numbers of rows of CASES, with commas; empty: all
 infer_rounds = 3  # in which ours and the peer alternate
-threads = 2
+threads = 2  # or processes, of tokenizer
 models = "out/infer"  # folder of the random models, which are kept
+# tokenizer
+source = ""  # a .txt file with <|endoftext|> between documents
+tokenizer_rounds = 5  # in which the ways alternate
 device = "auto"
 dtype = "auto"
 configure(globals(), positional="what")
@@ -523,7 +533,7 @@ CASES = (
     ("15M", "int8", "16 stories", 128, "one story"),
     ("260K", "fp32", "decode", 512, "llama2.c"),  # its clock counts whole milliseconds
 )
-GGUF_TYPES = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
 
 
 def random_transformer(name):
@@ -536,81 +546,25 @@ def random_transformer(name):
     return model
 
 
+@functools.cache
+def fake_tokenizer(size):
+    """A SentencePiece of so many pieces, most of which mean nothing."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    types = [2, 3, 3] + [6] * 256 + [1] * (size - len(pieces))
+    pieces += [f"p{i}" for i in range(len(pieces), size)]
+    return SentencePiece("", sentencepiece_model(pieces, [-float(i) for i in range(size)], types))
+
+
 def model_file(name, kind):
     """The path of a model, made if it is not there: kind is one of DTYPES, or of GGUF_TYPES."""
     path = os.path.join(models, f"{name}_{kind}.{'bin' if kind in DTYPES else 'gguf'}")
     if not os.path.exists(path):
         print(f"making {path}", flush=True)
+        model = random_transformer(name)
         if kind in DTYPES:
-            export_model(random_transformer(name), path, dtype=kind)
+            export_model(model, path, dtype=kind)
         else:
-            write_gguf(random_transformer(name), path, kind)
-    return path
-
-
-def write_gguf(model, path, kind):
-    """A Llama as a GGUF file with a vocabulary of meaningless pieces, for measuring alone."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("models for llama.cpp need the package gguf: pip install gguf") from None
-    args = model.args
-    writer = gguf.GGUFWriter(f"{path}.part", "llama")
-    writer.add_context_length(args.max_seq_len)
-    writer.add_embedding_length(args.dim)
-    writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(args.hidden_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.n_kv_heads)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_rope_dimension_count(args.head_dim)
-    writer.add_tokenizer_model("llama")
-    pieces = ["<unk>", "<s>", "</s>", *(f"p{i}" for i in range(args.vocab_size - 3))]
-    writer.add_token_list(pieces)
-    writer.add_token_scores([-float(i) for i in range(args.vocab_size)])
-    writer.add_token_types([2, 3, 3] + [1] * (args.vocab_size - 3))
-    names = {
-        "tok_embeddings": "token_embd",
-        "norm": "output_norm",
-        "attention.wq": "attn_q",
-        "attention.wk": "attn_k",
-        "attention.wv": "attn_v",
-        "attention.wo": "attn_output",
-        "attention_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-        "feed_forward.w1": "ffn_gate",
-        "feed_forward.w2": "ffn_down",
-        "feed_forward.w3": "ffn_up",
-    }
-    wanted = gguf.GGMLQuantizationType[kind]
-    for key, tensor in model.state_dict().items():
-        words = key.removesuffix(".weight").split(".")
-        layer = words[1] if words[0] == "layers" else None
-        name = names.get(".".join(words[2:] if layer else words))
-        if name is None:  # the head is tied, the rest are tables of RoPE
-            continue
-        name = f"blk.{layer}.{name}.weight" if layer else f"{name}.weight"
-        array = tensor.float().numpy()
-        if array.ndim == 1 or kind == "F32":
-            writer.add_tensor(name, array)
-        else:
-            packed = gguf.quants.quantize(array, wanted)
-            writer.add_tensor(name, packed, raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(f"{path}.part", path)
-
-
-def fake_tokenizer(size):
-    """A tokenizer file of so many pieces that mean nothing, for llama2.c."""
-    path = os.path.join(models, f"tok{size}.bin")
-    with atomic_write(path) as f:
-        f.write(struct.pack("<i", 8))
-        for i in range(size):
-            piece = f"<0x{i - 3:02X}>" if 3 <= i < 259 else f"p{i}"
-            f.write(struct.pack("<fi", -float(i), len(piece)) + piece.encode())
+            write_gguf(model, path, kind, fake_tokenizer(model.args.vocab_size), {})
     return path
 
 
@@ -653,8 +607,9 @@ def llama2c_speed(name, kind, _, n):
     if not os.path.exists(binary):
         flags = ["-Ofast", "-fopenmp", "-march=native", os.path.join(llama2c, "run.c"), "-lm"]
         output_of(["cc", *flags, "-o", binary])
-    tokenizer = fake_tokenizer(VOCABULARIES.get(name, 32000))
-    path = model_file(name, kind)
+    n_pieces = VOCABULARIES.get(name, 32000)
+    tokenizer, path = os.path.join(models, f"tok{n_pieces}.bin"), model_file(name, kind)
+    fake_tokenizer(n_pieces).export(tokenizer)
     text = output_of([binary, path, "-z", tokenizer, "-t", "0", "-n", str(n)])
     return number_in(r"achieved tok/s: ([0-9.]+)", text, binary)
 
@@ -698,12 +653,151 @@ def bench_infer():
         )
 
 
+# ---- tokenizer
+
+
+def bench_tokenizer():
+    """Every row: MB/s of a text in each way, in turn, and how much faster than the last way."""
+    if not source:
+        raise UserError(
+            "--source=PATH is missing: a .txt file with <|endoftext|> between documents"
+        )
+    if tokenizer_rounds < 1:
+        raise UserError("tokenizer_rounds must be above 0")
+    end = SEPARATOR.decode()
+    with open(source, encoding="utf-8", newline="") as f:
+        text = f.read()
+    documents = [part.strip() for part in text.split(end)]
+    n_bytes = len(text.encode())
+    print(
+        f"{n_bytes / 1e6:.1f} MB, {threads} processes where there are several; medians of "
+        f"{tokenizer_rounds} rounds, MB/s, and the ratio to the last"
+    )
+    with tempfile.TemporaryDirectory(dir=folder or None) as where:
+        small = os.path.join(where, "small.txt")
+        with open(small, "w", encoding="utf-8", newline="") as f:
+            f.write(text[:133_000])
+        rows("train 500 on 133 kB, one process", 133_000, bpe_trainers(small, 500, 1))
+        rows("train 10,000", n_bytes, bpe_trainers(source, 10_000, threads))
+        vocab, merges = train_bpe(source, 10_000, [end], threads)
+        path = os.path.join(where, "bpe.model")
+        BPETokenizer(vocab, merges, [end]).save(path)
+
+        def stream():
+            with open(source, encoding="utf-8", newline="") as f:
+                for _ in BPETokenizer(vocab, merges, [end]).encode_iterable(f):
+                    pass
+
+        ways = {"own, encode_iterable of the lines": stream}
+        for name in reversed(ByteLevel.ENCODERS):  # a new one each time: its cache is empty
+            ways[name] = encoding_by(lambda: ByteLevel(path), name, documents)
+        ways |= hf_encoder(ByteLevel(path), documents)
+        rows("encode byte-level BPE of 10,000, one core", n_bytes, ways)
+
+        print("training SentencePiece of 4,096", flush=True)
+        model = train_sentencepiece(documents, 4096)[0]
+        path = os.path.join(where, "sp.model")
+        with open(path, "wb") as f:
+            f.write(model)
+        ways = {
+            name: encoding_by(lambda: SentencePiece(path), name, documents)
+            for name in SentencePiece.ENCODERS
+        }
+        rows("encode SentencePiece of 4,096, one core", n_bytes, ways)
+        rows(
+            "pretokenize with SentencePiece of 4,096: the whole command",
+            n_bytes,
+            pretokenize_commands(where, documents, model),
+        )
+
+
+def rows(task, n_bytes, ways):
+    """Run each of `ways`, {name: function}, in turn in each round and print their speeds."""
+    times = {name: [] for name in ways}
+    for _ in range(tokenizer_rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    print(f"\n{task}")
+    *_, base = times.values()
+    for name, found in times.items():
+        ratio = statistics.median(b / a for a, b in zip(found, base, strict=True))
+        median = statistics.median(found)
+        print(f"  {name:<36} {n_bytes / median / 1e6:>8.1f} {median:>8.2f} s {ratio:>7.2f}x")
+    sys.stdout.flush()
+
+
+def bpe_trainers(path, size, processes):
+    end = SEPARATOR.decode()
+    ways = {"ours": lambda: train_bpe(path, size, [end], processes)}
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        return ways
+
+    def theirs():
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        words = {"initial_alphabet": alphabet, "special_tokens": [end], "show_progress": False}
+        tokenizer.train([path], trainers.BpeTrainer(vocab_size=size, **words))
+
+    return ways | {"Hugging Face tokenizers": theirs}
+
+
+def encoding_by(make, name, documents):
+    return lambda: make().encoder(name)[1](documents)
+
+
+def hf_encoder(tokenizer, documents):
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return {}
+    text = json.dumps(tokenizer_json(tokenizer))
+    return {
+        "Hugging Face tokenizers, all cores": lambda: Tokenizer.from_str(text).encode_batch(
+            documents
+        )
+    }
+
+
+def pretokenize_commands(where, documents, model):
+    """Our command with each encoder, and llama2.c's, on the documents in 20 JSON files."""
+    data = os.path.join(where, "data")
+    stories = os.path.join(data, "TinyStories_all_data")
+    os.makedirs(stories)
+    for i in range(20):
+        with open(os.path.join(stories, f"data{i:02}.json"), "w", encoding="utf-8") as f:
+            json.dump([{"story": text} for text in documents[i::20] if text], f)
+    with open(os.path.join(data, "tok4096.model"), "wb") as f:
+        f.write(model)
+    shards = os.path.join(data, "tok4096")
+
+    def run(script, *words, **options):
+        shutil.rmtree(shards, ignore_errors=True)
+        command = [sys.executable, os.path.abspath(script), "pretokenize", "--vocab_size=4096"]
+        done = subprocess.run([*command, *words], capture_output=True, text=True, **options)
+        if done.returncode or not os.path.isdir(shards):
+            raise UserError(f"{script} failed: {done.stderr.strip()[-300:]}")
+
+    ours = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tinystories.py")
+    flags = [f"--data_dir={data}", f"--num_workers={threads}"]
+    ways = {
+        f"ours, {name}": lambda name=name: run(ours, *flags, f"--encoder={name}")
+        for name in SentencePiece.ENCODERS
+    }
+    if llama2c:
+        ways["llama2.c"] = lambda: run(os.path.join(llama2c, "tinystories.py"), cwd=where)
+    return ways
+
+
 BENCHES = {
     "train": bench_train,
     "speedrun": bench_speedrun,
     "loader": bench_loader,
     "checkpoint": bench_checkpoint,
     "infer": bench_infer,
+    "tokenizer": bench_tokenizer,
 }
 if what not in BENCHES:
     asked = f"unknown benchmark {what!r}" if what else "no benchmark is given"

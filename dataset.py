@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shlex
+import time
 import zlib
 
 import numpy as np
@@ -41,6 +42,7 @@ LLAMA2_VOCAB_SIZE = 32000
 VOCAB_SOURCES = ("custom", "bpe", "llama2")
 FIRST_WORDS = 20  # by which a document is compared first
 CHUNK = 1 << 22  # ids that are looked at together when a shard is checked
+SAVE_INTERVAL = 1.0  # seconds between two writes of the sidecar
 NPY_HEADER = 128  # bytes before the ids of a .npy file
 SLOW_CHECK = 1 << 30  # bytes of shards from which on checking them shows a progress bar
 
@@ -156,10 +158,11 @@ def write_shards(folder, tokenizer, plan, num_workers, encoder="auto"):
     Encode a corpus, as plan_shards cut it, into the shards of a folder, with num_workers processes
     and an encoder of the tokenizer's.
     Training documents that are in the validation text as well are left out. A shard that the
-    sidecar lists from the same text and tokenizer is kept. The sidecar is renewed after each shard,
-    so an interrupted run goes on where it was. Returns the finished sidecar.
+    sidecar lists from the same text and tokenizer is kept. The sidecar is renewed every second, so
+    that an interrupted run goes on where it was. Returns the finished sidecar.
     """
     dtype, encoder = id_type(tokenizer), tokenizer.encoder(encoder)[0]
+    tokenizer_and_encoder(tokenizer.model_path, encoder)  # which forked workers then have
     meta = {
         "format": SIDECAR_FORMAT,
         "vocab_size": tokenizer.vocab_size,
@@ -187,9 +190,14 @@ def write_shards(folder, tokenizer, plan, num_workers, encoder="auto"):
 
     check_documents(plan)  # before what is there is given up
 
-    def save():
+    saved = -math.inf
+
+    def save(interval=0.0):
+        nonlocal saved
         meta["shards"] = [done[i] for i in sorted(done) if done[i]["documents"]]
-        write_json(os.path.join(folder, SIDECAR), meta)
+        if time.monotonic() >= saved + interval:
+            write_json(os.path.join(folder, SIDECAR), meta)
+            saved = time.monotonic()
 
     os.makedirs(folder, exist_ok=True)
     save()
@@ -208,15 +216,17 @@ def write_shards(folder, tokenizer, plan, num_workers, encoder="auto"):
             for future in concurrent.futures.as_completed(futures):
                 i, name, source, spans = futures[future]
                 done[i] = {"name": name, "source": source, **future.result()}
-                save()
+                save(SAVE_INTERVAL)
                 bar.update(sum(span.end - span.start for span in spans))
         except Exception as e:
             pool.shutdown(wait=False, cancel_futures=True)
+            save()
             raise UserError(
                 f"shard {name} (from {spans[0].path}) failed: {str(e) or type(e).__name__}"
             ) from None
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
+            save()
             raise
     meta["held_out"] = sum(shard["held_out"] for shard in done.values())
     listed = {shard["name"] for shard in meta["shards"]}

@@ -56,7 +56,7 @@ class Tokenizer:
     ENCODERS = ()  # names of methods that make a function of texts to ids, the fastest first
 
     def __init__(self, model_path, proto=None):
-        self.model_path, self.hash = os.fspath(model_path), ""
+        self.model_path, self.hash, self.encoders = os.fspath(model_path), "", {}
         if proto is None:
             proto = read_model(self.model_path)
             self.hash = hashlib.sha256(proto).hexdigest()
@@ -68,6 +68,8 @@ class Tokenizer:
         the fastest of ENCODERS that is installed and gives the ids of encode() for PROBE, or the
         one that is named. Raises UserError where that cannot be.
         """
+        if name in self.encoders:
+            return self.encoders[name]
         if name not in ("auto", *self.ENCODERS):
             raise UserError(f"encoder = {name!r}: expected auto, {', '.join(self.ENCODERS)}")
         expected, lengths = flattened([self.encode(text, bos=False) for text in PROBE])
@@ -81,6 +83,7 @@ class Tokenizer:
                 why = f"cannot read {self.model_path}: {e}"
             else:
                 if np.array_equal(ids, expected) and np.array_equal(counts, lengths):
+                    self.encoders[name] = self.encoders[one] = one, encode
                     return one, encode
                 why = f"gives other ids than ours for {self.model_path}"
             if name != "auto":
@@ -122,20 +125,12 @@ def read_model(path):
 
 
 def flattened(lists):
-    """Lists of ids as (ids one after another, uint32; ids of each list)."""
+    """Lists or arrays of ids as (ids one after another, uint32; ids of each)."""
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
+    if all(isinstance(ids, np.ndarray) for ids in lists):
+        return np.concatenate([np.empty(0, np.uint32), *lists]), counts
     ids = itertools.chain.from_iterable(lists)
     return np.fromiter(ids, np.uint32, int(counts.sum())), counts
-
-
-def by_gigatoken(tokenizer):
-    """encode_batch() of a Tokenizer of gigatoken, as Tokenizer.encoder() describes it."""
-
-    def encode(texts):
-        found = tokenizer.encode_batch(texts, parallel=False).layout
-        return np.asarray(found.content.data), np.diff(np.asarray(found.offsets.data))
-
-    return encode
 
 
 class SentencePiece(Tokenizer):
@@ -172,15 +167,15 @@ class SentencePiece(Tokenizer):
         """It takes "<s>" in a text for BOS: texts that have such a piece go to SentencePiece."""
         import gigatoken
 
-        encode = by_gigatoken(gigatoken.Tokenizer.from_sentencepiece(self.proto))
+        encode = gigatoken.Tokenizer.from_sentencepiece(self.proto).encode
         control = [self.sp.id_to_piece(i) for i in range(self.vocab_size) if self.sp.is_control(i)]
 
-        def encode_all(texts):
-            if any(piece in text for text in texts for piece in control):
-                return flattened(self.sp.encode(texts, num_threads=1))
-            return encode(texts)
+        def ids_of(text):
+            if any(piece in text for piece in control):
+                return np.array(self.sp.encode(text), np.uint32)
+            return encode(text)
 
-        return encode_all
+        return lambda texts: flattened(list(map(ids_of, texts)))
 
     def piece_bytes(self):
         """For each id the bytes it stands for inside a text; BOS and EOS stand for none."""
@@ -300,7 +295,8 @@ class ByteLevel(Tokenizer):
 
         from hftokenizer import byte_level_json  # which imports this file
 
-        return by_gigatoken(gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(self.bpe))))
+        encode = gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(self.bpe))).encode
+        return lambda texts: flattened(list(map(encode, texts)))
 
     def piece_bytes(self):
         """For each id the bytes it stands for inside a text; BOS stands for none."""
