@@ -18,6 +18,7 @@ import heapq
 import json
 import os
 import re
+import struct
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -34,48 +35,54 @@ from workers import in_order, worker_count
 
 TYPE = "byte-level BPE"  # of a file of save()
 PIECE = 1 << 22  # bytes of a file that are counted at a time
-MOST_PRETOKENS = 1 << 22  # different ones that training counts
+MOST_PRETOKENS = 1 << 23  # different ones that training counts
 CACHED = 1 << 17  # stretches of text whose ids an encoder remembers
 BLOCK = 1 << 16  # characters that a stream is encoded in
 # Before a space that something follows every pattern cuts. Cutting there first, and then each
 # different stretch only once by its pattern, is several times as fast
 BEFORE_SPACE = re.compile(r"(?= \S)")
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
-# Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k); <L>, <N> and <S> stand for the letters,
-# numbers and white space of Unicode, as the unicodedata of this Python knows it
+LAST_LETTER = 0x3FFFF  # the planes behind it have no letters, numbers and white space
+# Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k, in the words of Llama 3, which gives the same)
 PATTERNS = {
-    "gpt2": "'(?:[sdmt]|ll|ve|re)| ?[<L>]+| ?[<N>]+| ?[^<S><L><N>]+|[<S>]+(?![^<S>])|[<S>]+",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n<L><N>]?[<L>]+|[<N>]{1,3}| ?[^<S><L><N>]+[\r\n]*|"
-        r"[<S>]*[\r\n]|[<S>]+(?![^<S>])|[<S>]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
 
 
 @cache
-def pattern(name="gpt2"):
-    """The compiled pattern of pre-tokens, of PATTERNS."""
-    ranges = {"L": [], "N": []}
-    for code in range(0x110000):
-        kind = ranges.get(unicodedata.category(chr(code))[0])
-        if kind is None:
+def ranges():
+    """[(first code point, last, class)] of the letters, L, numbers, N, and white space, S."""
+    characters, found = list(map(chr, range(LAST_LETTER + 1))), []
+    white = set(re.findall(f"[{WHITE}]", "".join(characters)))
+    for code, character in enumerate(characters):
+        kind = "S" if character in white else unicodedata.category(character)[0]
+        if character not in white and kind not in "LN":
             continue
-        if kind and kind[-1][1] == code - 1:
-            kind[-1][1] = code
+        if found and found[-1][1:] == (code - 1, kind):
+            found[-1] = (found[-1][0], code, kind)
         else:
-            kind.append([code, code])
-    text = PATTERNS[name].replace("<S>", WHITE)
-    for letter, found in ranges.items():
-        text = text.replace(f"<{letter}>", "".join(f"{chr(a)}-{chr(b)}" for a, b in found))
+            found.append((code, code, kind))
+    return found
+
+
+@cache
+def pattern(name="gpt2"):
+    """
+    A pattern of PATTERNS, compiled, with the classes of Unicode that Python's re has no names for.
+    """
+    text = PATTERNS[name].replace(r"\S", r"[^\s]")
+    classes = {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}
+    for kind, named in classes.items():
+        own = "".join(f"{chr(a)}-{chr(b)}" for a, b, of in ranges() if of == kind)
+        parts = re.split(r"(\[.*?\])", text)  # every second one is a set
+        parts[1::2] = [part.replace(named, own) for part in parts[1::2]]
+        parts[::2] = [part.replace(named, f"[{own}]") for part in parts[::2]]
+        text = "".join(parts)
     return re.compile(text)
-
-
-def regex_of(pattern_name):
-    """A pattern of pre-tokens for engines that know the classes of Unicode by name."""
-    regex = PATTERNS[pattern_name]
-    for ours, theirs in (("L", r"\p{L}"), ("N", r"\p{N}"), ("S", r"\s")):
-        regex = regex.replace(f"[<{ours}>]", theirs).replace(f"<{ours}>", theirs)
-    return regex
 
 
 def split_at(special_tokens):
@@ -463,6 +470,27 @@ class BPETokenizer:
             if i not in special
         )
         return b"".join(lines)
+
+    def c_file(self, bos, eos):
+        """
+        The tokenizer file of run.c, as bytes, little-endian: "bpe1"; the place of the pattern in
+        PATTERNS, the ids bos and eos, the numbers of tokens, merges, special tokens and ranges; of
+        each range of characters the first and the last code point and the class, 1 letters, 2
+        numbers, 3 white space; the ids of the special tokens; of each merge the ids left, right and
+        merged, in their order; each token's length and bytes, without bytes where an id is none.
+        All numbers are uint32. bos begins a text, either of the two ends one.
+        """
+        n = 1 + max(self.vocab)
+        sizes = n, len(self.merges), len(self.special), len(ranges())
+        numbers = [list(PATTERNS).index(self.pattern_name), bos, eos, *sizes]
+        for first, last, kind in ranges():
+            numbers += first, last, 1 + "LNS".index(kind)
+        numbers += self.special.values()
+        for a, b in self.merges:
+            numbers += self.ids[a], self.ids[b], self.ids[a + b]
+        tokens = (self.vocab.get(i, b"") for i in range(n))
+        entries = (struct.pack("<I", len(token)) + token for token in tokens)
+        return b"bpe1" + struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(entries)
 
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):

@@ -160,12 +160,17 @@ def read_override_file(path, namespace, settings):
 
 
 def comments_of(path):
-    """{name: comment} for each top-level `name = value  # comment` line of a source file."""
+    """
+    {name: comment} for each `name = value  # comment` line of a source file that is at the top
+    level, or in the block of `if __name__ == "__main__"` at its end.
+    """
     with open(path, "rb") as f:
         tokens = list(tokenize.tokenize(f.readline))
-    first_on_line, comments = {}, {}
+    first_on_line, comments, indent = {}, {}, 0
     for token in tokens:
-        if token.type == tokenize.NAME and token.start[1] == 0:
+        if token.line.startswith("if __name__"):
+            indent = 4
+        if token.type == tokenize.NAME and token.start[1] in (0, indent):
             first_on_line[token.start[0]] = token.string
         elif token.type == tokenize.COMMENT and token.start[0] in first_on_line:
             comments[first_on_line[token.start[0]]] = token.string.lstrip("# ")

@@ -3,7 +3,7 @@ The tokenizers as Hugging Face's libraries read them: tokenizer.json and tokeniz
 the same ids for every text.
 """
 
-from bpe import regex_of, shown
+from bpe import PATTERNS, shown
 from tokenizer import SPACE, ByteLevel
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -106,7 +106,7 @@ def byte_level_json(bpe, with_bos=False):
     special = {i: text for text, i in bpe.special.items()}
     cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
     if bpe.pattern_name != "gpt2":
-        split = {"type": "Split", "pattern": {"Regex": regex_of(bpe.pattern_name)}}
+        split = {"type": "Split", "pattern": {"Regex": PATTERNS[bpe.pattern_name]}}
         split |= {"behavior": "Isolated", "invert": False}
         cut = {"type": "Sequence", "pretokenizers": [split, cut]}
     bos = next(iter(bpe.special), None)

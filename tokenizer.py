@@ -25,7 +25,7 @@ from collections import Counter
 import numpy as np
 import sentencepiece
 
-from bpe import BPETokenizer, regex_of
+from bpe import PATTERNS, BPETokenizer
 from configurator import UserError, one_sentence_errors
 from files import atomic_write
 
@@ -283,7 +283,7 @@ class ByteLevel(Tokenizer):
         special = set(bpe.special.values())
         ranks = {token: i for i, token in bpe.vocab.items() if i not in special}
         words = {"mergeable_ranks": ranks, "special_tokens": bpe.special}
-        encoding = tiktoken.Encoding("ours", pat_str=regex_of(bpe.pattern_name), **words)
+        encoding = tiktoken.Encoding("ours", pat_str=PATTERNS[bpe.pattern_name], **words)
 
         def encode(texts):
             return flattened(encoding.encode_batch(texts, num_threads=1, allowed_special="all"))

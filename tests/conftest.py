@@ -19,6 +19,7 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+from bpe import PATTERNS, BPETokenizer, train_bpe  # noqa: E402
 from memory import SETTINGS  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 from synth import make_stories  # noqa: E402
@@ -136,7 +137,10 @@ def stories():
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory, stories):
-    """Tokenizers of the practice corpus by size, 105 without byte fallback; .bin files beside."""
+    """
+    Tokenizers of the practice corpus, .bin files beside them: SentencePiece by size, 105 without
+    byte fallback, and byte-level BPE of 600 by the name of its pattern.
+    """
     folder = tmp_path_factory.mktemp("tokenizers")
     found = {}
     for size in (105, 512, 1500):
@@ -144,6 +148,13 @@ def tokenizers(tmp_path_factory, stories):
         path.write_bytes(train_sentencepiece(stories, size)[0])
         found[size] = open_tokenizer(path)
         found[size].export(folder / f"tok{size}.bin")
+    (folder / "stories.txt").write_text("<|endoftext|>".join(stories[:1000]), encoding="utf-8")
+    for name in PATTERNS:
+        special = ["<|endoftext|>", "<|end|>"]
+        vocab, merges = train_bpe(folder / "stories.txt", 600, special, pattern_name=name)
+        BPETokenizer(vocab, merges, special, name).save(folder / f"{name}.model")
+        found[name] = open_tokenizer(folder / f"{name}.model")
+        found[name].export(folder / f"{name}.bin")
     return found
 
 

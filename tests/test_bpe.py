@@ -1,18 +1,23 @@
 """Byte-level BPE: the merges of a slow, obviously right trainer; ids of tokenizers and tiktoken."""
 
 import json
+import os
 import random
-import tracemalloc
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
+from conftest import REPO, TINY, read_log, refused, script
 from test_tokenizer import generated_texts
 
 import bpe
 from bpe import BPETokenizer, train_bpe
 from configurator import UserError
 from corpus import Span
+from tokenizer import open_tokenizer
 
 END = "<|endoftext|>"
 HARD = (
@@ -193,14 +198,33 @@ def test_streams_have_the_ids_of_the_whole(tokenizer, monkeypatch):
         assert list(tokenizer.encode_iterable(pieces)) == expected
 
 
-def test_a_long_stream_needs_little_memory(tokenizer, corpora):
-    lines = corpora["stories"].splitlines(keepends=True)
-    tokenizer.encode(corpora["stories"])
-    tracemalloc.start()
-    n = sum(1 for _ in tokenizer.encode_iterable(line for _ in range(20) for line in lines))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert n > 20 * len(corpora["stories"]) / 6 and peak < 10_000_000
+STREAM = """
+import sys
+from bpe import BPETokenizer
+
+def kilobytes(name):
+    with open("/proc/self/status") as f:
+        return int(next(line for line in f if line.startswith(name)).split()[1])
+
+tokenizer = BPETokenizer.load(sys.argv[1])
+before = kilobytes("VmRSS")
+with open(sys.argv[2], encoding="utf-8", newline="") as f:
+    n = sum(1 for _ in tokenizer.encode_iterable(f))
+print(n, kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_of_50_mb_needs_little_memory(tokenizer, corpora, tmp_path):
+    tokenizer.save(tmp_path / "tok.model")
+    text = corpora["stories"].encode() + b"\n"
+    with open(tmp_path / "text", "wb") as f:
+        for i in range(50_000_000 // len(text) + 1):
+            f.write(b"%d: " % (i * i) + text)
+    words = [sys.executable, "-c", STREAM, tmp_path / "tok.model", tmp_path / "text"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPO)
+    n, added = map(int, done.stdout.split())
+    assert n > 50_000_000 / 8 and added < 100_000, f"{added} kB"
 
 
 def test_files_and_what_is_refused(tokenizer, tmp_path):
@@ -212,9 +236,116 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=r"bad.json is no tokenizer|has no token"):
             BPETokenizer.load(tmp_path / "bad.json")
+    listed = (tmp_path / "tok.vocab").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == 700 and listed[97] == '97\t"a"' and listed[255] == "255\tb'\\xff'"
     with pytest.raises(UserError, match="cannot read"):
         BPETokenizer.load(tmp_path / "none.json")
     with pytest.raises(UserError, match="expected at least 257"):
         train_bpe(tmp_path / "tok.json", 256, [END])
     with pytest.raises(UserError, match="has no token"):
         BPETokenizer(tokenizer.vocab, [*tokenizer.merges, (b"zq", b"qz")])
+
+
+# ---- as a script
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, corpora):
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = corpora["stories"].split(END)
+    (folder / "a.txt").write_text(END.join(texts[:20]), encoding="utf-8", newline="")
+    lines = [json.dumps({"text": text}) for text in texts[20:]]
+    (folder / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_the_script_trains_and_encodes(corpus, tmp_path):
+    model, shards = tmp_path / "my.model", tmp_path / "shards"
+    flags = [f"--source={corpus}", f"--model={model}"]
+    done = script(
+        "bpe.py", "train", *flags, "--vocab_size=400", "--pattern_name=gpt4",
+        "--also_tiktoken", "--also_hf",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokenizer = BPETokenizer.load(model)
+    assert len(tokenizer.vocab) == 400 and tokenizer.special == {END: 399}
+    from tiktoken.load import load_tiktoken_bpe
+    from tokenizers import Tokenizer
+
+    ranks = {token: i for i, token in tokenizer.vocab.items() if i < 399}
+    assert load_tiktoken_bpe(str(tmp_path / "my.tiktoken")) == ranks
+    theirs = Tokenizer.from_file(str(tmp_path / "my.json"))
+    assert theirs.encode(HARD + END).ids == tokenizer.encode(HARD + END)
+
+    done = script("bpe.py", "encode", *flags, f"--out={shards}")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((shards / "shards.json").read_text())
+    assert meta["complete"] and meta["dtype"] == "uint16" and meta["vocab_size"] == 400
+    ids = np.concatenate([np.fromfile(shards / s["name"], "<u2") for s in meta["shards"]])
+    starts = np.flatnonzero(ids == 399)
+    found = [tokenizer.decode(part.tolist()[1:]) for part in np.split(ids, starts[1:])]
+    texts = (corpus / "a.txt").read_text(encoding="utf-8").split(END)
+    lines = (corpus / "b.jsonl").read_text(encoding="utf-8").split("\n")
+    texts += [json.loads(line)["text"] for line in lines]
+    assert [text.strip() for text in found] == [text.strip() for text in texts]
+
+    done = script("bpe.py", "encode", *flags, f"--out={tmp_path / 'ids.npy'}", "--num_workers=2")
+    assert done.returncode == 0, done.stderr
+    ids, end = np.load(tmp_path / "ids.npy"), tokenizer.special[END]
+    expected = tokenizer.encode((corpus / "a.txt").read_text(encoding="utf-8"))
+    for text in texts[20:]:
+        expected += [end, *tokenizer.encode(text.strip())]
+    assert ids.dtype == np.uint16 and ids.tolist() == expected
+
+
+def test_what_the_script_refuses(corpus, tmp_path):
+    model = f"--model={tmp_path / 'my.model'}"
+    for words, part in (
+        ([], "expected one of: train, encode"),
+        (["train", model], "--source=PATH is missing"),
+        (["train", model, f"--source={tmp_path / 'none'}"], "does not exist"),
+        (["train", model, f"--source={corpus}", "--vocab_size=256"], "expected at least 257"),
+        (["train", model, f"--source={corpus}", "--pattern_name=gpt3"], "expected gpt2 or gpt4"),
+        (["train", f"--model={corpus}", f"--source={corpus}"], "is a folder"),
+        (["encode", model, f"--source={corpus}", "--out=x.npy"], "does not exist"),
+        (["encode", model, f"--source={corpus}"], "--out=PATH is missing"),
+        (["encode", "--num_workers=-1", model, f"--source={corpus}"], "is missing"),
+    ):
+        refused(script("bpe.py", *words, cwd=tmp_path), part)
+    assert os.listdir(tmp_path) == []
+    done = script("bpe.py", "--help")
+    assert done.returncode == 0 and "--pattern_name=gpt2" in done.stdout
+    assert "256 bytes, merges and special tokens together" in done.stdout
+
+
+def test_from_text_to_a_story(practice, tmp_path, run):
+    """A model trained on such a vocabulary tells the same tokens by ./run and by PyTorch."""
+    flags = ["--vocab_size=500", f"--data_dir={practice}"]
+    for words in (["train_vocab"], ["pretokenize"]):
+        done = script("tinystories.py", *words, *flags, "--tokenizer=bpe")
+        assert done.returncode == 0, done.stderr
+    hint = f"--vocab_source=bpe --vocab_size=500 --data_dir={practice}"
+    assert f"next: python train.py {hint}" in done.stdout
+    out = tmp_path / "out"
+    words = [*TINY, *hint.split(), "--vocab_size=500", f"--out_dir={out}", "--max_iters=40"]
+    done = script("train.py", *words)
+    assert done.returncode == 0, done.stderr
+    end = [line for line in read_log(out) if line["kind"] == "eval"][-1]
+    assert end["val_bpb"] < 3 and end["val_loss"] < 5
+    for prompt in ("Once upon a time", 'Zoë saw  2 dogs.\n\n"Hi!" 😀', ""):
+        told = script(
+            "sample.py", f"--out_dir={out}", f"--start={prompt}", "--temperature=0",
+            "--max_new_tokens=40",
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+        tokens = len(open_tokenizer(out / "tokenizer.model").encode(prompt)) + 40
+        by_c = run(out / "model.bin", "-t", "0", "-i", prompt, "-n", min(tokens, 64))
+        assert by_c.returncode == 0, by_c.stderr
+        assert by_c.stdout.decode().strip()[:60] == told.stdout.strip()[:60] != ""
+    refused(
+        script("tinystories.py", "pretokenize", *flags, "--tokenizer=word"),
+        "expected sentencepiece or bpe",
+    )
+    flags[0] = "--vocab_size=30000"
+    refused(script("tinystories.py", "train_vocab", *flags, "--tokenizer=bpe"), "tokens only")
+    assert not (practice / "bpe30000.model").exists()

@@ -52,21 +52,18 @@ def test_llama_cpp_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name,
         assert peer_ids == told and len(told) == 64
 
 
-@pytest.mark.parametrize("size", [512, 1500])
-def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, size):
+@pytest.mark.parametrize("which", [512, 1500, "gpt2", "gpt4"])
+def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, which):
     """Ours, llama.cpp's, run.c's and AutoTokenizer's on thousands of lines."""
     from transformers import AutoTokenizer
 
-    tokenizer, path, model = (
-        tokenizers[size],
-        tmp_path / "model.gguf",
-        random_model(vocab_size=size),
-    )
+    tokenizer, path = tokenizers[which], tmp_path / "model.gguf"
+    model = sized(tokenizer)
     gguffile.write_gguf(model, path, "fp32", tokenizer, {})
     huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizer, {})
     auto = AutoTokenizer.from_pretrained(tmp_path / "hf")
     peer = llama(path, vocab_only=True, n_ctx=32)
-    texts = [*generated_texts(4000, seed=size)]
+    texts = [*generated_texts(4000, seed=5)]
     texts += [c * n for c in ("a", " ", "\n", "ha", "é") for n in range(24)]
     bytes_ = [text.encode() for text in texts]
     in_c = c_ids(builds, tokenizer, bytes_)
@@ -74,6 +71,19 @@ def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, size):
         ids = tokenizer.encode(text)
         assert theirs == ids and peer.tokenize(text) == ids, text
         assert auto(text.decode())["input_ids"] == ids, text
+
+
+def test_a_byte_level_story_ends_there_too(tmp_path, tokenizers):
+    from llama_cpp import llama_cpp
+
+    tokenizer, path = tokenizers["gpt2"], tmp_path / "model.gguf"
+    gguffile.write_gguf(sized(tokenizer), path, "fp32", tokenizer, {})
+    peer = llama(path, vocab_only=True, n_ctx=32)
+    vocab = llama_cpp.llama_model_get_vocab(peer.model)
+    assert llama_cpp.llama_vocab_is_eog(vocab, tokenizer.bos_id)
+    assert peer.token_bos() == peer.token_eos() == tokenizer.bos_id
+    text = "a<|endoftext|> b<|end|>"
+    assert peer.tokenize(text.encode(), special=True) == tokenizer.encode(text)
 
 
 def test_a_story_ends_where_the_next_begins(tmp_path, tokenizers):

@@ -5,7 +5,9 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 
+import numpy as np
 import pytest
 import sentencepiece
 from conftest import REPO, bin_of, refused, script
@@ -105,6 +107,62 @@ def test_with_byte_fallback_every_text_comes_back(tokenizers, size):
         assert tokenizer.sp.decode(tokenizer.encode(text)) == same
         if text:
             assert tokenizer.bytes_in(tokenizer.encode(text)) == len(same.encode())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt4"])
+def test_byte_level_text_comes_back(tokenizers, name):
+    tokenizer = tokenizers[name]
+    for text in generated_texts(500, seed=9):
+        ids = tokenizer.encode(text)
+        assert ids[0] == tokenizer.bos_id and tokenizer.decode(ids) == text
+        assert tokenizer.bytes_in(ids) == len(text.encode())
+    assert tokenizer.encode("a<|end|>", eos=True)[-2:] == [599, 598] == [599, tokenizer.bos_id]
+    assert tokenizer.encode(b"\xff") == tokenizer.encode("\ufffd")
+
+
+@pytest.mark.parametrize("which", [105, 512, 1500, "gpt2", "gpt4"])
+def test_every_encoder_gives_our_ids(tokenizers, which):
+    """Those that are installed; gigatoken reads no vocabulary without byte pieces."""
+    tokenizer = tokenizers[which]
+    texts = [*generated_texts(3000, seed=11), "<s>", "a</s>b", "<unk>", "\0", "a" * 3000, "\n" * 50]
+    texts += ["<|endoftext|><|end|>", "x<|end|> <|end", " " * 100 + "x", "İ'S it'ſ 'LL \u212a"]
+    expected = [tokenizer.encode(text) for text in texts]
+    for name in tokenizer.ENCODERS:
+        if (which, name) == (105, "gigatoken"):
+            with pytest.raises(UserError, match="encoder gigatoken cannot read"):
+                tokenizer.encoder(name)
+            continue
+        assert tokenizer.encoder(name)[0] == name
+        encode = tokenizer.encoder(name)[1]
+        ids, counts = encode(texts)
+        assert ids.dtype == np.uint32
+        found = [[tokenizer.bos_id, *part] for part in np.split(ids, np.cumsum(counts)[:-1])]
+        for text, one, other in zip(texts, found, expected, strict=True):
+            assert one == other, (name, text)
+        assert tokenizer.encode_flat(texts, encode).tolist() == sum(expected, [])  # noqa: RUF017
+        assert encode([])[0].tolist() == [] and tokenizer.encode_flat(["", ""], encode).size == 2
+    assert tokenizer.encoder()[0] == tokenizer.ENCODERS[which == 105]
+    with pytest.raises(UserError, match="expected auto, gigatoken"):
+        tokenizer.encoder("fast")
+
+
+def test_an_encoder_that_differs_is_not_used(tokenizers, monkeypatch):
+    tokenizer = open_tokenizer(tokenizers[512].model_path)
+    off_by_one = lambda texts: ((found := tokenizer.by_sentencepiece()(texts))[0] + 1, found[1])  # noqa: E731
+    monkeypatch.setattr(tokenizer, "by_gigatoken", lambda: off_by_one)
+    assert tokenizer.encoder()[0] == "sentencepiece"
+    with pytest.raises(UserError, match="gives other ids than ours"):
+        tokenizer.encoder("gigatoken")
+
+
+def test_without_the_libraries(tokenizers, monkeypatch):
+    for module in ("gigatoken", "tiktoken"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert open_tokenizer(tokenizers[512].model_path).encoder()[0] == "sentencepiece"
+    tokenizer = open_tokenizer(tokenizers["gpt2"].model_path)
+    assert tokenizer.encoder()[0] == "own"
+    with pytest.raises(UserError, match="is not installed: pip install tiktoken"):
+        tokenizer.encoder("tiktoken")
 
 
 def test_the_c_file_is_llama2cs_layout(tokenizers):
