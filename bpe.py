@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import struct
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,8 @@ CACHED = 1 << 18  # pre-tokens whose ids an encoder remembers
 PIECE = 1 << 16  # characters that a stream is encoded in
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 # Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k); <L>, <N> and <S> stand for the letters,
-# numbers and white space of Unicode, as the unicodedata of this Python knows it
+# numbers and white space of Unicode, as the unicodedata of this Python knows it. run.c has matchers
+# of its own, and knows them by their place
 PATTERNS = {
     "gpt2": "'(?:[sdmt]|ll|ve|re)| ?[<L>]+| ?[<N>]+| ?[^<S><L><N>]+|[<S>]+(?![^<S>])|[<S>]+",
     "gpt4": (
@@ -41,20 +43,29 @@ PATTERNS = {
 
 
 @cache
+def ranges():
+    """[(first code point, last, class)] of the letters, L, numbers, N, and white space, S."""
+    characters, found = list(map(chr, range(0x110000))), []
+    white = set(re.findall(f"[{WHITE}]", "".join(characters)))
+    for code, character in enumerate(characters):
+        category = unicodedata.category(character)[0]
+        kind = "S" if character in white else category
+        if kind == category and category not in "LN":
+            continue
+        if found and found[-1][1:] == (code - 1, kind):
+            found[-1] = (found[-1][0], code, kind)
+        else:
+            found.append((code, code, kind))
+    return found
+
+
+@cache
 def pattern(name="gpt2"):
     """The compiled pattern of pre-tokens, of PATTERNS."""
-    ranges = {"L": [], "N": []}
-    for code in range(0x110000):
-        kind = ranges.get(unicodedata.category(chr(code))[0])
-        if kind is None:
-            continue
-        if kind and kind[-1][1] == code - 1:
-            kind[-1][1] = code
-        else:
-            kind.append([code, code])
-    text = PATTERNS[name].replace("<S>", WHITE)
-    for letter, found in ranges.items():
-        text = text.replace(f"<{letter}>", "".join(f"{chr(a)}-{chr(b)}" for a, b in found))
+    text = PATTERNS[name]
+    for kind in "LNS":
+        own = "".join(f"{chr(a)}-{chr(b)}" for a, b, of in ranges() if of == kind)
+        text = text.replace(f"<{kind}>", own)
     return re.compile(text)
 
 
@@ -322,6 +333,27 @@ class BPETokenizer:
         }
         with atomic_write(path, "w") as f:
             json.dump(value, f)
+
+    def c_file(self, bos, eos):
+        """
+        The tokenizer file of run.c, as bytes, little-endian: "bpe1"; the place of the pattern in
+        PATTERNS, the ids bos and eos, the numbers of tokens, merges, special tokens and ranges; of
+        each range of characters the first and the last code point and the class, 1 letters, 2
+        numbers, 3 white space; the ids of the special tokens; of each merge the ids left, right and
+        merged, in their order; each token's length and bytes, without bytes where an id is none.
+        All numbers are uint32. bos begins a text, either of the two ends one.
+        """
+        n = 1 + max(self.vocab)
+        sizes = n, len(self.merges), len(self.special), len(ranges())
+        numbers = [list(PATTERNS).index(self.pattern_name), bos, eos, *sizes]
+        for first, last, kind in ranges():
+            numbers += first, last, 1 + "LNS".index(kind)
+        numbers += self.special.values()
+        for a, b in self.merges:
+            numbers += self.ids[a], self.ids[b], self.ids[a + b]
+        tokens = (self.vocab.get(i, b"") for i in range(n))
+        entries = (struct.pack("<I", len(token)) + token for token in tokens)
+        return b"bpe1" + struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(entries)
 
     @classmethod
     def load(cls, path):
