@@ -43,7 +43,8 @@ BLOCK = 1 << 16  # characters that a stream is encoded in
 BEFORE_SPACE = re.compile(r"(?= \S)")
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 LAST_LETTER = 0x3FFFF  # the planes behind it have no letters, numbers and white space
-# Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k, in the words of Llama 3, which gives the same)
+# Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k, in Llama 3's words, which cut the same).
+# run.c has matchers of its own, and knows them by their place
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (

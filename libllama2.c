@@ -46,6 +46,10 @@ int llama_vocab_size(const Llama *l) { return l->model.config.vocab_size; }
 
 int llama_n_positions(const Llama *l) { return (int)l->model.n_positions; }
 
+int llama_bos(const Llama *l) { return l->tokenizer.bos; }
+
+int llama_eos(const Llama *l) { return l->tokenizer.eos; }
+
 int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
     jmp_buf caller;
     on_error.caller = &caller;
@@ -67,8 +71,7 @@ int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
     Printer printer = {.text = text, .room = room > 0 ? (size_t)room : 0};
     for (int i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= l->model.config.vocab_size) return -1;
-        if (tokens[i] == BOS || tokens[i] == EOS) continue;
-        print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == BOS);
+        print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == l->tokenizer.bos);
     }
     print_rest(&printer);
     return printer.n_text > INT_MAX ? -1 : (int)printer.n_text;

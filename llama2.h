@@ -33,6 +33,10 @@ LLAMA2_API Llama *llama_load(const char *model, const char *tokenizer, int n_pos
 LLAMA2_API int llama_vocab_size(const Llama *llama);
 LLAMA2_API int llama_n_positions(const Llama *llama);
 
+// The tokens that begin and end a text; they may be the same one.
+LLAMA2_API int llama_bos(const Llama *llama);
+LLAMA2_API int llama_eos(const Llama *llama);
+
 // The tokens of a text (n bytes of UTF-8), behind a BOS. Returns how many there are, and writes as
 // many of them as there is room for. -1: out of memory.
 LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *tokens, int room);
@@ -49,8 +53,8 @@ LLAMA2_API const float *llama_forward(Llama *llama, const int *tokens, int n, in
 // Start the random numbers of llama_sample() anew; a new Llama has seed 0.
 LLAMA2_API void llama_seed(Llama *llama, uint64_t seed);
 
-// Draw the token behind those of the latest llama_forward(), from its logits, which that uses up. 1
-// (BOS) and 2 (EOS) end a story. -1: there was no llama_forward() since the latest token.
+// Draw the token behind those of the latest llama_forward(), from its logits, which that uses up.
+// llama_bos() and llama_eos() end a story. -1: there was no llama_forward() since the latest token.
 LLAMA2_API int llama_sample(Llama *llama, const LlamaSampling *sampling);
 
 LLAMA2_API void llama_free(Llama *llama);

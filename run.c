@@ -13,7 +13,8 @@
 // To add an architecture option: its field or bit in Config, its range in check_config(), its tensor
 // in lay_out(), its use between embed() and pass(), and the same in modelbin.py and doc/format.md. To
 // add a number format: its row in FORMATS, its kernel in the last part, and the same two. To add an
-// instruction set: its block where the kernels are included.
+// instruction set: its block where the kernels are included. To add a pattern of pre-tokens: its
+// number in load_byte_level(), its matcher in pretoken(), and PATTERNS of bpe.py.
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
@@ -1142,24 +1143,35 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
 }
 
 // ------------------------------------------------------------------------------------------------
-// The tokenizer: SentencePiece BPE, from the file that tokenizer.py writes
+// The tokenizer: SentencePiece BPE, from the file of tokenizer.py, or byte-level BPE, from that of
+// bpe.py. Both cut a text into symbols, characters or bytes, and merge neighbours, the best pair
+// first.
 
-enum { UNK = 0, BOS = 1, EOS = 2, FIRST_PIECE = 3 };
+enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece, whose BOS and EOS are 1 and 2
+enum { OTHER = 1, LETTER = 2, NUMBER = 4, BLANK = 8, NEWLINE = 16, CODE_POINTS = 0x110000 };
 
 typedef struct {
     const uint8_t *bytes;  // inside the file; a space is a plain space
     size_t length;
     float score;  // the higher, the earlier it is merged
+    int id;
 } Piece;
 
 typedef struct {
     File file;
-    int vocab_size;
-    Piece *pieces;      // (vocab_size)
-    int byte_id[256];   // the piece <0xNN> of each byte, or -1
-    bool byte_fallback; // all 256 are there
-    int *table;         // hash table of ids, -1 where free
-    size_t table_size;  // a power of two
+    int vocab_size, bos, eos;
+    Piece *pieces;        // (vocab_size)
+    int byte_id[256];     // the token of each byte, or -1
+    bool byte_fallback;   // all 256 are there
+    const Piece **table;  // hash table of what merging makes, NULL where free: SentencePiece finds
+                          // it by its bytes, byte-level BPE by those of the ids of the two
+    size_t table_size;    // a power of two
+    bool is_byte_level;   // what follows is for byte-level BPE
+    bool is_gpt4;         // the pattern of pre-tokens, see PATTERNS of bpe.py
+    uint8_t *kinds;       // (CODE_POINTS) the kind of each character, one of those above
+    const Piece **special;  // (n_special) tokens that are themselves in a text, never cut or merged
+    size_t n_special;
+    bool starts_special[256];  // with this byte
 } Tokenizer;
 
 // A bounds-checked walk over untrusted bytes.
@@ -1171,10 +1183,37 @@ typedef struct {
 static const uint8_t *take(Cursor *c, size_t n) {
     if (n > c->file->size - c->at)
         die("tokenizer file %s is truncated, or no tokenizer file: at byte %zu it promises %zu "
-            "bytes and has %zu; make it again with tokenizer.py", c->file->path, c->at, n,
+            "bytes and has %zu; make it again from its tokenizer", c->file->path, c->at, n,
             c->file->size - c->at);
     c->at += n;
     return c->file->data + c->at - n;
+}
+
+static uint32_t take_number(Cursor *c, const char *what, size_t least, size_t most) {
+    uint32_t n;
+    memcpy(&n, take(c, 4), 4);
+    if (n < least || n > most)
+        die("tokenizer file %s is damaged: at byte %zu the %s is %u, expected %zu to %zu; make it "
+            "again from its tokenizer", c->file->path, c->at - 4, what, n, least, most);
+    return n;
+}
+
+_Noreturn static void die_damaged(const Tokenizer *t, const char *what, size_t where) {
+    die("tokenizer file %s is damaged: %s %zu; make it again from its tokenizer", t->file.path,
+        what, where);
+}
+
+static void check_n_pieces(const Tokenizer *t, size_t n) {
+    if (n != (size_t)t->vocab_size)
+        die("tokenizer file %s has %zu pieces, but the model's vocabulary has %d: "
+            "give the tokenizer that the model was trained with (-z)", t->file.path, n,
+            t->vocab_size);
+}
+
+static void make_table(Tokenizer *t, size_t n) {
+    t->table_size = 4;
+    while (t->table_size < 2 * n) t->table_size *= 2;
+    t->table = alloc(t->table_size, sizeof *t->table);
 }
 
 static size_t hash_bytes(const uint8_t *bytes, size_t n) {  // FNV-1a
@@ -1183,14 +1222,12 @@ static size_t hash_bytes(const uint8_t *bytes, size_t n) {  // FNV-1a
     return (size_t)(h ^ (h >> 32));
 }
 
-// The slot of a piece in the table: the one that holds it, or the free one where it belongs.
-static size_t find_slot(const Tokenizer *t, const uint8_t *bytes, size_t n) {
+// The slot of bytes in the table: the one that holds them, or the free one where they belong.
+static const Piece **find_slot(const Tokenizer *t, const void *bytes, size_t n) {
     size_t slot = hash_bytes(bytes, n) & (t->table_size - 1);
-    for (; t->table[slot] >= 0; slot = (slot + 1) & (t->table_size - 1)) {
-        const Piece *p = &t->pieces[t->table[slot]];
+    for (const Piece *p; (p = t->table[slot]); slot = (slot + 1) & (t->table_size - 1))
         if (p->length == n && !memcmp(p->bytes, bytes, n)) break;
-    }
-    return slot;
+    return &t->table[slot];
 }
 
 static int hex_digit(uint8_t c) {
@@ -1204,44 +1241,25 @@ static int byte_of_piece(const Piece *p) {
     return high < 0 || low < 0 ? -1 : 16 * high + low;
 }
 
-// A tokenizer of its file, which must hold vocab_size pieces, as many as the model has.
-static Tokenizer load_tokenizer(File file, int vocab_size) {
-    Tokenizer t = {.file = file, .vocab_size = vocab_size};
-    Cursor cursor = {.file = &t.file};
-    take(&cursor, 4);  // the longest piece, which is not needed
-    t.pieces = alloc(vocab_size, sizeof(Piece));
+static void load_sentencepiece(Tokenizer *t, Cursor *c) {
     size_t n = 0;
-    for (; cursor.at < t.file.size; n++) {
-        uint32_t length;
-        Piece p;
-        memcpy(&p.score, take(&cursor, 4), 4);
-        memcpy(&length, take(&cursor, 4), 4);
-        p.length = length;
-        p.bytes = take(&cursor, length);
-        if (n < (size_t)vocab_size) t.pieces[n] = p;
+    t->bos = 1;
+    t->eos = 2;
+    for (; c->at < t->file.size; n++) {
+        Piece p = {.id = (int)n};
+        memcpy(&p.score, take(c, 4), 4);
+        p.length = take_number(c, "length", 0, UINT32_MAX);
+        p.bytes = take(c, p.length);
+        if (n < (size_t)t->vocab_size) t->pieces[n] = p;
     }
-    if (n != (size_t)vocab_size)
-        die("tokenizer file %s has %zu pieces, but the model's vocabulary has %d: "
-            "give the tokenizer that the model was trained with (-z)", file.path, n, vocab_size);
-
-    t.table_size = 4;
-    while (t.table_size < 2 * (size_t)vocab_size) t.table_size *= 2;
-    t.table = alloc(t.table_size, sizeof(int));
-    for (size_t i = 0; i < t.table_size; i++) t.table[i] = -1;
-    for (int b = 0; b < 256; b++) t.byte_id[b] = -1;
-    for (int id = FIRST_PIECE; id < vocab_size; id++) {
-        const Piece *p = &t.pieces[id];
+    check_n_pieces(t, n);
+    make_table(t, n);
+    for (int id = FIRST_PIECE; id < t->vocab_size; id++) {
+        const Piece *p = &t->pieces[id];
         int byte = byte_of_piece(p);
-        if (byte >= 0) t.byte_id[byte] = id;  // never matched by text
-        else t.table[find_slot(&t, p->bytes, p->length)] = id;
+        if (byte >= 0) t->byte_id[byte] = id;  // never matched by text
+        else *find_slot(t, p->bytes, p->length) = p;
     }
-    t.byte_fallback = true;
-    for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
-    return t;
-}
-
-static int find_piece(const Tokenizer *t, const uint8_t *bytes, size_t n) {
-    return t->table[find_slot(t, bytes, n)];
 }
 
 // Bytes of the UTF-8 character at p (n > 0 bytes are there), or 0 where there is no valid one.
@@ -1258,6 +1276,91 @@ static size_t utf8_length(const uint8_t *p, size_t n) {
     return length;
 }
 
+// Whether n bytes, no whole character, could start one: then more may follow.
+static bool utf8_may_continue(const uint8_t *p, size_t n) {
+    uint8_t fill[4] = {p[0], 0x80, 0x80, 0x80};
+    if (p[0] == 0xE0) fill[1] = 0xA0;
+    if (p[0] == 0xF0) fill[1] = 0x90;
+    for (size_t i = 1; i < n; i++) fill[i] = p[i];
+    return utf8_length(fill, 4) > n;
+}
+
+// The layout of the file is at BPETokenizer.c_file() of bpe.py.
+static void load_byte_level(Tokenizer *t, Cursor *c) {
+    t->is_byte_level = true;
+    t->is_gpt4 = take_number(c, "pattern", 0, 1);
+    size_t top = (size_t)t->vocab_size - 1;
+    Cursor ends = *c;  // looked at once the vocabulary is known to be the model's
+    take(c, 2 * 4);
+    check_n_pieces(t, take_number(c, "number of tokens", 0, UINT32_MAX));
+    t->bos = (int)take_number(&ends, "bos", 0, top);
+    t->eos = (int)take_number(&ends, "eos", 0, top);
+    size_t n_merges = take_number(c, "number of merges", 0, 1 << 24);  // exact as a float
+    t->n_special = take_number(c, "number of special tokens", 0, top + 1);
+    size_t n_ranges = take_number(c, "number of ranges", 0, CODE_POINTS);
+
+    t->kinds = alloc(CODE_POINTS, 1);
+    memset(t->kinds, OTHER, CODE_POINTS);
+    for (size_t i = 0, next = 0; i < n_ranges; i++) {
+        size_t first = take_number(c, "start of a range", next, CODE_POINTS - 1);
+        size_t last = take_number(c, "end of a range", first, CODE_POINTS - 1);
+        memset(t->kinds + first, 1 << take_number(c, "class of a range", 1, 3), last - first + 1);
+        next = last + 1;
+    }
+    t->kinds[' '] = BLANK;  // the patterns have these by name
+    t->kinds['\n'] = t->kinds['\r'] = NEWLINE;
+
+    Cursor special = *c, merges = *c;  // looked at once the tokens are known
+    take(c, 4 * t->n_special);
+    merges.at = c->at;
+    take(c, 3 * 4 * n_merges);
+    for (int i = 0; i < t->vocab_size; i++) {
+        size_t length = take_number(c, "length", 0, UINT32_MAX);
+        t->pieces[i] = (Piece){.bytes = take(c, length), .length = length, .id = i};
+        if (length == 1) t->byte_id[*t->pieces[i].bytes] = i;
+    }
+    if (c->at < t->file.size) die_damaged(t, "its last token ends before its end, at byte", c->at);
+    for (size_t b = 0; b < 256; b++)
+        if (t->byte_id[b] < 0) die_damaged(t, "it has no token for the byte", b);
+
+    t->special = alloc(t->n_special, sizeof *t->special);
+    for (size_t i = 0; i < t->n_special; i++) {
+        const Piece *p = t->special[i] = &t->pieces[take_number(&special, "special token", 0, top)];
+        size_t at = 0;
+        for (size_t size = 1; size && at < p->length; at += size)
+            size = utf8_length(p->bytes + at, p->length - at);
+        if (!at || at < p->length) die_damaged(t, "this special token is no text:", (size_t)p->id);
+        t->starts_special[*p->bytes] = true;
+    }
+    make_table(t, n_merges);
+    Piece *merged = alloc(n_merges, sizeof *merged);
+    for (size_t i = 0; i < n_merges; i++) {
+        const uint8_t *ids = merges.file->data + merges.at;
+        const Piece *left = &t->pieces[take_number(&merges, "left token of a merge", 0, top)];
+        const Piece *right = &t->pieces[take_number(&merges, "right token of a merge", 0, top)];
+        const Piece *both = &t->pieces[take_number(&merges, "token of a merge", 0, top)];
+        if (!left->length || !right->length || both->length != left->length + right->length ||
+            memcmp(both->bytes, left->bytes, left->length) ||
+            memcmp(both->bytes + left->length, right->bytes, right->length))
+            die_damaged(t, "its tokens do not join in merge", i);
+        merged[i] = (Piece){ids, 8, -(float)i, both->id};
+        *find_slot(t, ids, 8) = &merged[i];
+    }
+}
+
+// A tokenizer of its file, which must hold vocab_size pieces, as many as the model has.
+static Tokenizer load_tokenizer(File file, int vocab_size) {
+    Tokenizer t = {.file = file, .vocab_size = vocab_size, .byte_fallback = true};
+    Cursor cursor = {.file = &t.file};
+    t.pieces = alloc(vocab_size, sizeof(Piece));
+    for (int b = 0; b < 256; b++) t.byte_id[b] = -1;
+    // SentencePiece has its longest piece there, which is not needed
+    if (!memcmp(take(&cursor, 4), "bpe1", 4)) load_byte_level(&t, &cursor);
+    else load_sentencepiece(&t, &cursor);
+    for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
+    return t;
+}
+
 typedef struct {
     const uint8_t *bytes;
     size_t length;   // 0 once it is merged into its left neighbour
@@ -1267,6 +1370,7 @@ typedef struct {
 
 typedef struct {
     float score;
+    int id;  // of what merging makes
     size_t left, right;
     size_t length;  // of both together when it was found; a pair that has changed since is void
 } Pair;
@@ -1299,71 +1403,164 @@ static Pair pop(Heap *h) {
     return top;
 }
 
-static void push_if_piece(const Tokenizer *t, Heap *h, const Symbol *s, ptrdiff_t left,
-                          ptrdiff_t right) {
+static void push_if_merged(const Tokenizer *t, Heap *h, const Symbol *s, ptrdiff_t left,
+                           ptrdiff_t right) {
     if (left < 0 || right < 0) return;
     size_t length = s[left].length + s[right].length;  // the two are neighbours in memory
-    int id = find_piece(t, s[left].bytes, length);
-    if (id >= 0) push(h, (Pair){t->pieces[id].score, (size_t)left, (size_t)right, length});
+    const Piece *p = t->is_byte_level ? *find_slot(t, (int[]){s[left].id, s[right].id}, 8)
+                                      : *find_slot(t, s[left].bytes, length);
+    if (p) push(h, (Pair){p->score, p->id, (size_t)left, (size_t)right, length});
 }
 
-// SentencePiece's normalisation without rules: a space in front, U+2581 is a space, a byte that is
-// no UTF-8 becomes U+FFFD. Returns the bytes; *n is how many there are.
-static uint8_t *normalize(const char *text, size_t left, size_t *n) {
+// Text as it is cut: what is no UTF-8 becomes U+FFFD, one for each longest broken start as in
+// Python, or, as in SentencePiece, for each byte; that also has a space in front, and takes U+2581
+// for one. Returns the bytes; *n is how many there are.
+static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, size_t *n) {
     const uint8_t *in = (const uint8_t *)text;
     size_t at = 0;
     uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // a broken byte grows to three
-    if (left) out[at++] = ' ';
+    if (left && !t->is_byte_level) out[at++] = ' ';
     while (left) {
-        size_t length = utf8_length(in, left), size = length ? length : 3;
-        const void *from = length ? (const void *)in : "\xEF\xBF\xBD";
-        if (length == 3 && !memcmp(in, "\xE2\x96\x81", 3)) from = " ", size = 1;
+        size_t length = utf8_length(in, left), size = length;
+        const void *from = in;
+        if (!length) {
+            from = "\xEF\xBF\xBD", size = 3, length = 1;
+            while (t->is_byte_level && length < left && utf8_may_continue(in, length + 1)) length++;
+        } else if (!t->is_byte_level && length == 3 && !memcmp(in, "\xE2\x96\x81", 3)) {
+            from = " ", size = 1;
+        }
         memcpy(out + at, from, size);
         at += size;
-        in += length ? length : 1;
-        left -= length ? length : 1;
+        in += length;
+        left -= length;
     }
     *n = at;
     return out;
 }
 
+// The symbols of a text for SentencePiece, its characters. Returns how many there are.
+static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
+    size_t n = 0;
+    for (size_t at = 0; at < n_bytes; at += s[n++].length) {
+        size_t size = utf8_length(p + at, n_bytes - at);
+        const Piece *piece = *find_slot(t, p + at, size);
+        s[n] = (Symbol){p + at, size, (ptrdiff_t)n - 1, (ptrdiff_t)n + 1, piece ? piece->id : -1};
+    }
+    if (n) s[n - 1].next = -1;
+    return n;
+}
+
+// Bytes of the longest run at p of characters of these kinds, `most` at the most.
+static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, size_t most) {
+    size_t at = 0;
+    for (size_t size; at < n && most > 0; at += size, most--) {
+        size = utf8_length(p + at, n - at);
+        uint32_t code = p[at] & (size == 1 ? 0x7F : 0x7F >> size);
+        for (size_t i = 1; i < size; i++) code = code << 6 | (p[at + i] & 0x3F);
+        if (!(t->kinds[code] & kinds)) break;
+    }
+    return at;
+}
+
+// Bytes of a contraction's end, such as 've, at p, or 0. Where case does not count, U+017F is an s.
+static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
+    static const char *const endings[] = {"s", "d", "m", "t", "ll", "ve", "re", "\xC5\xBF"};
+    for (size_t e = 0; n && *p == '\'' && e < (any_case ? 8 : 7); e++) {
+        size_t length = strlen(endings[e]), i = 0;
+        for (; i < length && i + 1 < n; i++) {
+            bool is_upper = any_case && p[i + 1] >= 'A' && p[i + 1] <= 'Z';
+            if (p[i + 1] + (is_upper ? 'a' - 'A' : 0) != (uint8_t)endings[e][i]) break;
+        }
+        if (i == length) return 1 + length;
+    }
+    return 0;
+}
+
+// Bytes of the pre-token at p, by the first alternative of PATTERNS of bpe.py that fits. Each run
+// is as long as can be; only white space gives some back, up to a newline or for the lookahead.
+static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
+    size_t space = *p == ' ', length = contraction(p, n, t->is_gpt4);
+    if (length) return length;
+    size_t before = t->is_gpt4 ? span(t, p, n, OTHER | BLANK, 1) : space;
+    if ((length = span(t, p + before, n - before, LETTER, n))) return before + length;
+    before = t->is_gpt4 ? 0 : space;
+    if ((length = span(t, p + before, n - before, NUMBER, t->is_gpt4 ? 3 : n)))
+        return before + length;
+    if ((length = span(t, p + space, n - space, OTHER, n))) {
+        length += space;
+        return length + (t->is_gpt4 ? span(t, p + length, n - length, NEWLINE, n) : 0);
+    }
+    size_t white = span(t, p, n, BLANK | NEWLINE, n), end = t->is_gpt4 ? white : 0;
+    while (end && p[end - 1] != '\n' && p[end - 1] != '\r') end--;
+    if (end) return end;
+    if (white == n) return n;
+    for (end = white - 1; (p[end] & 0xC0) == 0x80;) end--;
+    return end ? end : white;  // the last character is left to what follows, unless it is alone
+}
+
+// The longest special token at p, or NULL.
+static const Piece *special_at(const Tokenizer *t, const uint8_t *p, size_t n) {
+    const Piece *best = NULL;
+    for (size_t i = 0; t->starts_special[*p] && i < t->n_special; i++) {
+        const Piece *s = t->special[i];
+        bool is_longer = !best || s->length > best->length;
+        if (is_longer && s->length <= n && !memcmp(s->bytes, p, s->length)) best = s;
+    }
+    return best;
+}
+
+// The symbols of a text for byte-level BPE: special tokens, and the bytes of the pre-tokens between
+// them, which have neighbours in the same pre-token only. Returns how many there are.
+static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
+    size_t n = 0;
+    for (size_t at = 0, end = 0; at < n_bytes; at = end) {
+        const Piece *special = NULL;
+        while (end < n_bytes && !(special = special_at(t, p + end, n_bytes - end))) end++;
+        for (size_t size; at < end; at += size) {
+            size = pretoken(t, p + at, end - at);
+            for (size_t i = 0; i < size; i++, n++)
+                s[n] = (Symbol){p + at + i, 1, i ? (ptrdiff_t)n - 1 : -1,
+                                i + 1 < size ? (ptrdiff_t)n + 1 : -1, t->byte_id[p[at + i]]};
+        }
+        if (!special) break;
+        s[n++] = (Symbol){p + end, special->length, -1, -1, special->id};
+        end += special->length;
+    }
+    return n;
+}
+
 enum { MOST_TOKENS = 3, AND_MORE = 2 };  // of a text: so many a byte, a space and a BOS
 
-// Cut text into tokens behind a BOS, with the ids that SentencePiece gives. Returns the tokens, the
-// latest block; *n_tokens is how many there are. O(n log n): each merge is found through a heap.
+// Cut text into tokens behind a BOS, with the ids that SentencePiece or bpe.py gives. Returns the
+// tokens, the latest block; *n_tokens is how many there are. O(n log n): each merge is found
+// through a heap.
 static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
     int *tokens = alloc(MOST_TOKENS * (uint64_t)length + AND_MORE, sizeof(int));
     const Block *kept = blocks;
     size_t n_bytes;
-    uint8_t *bytes = normalize(text, length, &n_bytes);
+    uint8_t *bytes = normalize(t, text, length, &n_bytes);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
     Heap heap = {.pairs = alloc(n_bytes, 3 * sizeof(Pair))};  // one a neighbour, two a merge
-    size_t n = 0;
-    for (size_t at = 0; at < n_bytes; at += symbols[n++].length) {
-        size_t size = utf8_length(bytes + at, n_bytes - at);
-        symbols[n] = (Symbol){bytes + at, size, (ptrdiff_t)n - 1, (ptrdiff_t)n + 1,
-                              find_piece(t, bytes + at, size)};
-    }
-    if (n) symbols[n - 1].next = -1;
-    for (size_t i = 0; i + 1 < n; i++)
-        push_if_piece(t, &heap, symbols, (ptrdiff_t)i, (ptrdiff_t)i + 1);
+    size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);
+    for (size_t i = 0; i < n; i++)
+        push_if_merged(t, &heap, symbols, (ptrdiff_t)i, symbols[i].next);
     while (heap.n) {
         Pair pair = pop(&heap);
         Symbol *l = &symbols[pair.left], *r = &symbols[pair.right];
         if (!l->length || !r->length || l->length + r->length != pair.length) continue;
         l->length += r->length;
-        l->id = find_piece(t, l->bytes, l->length);
+        l->id = pair.id;
         l->next = r->next;
         r->length = 0;
         if (l->next >= 0) symbols[l->next].prev = (ptrdiff_t)pair.left;
-        push_if_piece(t, &heap, symbols, l->prev, (ptrdiff_t)pair.left);
-        push_if_piece(t, &heap, symbols, (ptrdiff_t)pair.left, l->next);
+        push_if_merged(t, &heap, symbols, l->prev, (ptrdiff_t)pair.left);
+        push_if_merged(t, &heap, symbols, (ptrdiff_t)pair.left, l->next);
     }
 
     size_t n_out = 0;
-    tokens[n_out++] = BOS;
-    for (ptrdiff_t i = n ? 0 : -1; i >= 0; i = symbols[i].next) {
-        const Symbol *s = &symbols[i];
+    tokens[n_out++] = t->bos;
+    for (const Symbol *s = symbols; s < symbols + n; s++) {
+        if (!s->length) continue;
         if (s->id >= 0) {
             tokens[n_out++] = s->id;
         } else if (t->byte_fallback) {
@@ -1388,15 +1585,6 @@ typedef struct {
     uint8_t pending[4];
     size_t n;
 } Printer;
-
-// Whether n bytes, no whole character, could start one: then more may follow.
-static bool utf8_may_continue(const uint8_t *p, size_t n) {
-    uint8_t fill[4] = {p[0], 0x80, 0x80, 0x80};
-    if (p[0] == 0xE0) fill[1] = 0xA0;
-    if (p[0] == 0xF0) fill[1] = 0x90;
-    for (size_t i = 1; i < n; i++) fill[i] = p[i];
-    return utf8_length(fill, 4) > n;
-}
 
 static void put(Printer *p, const void *bytes, size_t n) {
     if (p->out) {
@@ -1435,17 +1623,18 @@ static void print_rest(Printer *p) {
     p->n = 0;
 }
 
-// Print the text of one token; `first` says that it is the first of its text, whose space, put
-// there by encoding, is left out.
+// Print the text of one token; BOS and EOS have none. `first` says that it is the first of its
+// text, whose space, put there by SentencePiece, is left out.
 static void print_token(const Tokenizer *t, Printer *printer, int token, bool first) {
     const Piece *p = &t->pieces[token];
-    int byte = byte_of_piece(p);
-    if (token == UNK) {
+    if (token == t->bos || token == t->eos) return;
+    int byte = t->is_byte_level || token < FIRST_PIECE ? -1 : byte_of_piece(p);
+    if (!t->is_byte_level && token == UNK) {
         print_bytes(printer, (const uint8_t *)" \xE2\x81\x87 ", 5);
-    } else if (byte >= 0 && token >= FIRST_PIECE) {
+    } else if (byte >= 0) {
         print_bytes(printer, &(uint8_t){(uint8_t)byte}, 1);
     } else {
-        size_t skip = first && p->length && p->bytes[0] == ' ';
+        size_t skip = !t->is_byte_level && first && p->length && p->bytes[0] == ' ';
         print_bytes(printer, p->bytes + skip, p->length - skip);
     }
 }
@@ -1616,11 +1805,12 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
 }
 
 // Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
-static void draw_next(const Model *m, const Sampler *sampler, Story *s, float *logits) {
+static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler, Story *s,
+                      float *logits) {
     Sampler own = *sampler;
     own.candidates += (size_t)omp_get_thread_num() * m->config.vocab_size;
     int token = sample(&own, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
-    if (token == BOS || token == EOS) s->is_done = true;
+    if (token == t->bos || token == t->eos) s->is_done = true;
     else s->tokens[s->n++] = token;
     if (s->n > m->n_positions) s->is_done = true;
 }
@@ -1672,12 +1862,12 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
     }
     for (size_t n = n_stories;;) {
         if (n_stories == 1) {
-            draw_next(m, sampler, stories, logits_of(m, 0));
+            draw_next(m, tokenizer, sampler, stories, logits_of(m, 0));
             print_story(tokenizer, &printer, stories);
         } else {
             OMP(parallel for num_threads(m->n_active))
             for (size_t i = 0; i < n; i++)
-                draw_next(m, sampler, &stories[steps[i].story], logits_of(m, i));
+                draw_next(m, tokenizer, sampler, &stories[steps[i].story], logits_of(m, i));
         }
         n = 0;
         for (size_t i = 0; i < n_stories; i++) {

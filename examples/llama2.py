@@ -10,7 +10,6 @@ import os
 import sys
 
 FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BOS, EOS = 1, 2
 
 
 class Sampling(ctypes.Structure):
@@ -30,6 +29,8 @@ INTS = ctypes.POINTER(ctypes.c_int)
 ARGUMENTS = {
     "vocab_size": [],
     "n_positions": [],
+    "bos": [],
+    "eos": [],
     "encode": [ctypes.c_char_p, ctypes.c_size_t, INTS, ctypes.c_int],
     "decode": [INTS, ctypes.c_int, ctypes.c_char_p, ctypes.c_int],
     "forward": [INTS, ctypes.c_int, ctypes.c_int],
@@ -62,6 +63,7 @@ class Llama:
             raise ValueError(error.value.decode())
         self.vocab_size = c.llama_vocab_size(self.llama)
         self.n_positions = c.llama_n_positions(self.llama)
+        self.stop = c.llama_bos(self.llama), c.llama_eos(self.llama)  # a text ends there
 
     def encode(self, text):
         """The tokens of a str, behind a BOS."""
@@ -105,7 +107,7 @@ class Llama:
             pos = len(tokens) - len(new)
             self.c.llama_forward(self.llama, array, len(new), pos)
             token = self.c.llama_sample(self.llama, ctypes.byref(sampling))
-            if token in (BOS, EOS):
+            if token in self.stop:
                 break
             new = [token]
             tokens += new

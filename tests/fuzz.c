@@ -1,5 +1,6 @@
 // A libFuzzer target of run.c: TARGET 0 takes its bytes for a model file, 1 for a tokenizer file, 2
-// for a text that the tokenizer in the file FUZZ_TOKENIZER encodes. tests/fuzz.py builds and runs it.
+// for a text that the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
+// FUZZ_VOCAB_SIZE tokens, encode. tests/fuzz.py builds and runs it.
 #define main run_main
 #include "../run.c"
 #undef main
@@ -8,7 +9,7 @@ enum { STEPS = 3 };
 
 static void run_model(File file) {
     Model m = load_model(file, STEPS, 1, 1, file.size % 2, file.size % 3 == 0);
-    int tokens[STEPS] = {BOS, 0, m.config.vocab_size - 1};
+    int tokens[STEPS] = {1, 0, m.config.vocab_size - 1};
     float *logits = prefill(&m, tokens, 0, m.n_positions);
     Sampler sampler = {.temperature = 0.5f, .top_p = 0.9f, .min_p = 0.01f, .top_k = 40,
                        .repeat_penalty = 1.1f, .kernels = m.kernels,
@@ -45,18 +46,23 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 #if TARGET == 0
     run_model(file);
 #elif TARGET == 1
-    // the first byte says how many pieces are expected, the last ones are the text
+    // the first byte says how many pieces are expected, three times that and three; the last ones
+    // are the text
     size_t text = size - 1 < 16 ? size - 1 : 16;
     file.data++;
     file.size -= 1 + text;
     if (file.size) {
-        Tokenizer t = load_tokenizer(file, 3 + data[0]);
+        Tokenizer t = load_tokenizer(file, 3 + 3 * data[0]);
         encode_and_decode(&t, (const char *)data + size - text, text);
     }
 #else
-    File tokenizer = open_file(getenv("FUZZ_TOKENIZER"), "tokenizer file");
-    Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
-    encode_and_decode(&t, (const char *)data, size);
+    const char *paths[] = {getenv("FUZZ_TOKENIZER"), getenv("FUZZ_GPT2"),
+                           getenv("FUZZ_GPT4")};
+    for (int i = 0; i < 3; i++) {
+        File tokenizer = open_file(paths[i], "tokenizer file");
+        Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
+        encode_and_decode(&t, (const char *)data, size);
+    }
 #endif
     release_to(NULL);
     return 0;

@@ -10,36 +10,51 @@ Needs clang. Ends with status 1 where one of them finds something; what it found
 import argparse
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 from conftest import EVERYTHING, REPO, random_model
 
+from bpe import PATTERNS, BPETokenizer, train_bpe
 from modelbin import DTYPES, export_model
 from synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
 
 TARGETS = ("model", "tokenizer", "text")
+VOCAB_SIZE = 300
 FLAGS = (
     "-std=c11 -ffp-contract=off -Wno-psabi -g -O1 -fsanitize=fuzzer,address,undefined "
     "-fno-sanitize-recover=all -Wno-unused-function"
 ).split()
 
 
-def make_seeds(folder, tokenizer):
-    """A few small files of each kind, as a user would have them."""
+def with_few_ranges(data):
+    """A tokenizer file of bpe.py with its first ranges of characters alone, so that it is small."""
+    n = struct.unpack_from("<I", data, 28)[0]
+    return data[:28] + struct.pack("<I", min(n, 20)) + data[32 : 32 + 240] + data[32 + 12 * n :]
+
+
+def make_seeds(folder, files):
+    """A few small files of each kind, as a user would have them; tokenizers of VOCAB_SIZE."""
     sizes = {"dim": 16, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40}
     options = {"n_kv_heads": 1, "n_layers": 2, "bigram_rows": 8, "value_embeddings": 1}
     for dtype in DTYPES:
         export_model(random_model(**sizes), folder / "model" / f"plain_{dtype}", dtype=dtype)
         model = random_model(**{**EVERYTHING, **sizes, **options})
         export_model(model, folder / "model" / f"all_{dtype}", dtype=dtype)
-    data = Path(tokenizer.model_path).with_suffix(".bin").read_bytes()
-    (folder / "tokenizer" / "whole").write_bytes(
-        bytes([tokenizer.vocab_size - 3]) + data + b"Once upon a time"
-    )
-    texts = ["Once upon a time", "Zo\u00eb \U0001f600 \u2581", "\n\t  ", "<s><0x0A>"]
+    for i, data in enumerate([*files, *map(with_few_ranges, files[1:])]):
+        seed = bytes([(VOCAB_SIZE - 3) // 3]) + data + b"Once upon\n\n 12's"
+        (folder / "tokenizer" / str(i)).write_bytes(seed)
+    texts = [
+        "Once upon a time",
+        "Zo\u00eb \U0001f600 \u2581",
+        "\n\t  ",
+        "<s><0x0A>",
+        "I'LL 123\r\n  .",
+        "<|endoftext|><|end|>",
+    ]
     for i, text in enumerate(texts):
         (folder / "text" / str(i)).write_text(text)
 
@@ -56,15 +71,19 @@ def main():
         (folder / name).mkdir(parents=True, exist_ok=True)
     stories = [item["story"] for item in make_stories(500, seed=1)]
     path = folder / "tokenizer.model"
-    path.write_bytes(train_sentencepiece(stories, 120)[0])
-    tokenizer = open_tokenizer(str(path))
-    tokenizer.export(path.with_suffix(".bin"))
-    make_seeds(folder, tokenizer)
-    environment = {
-        **os.environ,
-        "FUZZ_TOKENIZER": str(path.with_suffix(".bin")),
-        "FUZZ_VOCAB_SIZE": str(tokenizer.vocab_size),
-    }
+    path.write_bytes(train_sentencepiece(stories, VOCAB_SIZE)[0])
+    (folder / "stories.txt").write_text("<|endoftext|>".join(stories))
+    special = ["<|endoftext|>", "<|end|>", "<|"]
+    bpes = [
+        BPETokenizer(*train_bpe(folder / "stories.txt", VOCAB_SIZE, special), special, name)
+        for name in PATTERNS
+    ]
+    files = [open_tokenizer(path).c_file(), *(bpe.c_file(270, 271) for bpe in bpes)]
+    environment = {**os.environ, "FUZZ_VOCAB_SIZE": str(VOCAB_SIZE)}
+    for name, data in zip(("TOKENIZER", "GPT2", "GPT4"), files, strict=True):
+        environment[f"FUZZ_{name}"] = str(folder / f"{name}.bin")
+        (folder / f"{name}.bin").write_bytes(data)
+    make_seeds(folder, files)
     failed = []
     for i, name in enumerate(TARGETS):
         binary = folder / f"fuzz_{name}"

@@ -125,7 +125,7 @@ def test_byte_level_tokenizers_travel_too(tmp_path, tokenizers, to, which, run):
     FORMATS["bin"].write(loaded.model, str(tmp_path / "m" / "m.bin"), "fp32", loaded.tokenizer, {})
     done = run(tmp_path / "m" / "m.bin", "-t", "0", "-i", "Once upon", "-n", "32")
     ids = tokenizer.encode("Once upon")
-    told = [*ids, *model.generate(ids, 32 - len(ids), temperature=0, stop=tokenizer.stop)]
+    told = [*ids, *model.generate(ids, 33 - len(ids), temperature=0, stop=tokenizer.stop)]
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().removesuffix("\n") == tokenizer.decode(told)
 
