@@ -11,6 +11,7 @@ themselves in a text and are never split nor merged.
 
     python bpe.py train --source=text.txt --model=my.model --vocab_size=10000
     python bpe.py encode --source=text.txt --model=my.model --out=shards     # or --out=ids.npy
+    python bpe.py import --vocab_json=vocab.json --merges_txt=merges.txt --model=gpt2.model
 """
 
 import base64
@@ -550,20 +551,35 @@ def byte_of():
 
 
 def train_stage():
-    from hftokenizer import byte_level_json  # which imports this file
-
     check_source()
     if pattern_name not in PATTERNS:
         raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
-    special = [token for token in special_tokens.split(",") if token]
+    special = special_list()
     spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
     vocab, merges = train_on(spans, vocab_size, special, worker_count(num_workers), pattern_name)
     tokenizer = BPETokenizer(vocab, merges, special, pattern_name)
     if len(vocab) < vocab_size:
         print(f"the text has pairs for {len(vocab):,} tokens only")
+    save_stage(tokenizer)
+
+
+def import_stage():
+    for name in ("vocab_json", "merges_txt"):
+        if not globals()[name]:
+            raise UserError(f"--{name}=PATH is missing: GPT-2's vocab.json and merges.txt are read")
+    save_stage(BPETokenizer.from_files(vocab_json, merges_txt, special_list()))
+
+
+def special_list():
+    return list(dict.fromkeys(token for token in special_tokens.split(",") if token))
+
+
+def save_stage(tokenizer):
+    from hftokenizer import byte_level_json  # which imports this file
+
     tokenizer.save(model)
     base = os.path.splitext(model)[0]
-    print(f"wrote {model}, and {base}.vocab to read")
+    print(f"{len(tokenizer.vocab):,} tokens: wrote {model}, and {base}.vocab to read")
     if also_tiktoken:
         with atomic_write(f"{base}.tiktoken") as f:
             f.write(tokenizer.tiktoken_file())
@@ -595,12 +611,12 @@ def check_source():
         raise UserError("--source=PATH is missing: a text, or a folder of .txt, .json or .jsonl")
 
 
-STAGES = {"train": train_stage, "encode": encode_stage}
+STAGES = {"train": train_stage, "encode": encode_stage, "import": import_stage}
 
 if __name__ == "__main__":
-    stage = ""  # train or encode
+    stage = ""  # train, encode or import
     source = ""  # text: a file, or a folder of files, .txt, .json or .jsonl
-    model = "bpe.model"  # the tokenizer, which train writes and encode reads
+    model = "bpe.model"  # the tokenizer, which encode reads and the others write
     num_workers = 0  # processes; 0: one a core
     # train
     vocab_size = 10000  # 256 bytes, merges and special tokens together
@@ -608,6 +624,9 @@ if __name__ == "__main__":
     pattern_name = "gpt2"  # where text is cut into pre-tokens: as for gpt2, or as for gpt4
     also_tiktoken = False  # write the ranks as tiktoken reads them, too
     also_hf = False  # write tokenizer.json for Hugging Face's libraries, too
+    # import
+    vocab_json = ""  # GPT-2's vocab.json
+    merges_txt = ""  # and merges.txt
     # encode
     out = ""  # a folder for shards with their sidecar, or a file ending in .npy for all ids
     valid_source = ""  # text for the first shard, validation; else the first part of source

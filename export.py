@@ -107,7 +107,7 @@ if os.path.exists(target) and (
 
 model, tokenizer, facts = load(source, kind, words.tokenizer)
 if isinstance(tokenizer, FastTokenizer):
-    print(f"note: only tokenizer.model of SentencePiece is exported; {tokenizer.model_path} is not")
+    print(f"note: only a tokenizer.model is exported; {tokenizer.model_path} is not")
     tokenizer = None
 if to == "hf" and tokenizer is None and words.tokenizer != "none":
     raise UserError(

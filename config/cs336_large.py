@@ -1,5 +1,6 @@
 """The large model of CS336's size comparison: d_model 1280, d_ff 5120, 36 layers, 20 heads."""
 
+vocab_source = "bpe"
 vocab_size = 10000
 dim = 1280
 hidden_dim = 5120

@@ -1,5 +1,6 @@
 """The medium model of CS336's size comparison: d_model 1024, d_ff 4096, 24 layers, 16 heads."""
 
+vocab_source = "bpe"
 vocab_size = 10000
 dim = 1024
 hidden_dim = 4096

@@ -1,5 +1,6 @@
 """The small model of CS336's size comparison: d_model 768, d_ff 3072, 12 layers, 12 heads."""
 
+vocab_source = "bpe"
 vocab_size = 10000
 dim = 768
 hidden_dim = 3072

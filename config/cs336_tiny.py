@@ -1,5 +1,6 @@
 """The tiny model of CS336's size comparison: d_model 512, d_ff 1344, 4 layers, 16 heads."""
 
+vocab_source = "bpe"
 vocab_size = 10000
 dim = 512
 hidden_dim = 1344

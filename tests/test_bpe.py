@@ -160,6 +160,11 @@ def test_ids_are_those_of_tokenizers(tokenizer, tmp_path):
     read = BPETokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", [END, END * 2])
     assert read.vocab == tokenizer.vocab and read.merges == tokenizer.merges
     assert read.encode(HARD + END) == tokenizer.encode(HARD + END)
+    files = [f"--vocab_json={tmp_path / 'vocab.json'}", f"--merges_txt={tmp_path / 'merges.txt'}"]
+    special = f"--special_tokens={END},{END * 2}"
+    done = script("bpe.py", "import", *files, special, f"--model={tmp_path / 'gpt.model'}")
+    assert done.returncode == 0, done.stderr
+    assert BPETokenizer.load(tmp_path / "gpt.model").to_bytes() == read.to_bytes()
 
 
 TIKTOKENS = {  # its own patterns
@@ -301,7 +306,9 @@ def test_the_script_trains_and_encodes(corpus, tmp_path):
 def test_what_the_script_refuses(corpus, tmp_path):
     model = f"--model={tmp_path / 'my.model'}"
     for words, part in (
-        ([], "expected one of: train, encode"),
+        ([], "expected one of: train, encode, import"),
+        (["import", model, "--vocab_json=v"], "--merges_txt=PATH is missing"),
+        (["import", model, "--vocab_json=v", "--merges_txt=m"], "cannot read v"),
         (["train", model], "--source=PATH is missing"),
         (["train", model, f"--source={tmp_path / 'none'}"], "does not exist"),
         (["train", model, f"--source={corpus}", "--vocab_size=256"], "expected at least 257"),

@@ -368,7 +368,7 @@ def test_a_tokenizer_json_alone_is_enough_to_sample(tmp_path, tokenizers, capsys
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time") and len(done.stdout) > 20
     export(tmp_path / "m.bin", f"--from-hf={tmp_path / 'hf'}")
-    assert "only tokenizer.model of SentencePiece is exported" in capsys.readouterr().out
+    assert "only a tokenizer.model is exported" in capsys.readouterr().out
     with pytest.raises(UserError, match="needs the tokenizer"):
         export(tmp_path / "m.gguf", f"--from-hf={tmp_path / 'hf'}")
 
