@@ -6,7 +6,7 @@ Data for training: from stories on disk or on the net to token shards.
     python tinystories.py train_vocab --vocab_size=4096  # a SentencePiece vocabulary
     python tinystories.py pretokenize --vocab_size=4096  # all stories as shards of ids
 
-`--vocab_source=bpe`, or `--tokenizer=bpe`, takes byte-level BPE, of bpe.py, in place of SentencePiece.
+`--vocab_source=bpe`, or `--tokenizer=bpe`, takes byte-level BPE in place of SentencePiece.
 
 Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
 with <|endoftext|> between them), .json or .jsonl. The first shard is validation unless
