@@ -37,11 +37,14 @@ from workers import in_order, worker_count
 TYPE = "byte-level BPE"  # of a file of save()
 PIECE = 1 << 22  # bytes of a file that are counted at a time
 MOST_PRETOKENS = 1 << 23  # different ones that training counts
+WINDOW = 1 << 12  # bytes in which a place to cut is looked for at once
 CACHED = 1 << 17  # stretches of text whose ids an encoder remembers
 BLOCK = 1 << 16  # characters that a stream is encoded in
 # Before a space that something follows every pattern cuts. Cutting there first, and then each
 # different stretch only once by its pattern, is several times as fast
 BEFORE_SPACE = re.compile(r"(?= \S)")
+# and behind a letter or number before a sign, and behind a newline that is alone
+SAFE = re.compile(r"(?= \S)|(?<=[^\W_])(?=[^\w\s])|(?<=\S\n)(?=\S)")
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 LAST_LETTER = 0x3FFFF  # the planes behind it have no letters, numbers and white space
 # Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k, in Llama 3's words, which cut the same).
@@ -93,6 +96,21 @@ def split_at(special_tokens):
     return re.compile("|".join(map(re.escape, longest_first))) if special_tokens else None
 
 
+def safe_places(text, special_tokens, start, end):
+    """
+    Yield places of a text, from start to end, where every pattern cuts and no special token could
+    lie, so that the two sides can be encoded each for itself.
+    """
+    for match in SAFE.finditer(text, start, end):
+        place = match.start()
+        if not any(
+            text.find(token, max(0, place - len(token) + 1), place + len(token) - 1) >= 0
+            or text.startswith(token, place + 1)  # then a space here may end a run of white space
+            for token in special_tokens
+        ):
+            yield place
+
+
 # ---- training
 
 
@@ -128,41 +146,29 @@ def count_pretokens(span, special_tokens, pattern_name):
 
 def pieces_of(span, special_tokens, size=PIECE):
     """
-    A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files
-    before a special token, before a space with an ASCII character behind it, or between an ASCII
-    letter or digit and a newline; others between documents.
+    A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files at
+    safe_places(), others between documents. Without a safe place the whole is one piece.
     """
     if not is_plain(span.path):
         if span.end - span.start < os.path.getsize(span.path):
             return [span]
         places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
         return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
-
-    def begins_inside(token, other):
-        ends = [other[i:] for i in range(1, len(other))]
-        return any(end.startswith(token) or token.startswith(end) for end in ends)
-
-    tokens = [token.encode() for token in special_tokens]
-    alone = [t for t in tokens if not any(begins_inside(t, other) for other in tokens)]
-
-    def cuts(way, token):
-        match = re.compile(way).search(token + b"a", 1)
-        return match and match.start() < len(token)
-
-    no_token = b"".join(b"(?! " + re.escape(t) + b")" for t in tokens)
-    ways = [no_token + b"(?= [!-~])", b"(?<=[A-Za-z0-9])(?=\n)"]
-    ways = [way for way in ways if not any(cuts(way, t) for t in tokens)]
-    ways += [b"(?=" + re.escape(t) + b")" for t in alone]
-    window = max([1 << 12, *(2 * len(t) for t in tokens)])
-    safe, places = re.compile(b"|".join(ways) or b"(?!)"), [span.start]
+    places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
     with open(span.path, "rb") as f:
         while places[-1] + size < span.end:
-            at, match = places[-1] + size, None
-            while at < span.end and not match:
-                f.seek(at)
-                text = f.read(2 * window)  # windows overlap, so that nothing is missed between them
-                match = safe.search(text)
-                at += match.start() if match else window
+            at = places[-1] + size
+            while at < span.end:
+                back = min(margin, at)
+                f.seek(at - back)
+                data = f.read(WINDOW + 2 * margin)
+                text = data.decode(errors="surrogateescape")  # it may begin and end in a character
+                start = len(data[:back].decode(errors="surrogateescape"))
+                end = len(text) - margin
+                if (place := next(safe_places(text, special_tokens, start, end), None)) is not None:
+                    at += len(text[:place].encode(errors="surrogateescape")) - back
+                    break
+                at += WINDOW
             places.append(min(at, span.end))
     if places[-1] < span.end:
         places.append(span.end)
@@ -304,8 +310,6 @@ def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name
 
 # ---- encoding
 
-SAFE = re.compile(r"(?= \S)|(?<=[A-Za-z0-9])(?=\n)")  # every pattern cuts there
-
 
 class BPETokenizer:
     """
@@ -404,13 +408,10 @@ class BPETokenizer:
         far enough from the end that no special token begins before it and ends behind.
         """
         end = len(text) - max(map(len, self.special), default=1)
-        spans = [match.span() for match in self.split.finditer(text)] if self.split else []
         while end > 0:
-            start = max(0, end - 1000)
-            for match in reversed(list(SAFE.finditer(text, start, end))):
-                place = match.start()
-                if not any(a < place < b or a == place + 1 for a, b in spans):
-                    return place
+            start = max(0, end - WINDOW)
+            for place in reversed(list(safe_places(text, self.special, start, end))):
+                return place
             end = start
         return 0
 

@@ -90,8 +90,43 @@ def test_pieces_and_processes_change_nothing(tmp_path, corpora, name):
             for piece in pieces:
                 found.update(bpe.count_pretokens(piece, special, name))
             assert found == whole
-            assert size > 100 or len(pieces) > 20
+            assert size > 100 or len(pieces) > 100
     assert train_bpe(path, 400, [END], 2, name) == train_bpe(path, 400, [END], 1, name)
+
+
+@pytest.mark.parametrize("name", bpe.PATTERNS)
+def test_places_that_are_called_safe_are(name):
+    """Cut there, the two sides of a text have the pre-tokens and special tokens of the whole."""
+    rng = random.Random(5)
+    signs = [*" \n\r\t'sTlvE. ,_-²Ⅷ½1２日本。，ſ😀aZé\u3000\xa0\x85\u2003\u0301\u200d\x1c"]
+    signs += [END, "\n\n", "  ", " \n", "\r\n", "'ll"]
+    find = bpe.pattern(name).findall
+
+    def parts(text, split):
+        found, at = [], 0
+        for match in [*(split.finditer(text) if split else ()), None]:
+            found += find(text[at : match.start()] if match else text[at:])
+            if match:
+                found.append(match[0])
+                at = match.end()
+        return found
+
+    for special in (
+        [],
+        [END],
+        ["a" + END, END, "aa"],
+        ["a\nb", " a "],
+        [" ", ". "],
+        ["日本", "本。"],
+    ):
+        split, n = bpe.split_at(special), 0
+        for _ in range(100):
+            text = "".join(rng.choices(signs, k=60))
+            whole = parts(text, split)
+            for place in bpe.safe_places(text, special, 1, len(text)):
+                assert parts(text[:place], split) + parts(text[place:], split) == whole
+                n += 1
+        assert n > 500
 
 
 def test_the_trainer_of_tokenizers_agrees_but_for_ties(tmp_path, corpora):
