@@ -369,9 +369,10 @@ class BPETokenizer:
     def stretch_ids(self, text):
         """The ids of text between two places where every pattern cuts; remembered."""
         ids = [i for match in self.find(text) for i in self.pretoken_ids(match[0])]
-        if len(self.cache) >= CACHED:
-            self.cache.clear()
-        self.cache[text] = ids
+        if len(text) < WINDOW:
+            if len(self.cache) >= CACHED:
+                self.cache.clear()
+            self.cache[text] = ids
         return ids
 
     def encode(self, text):
@@ -390,25 +391,26 @@ class BPETokenizer:
         Yield the ids of texts that follow each other, such as the lines of an open file: those of
         the whole, in memory for BLOCK characters and one line.
         """
-        parts, size = [], 0
+        parts, size, searched = [], 0, 0
         for text in texts:
             parts.append(text)
             size += len(text)
             if size < BLOCK:
                 continue
             rest = "".join(parts)
-            end = self.safe_end(rest)
-            yield from self.encode(rest[:end])
-            parts, size = [rest[end:]], 0
+            if end := self.safe_end(rest, searched):
+                yield from self.encode(rest[:end])
+            parts, size, searched = [rest[end:]], 0, max(0, len(rest) - end - 2 * WINDOW)
         yield from self.encode("".join(parts))
 
-    def safe_end(self, text):
+    def safe_end(self, text, searched):
         """
-        How much of a text can be encoded whatever follows: up to a place where every pattern cuts,
-        far enough from the end that no special token begins before it and ends behind.
+        How much of a text can be encoded whatever follows: up to the last of safe_places(), far
+        enough from the end that no special token begins before it and ends behind; 0 where there is
+        none behind `searched`.
         """
         end = len(text) - max(map(len, self.special), default=1)
-        while end > 0:
+        while end > searched:
             start = max(0, end - WINDOW)
             for place in reversed(list(safe_places(text, self.special, start, end))):
                 return place
