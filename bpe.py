@@ -36,9 +36,10 @@ from workers import in_order, worker_count
 
 TYPE = "byte-level BPE"  # of a file of save()
 PIECE = 1 << 22  # bytes of a file that are counted at a time
-MOST_PRETOKENS = 1 << 23  # different ones that training counts
+MOST_BYTES = 1 << 26  # of different pre-tokens that training counts, which take 20 times as much
+MOST_TOKENS = 1 << 24  # in a vocabulary
 WINDOW = 1 << 12  # bytes in which a place to cut is looked for at once
-CACHED = 1 << 17  # stretches of text whose ids an encoder remembers
+CACHED = 1 << 21  # characters of stretches of text whose ids an encoder remembers
 BLOCK = 1 << 16  # characters that a stream is encoded in
 # Before a space that something follows every pattern cuts. Cutting there first, and then each
 # different stretch only once by its pattern, is several times as fast
@@ -60,7 +61,11 @@ PATTERNS = {
 
 @cache
 def ranges():
-    """[(first code point, last, class)] of the letters, L, numbers, N, and white space, S."""
+    """
+    [(first code point, last, class)] of the letters, L, numbers, N, and white space, S, as this
+    Python knows Unicode: 14 in 3.11, 15.1 in 3.13. The rare characters that came between two
+    versions may be cut in two ways.
+    """
     characters, found = list(map(chr, range(LAST_LETTER + 1))), []
     white = set(re.findall(f"[{WHITE}]", "".join(characters)))
     for code, character in enumerate(characters):
@@ -177,22 +182,25 @@ def pieces_of(span, special_tokens, size=PIECE):
 
 def count_all(spans, special_tokens, num_processes, pattern_name):
     """
-    Counter of the pre-tokens of Spans. Where there are more different ones than MOST_PRETOKENS the
+    Counter of the pre-tokens of Spans. Where the different ones have more than MOST_BYTES the
     rarest are given up, so that memory stays bounded; a line says so.
     """
-    n_bytes = sum(span.end - span.start for span in spans)
-    size = max(1 << 16, min(PIECE, -(-n_bytes // num_processes)))
+    size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
     pieces = [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
-    counts, given_up = Counter(), 0
+    counts, n_bytes, given_up = Counter(), 0, 0
     arguments = special_tokens, pattern_name
     for found in in_order(count_pretokens, pieces, arguments, num_processes, "count"):
         counts.update(found)
-        while len(counts) > MOST_PRETOKENS:
+        n_bytes += sum(map(len, found))  # at the most
+        if n_bytes > MOST_BYTES:
+            n_bytes = sum(map(len, counts))
+        while n_bytes > MOST_BYTES:
             given_up += 1
             counts = Counter({token: n for token, n in counts.items() if n > given_up})
+            n_bytes = sum(map(len, counts))
     if given_up:
         print(
-            f"more than {MOST_PRETOKENS:,} different pre-tokens: of those that came up "
+            f"more than {MOST_BYTES / 1e6:.0f} MB of different pre-tokens: of those that came up "
             f"{given_up} times or less some were not counted"
         )
     return counts
@@ -295,6 +303,8 @@ def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, patter
 def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
     """train_bpe() on a list of Spans."""
     special_tokens = list(dict.fromkeys(special_tokens))
+    if "" in special_tokens:
+        raise UserError("a special token is empty: expected some text in each")
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
         raise UserError(
@@ -321,7 +331,11 @@ class BPETokenizer:
     def __init__(self, vocab, merges, special_tokens=None, pattern_name="gpt2"):
         self.vocab = dict(vocab)
         self.merges, self.pattern_name = [tuple(pair) for pair in merges], pattern_name
+        if wrong := [i for i in self.vocab if type(i) is not int or not 0 <= i < MOST_TOKENS]:
+            raise UserError(f"an id is {wrong[0]!r}: expected 0 to {MOST_TOKENS - 1:,}")
         self.ids = {token: i for i, token in self.vocab.items()}
+        if len(self.ids) < len(self.vocab) or b"" in self.ids or "" in (special_tokens or ()):
+            raise UserError("two ids have the same token, or a token is empty")
         self.special = {}
         for text in special_tokens or ():
             token = text.encode()
@@ -339,14 +353,14 @@ class BPETokenizer:
         }
         self.bytes = [self.ids[bytes([i])] for i in range(256)]
         self.split = split_at(self.special)
-        self.find, self.cache = pattern(pattern_name).finditer, {}
+        self.find, self.cache, self.cached = pattern(pattern_name).finditer, {}, 0
 
-    def pretoken_ids(self, text):
+    def pretoken_ids(self, token):
         """
-        The ids of one pre-token: of all pairs of neighbours that have a merge the first learned is
-        merged, the leftmost where there are several, and again.
+        The ids of one pre-token, as bytes: of all pairs of neighbours that have a merge the first
+        learned is merged, the leftmost where there are several, and again.
         """
-        ids, ranks = [self.bytes[b] for b in text.encode(errors="replace")], self.ranks
+        ids, ranks = [self.bytes[byte] for byte in token], self.ranks
         n = len(ids)
         left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # places of neighbours
         heap = [(*ranks[pair], i, pair) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
@@ -368,19 +382,22 @@ class BPETokenizer:
 
     def stretch_ids(self, text):
         """The ids of text between two places where every pattern cuts; remembered."""
-        ids = [i for match in self.find(text) for i in self.pretoken_ids(match[0])]
+        ids = []
+        for match in self.find(text):
+            ids += self.pretoken_ids(match[0].encode(errors="replace"))
         if len(text) < WINDOW:
-            if len(self.cache) >= CACHED:
-                self.cache.clear()
+            self.cached += len(text)
+            if self.cached > CACHED:
+                self.cache, self.cached = {}, len(text)
             self.cache[text] = ids
         return ids
 
     def encode(self, text):
         """The ids of a text; special tokens in it stand for themselves."""
-        ids, at, cached = [], 0, self.cache.get
+        ids, at = [], 0
         for match in [*(self.split.finditer(text) if self.split else ()), None]:
             for stretch in BEFORE_SPACE.split(text[at : match.start()] if match else text[at:]):
-                ids += cached(stretch) or self.stretch_ids(stretch)
+                ids += self.cache.get(stretch) or self.stretch_ids(stretch)
             if match:
                 ids.append(self.special[match[0]])
                 at = match.end()
@@ -419,7 +436,18 @@ class BPETokenizer:
 
     def decode(self, ids):
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self.vocab[i] for i in ids).decode(errors="replace")
+        return b"".join(self.vocab.get(i, b"") for i in ids).decode(errors="replace")
+
+    def makes_its_tokens(self):
+        """
+        Whether every token, as a pre-token, is encoded as itself, as in all vocabularies that were
+        trained. Then engines that know the tokens alone, and join any pair that makes one, give the
+        same ids.
+        """
+        special = set(self.special.values())
+        return all(
+            self.pretoken_ids(token) == [i] for i, token in self.vocab.items() if i not in special
+        )
 
     # ---- files
 
@@ -439,12 +467,14 @@ class BPETokenizer:
         """What to_bytes() made, read from `path`. Raises UserError for anything else."""
         try:
             value = json.loads(data)
+            if value["type"] != TYPE or value["pattern"] not in PATTERNS:
+                raise ValueError(f"its type is {value['type']!r}, its pattern {value['pattern']!r}")
+            if not isinstance(value["special_tokens"], list):
+                raise ValueError("its special_tokens are no list")
             vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
             merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
-            if value["pattern"] not in PATTERNS or min(vocab) < 0:
-                raise ValueError(f"its pattern is {value['pattern']!r}")
             return cls(vocab, merges, value["special_tokens"], value["pattern"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as e:
             raise UserError(f"{path} is no tokenizer of bpe.py: {e}") from None
 
     def save(self, path):
@@ -505,17 +535,17 @@ class BPETokenizer:
         """
         special = set(special_tokens or ())
         try:
-            with open(vocab_path, encoding="utf-8") as f:
+            with open(vocab_path, encoding="utf-8-sig") as f:
                 found = json.load(f).items()
             vocab = {i: t.encode() if t in special else hidden(t) for t, i in found}
-            with open(merges_path, encoding="utf-8") as f:
+            with open(merges_path, encoding="utf-8-sig") as f:
                 lines = f.read().split("\n")
             lines = [line for line in lines if line and not line.startswith("#version")]
             merges = [tuple(map(hidden, line.split(" "))) for line in lines]
             return cls(vocab, merges, special_tokens)
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
             raise UserError(f"{vocab_path} and {merges_path} are no files of GPT-2: {e}") from None
 
 
@@ -555,6 +585,7 @@ def byte_of():
 
 def train_stage():
     check_source()
+    check_model()
     if pattern_name not in PATTERNS:
         raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
     special = special_list()
@@ -570,6 +601,7 @@ def import_stage():
     for name in ("vocab_json", "merges_txt"):
         if not globals()[name]:
             raise UserError(f"--{name}=PATH is missing: GPT-2's vocab.json and merges.txt are read")
+    check_model()
     save_stage(BPETokenizer.from_files(vocab_json, merges_txt, special_list()))
 
 
@@ -577,20 +609,45 @@ def special_list():
     return list(dict.fromkeys(token for token in special_tokens.split(",") if token))
 
 
+def check_model():
+    """Raise UserError, before any work, where the files could not be written or would be lost."""
+    folder, written = os.path.dirname(model) or ".", outputs()
+    if not os.path.basename(model) or os.path.isdir(model):
+        raise UserError(f"cannot write {model!r}, which is a folder: name a file")
+    if len({*written.values()}) < len(written):
+        raise UserError(f"model = {model!r} is a name for another of its files: end it in .model")
+    if os.path.exists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise UserError(f"cannot write {model}: {folder} is no folder that can be written to")
+    texts = {os.path.realpath(path) for path in text_files(source)} if source else set()
+    if any(os.path.realpath(path) in texts for path in written.values()):
+        raise UserError(f"{model} or a file beside it belongs to the text: name another")
+    if also_hf and os.path.isdir(source) and os.path.samefile(source, folder):
+        raise UserError(f"{written['hf']} would be taken for text: name a model elsewhere")
+
+
+def outputs():
+    """{what: path} of the files that train and import write."""
+    base = os.path.splitext(model)[0]
+    paths = {"model": model, "vocab": f"{base}.vocab"}
+    paths |= {"tiktoken": f"{base}.tiktoken"} if also_tiktoken else {}
+    return paths | ({"hf": f"{base}.json"} if also_hf else {})
+
+
 def save_stage(tokenizer):
     from hftokenizer import byte_level_json  # which imports this file
 
+    paths = outputs()
     tokenizer.save(model)
-    base = os.path.splitext(model)[0]
-    print(f"{len(tokenizer.vocab):,} tokens: wrote {model}, and {base}.vocab to read")
+    print(f"{len(tokenizer.vocab):,} tokens: wrote {model}, and {paths['vocab']} to read")
     if also_tiktoken:
-        with atomic_write(f"{base}.tiktoken") as f:
+        with atomic_write(paths["tiktoken"]) as f:
             f.write(tokenizer.tiktoken_file())
-        print(f"wrote {base}.tiktoken")
+        print(f"wrote {paths['tiktoken']}")
     if also_hf:
-        with atomic_write(f"{base}.json", "w") as f:
-            json.dump(byte_level_json(tokenizer), f, ensure_ascii=False)
-        print(f"wrote {base}.json, a tokenizer.json of Hugging Face")
+        text = json.dumps(byte_level_json(tokenizer), ensure_ascii=False)
+        with atomic_write(paths["hf"], "w") as f:
+            f.write(text)
+        print(f"wrote {paths['hf']}, a tokenizer.json of Hugging Face")
 
 
 def encode_stage():

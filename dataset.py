@@ -279,7 +279,7 @@ def encode_span(span, model_path, encoder, dtype):
 
 def write_npy(path, tokenizer, files, num_workers, encoder="auto"):
     """
-    Encode text files with a ByteLevel into one NumPy array of ids, in bounded memory: .txt as they
+    Encode text files with a ByteLevel into one NumPy array of ids, piece by piece: .txt as they
     stand, with the special tokens in them, and the documents of others behind a BOS each. Returns
     how many ids there are, and their number format.
     """

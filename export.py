@@ -56,7 +56,7 @@ parser.add_argument(
     "--tokenizer",
     default="",
     metavar="PATH",
-    help="a SentencePiece .model (default: the one beside the model); none: leave it out",
+    help="a tokenizer's .model (default: the one beside the model); none: leave it out",
 )
 parser.add_argument(
     "--push-to-hub",

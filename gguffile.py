@@ -16,6 +16,7 @@ import torch
 from bpe import BPETokenizer, hidden, shown
 from configurator import UserError
 from files import flush_folder, remove
+from hftokenizer import check_names
 from huggingface import check_range, exported, filled, need, reason, renamed
 from model import ModelArgs
 from modelbin import Bytes, not_carried, shortest
@@ -93,6 +94,11 @@ def check_tokenizer(tokenizer):
     if tokenizer is None:
         raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
     if isinstance(tokenizer, ByteLevel):
+        check_names(byte_level_names(tokenizer), tokenizer.bpe)
+        if not tokenizer.bpe.makes_its_tokens():  # some of its patterns take them from there
+            raise UserError(
+                f"gguf cannot carry {tokenizer.model_path}, whose merges do not make all its tokens"
+            )
         return None
     spec = tokenizer.check_plain("gguf")
     if spec.remove_extra_whitespaces:
@@ -162,7 +168,7 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         )
 
 
-PATTERNS = {"gpt2": "gpt-2", "gpt4": "llama-bpe"}  # llama.cpp's names of our patterns
+PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "llama-bpe"}  # llama.cpp's names of our patterns
 
 
 def put_tokenizer(f, tokenizer, spec):
@@ -172,9 +178,8 @@ def put_tokenizer(f, tokenizer, spec):
         bpe = tokenizer.bpe
         special = {i: text for text, i in bpe.special.items()}
         f.add_tokenizer_model("gpt2")
-        f.add_tokenizer_pre(PATTERNS[bpe.pattern_name])
-        tokens = [special.get(i) or shown(bpe.vocab.get(i, b"")) or f"[unused {i}]" for i in n]
-        f.add_token_list(tokens)
+        f.add_tokenizer_pre(PRE_TOKENIZERS[bpe.pattern_name])
+        f.add_token_list(byte_level_names(tokenizer))
         f.add_token_types([3 if i in special else 1 if i in bpe.vocab else 5 for i in n])
         f.add_token_merges([f"{shown(a)} {shown(b)}" for a, b in bpe.merges])
     else:
@@ -193,6 +198,16 @@ def put_tokenizer(f, tokenizer, spec):
     f.add_pad_token_id(tokenizer.eos_id)
     f.add_add_bos_token(True)
     f.add_add_eos_token(False)
+
+
+def byte_level_names(tokenizer):
+    """llama.cpp's names of the tokens of a ByteLevel."""
+    bpe = tokenizer.bpe
+    special = {i: text for text, i in bpe.special.items()}
+    return [
+        special.get(i) or shown(bpe.vocab.get(i, b"")) or f"[unused {i}]"
+        for i in range(tokenizer.vocab_size)
+    ]
 
 
 def token_type(sp, i):
@@ -315,7 +330,7 @@ def tokenizer_of(fields):
 
 def byte_level_of(fields):
     """The model of bpe.py of a GGUF file's fields, as bytes; None where it cuts text otherwise."""
-    names = {theirs: ours for ours, theirs in PATTERNS.items()}
+    names = {theirs: ours for ours, theirs in PRE_TOKENIZERS.items()}
     pattern_name = names.get(fields.get("tokenizer.ggml.pre"))
     tokens, types, merges = (
         fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")

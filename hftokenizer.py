@@ -4,6 +4,7 @@ the same ids for every text.
 """
 
 from bpe import PATTERNS, shown
+from configurator import UserError
 from tokenizer import SPACE, ByteLevel
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -104,6 +105,8 @@ def byte_level_json(bpe, with_bos=False):
     tokenizer.json of a BPETokenizer, as a dict; with_bos: texts begin with its first special token.
     """
     special = {i: text for text, i in bpe.special.items()}
+    vocab = {special.get(i) or shown(token): i for i, token in bpe.vocab.items()}
+    check_names(vocab, bpe)
     cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
     if bpe.pattern_name != "gpt2":
         split = {"type": "Split", "pattern": {"Regex": PATTERNS[bpe.pattern_name]}}
@@ -128,10 +131,19 @@ def byte_level_json(bpe, with_bos=False):
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {special.get(i) or shown(token): i for i, token in bpe.vocab.items()},
+            "vocab": vocab,
             "merges": [[shown(a), shown(b)] for a, b in bpe.merges],
         },
     }
+
+
+def check_names(names, bpe):
+    """Raise UserError where a special token of a BPETokenizer is also the name of another token."""
+    if len(set(names)) < len(bpe.vocab):
+        raise UserError(
+            "a special token is spelled like another token in the letters that Hugging Face and "
+            "llama.cpp write bytes with: train with other --special_tokens"
+        )
 
 
 def tokenizer_config(tokenizer, max_seq_len):

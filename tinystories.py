@@ -279,11 +279,14 @@ STAGES = {
 }
 
 if __name__ == "__main__":  # worker processes import this file again
-    configure(globals(), positional="stage")
+    given = configure(globals(), positional="stage")
     if tokenizer not in ("", "sentencepiece", "bpe"):
         raise UserError(f"tokenizer = {tokenizer!r}: expected sentencepiece or bpe")
     if tokenizer:
-        vocab_source = "bpe" if tokenizer == "bpe" else "custom"
+        source_of = "bpe" if tokenizer == "bpe" else "custom"
+        if "vocab_source" in given and vocab_source != source_of:
+            raise UserError(f"tokenizer = {tokenizer} and vocab_source = {vocab_source}: give one")
+        vocab_source = source_of
     if stage not in STAGES:
         what = f"unknown stage {stage!r}" if stage else "no stage is given"
         raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")

@@ -276,17 +276,24 @@ class ByteLevel(Tokenizer):
     def by_tiktoken(self):
         import tiktoken
 
-        bpe = self.bpe
+        bpe, special = self.bpe, self.bpe.special
         merged = [bpe.ids[a + b] for a, b in bpe.merges]
         if any(a >= b for a, b in itertools.pairwise([255, *merged])):
             raise ValueError("its ids are not in the order of its merges")
-        special = set(bpe.special.values())
-        ranks = {token: i for i, token in bpe.vocab.items() if i not in special}
-        words = {"mergeable_ranks": ranks, "special_tokens": bpe.special}
+        if any(a != b and a.startswith(b) for a in special for b in special):
+            raise ValueError("a special token begins with another")
+        if not bpe.makes_its_tokens():
+            raise ValueError("it has tokens that its merges do not make")
+        ranks = {token: i for token, i in bpe.ids.items() if i not in special.values()}
+        words = {"mergeable_ranks": ranks, "special_tokens": special}
         encoding = tiktoken.Encoding("ours", pat_str=PATTERNS[bpe.pattern_name], **words)
 
         def encode(texts):
-            return flattened(encoding.encode_batch(texts, num_threads=1, allowed_special="all"))
+            try:
+                ids = encoding.encode_batch(texts, num_threads=1, allowed_special="all")
+            except ValueError:  # its pattern fails on a megabyte of white space
+                ids = [bpe.encode(text) for text in texts]
+            return flattened(ids)
 
         return encode
 

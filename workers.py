@@ -1,9 +1,12 @@
 """Work shared out to processes."""
 
 import contextlib
+import itertools
 import os
 import signal
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
 
@@ -26,16 +29,28 @@ def leave_ctrl_c():
 def in_order(function, spans, arguments, num_workers, what):
     """
     Yield function(span, *arguments) for each of `spans`, in their order, computed in num_workers
-    processes, behind a progress bar of bytes called `what`.
+    processes, each two results ahead at most, behind a progress bar of bytes called `what`.
     """
     n_bytes = sum(span.end - span.start for span in spans)
     bar = tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True)
+    num_workers = min(num_workers, len(spans))
     with bar, contextlib.ExitStack() as stack:
-        found = (function(span, *arguments) for span in spans)
-        if num_workers > 1 and len(spans) > 1:
-            pool = ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            found = pool.map(function, spans, *([one] * len(spans) for one in arguments))
-        for span, result in zip(spans, found, strict=True):
-            bar.update(span.end - span.start)
-            yield result
+        if num_workers < 2:
+            for span in spans:
+                yield function(span, *arguments)
+                bar.update(span.end - span.start)
+            return
+        pool = ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        todo, running = iter(spans), deque()
+        try:
+            for span in spans:
+                for one in itertools.islice(todo, 2 * num_workers - len(running)):
+                    running.append(pool.submit(function, one, *arguments))
+                yield running.popleft().result()
+                bar.update(span.end - span.start)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was ended, perhaps because memory ran out: try fewer "
+                "--num_workers"
+            ) from None

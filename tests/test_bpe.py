@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from bpe import BPETokenizer, train_bpe
 from configurator import UserError
 from corpus import Span
 from tokenizer import open_tokenizer
+from workers import in_order
 
 END = "<|endoftext|>"
 HARD = (
@@ -272,10 +274,38 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
     read = BPETokenizer.load(tmp_path / "tok.json")
     assert read.vocab == tokenizer.vocab and read.merges == tokenizer.merges
     assert read.encode(HARD + END) == tokenizer.encode(HARD + END)
-    for text in ("", "[]", "{}", '{"vocab": 3}', '{"vocab": {"0": "a"}, "merges": []}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match=r"bad.json is no tokenizer|has no token"):
+    good = json.loads(tokenizer.to_bytes())
+    many = {**good["vocab"], "700": "a"}
+    for change in (
+        {"type": "x"},
+        {"pattern": "gpt3"},
+        {"special_tokens": END},
+        {"special_tokens": [END, ""]},
+        {"special_tokens": [3]},
+        {"vocab": 3},
+        {"vocab": many},
+        {"vocab": {**good["vocab"], "700": ""}},
+        {"vocab": {**good["vocab"], "-1": "zq"}},
+        {"vocab": {**good["vocab"], "4294967296": "zq"}},
+        {"vocab": {**good["vocab"], "x": "zq"}},
+        {"vocab": {**good["vocab"], "97": "zq"}},
+        {"merges": ["abc"]},
+        {"merges": {"a": "b"}},
+        {"merges": [["z", "q", "z"]]},
+        {"merges": [["zq", "qz"]]},
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=r"bad.json is no tokenizer of bpe.py: "):
             BPETokenizer.load(tmp_path / "bad.json")
+    for text in ("", "[]", "{}", "3", "null", "[" * 100_000):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=r"bad.json is no tokenizer of bpe.py: "):
+            BPETokenizer.load(tmp_path / "bad.json")
+    for ids in ({"a": -5}, {"a": 1.5}, {"a": None}, {"a": 2**40}, {"\u1234": 3}, []):
+        (tmp_path / "v.json").write_text(json.dumps(ids))
+        (tmp_path / "m.txt").write_text("\ufeff#version: 0.2\n")
+        with pytest.raises(UserError, match="are no files of GPT-2"):
+            BPETokenizer.from_files(tmp_path / "v.json", tmp_path / "m.txt")
     listed = (tmp_path / "tok.vocab").read_text(encoding="utf-8").splitlines()
     assert len(listed) == 700 and listed[97] == '97\t"a"' and listed[255] == "255\tb'\\xff'"
     with pytest.raises(UserError, match="cannot read"):
@@ -284,6 +314,32 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
         train_bpe(tmp_path / "tok.json", 256, [END])
     with pytest.raises(UserError, match="has no token"):
         BPETokenizer(tokenizer.vocab, [*tokenizer.merges, (b"zq", b"qz")])
+    with pytest.raises(UserError, match="a special token is empty"):
+        train_bpe(tmp_path / "tok.json", 300, [""])
+
+
+def test_too_many_different_pretokens_lose_the_rarest(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text("often " * 50 + " ".join(f"n{i}" for i in range(3000)))
+    monkeypatch.setattr(bpe, "MOST_BYTES", 3000)
+    span = Span(tmp_path / "text", 0, (tmp_path / "text").stat().st_size)
+    counts = bpe.count_all([span], [], 1, "gpt2")
+    assert sum(map(len, counts)) <= 3000 and counts[b" often"] == 49
+    assert "1 times or less" in capsys.readouterr().out
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path):
+    spans = [Span("", i, i + 1) for i in range(4)]
+    with pytest.raises(UserError, match="a worker process was ended"):
+        list(in_order(end_itself, spans, (), 2, "end"))
+    assert list(in_order(end_of, spans, (1,), 3, "ends")) == [2, 3, 4, 5]
+
+
+def end_itself(span):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_of(span, more):
+    return span.end + more
 
 
 # ---- as a script
@@ -349,6 +405,14 @@ def test_what_the_script_refuses(corpus, tmp_path):
         (["train", model, f"--source={corpus}", "--vocab_size=256"], "expected at least 257"),
         (["train", model, f"--source={corpus}", "--pattern_name=gpt3"], "expected gpt2 or gpt4"),
         (["train", f"--model={corpus}", f"--source={corpus}"], "is a folder"),
+        (["train", "--model=", f"--source={corpus}"], "name a file"),
+        (["train", "--model=my.vocab", f"--source={corpus}"], "end it in .model"),
+        (["train", "--model=my.json", f"--source={corpus}", "--also_hf"], "end it in .model"),
+        (["train", f"--model={corpus / 'a.txt'}", f"--source={corpus}"], "belongs to the text"),
+        (
+            ["train", f"--model={corpus / 'm.model'}", f"--source={corpus}", "--also_hf"],
+            "would be taken for text",
+        ),
         (["encode", model, f"--source={corpus}", "--out=x.npy"], "does not exist"),
         (["encode", model, f"--source={corpus}"], "--out=PATH is missing"),
         (["encode", "--num_workers=-1", model, f"--source={corpus}"], "is missing"),
@@ -387,6 +451,10 @@ def test_from_text_to_a_story(practice, tmp_path, run):
     refused(
         script("tinystories.py", "pretokenize", *flags, "--tokenizer=word"),
         "expected sentencepiece or bpe",
+    )
+    refused(
+        script("tinystories.py", "pretokenize", "--tokenizer=bpe", "--vocab_source=llama2"),
+        "tokenizer = bpe and vocab_source = llama2: give one",
     )
     flags[0] = "--vocab_size=30000"
     refused(script("tinystories.py", "train_vocab", *flags, "--tokenizer=bpe"), "tokens only")

@@ -12,7 +12,9 @@ import pytest
 import sentencepiece
 from conftest import REPO, bin_of, refused, script
 
+from bpe import BPETokenizer
 from configurator import UserError
+from hftokenizer import byte_level_json
 from synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
 
@@ -163,6 +165,37 @@ def test_without_the_libraries(tokenizers, monkeypatch):
     assert tokenizer.encoder()[0] == "own"
     with pytest.raises(UserError, match="is not installed: pip install tiktoken"):
         tokenizer.encoder("tiktoken")
+
+
+def byte_level(tmp_path, merges, special, *others):
+    """A ByteLevel of bytes, of what merges make, of tokens that none makes, and special tokens."""
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [*dict.fromkeys(a + b for a, b in merges), *others]
+    BPETokenizer(dict(enumerate(tokens)), merges, special).save(tmp_path / "odd.model")
+    return open_tokenizer(tmp_path / "odd.model")
+
+
+def test_vocabularies_that_a_library_reads_otherwise_are_not_for_it(tmp_path):
+    ab = [(b"a", b"b")]
+    for merges, special, others, part in (
+        (ab, ["<|e|>", "<|e|>2"], [], "begins with another"),
+        (ab, ["<|e|>"], [b" Lily"], "merges do not make"),
+        ([(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")], ["<|e|>"], [], "merges do not make"),
+    ):
+        tokenizer = byte_level(tmp_path, merges, special, *others)
+        with pytest.raises(UserError, match=part):
+            tokenizer.encoder("tiktoken")
+        encode, texts = tokenizer.encoder()[1], ["x<|e|>2 Lily abc aabc", "a<|e|>"]
+        expected = [tokenizer.bpe.encode(text) for text in texts]
+        assert encode(texts)[0].tolist() == [*expected[0], *expected[1]]
+    with pytest.raises(UserError, match="spelled like another token"):
+        byte_level_json(byte_level(tmp_path, [(b" ", b"b")], ["<|e|>", "Ġb"]).bpe)
+
+
+def test_tiktoken_fails_on_much_white_space_and_ours_does_it(tokenizers):
+    text = "a" + " " * 3_000_000 + "b"
+    ids, counts = tokenizers["gpt2"].encoder("tiktoken")[1]([text])
+    assert ids.tolist() == tokenizers["gpt2"].bpe.encode(text) and counts[0] > 2
 
 
 def test_the_c_file_is_llama2cs_layout(tokenizers):
