@@ -37,7 +37,7 @@ from bpe import BPETokenizer, train_bpe
 from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
 from corpus import SEPARATOR
-from dataset import TrainBatches, ahead
+from dataset import TrainBatches, ahead, write_npy
 from files import write_json
 from gguffile import write_gguf
 from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
@@ -694,7 +694,16 @@ def bench_tokenizer():
         ways |= hf_encoder(ByteLevel(path), documents)
         rows("encode byte-level BPE of 10,000, one core", n_bytes, ways)
 
-        print("training SentencePiece of 4,096", flush=True)
+        ids = os.path.join(where, "ids.npy")
+        ways = {
+            name: lambda name=name, path=path: write_npy(
+                ids, ByteLevel(path), [source], threads, name
+            )
+            for name in ByteLevel.ENCODERS
+        }
+        rows("the same from file to file, with processes", n_bytes, ways)
+
+        print("\ntraining SentencePiece of 4,096", flush=True)
         model = train_sentencepiece(documents, 4096)[0]
         path = os.path.join(where, "sp.model")
         with open(path, "wb") as f:

@@ -149,7 +149,7 @@ def count_pretokens(span, special_tokens, pattern_name):
     return counts
 
 
-def pieces_of(span, special_tokens, size=PIECE):
+def pieces_of(span, special_tokens, size):
     """
     A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files at
     safe_places(), others between documents. Without a safe place the whole is one piece.
@@ -180,13 +180,18 @@ def pieces_of(span, special_tokens, size=PIECE):
     return [Span(span.path, a, b) for a, b in pairwise(places)]
 
 
+def all_pieces(spans, special_tokens):
+    """Spans cut into Spans of PIECE bytes, or of an eighth of them all where they are small."""
+    size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
+    return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
+
+
 def count_all(spans, special_tokens, num_processes, pattern_name):
     """
     Counter of the pre-tokens of Spans. Where the different ones have more than MOST_BYTES the
     rarest are given up, so that memory stays bounded; a line says so.
     """
-    size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
-    pieces = [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
+    pieces = all_pieces(spans, special_tokens)
     counts, n_bytes, given_up = Counter(), 0, 0
     arguments = special_tokens, pattern_name
     for found in in_order(count_pretokens, pieces, arguments, num_processes, "count"):

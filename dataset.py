@@ -28,7 +28,7 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from bpe import is_plain, pieces_of, texts_of
+from bpe import all_pieces, is_plain, texts_of
 from configurator import UserError
 from corpus import SIDECAR, Span, read_documents
 from files import atomic_write, checksum, write_json
@@ -113,9 +113,8 @@ def documents_of(spans):
 
 
 @functools.cache
-def tokenizer_and_encoder(model_path, encoder):
-    tokenizer = open_tokenizer(model_path)
-    return tokenizer, tokenizer.encoder(encoder)[1]
+def cached_tokenizer(model_path):
+    return open_tokenizer(model_path)
 
 
 def id_type(tokenizer):
@@ -128,7 +127,8 @@ def write_shard(model_path, encoder, spans, path, dtype, held_out=()):
     Encode the documents of some Spans into one shard, without those that are in the Spans of
     `held_out` too; returns what there is to say of it.
     """
-    tokenizer, encode = tokenizer_and_encoder(model_path, encoder)
+    tokenizer = cached_tokenizer(model_path)
+    encode = tokenizer.encoder(encoder)[1]
     parts, n_documents, n_bytes, n_held_out = [], 0, 0, 0
     documents, known = read_documents(spans), documents_of(tuple(held_out))
     while batch := list(itertools.islice(documents, 1024)):
@@ -162,7 +162,7 @@ def write_shards(folder, tokenizer, plan, num_workers, encoder="auto"):
     that an interrupted run goes on where it was. Returns the finished sidecar.
     """
     dtype, encoder = id_type(tokenizer), tokenizer.encoder(encoder)[0]
-    tokenizer_and_encoder(tokenizer.model_path, encoder)  # which forked workers then have
+    cached_tokenizer(tokenizer.model_path).encoder(encoder)  # which forked workers then have
     meta = {
         "format": SIDECAR_FORMAT,
         "vocab_size": tokenizer.vocab_size,
@@ -271,7 +271,8 @@ def report(meta, folder):
 
 def encode_span(span, model_path, encoder, dtype):
     """The ids of a Span: of a .txt file those of the text as it stands, else as in a shard."""
-    tokenizer, encode = tokenizer_and_encoder(model_path, encoder)
+    tokenizer = cached_tokenizer(model_path)
+    encode = tokenizer.encoder(encoder)[1]
     texts = list(texts_of(span))
     ids = encode(texts)[0] if is_plain(span.path) else tokenizer.encode_flat(texts, encode)
     return ids.astype(dtype)
@@ -283,10 +284,11 @@ def write_npy(path, tokenizer, files, num_workers, encoder="auto"):
     stand, with the special tokens in them, and the documents of others behind a BOS each. Returns
     how many ids there are, and their number format.
     """
-    dtype, n, special = id_type(tokenizer), 0, list(tokenizer.bpe.special)
+    dtype, n = id_type(tokenizer), 0
     spans = [Span(file, 0, os.path.getsize(file)) for file in files]
-    spans = [piece for span in spans for piece in pieces_of(span, special)]
+    spans = all_pieces(spans, list(tokenizer.bpe.special))
     words = tokenizer.model_path, tokenizer.encoder(encoder)[0], dtype
+    cached_tokenizer(tokenizer.model_path).encoder(words[1])  # which forked workers then have
     with atomic_write(path) as f:
         f.write(bytes(NPY_HEADER))
         for ids in in_order(encode_span, spans, words, num_workers, "encode"):

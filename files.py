@@ -15,7 +15,6 @@ import time
 import zlib
 from urllib.parse import urlsplit
 
-import requests
 from tqdm import tqdm
 
 from configurator import UserError
@@ -117,6 +116,8 @@ def download(url, path, retries=6, backoff=1.0):
     retries: attempts in a row that bring nothing new; backoff: seconds before the second of them.
     Raises UserError where the server refuses or keeps failing; the .part file stays for next time.
     """
+    import requests  # here, since little but this needs it, and it takes long
+
     if "://" not in url:
         return copy_local(url, path)
     failures, have = 0, part_size(path)
@@ -158,6 +159,8 @@ def part_size(path):
 
 def transfer(url, path):
     """One attempt at a download: from the end of the .part file on, if the server can do that."""
+    import requests
+
     part, tag_path = path + ".part", path + ".part.etag"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     have = part_size(path)
@@ -193,6 +196,8 @@ def transfer(url, path):
 
 def save_body(r, part, tag_path, start):
     """Append a response's body to the .part file from `start` on and check the final size."""
+    import requests
+
     length = r.headers.get("Content-Length")
     total = start + int(length) if length is not None else None
     tag = r.headers.get("ETag")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bpe import PATTERNS, BPETokenizer, train_on
 from configurator import UserError, configure
 from corpus import SEPARATOR, plan_shards, read_documents, text_files
-from dataset import DataPaths, report, write_shards
+from dataset import DataPaths, cached_tokenizer, report, write_shards
 from files import atomic_write, download, unpack
 from synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
@@ -245,7 +245,7 @@ def pretokenize_stage():
             f"{paths.tokenizer_model} does not exist; train it with: "
             f"python tinystories.py train_vocab {same_flags()}"
         )
-    tokenizer = open_tokenizer(paths.tokenizer_model)
+    tokenizer = cached_tokenizer(paths.tokenizer_model)
     if tokenizer.vocab_size != paths.vocab_size:
         raise UserError(
             f"{paths.tokenizer_model} has {tokenizer.vocab_size} pieces, not {paths.vocab_size}"
