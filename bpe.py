@@ -6,8 +6,16 @@ white space). Training counts them, and merges, again and again, the pair of nei
 most often, inside pre-tokens only. Encoding merges the bytes of each pre-token in the order in
 which the merges were learned (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2).
 
+For example "low low low lower" has the pre-tokens low, " low" (twice) and " lower". Its pairs are
+l o and o w, 4 times each, " " l, 3 times, w e and e r, once. Of the two the greater comes first:
+o w is merged, then l ow, 4 times, then " " low, 3 times. "slow" is encoded by the same steps:
+s l o w, s l ow, s low.
+
 Ids are: the 256 bytes, then the merges in order, then the special tokens, which stand for
 themselves in a text and are never split nor merged.
+
+In this file: the patterns; training (merge_all() is its heart); encoding (pretoken_ids()); where a
+long text may be cut, for both; the script.
 
     python bpe.py train --source=text.txt --model=my.model --vocab_size=10000
     python bpe.py encode --source=text.txt --model=my.model --out=shards     # or --out=ids.npy
@@ -44,7 +52,7 @@ BLOCK = 1 << 16  # characters that a stream is encoded in
 # Before a space that something follows every pattern cuts. Cutting there first, and then each
 # different stretch only once by its pattern, is several times as fast
 BEFORE_SPACE = re.compile(r"(?= \S)")
-# and behind a letter or number before a sign, and behind a newline that is alone
+# and between a letter or number and a sign, and behind a newline between two that are not white
 SAFE = re.compile(r"(?= \S)|(?<=[^\W_])(?=[^\w\s])|(?<=\S\n)(?=\S)")
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 LAST_LETTER = 0x3FFFF  # the planes behind it have no letters, numbers and white space
@@ -88,11 +96,21 @@ def pattern(name="gpt2"):
     classes = {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}
     for kind, named in classes.items():
         own = "".join(f"{chr(a)}-{chr(b)}" for a, b, of in ranges() if of == kind)
-        parts = re.split(r"(\[.*?\])", text)  # every second one is a set
+        parts = re.split(r"(\[.*?\])", text)  # "a", "[bc]", "d": every second one is a set
         parts[1::2] = [part.replace(named, own) for part in parts[1::2]]
         parts[::2] = [part.replace(named, f"[{own}]") for part in parts[::2]]
         text = "".join(parts)
     return re.compile(text)
+
+
+def checked_special(special_tokens):
+    """A list of special tokens, each once. Raises UserError where they are no such list."""
+    if isinstance(special_tokens, str):
+        raise UserError(f"special_tokens = {special_tokens!r}: expected a list of texts")
+    for token in special_tokens or ():
+        if not isinstance(token, str) or len(token.encode(errors="replace")) < 2:
+            raise UserError(f"special token {token!r}: expected a text of two bytes or more")
+    return list(dict.fromkeys(special_tokens or ()))
 
 
 def split_at(special_tokens):
@@ -101,39 +119,33 @@ def split_at(special_tokens):
     return re.compile("|".join(map(re.escape, longest_first))) if special_tokens else None
 
 
-def safe_places(text, special_tokens, start, end):
-    """
-    Yield places of a text, from start to end, where every pattern cuts and no special token could
-    lie, so that the two sides can be encoded each for itself.
-    """
-    for match in SAFE.finditer(text, start, end):
-        place = match.start()
-        if not any(
-            text.find(token, max(0, place - len(token) + 1), place + len(token) - 1) >= 0
-            or text.startswith(token, place + 1)  # then a space here may end a run of white space
-            for token in special_tokens
-        ):
-            yield place
-
-
 # ---- training
 
 
-def texts_of(span):
+def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
     """
-    The texts in a Span, as strings: of a .txt file all it says, whatever it is, so that it may be
-    cut anywhere; else its documents.
+    Train on a text file -> (vocab {id: bytes}, merges [(bytes, bytes)]), as CS336 asks for it:
+    special tokens end a pre-token and are not counted. A text with too few pairs makes a smaller
+    vocabulary. Raises UserError where the size has no room for the bytes and the special tokens.
     """
-    if not is_plain(span.path):
-        yield from read_documents([span])
-        return
-    with open(span.path, "rb") as f:
-        f.seek(span.start)
-        yield f.read(span.end - span.start).decode(errors="replace")
+    spans = [Span(os.fspath(input_path), 0, os.path.getsize(input_path))]
+    return train_on(spans, vocab_size, special_tokens, num_processes, pattern_name)
 
 
-def is_plain(path):
-    return os.path.splitext(path)[1] not in (".json", ".jsonl")
+def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
+    """train_bpe() on a list of Spans."""
+    special_tokens = checked_special(special_tokens)
+    n_merges = vocab_size - 256 - len(special_tokens)
+    if n_merges < 0:
+        raise UserError(
+            f"vocab_size = {vocab_size}: expected at least {256 + len(special_tokens)}, for the "
+            f"256 bytes and the special tokens"
+        )
+    counts = count_all(spans, special_tokens, num_processes, pattern_name)
+    merges = merge_all(counts, n_merges)
+    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
+    tokens += [token.encode() for token in special_tokens]
+    return dict(enumerate(tokens)), merges
 
 
 def count_pretokens(span, special_tokens, pattern_name):
@@ -147,43 +159,6 @@ def count_pretokens(span, special_tokens, pattern_name):
         for match in find(stretch):
             counts[match[0].encode()] += n
     return counts
-
-
-def pieces_of(span, special_tokens, size):
-    """
-    A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files at
-    safe_places(), others between documents. Without a safe place the whole is one piece.
-    """
-    if not is_plain(span.path):
-        if span.end - span.start < os.path.getsize(span.path):
-            return [span]
-        places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
-        return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
-    places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
-    with open(span.path, "rb") as f:
-        while places[-1] + size < span.end:
-            at = places[-1] + size
-            while at < span.end:
-                back = min(margin, at)
-                f.seek(at - back)
-                data = f.read(WINDOW + 2 * margin)
-                text = data.decode(errors="surrogateescape")  # it may begin and end in a character
-                start = len(data[:back].decode(errors="surrogateescape"))
-                end = len(text) - margin
-                if (place := next(safe_places(text, special_tokens, start, end), None)) is not None:
-                    at += len(text[:place].encode(errors="surrogateescape")) - back
-                    break
-                at += WINDOW
-            places.append(min(at, span.end))
-    if places[-1] < span.end:
-        places.append(span.end)
-    return [Span(span.path, a, b) for a, b in pairwise(places)]
-
-
-def all_pieces(spans, special_tokens):
-    """Spans cut into Spans of PIECE bytes, or of an eighth of them all where they are small."""
-    size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
-    return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
 
 
 def count_all(spans, special_tokens, num_processes, pattern_name):
@@ -216,13 +191,15 @@ def merge_all(counts, n_merges):
     The first n_merges merges, pairs of bytes, of pre-tokens {bytes: count}. Of pairs that occur
     equally often the lexicographically greater is merged first.
 
-    All pre-tokens lie one after another in arrays, each symbol with the places of its neighbours. A
-    pair knows how often it occurs and where, so that a merge costs what it changes. The heap may
-    hold counts that have sunk since; they are corrected when they come to the top.
+    All pre-tokens lie one after another in arrays, each symbol (a token at a place) with the places
+    of its neighbours. A pair knows how often it occurs and where, so that a merge costs what it
+    changes. Both may be out of date: a place where another merge has been is passed over, and a
+    count in the heap that has sunk since is corrected when it comes to the top.
     """
     tokens = [bytes([i]) for i in range(256)]  # id -> bytes
     ids_of = {token: i for i, token in enumerate(tokens)}
-    # the greater of two tokens has the smaller key: its bytes counted down, and a greater end
+    # Python's heaps have the smallest first, and the greater token is wanted: so keys of tokens,
+    # the greater the token the smaller its key, are their bytes counted down, and a greater end
     keys = [chr(255 - i) + "\u0100" for i in range(256)]
     letters = np.frombuffer(b"".join(counts), np.uint8)
     ids = array("i", letters.astype(np.int32).tobytes())  # (n_symbols,); -1: merged to its left
@@ -288,39 +265,11 @@ def merge_all(counts, n_merges):
                 left[after] = i
             ids[i], ids[j], right[i] = new, -1, after
         counts_of.pop((a, b))
-        for a, b in grown:
-            if n := counts_of.get((a, b)):
-                heapq.heappush(heap, (-n, keys[a], keys[b], a, b))
+        for one, other in grown:
+            if n := counts_of.get((one, other)):
+                heapq.heappush(heap, (-n, keys[one], keys[other], one, other))
     bar.close()
     return merges
-
-
-def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
-    """
-    Train on a text file -> (vocab {id: bytes}, merges [(bytes, bytes)]), as CS336 asks for it:
-    special tokens end a pre-token and are not counted. A text with too few pairs makes a smaller
-    vocabulary. Raises UserError where the size has no room for the bytes and the special tokens.
-    """
-    spans = [Span(os.fspath(input_path), 0, os.path.getsize(input_path))]
-    return train_on(spans, vocab_size, special_tokens, num_processes, pattern_name)
-
-
-def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
-    """train_bpe() on a list of Spans."""
-    special_tokens = list(dict.fromkeys(special_tokens))
-    if "" in special_tokens:
-        raise UserError("a special token is empty: expected some text in each")
-    n_merges = vocab_size - 256 - len(special_tokens)
-    if n_merges < 0:
-        raise UserError(
-            f"vocab_size = {vocab_size}: expected at least {256 + len(special_tokens)}, for 256 "
-            f"bytes and {len(special_tokens)} special tokens"
-        )
-    counts = count_all(spans, special_tokens, num_processes, pattern_name)
-    merges = merge_all(counts, n_merges)
-    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
-    tokens += [token.encode() for token in special_tokens]
-    return dict(enumerate(tokens)), merges
 
 
 # ---- encoding
@@ -339,10 +288,10 @@ class BPETokenizer:
         if wrong := [i for i in self.vocab if type(i) is not int or not 0 <= i < MOST_TOKENS]:
             raise UserError(f"an id is {wrong[0]!r}: expected 0 to {MOST_TOKENS - 1:,}")
         self.ids = {token: i for i, token in self.vocab.items()}
-        if len(self.ids) < len(self.vocab) or b"" in self.ids or "" in (special_tokens or ()):
+        if len(self.ids) < len(self.vocab) or b"" in self.ids:
             raise UserError("two ids have the same token, or a token is empty")
-        self.special = {}
-        for text in special_tokens or ():
+        self.special = {}  # {text: id}
+        for text in checked_special(special_tokens):
             token = text.encode()
             if token not in self.ids:
                 i = 1 + max(self.vocab, default=-1)
@@ -356,16 +305,16 @@ class BPETokenizer:
             (self.ids[a], self.ids[b]): (rank, self.ids[a + b])
             for rank, (a, b) in enumerate(self.merges)
         }
-        self.bytes = [self.ids[bytes([i])] for i in range(256)]
-        self.split = split_at(self.special)
-        self.find, self.cache, self.cached = pattern(pattern_name).finditer, {}, 0
+        self.byte_ids = [self.ids[bytes([i])] for i in range(256)]
+        self.special_pattern = split_at(self.special)
+        self.pretokens, self.cache, self.cached = pattern(pattern_name).finditer, {}, 0
 
     def pretoken_ids(self, token):
         """
         The ids of one pre-token, as bytes: of all pairs of neighbours that have a merge the first
         learned is merged, the leftmost where there are several, and again.
         """
-        ids, ranks = [self.bytes[byte] for byte in token], self.ranks
+        ids, ranks = [self.byte_ids[byte] for byte in token], self.ranks
         n = len(ids)
         left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # places of neighbours
         heap = [(*ranks[pair], i, pair) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
@@ -388,7 +337,7 @@ class BPETokenizer:
     def stretch_ids(self, text):
         """The ids of text between two places where every pattern cuts; remembered."""
         ids = []
-        for match in self.find(text):
+        for match in self.pretokens(text):
             ids += self.pretoken_ids(match[0].encode(errors="replace"))
         if len(text) < WINDOW:
             self.cached += len(text)
@@ -400,7 +349,7 @@ class BPETokenizer:
     def encode(self, text):
         """The ids of a text; special tokens in it stand for themselves."""
         ids, at = [], 0
-        for match in [*(self.split.finditer(text) if self.split else ()), None]:
+        for match in [*(self.special_pattern.finditer(text) if self.special_pattern else ()), None]:
             for stretch in BEFORE_SPACE.split(text[at : match.start()] if match else text[at:]):
                 ids += self.cache.get(stretch) or self.stretch_ids(stretch)
             if match:
@@ -471,9 +420,14 @@ class BPETokenizer:
     def from_bytes(cls, data, path):
         """What to_bytes() made, read from `path`. Raises UserError for anything else."""
         try:
-            value = json.loads(data)
-            if value["type"] != TYPE or value["pattern"] not in PATTERNS:
-                raise ValueError(f"its type is {value['type']!r}, its pattern {value['pattern']!r}")
+            try:
+                value = json.loads(data)
+            except ValueError:
+                raise ValueError("it is no JSON, or damaged") from None
+            if value["type"] != TYPE:
+                raise ValueError(f"its type is {value['type']!r}, not {TYPE!r}")
+            if value["pattern"] not in PATTERNS:
+                raise ValueError(f"its pattern is {value['pattern']!r}, not one of {[*PATTERNS]}")
             if not isinstance(value["special_tokens"], list):
                 raise ValueError("its special_tokens are no list")
             vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
@@ -542,16 +496,92 @@ class BPETokenizer:
         try:
             with open(vocab_path, encoding="utf-8-sig") as f:
                 found = json.load(f).items()
-            vocab = {i: t.encode() if t in special else hidden(t) for t, i in found}
+            vocab = {i: t.encode() if t in special else from_visible(t) for t, i in found}
             with open(merges_path, encoding="utf-8-sig") as f:
                 lines = f.read().split("\n")
             lines = [line for line in lines if line and not line.startswith("#version")]
-            merges = [tuple(map(hidden, line.split(" "))) for line in lines]
+            merges = [tuple(map(from_visible, line.split(" "))) for line in lines]
             return cls(vocab, merges, special_tokens)
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
             raise UserError(f"{vocab_path} and {merges_path} are no files of GPT-2: {e}") from None
+
+
+# ---- cutting
+
+
+def safe_places(text, special_tokens, start, end):
+    """
+    Yield places of a text, from start to end, where every pattern cuts and no special token could
+    lie, so that the two sides can be encoded each for itself.
+    """
+    for match in SAFE.finditer(text, start, end):
+        place = match.start()
+        if not any(
+            text.find(token, max(0, place - len(token) + 1), place + len(token) - 1) >= 0
+            or text.startswith(token, place + 1)  # a space before it is the end of white space
+            for token in special_tokens
+        ):
+            yield place
+
+
+def pieces_of(span, special_tokens, size):
+    """
+    A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files at
+    safe_places(), others between documents. Without a safe place the whole is one piece.
+    """
+    if not is_plain(span.path):
+        if span.end - span.start < os.path.getsize(span.path):
+            return [span]
+        places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
+        return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
+    # what is read around a place: special tokens and characters that lie across its ends
+    places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
+    with open(span.path, "rb") as f:
+        while places[-1] + size < span.end:
+            at = places[-1] + size
+            while at < span.end:
+                back = min(margin, at)
+                f.seek(at - back)
+                data = f.read(WINDOW + 2 * margin)
+                text = data.decode(errors="surrogateescape")  # it may begin and end in a character
+                start = len(data[:back].decode(errors="surrogateescape"))
+                end = len(text) - margin
+                if (place := next(safe_places(text, special_tokens, start, end), None)) is not None:
+                    at += len(text[:place].encode(errors="surrogateescape")) - back
+                    break
+                at += WINDOW
+            places.append(min(at, span.end))
+    if places[-1] < span.end:
+        places.append(span.end)
+    return [Span(span.path, a, b) for a, b in pairwise(places)]
+
+
+def all_pieces(spans, special_tokens):
+    """Spans cut into Spans of PIECE bytes, or of an eighth of them all where they are small."""
+    size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
+    return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
+
+
+def texts_of(span):
+    """
+    The texts in a Span, as strings: of a .txt file all it says, whatever it is, so that it may be
+    cut anywhere; else its documents.
+    """
+    if not is_plain(span.path):
+        yield from read_documents([span])
+        return
+    with open(span.path, "rb") as f:
+        f.seek(span.start)
+        yield f.read(span.end - span.start).decode(errors="replace")
+
+
+def is_plain(path):
+    return os.path.splitext(path)[1] not in (".json", ".jsonl")
+
+
+# ---- how tokens are written
 
 
 def readable(token):
@@ -570,13 +600,13 @@ def visible_bytes():
     return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def shown(token):
+def as_visible(token):
     """A token as GPT-2's files have it, each byte a character of visible_bytes()."""
     return "".join(visible_bytes()[byte] for byte in token)
 
 
-def hidden(text):
-    """The bytes of a token that shown() made; KeyError for anything else."""
+def from_visible(text):
+    """The bytes of a token that as_visible() made; KeyError for anything else."""
     return bytes(byte_of()[character] for character in text)
 
 
@@ -596,6 +626,8 @@ def train_stage():
     special = special_list()
     spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
     vocab, merges = train_on(spans, vocab_size, special, worker_count(num_workers), pattern_name)
+    if not merges and vocab_size > len(vocab):
+        raise UserError(f"cannot train a vocabulary: {source} has no text to learn from")
     tokenizer = BPETokenizer(vocab, merges, special, pattern_name)
     if len(vocab) < vocab_size:
         print(f"the text has pairs for {len(vocab):,} tokens only")
@@ -626,6 +658,8 @@ def check_model():
     texts = {os.path.realpath(path) for path in text_files(source)} if source else set()
     if any(os.path.realpath(path) in texts for path in written.values()):
         raise UserError(f"{model} or a file beside it belongs to the text: name another")
+    if os.path.exists(model):
+        BPETokenizer.load(model)  # only an earlier model may be lost
     if also_hf and os.path.isdir(source) and os.path.samefile(source, folder):
         raise UserError(f"{written['hf']} would be taken for text: name a model elsewhere")
 
@@ -662,6 +696,10 @@ def encode_stage():
     check_source()
     if not out:
         raise UserError("--out=PATH is missing: a folder for shards, or a file ending in .npy")
+    if os.path.splitext(out)[1] not in ("", ".npy") and not os.path.isdir(out):
+        raise UserError(f"out = {out!r}: expected a folder for shards, or a file ending in .npy")
+    if out.endswith(".npy") and valid_source:
+        raise UserError("valid_source is for shards: a .npy file has no part for validation")
     tokenizer = ByteLevel(model)
     if out.endswith(".npy"):
         n, dtype = write_npy(out, tokenizer, text_files(source), worker_count(num_workers))
@@ -691,9 +729,9 @@ if __name__ == "__main__":
     also_hf = False  # write tokenizer.json for Hugging Face's libraries, too
     # import
     vocab_json = ""  # GPT-2's vocab.json
-    merges_txt = ""  # and merges.txt
+    merges_txt = ""  # GPT-2's merges.txt
     # encode
-    out = ""  # a folder for shards with their sidecar, or a file ending in .npy for all ids
+    out = ""  # a folder for shards; or a file ending in .npy: .txt as it stands, others with BOS
     valid_source = ""  # text for the first shard, validation; else the first part of source
     configure(globals(), positional="stage")
     if stage not in STAGES:

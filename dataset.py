@@ -61,6 +61,8 @@ class DataPaths:
             raise UserError(
                 f"vocab_size = {vocab_size}: expected 0 (Llama 2's) or the size of a vocabulary"
             )
+        if vocab_source == "bpe" and vocab_size == 0:
+            raise UserError("vocab_size = 0 stands for Llama 2's vocabulary: give bpe a size")
         self.data_dir = data_dir
         self.vocab_source = "llama2" if vocab_size == 0 else vocab_source
         self.is_llama2 = self.vocab_source == "llama2"

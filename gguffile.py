@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from bpe import BPETokenizer, hidden, shown
+from bpe import BPETokenizer, as_visible, from_visible
 from configurator import UserError
 from files import flush_folder, remove
 from hftokenizer import check_names
@@ -181,7 +181,7 @@ def put_tokenizer(f, tokenizer, spec):
         f.add_tokenizer_pre(PRE_TOKENIZERS[bpe.pattern_name])
         f.add_token_list(byte_level_names(tokenizer))
         f.add_token_types([3 if i in special else 1 if i in bpe.vocab else 5 for i in n])
-        f.add_token_merges([f"{shown(a)} {shown(b)}" for a, b in bpe.merges])
+        f.add_token_merges([f"{as_visible(a)} {as_visible(b)}" for a, b in bpe.merges])
     else:
         sp = tokenizer.sp
         f.add_tokenizer_model("llama")
@@ -205,7 +205,7 @@ def byte_level_names(tokenizer):
     bpe = tokenizer.bpe
     special = {i: text for text, i in bpe.special.items()}
     return [
-        special.get(i) or shown(bpe.vocab.get(i, b"")) or f"[unused {i}]"
+        special.get(i) or as_visible(bpe.vocab.get(i, b"")) or f"[unused {i}]"
         for i in range(tokenizer.vocab_size)
     ]
 
@@ -343,9 +343,9 @@ def byte_level_of(fields):
         return None
     special.sort(key=lambda i: i != bos)  # the first begins texts
     try:
-        vocab = {i: hidden(tokens[i]) for i, kind in enumerate(types) if kind == 1}
+        vocab = {i: from_visible(tokens[i]) for i, kind in enumerate(types) if kind == 1}
         vocab |= {i: tokens[i].encode() for i in special}
-        pairs = [tuple(map(hidden, merge.split(" "))) for merge in merges]
+        pairs = [tuple(map(from_visible, merge.split(" "))) for merge in merges]
         return BPETokenizer(vocab, pairs, [tokens[i] for i in special], pattern_name).to_bytes()
     except (KeyError, ValueError, AttributeError, UserError):
         return None

@@ -3,7 +3,7 @@ The tokenizers as Hugging Face's libraries read them: tokenizer.json and tokeniz
 the same ids for every text.
 """
 
-from bpe import PATTERNS, shown
+from bpe import PATTERNS, as_visible
 from configurator import UserError
 from tokenizer import SPACE, ByteLevel
 
@@ -105,7 +105,7 @@ def byte_level_json(bpe, with_bos=False):
     tokenizer.json of a BPETokenizer, as a dict; with_bos: texts begin with its first special token.
     """
     special = {i: text for text, i in bpe.special.items()}
-    vocab = {special.get(i) or shown(token): i for i, token in bpe.vocab.items()}
+    vocab = {special.get(i) or as_visible(token): i for i, token in bpe.vocab.items()}
     check_names(vocab, bpe)
     cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
     if bpe.pattern_name != "gpt2":
@@ -132,7 +132,7 @@ def byte_level_json(bpe, with_bos=False):
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": [[shown(a), shown(b)] for a, b in bpe.merges],
+            "merges": [[as_visible(a), as_visible(b)] for a, b in bpe.merges],
         },
     }
 

@@ -145,7 +145,9 @@ class SentencePiece(Tokenizer):
         try:
             self.sp.LoadFromSerializedProto(self.proto)
         except RuntimeError:
-            raise UserError(f"{self.model_path} is not a SentencePiece model") from None
+            raise UserError(
+                f"{self.model_path} is not a SentencePiece model, nor one of bpe.py"
+            ) from None
         self.vocab_size = self.sp.vocab_size()
         self.unk_id, self.bos_id, self.eos_id = self.sp.unk_id(), self.sp.bos_id(), self.sp.eos_id()
         if (self.unk_id, self.bos_id, self.eos_id) != (0, 1, 2):
@@ -255,7 +257,7 @@ class ByteLevel(Tokenizer):
         self.bpe = BPETokenizer.from_bytes(self.proto, self.model_path)
         if not self.bpe.special:
             raise UserError(
-                f"{self.model_path} has no special token to begin a text with: train it with "
+                f"{self.model_path} has no special token to begin a text with: make it with "
                 f"--special_tokens='<|endoftext|>'"
             )
         self.vocab_size = 1 + max(self.bpe.vocab)

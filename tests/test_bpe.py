@@ -314,8 +314,11 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
         train_bpe(tmp_path / "tok.json", 256, [END])
     with pytest.raises(UserError, match="has no token"):
         BPETokenizer(tokenizer.vocab, [*tokenizer.merges, (b"zq", b"qz")])
-    with pytest.raises(UserError, match="a special token is empty"):
-        train_bpe(tmp_path / "tok.json", 300, [""])
+    for special in ([""], ["a"], END, [3]):
+        with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):
+            train_bpe(tmp_path / "tok.json", 300, special)
+        with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):
+            BPETokenizer(tokenizer.vocab, tokenizer.merges, special)
 
 
 def test_too_many_different_pretokens_lose_the_rarest(tmp_path, monkeypatch, capsys):
@@ -395,7 +398,8 @@ def test_the_script_trains_and_encodes(corpus, tmp_path):
 
 
 def test_what_the_script_refuses(corpus, tmp_path):
-    model = f"--model={tmp_path / 'my.model'}"
+    model, empty = f"--model={tmp_path / 'my.model'}", tmp_path / "empty.txt"
+    empty.touch()
     for words, part in (
         ([], "expected one of: train, encode, import"),
         (["import", model, "--vocab_json=v"], "--merges_txt=PATH is missing"),
@@ -415,10 +419,13 @@ def test_what_the_script_refuses(corpus, tmp_path):
         ),
         (["encode", model, f"--source={corpus}", "--out=x.npy"], "does not exist"),
         (["encode", model, f"--source={corpus}"], "--out=PATH is missing"),
+        (["encode", model, f"--source={corpus}", "--out=a.npz"], "or a file ending in .npy"),
+        (["train", model, f"--source={empty}"], "has no text to learn from"),
+        (["train", f"--model={empty}", f"--source={corpus}"], "is no tokenizer of bpe.py"),
         (["encode", "--num_workers=-1", model, f"--source={corpus}"], "is missing"),
     ):
         refused(script("bpe.py", *words, cwd=tmp_path), part)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["empty.txt"]
     done = script("bpe.py", "--help")
     assert done.returncode == 0 and "--pattern_name=gpt2" in done.stdout
     assert "256 bytes, merges and special tokens together" in done.stdout

@@ -86,8 +86,8 @@ def test_ids_are_those_of_python(c_ids, tokenizer, kind):
 def pieces(tokenizer, text):
     """The pre-tokens and special tokens of a text."""
     found, at = [], 0
-    for match in [*tokenizer.split.finditer(text), None]:
-        found += tokenizer.find(text[at : match.start()] if match else text[at:])
+    for match in [*tokenizer.special_pattern.finditer(text), None]:
+        found += tokenizer.pretokens(text[at : match.start()] if match else text[at:])
         found += [match] if match else []
         at = match.end() if match else 0
     return [match[0].encode() for match in found]
@@ -125,7 +125,7 @@ def test_every_character_has_the_class_of_python(c_ids, tokenizer):
             for plane in planes
         ]
         for text, ids in zip(texts, c_ids(joining, texts), strict=True):
-            parts = (match[0].encode() for match in joining.find(text))
+            parts = (match[0].encode() for match in joining.pretokens(text))
             data = np.frombuffer(b"\xff".join(parts) + b"\xff", np.uint8).astype(int)
             joins = (data[:-1] == ord(before)) & (data[1:] != 0xFF) & (data[1:] != ord(before))
             data[:-1] = np.where(joins, 256 + data[1:], data[:-1])
@@ -163,7 +163,7 @@ def test_broken_utf_8_is_read_as_python_reads_it(c_ids, tokenizer):
 
 def merged_in_turn(tokenizer, text):
     """The ids of one pre-token, each merge everywhere before the next one: the same, and fast."""
-    ids = "".join(chr(tokenizer.bytes[b]) for b in text.encode())
+    ids = "".join(chr(tokenizer.byte_ids[b]) for b in text.encode())
     for a, b in tokenizer.merges:
         ids = ids.replace(*("".join(chr(tokenizer.ids[t]) for t in ts) for ts in ([a, b], [a + b])))
     return [ord(i) for i in ids]
@@ -186,7 +186,7 @@ def test_a_megabyte_without_a_space(c_ids, tokenizer, trained_on):
 
 def one_at_a_time(tokenizer, text):
     """The ids of one pre-token by the rule: the lowest rank, the leftmost of these, and again."""
-    ids = [tokenizer.bytes[b] for b in text.encode()]
+    ids = [tokenizer.byte_ids[b] for b in text.encode()]
     while True:
         found = [
             (tokenizer.ranks[p], i) for i, p in enumerate(pairwise(ids)) if p in tokenizer.ranks
