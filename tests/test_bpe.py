@@ -226,6 +226,30 @@ def test_ids_are_those_of_tiktoken(tokenizer, name):
         assert ours.encode(text) == theirs.encode(text, allowed_special="all"), text
 
 
+def test_ids_are_those_of_tiktokens_gpt2_from_files(tokenizer, tmp_path):
+    """GPT-2's two files, with the bytes in its order, read by tiktoken's own loader and by ours."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    visible = bpe.visible_bytes()
+    names = [[*map(bpe.as_visible, pair)] for pair in tokenizer.merges]
+    order = [*visible.values(), *(a + b for a, b in names), END]
+    vocab, merges = tmp_path / "encoder.json", tmp_path / "vocab.bpe"
+    vocab.write_text(json.dumps({name: i for i, name in enumerate(order)}))
+    lines = ["#version: 0.2", *map(" ".join, names), ""]
+    merges.write_text("\n".join(lines), encoding="utf-8")
+    theirs = tiktoken.Encoding(
+        "gpt2",
+        pat_str=TIKTOKENS["gpt2"],
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(str(merges), str(vocab)),
+        special_tokens={END: len(order) - 1},
+    )
+    ours = BPETokenizer.from_files(vocab, merges, [END])
+    assert ours.encode("!") == [0] and ours.encode("\0") == [188]
+    for text in texts_of_all_sorts():
+        assert ours.encode(text) == theirs.encode(text, allowed_special="all"), text
+
+
 def test_streams_have_the_ids_of_the_whole(tokenizer, monkeypatch):
     monkeypatch.setattr(bpe, "BLOCK", 100)
     text = "".join(texts_of_all_sorts())
