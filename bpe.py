@@ -134,6 +134,8 @@ def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, patter
 
 def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
     """train_bpe() on a list of Spans."""
+    if pattern_name not in PATTERNS:
+        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
     special_tokens = checked_special(special_tokens)
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
@@ -621,8 +623,6 @@ def byte_of():
 def train_stage():
     check_source()
     check_model()
-    if pattern_name not in PATTERNS:
-        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
     special = special_list()
     spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
     vocab, merges = train_on(spans, vocab_size, special, worker_count(num_workers), pattern_name)

@@ -43,7 +43,6 @@ VOCAB_SOURCES = ("custom", "bpe", "llama2")
 FIRST_WORDS = 20  # by which a document is compared first
 CHUNK = 1 << 22  # ids that are looked at together when a shard is checked
 SAVE_INTERVAL = 1.0  # seconds between two writes of the sidecar
-NPY_HEADER = 128  # bytes before the ids of a .npy file
 SLOW_CHECK = 1 << 30  # bytes of shards from which on checking them shows a progress bar
 
 
@@ -291,15 +290,16 @@ def write_npy(path, tokenizer, files, num_workers, encoder="auto"):
     spans = all_pieces(spans, list(tokenizer.bpe.special))
     words = tokenizer.model_path, tokenizer.encoder(encoder)[0], dtype
     cached_tokenizer(tokenizer.model_path).encoder(words[1])  # which forked workers then have
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False}
     with atomic_write(path) as f:
-        f.write(bytes(NPY_HEADER))
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
+        begin = f.tell()
         for ids in in_order(encode_span, spans, words, num_workers, "encode"):
             ids.tofile(f)
             n += len(ids)
         f.seek(0)
-        shape = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n,)}
-        header = repr(shape).encode().ljust(NPY_HEADER - 11) + b"\n"
-        f.write(b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + header)
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})
+        assert f.tell() == begin  # numpy leaves room for any number
         f.seek(0, os.SEEK_END)
     return n, dtype
 

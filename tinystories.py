@@ -21,7 +21,7 @@ import shutil
 
 from tqdm import tqdm
 
-from bpe import PATTERNS, BPETokenizer, train_on
+from bpe import BPETokenizer, train_on
 from configurator import UserError, configure
 from corpus import SEPARATOR, plan_shards, read_documents, text_files
 from dataset import DataPaths, cached_tokenizer, report, write_shards
@@ -215,8 +215,6 @@ def train_sentencepiece_vocab(paths, spans):
 
 
 def train_bpe_vocab(paths, spans):
-    if pattern_name not in PATTERNS:
-        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
     total = list(itertools.accumulate(span.end - span.start for span in spans))
     n_spans = 1 + sum(n_bytes < vocab_mb * 1_000_000 for n_bytes in total[:-1])
     if n_spans < len(spans):
