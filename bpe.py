@@ -20,6 +20,7 @@ long text may be cut, for both; the script.
     python bpe.py train --source=text.txt --model=my.model --vocab_size=10000
     python bpe.py encode --source=text.txt --model=my.model --out=shards     # or --out=ids.npy
     python bpe.py import --vocab_json=vocab.json --merges_txt=merges.txt --model=gpt2.model
+    python bpe.py import --tokenizer_json=tokenizer.json --model=smol.model
 """
 
 import base64
@@ -40,7 +41,7 @@ from tqdm import tqdm
 from configurator import UserError, configure
 from corpus import Span, cut_points, plan_shards, read_documents, text_files
 from files import atomic_write
-from workers import in_order, worker_count
+from workers import over_spans, worker_count
 
 TYPE = "byte-level BPE"  # of a file of save()
 PIECE = 1 << 22  # bytes of a file that are counted at a time
@@ -171,7 +172,7 @@ def count_all(spans, special_tokens, num_processes, pattern_name):
     pieces = all_pieces(spans, special_tokens)
     counts, n_bytes, given_up = Counter(), 0, 0
     arguments = special_tokens, pattern_name
-    for found in in_order(count_pretokens, pieces, arguments, num_processes, "count"):
+    for found in over_spans(count_pretokens, pieces, arguments, num_processes, "count"):
         counts.update(found)
         n_bytes += sum(map(len, found))  # at the most
         if n_bytes > MOST_BYTES:
@@ -635,9 +636,18 @@ def train_stage():
 
 
 def import_stage():
+    from hftokenizer import byte_level_from_json  # which imports this file
+
+    if tokenizer_json:
+        check_model()
+        save_stage(byte_level_from_json(tokenizer_json))
+        return
     for name in ("vocab_json", "merges_txt"):
         if not globals()[name]:
-            raise UserError(f"--{name}=PATH is missing: GPT-2's vocab.json and merges.txt are read")
+            raise UserError(
+                f"--{name}=PATH is missing: GPT-2's vocab.json and merges.txt are read, or "
+                f"--tokenizer_json=PATH"
+            )
     check_model()
     save_stage(BPETokenizer.from_files(vocab_json, merges_txt, special_list()))
 
@@ -730,6 +740,7 @@ if __name__ == "__main__":
     # import
     vocab_json = ""  # GPT-2's vocab.json
     merges_txt = ""  # GPT-2's merges.txt
+    tokenizer_json = ""  # or a tokenizer.json of Hugging Face
     # encode
     out = ""  # a folder for shards; or a file ending in .npy: .txt as it stands, others with BOS
     valid_source = ""  # text for the first shard, validation; else the first part of source

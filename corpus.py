@@ -7,13 +7,19 @@ Three shapes are read, told apart by the end of the name:
   .jsonl  one such object a line
 Documents lose the white space around them, and empty ones are passed over, as in llama2.c.
 
-To add a shape: a reader in READERS and a way to find its document borders in BORDERS.
+Files of any size can be read as a stream too, from their beginning: then .parquet tables, and the
+three compressed with gzip (.txt.gz), are known as well.
+
+To add a shape: a reader in READERS and a way to find its document borders in BORDERS; for streams
+one in STREAMS.
 """
 
+import gzip
 import itertools
 import json
 import os
 import re
+import zlib
 from dataclasses import dataclass
 
 from configurator import UserError
@@ -23,6 +29,7 @@ SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
 FIELDS = ("story", "text")
 MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut; the first is 2 % or more of it
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
+LONGEST = 1 << 28  # bytes of one document of a stream, which is in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -180,20 +187,27 @@ def read_json(span):
         items = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{span.path} is not JSON: {e}") from None
+    yield from texts_of_list(items, span.path)
+
+
+def texts_of_list(items, path):
     if not isinstance(items, list):
-        raise UserError(f"{span.path}: expected a JSON list of stories")
+        raise UserError(f"{path}: expected a JSON list of stories")
     for i, item in enumerate(items):
-        yield text_field(item, f"{span.path}, item {i}")
+        yield text_field(item, f"{path}, item {i}")
 
 
 def read_jsonl(span):
     for line in read_text(span).split("\n"):
         if line.strip():
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{span.path} has a line that is not JSON: {e}") from None
-            yield text_field(item, span.path)
+            yield text_of_line(line, span.path)
+
+
+def text_of_line(line, path):
+    try:
+        return text_field(json.loads(line), path)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} has a line that is not JSON: {e}") from None
 
 
 READERS = {".txt": read_txt, ".json": read_json, ".jsonl": read_jsonl}
@@ -203,7 +217,94 @@ BORDERS = {".txt": border_after(SEPARATOR), ".json": json_borders, ".jsonl": bor
 def read_documents(spans):
     """The documents of a list of Spans, one str after another."""
     for span in spans:
-        for text in READERS[os.path.splitext(span.path)[1]](span):
-            text = text.strip()
-            if text:  # JSON can say half of a surrogate pair, which is no text
-                yield text.encode("utf-8", "replace").decode()
+        yield from cleaned(READERS[os.path.splitext(span.path)[1]](span))
+
+
+def cleaned(texts):
+    """Texts without the white space around them, and without those that are nothing else."""
+    for text in texts:
+        text = text.strip()
+        if text:  # JSON can say half of a surrogate pair, which is no text
+            yield text.encode("utf-8", "replace").decode()
+
+
+# ---- streams
+
+
+def stream_ending(path):
+    """The key of STREAMS for a file, "" where there is none."""
+    ending = os.path.splitext(path.removesuffix(".gz"))[1]
+    is_known = ending in STREAMS and not (ending == ".parquet" and path.endswith(".gz"))
+    return ending if is_known else ""
+
+
+def stream_documents(path):
+    """
+    Yield (document, bytes of the file read so far) of a file that need not fit into memory; only a
+    .json list is read as a whole. Raises UserError where it is damaged.
+    """
+    read = STREAMS[stream_ending(path)]
+    with open(path, "rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+        try:
+            for text in cleaned(read(file, path)):
+                yield text, raw.tell()
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8; convert it, for example with iconv") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            raise UserError(f"{path} is damaged or was cut off: {e}") from None
+
+
+def stream_txt(file, path):
+    tail, mark = b"", SEPARATOR
+    while chunk := file.read(1 << 20):
+        *whole, tail = (tail + chunk).split(mark)
+        for document in whole:
+            yield document.decode()
+        if len(tail) > LONGEST:
+            raise UserError(
+                f"{path} has a document of more than {LONGEST >> 20} MB: expected "
+                f"{mark.decode()} between documents"
+            )
+    yield tail.decode()
+
+
+def stream_jsonl(file, path):
+    while line := file.readline(LONGEST):
+        if line.strip():
+            yield text_of_line(line.decode(), path)
+
+
+def stream_json(file, path):
+    try:
+        items = json.load(file)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} is not JSON: {e}") from None
+    yield from texts_of_list(items, path)
+
+
+def stream_parquet(file, path):
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path}: reading it needs pyarrow: pip install .[web]") from None
+    try:
+        table = parquet.ParquetFile(file, buffer_size=1 << 20)
+        names = table.schema_arrow.names
+        field = next((name for name in FIELDS if name in names), None)
+        if field is None:
+            raise UserError(
+                f"{path}: expected a column {' or '.join(FIELDS)}; it has {', '.join(names)}"
+            )
+        for rows in table.iter_batches(1024, columns=[field], use_threads=False):
+            yield from (text for text in rows.column(0).to_pylist() if text)
+    except (ArrowException, OSError) as e:
+        raise UserError(f"{path} is no parquet file, or damaged: {e}") from None
+
+
+STREAMS = {
+    ".txt": stream_txt,
+    ".json": stream_json,
+    ".jsonl": stream_jsonl,
+    ".parquet": stream_parquet,
+}

@@ -33,7 +33,7 @@ from configurator import UserError
 from corpus import SIDECAR, Span, read_documents
 from files import atomic_write, checksum, write_json
 from tokenizer import open_tokenizer
-from workers import in_order, leave_ctrl_c
+from workers import leave_ctrl_c, over_spans
 
 SIDECAR_FORMAT = 2
 TINYSTORIES = "TinyStories_all_data"
@@ -41,6 +41,7 @@ LLAMA2_VOCAB_SIZE = 32000
 # custom: SentencePiece, trained by tinystories.py; bpe: byte-level BPE, likewise; llama2: Meta's
 VOCAB_SOURCES = ("custom", "bpe", "llama2")
 FIRST_WORDS = 20  # by which a document is compared first
+WHITE_SPACE = b" \t\n\v\f\r"
 CHUNK = 1 << 22  # ids that are looked at together when a shard is checked
 SAVE_INTERVAL = 1.0  # seconds between two writes of the sidecar
 SLOW_CHECK = 1 << 30  # bytes of shards from which on checking them shows a progress bar
@@ -90,16 +91,16 @@ class DataPaths:
 
 
 def document_key(text):
-    """The same for two documents that differ in white space alone."""
-    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+    """16 bytes, the same for two documents that differ in the white space of ASCII alone."""
+    return hashlib.blake2b(text.encode().translate(None, WHITE_SPACE), digest_size=16).digest()
 
 
 class Documents:
-    """A set of documents, compared without their white space; `spans` say where they are."""
+    """A set of documents, compared without their white space."""
 
-    def __init__(self, spans):
+    def __init__(self, texts):
         self.keys, self.beginnings = set(), set()
-        for text in read_documents(spans):
+        for text in texts:
             self.keys.add(document_key(text))
             self.beginnings.add(" ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS]))
 
@@ -110,7 +111,7 @@ class Documents:
 
 @functools.cache
 def documents_of(spans):
-    return Documents(spans)
+    return Documents(read_documents(spans))
 
 
 @functools.cache
@@ -294,7 +295,7 @@ def write_npy(path, tokenizer, files, num_workers, encoder="auto"):
     with atomic_write(path) as f:
         np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
         begin = f.tell()
-        for ids in in_order(encode_span, spans, words, num_workers, "encode"):
+        for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
             ids.tofile(f)
             n += len(ids)
         f.seek(0)
@@ -354,10 +355,13 @@ class TokenData:
         if meta is None:
             names = sorted(map(os.path.basename, glob.glob(os.path.join(folder, "*.bin"))))
             if len(names) < 2:
-                raise UserError(f"{folder} has no token shards; make them with: {again}")
+                raise UserError(
+                    f"{folder} has no token shards; make them with: {again} (or webtext.py prepare)"
+                )
             dtype = "uint16"
         else:
             names, dtype = [s["name"] for s in meta["shards"]], meta["dtype"]
+            again = meta.get("made_by", again)
             if meta["vocab_size"] != vocab_size:
                 raise UserError(
                     f"vocab_size = {vocab_size}, but the shards in {folder} "

@@ -103,17 +103,41 @@ def write_json(path, value):
         f.write("\n")
 
 
+def read_json(path):
+    """The value in a JSON file. Raises UserError where it is damaged."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as e:
+            raise UserError(f"{path} is damaged, delete it: {e}") from None
+
+
+def secret(name):
+    """A token from the environment or from a file .env, lines like NAME=value; "" without one."""
+    if value := os.environ.get(name):
+        return value
+    if not os.path.isfile(".env"):
+        return ""
+    with open(".env", encoding="utf-8") as f:
+        for line in f:
+            key, _, value = line.strip().removeprefix("export ").partition("=")
+            if key.strip() == name:
+                return value.strip().strip("\"'")
+    return ""
+
+
 class Incomplete(Exception):
     """A transfer that ended early and may be continued."""
 
 
-def download(url, path, retries=6, backoff=1.0):
+def download(url, path, retries=6, backoff=1.0, token=""):
     """
     Fetch `url` (or copy a local path) to `path`. Bytes go to `path`.part; a dropped connection is
     retried with exponential back-off, and a later call goes on from where the last one stopped if
     the server still has the same file. The size is checked against the server's before the rename.
 
-    retries: attempts in a row that bring nothing new; backoff: seconds before the second of them.
+    retries: attempts in a row that bring nothing new; backoff: seconds before the second of them;
+    token: for the server, which does not hand it on to others.
     Raises UserError where the server refuses or keeps failing; the .part file stays for next time.
     """
     import requests  # here, since little but this needs it, and it takes long
@@ -123,7 +147,7 @@ def download(url, path, retries=6, backoff=1.0):
     failures, have = 0, part_size(path)
     while True:
         try:
-            transfer(url, path)
+            transfer(url, path, token)
             return
         except Incomplete as e:
             reason = str(e)
@@ -157,7 +181,7 @@ def part_size(path):
     return os.path.getsize(path + ".part") if os.path.exists(path + ".part") else 0
 
 
-def transfer(url, path):
+def transfer(url, path, token=""):
     """One attempt at a download: from the end of the .part file on, if the server can do that."""
     import requests
 
@@ -165,6 +189,8 @@ def transfer(url, path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     have = part_size(path)
     headers = {"Accept-Encoding": "identity"}  # sizes are those of the file, not of a compression
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     if have:
         headers["Range"] = f"bytes={have}-"
         if os.path.exists(tag_path):  # a changed file is sent whole, not spliced onto the old one

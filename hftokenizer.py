@@ -3,8 +3,9 @@ The tokenizers as Hugging Face's libraries read them: tokenizer.json and tokeniz
 the same ids for every text.
 """
 
-from bpe import PATTERNS, as_visible
+from bpe import PATTERNS, BPETokenizer, as_visible, from_visible
 from configurator import UserError
+from files import read_json
 from tokenizer import SPACE, ByteLevel
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -135,6 +136,57 @@ def byte_level_json(bpe, with_bos=False):
             "merges": [[as_visible(a), as_visible(b)] for a, b in bpe.merges],
         },
     }
+
+
+def byte_level_from_json(path):
+    """
+    The BPETokenizer of a tokenizer.json. Raises UserError for one that does anything that bpe.py
+    does not: text changed before encoding, another pattern, another model.
+    """
+    data = read_json(path)
+    try:
+        model, cut = data["model"], data["pre_tokenizer"]
+        wrong = [name for name in ("byte_fallback", "dropout") if model.get(name)]
+        wrong += ["normalizer"] if data.get("normalizer") else []
+        wrong += [] if model["type"] == "BPE" else [f"model {model['type']}"]
+        wrong += ["words with a mark"] if model.get("end_of_word_suffix") else []
+        added = sorted(data["added_tokens"], key=lambda token: token["id"])
+        for token in added:
+            wrong += [f"{w} of a token" for w in ("lstrip", "rstrip", "single_word") if token[w]]
+        pattern_name = pattern_of(cut)
+        if pattern_name is None:
+            wrong.append(f"the pre_tokenizer {str(cut)[:100]}")
+        if wrong:
+            raise ValueError(f"it has {wrong[0]}")
+        special = {token["content"]: token["id"] for token in added}
+        vocab = {i: from_visible(t) for t, i in model["vocab"].items() if t not in special}
+        vocab |= {i: text.encode() for text, i in special.items()}
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        merges = [(from_visible(a), from_visible(b)) for a, b in pairs]
+        bpe = BPETokenizer(vocab, merges, list(special), pattern_name)
+        if model.get("ignore_merges") and not bpe.makes_its_tokens():
+            raise ValueError("it has tokens that its merges do not make")
+        return bpe
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
+        why = f"no {e}" if isinstance(e, KeyError) else e
+        raise UserError(f"{path} is no byte-level BPE as bpe.py knows it: {why}") from None
+
+
+def pattern_of(cut):
+    """The name in PATTERNS of what a pre_tokenizer does; None for anything else."""
+    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    last = steps[-1]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(steps) > 2:
+        return None
+    if len(steps) == 1:
+        return "gpt2" if last.get("use_regex", True) else None
+    split = steps[0]
+    if split["type"] != "Split" or last.get("use_regex", True):
+        return None
+    if split["behavior"] != "Isolated" or split["invert"]:
+        return None
+    regex = split["pattern"].get("Regex")
+    return next((name for name, text in PATTERNS.items() if text == regex), None)
 
 
 def check_names(names, bpe):

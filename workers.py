@@ -26,31 +26,39 @@ def leave_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def in_order(function, spans, arguments, num_workers, what):
+def in_order(function, items, arguments, num_workers):
     """
-    Yield function(span, *arguments) for each of `spans`, in their order, computed in num_workers
-    processes, each two results ahead at most, behind a progress bar of bytes called `what`.
+    Yield (item, function(item, *arguments)) for each of `items`, in their order, computed in
+    num_workers processes, each two results ahead at most: so far `items` is read ahead, too.
     """
-    n_bytes = sum(span.end - span.start for span in spans)
-    bar = tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True)
-    num_workers = min(num_workers, len(spans))
-    with bar, contextlib.ExitStack() as stack:
-        if num_workers < 2:
-            for span in spans:
-                yield function(span, *arguments)
-                bar.update(span.end - span.start)
-            return
+    if num_workers < 2:
+        for item in items:
+            yield item, function(item, *arguments)
+        return
+    with contextlib.ExitStack() as stack:
         pool = ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c)
         stack.callback(pool.shutdown, cancel_futures=True)
-        todo, running = iter(spans), deque()
+        todo, running = iter(items), deque()
         try:
-            for span in spans:
+            while True:
                 for one in itertools.islice(todo, 2 * num_workers - len(running)):
-                    running.append(pool.submit(function, one, *arguments))
-                yield running.popleft().result()
-                bar.update(span.end - span.start)
+                    running.append((one, pool.submit(function, one, *arguments)))
+                if not running:
+                    return
+                item, future = running.popleft()
+                yield item, future.result()
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was ended, perhaps because memory ran out: try fewer "
                 "--num_workers"
             ) from None
+
+
+def over_spans(function, spans, arguments, num_workers, what):
+    """The results of in_order() for Spans, behind a progress bar of their bytes called `what`."""
+    n_bytes = sum(span.end - span.start for span in spans)
+    with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True) as bar:
+        workers = min(num_workers, len(spans))
+        for span, result in in_order(function, spans, arguments, workers):
+            yield result
+            bar.update(span.end - span.start)

@@ -1,0 +1,736 @@
+"""
+Text of the web, by the billion tokens, as token shards for training.
+
+    python webtext.py prepare --source=fineweb-6b     # 6 billion tokens of FineWeb, ready-made
+
+    python webtext.py train_vocab --source=fineweb    # or from text: byte-level BPE of 49,152 ...
+    python webtext.py prepare --source=fineweb        # ... and the shards, file after file
+
+Everything lies below data_dir, data/NAME unless it is given: the tokenizer, bpe49152.model, and
+bpe49152/ with the shards. A source is one of SOURCES; a dataset of the hub, hf:user/name; or a file
+or folder here: .txt with <|endoftext|> between documents, .jsonl or .json, all three also as .gz,
+or .parquet.
+
+Files of the hub are downloaded one ahead of the one that is read, and deleted once they are in
+shards. Text is read as a stream: what is in memory depends on num_workers alone. A document is for
+validation by a hash of its text, so that no copy of it can be in training, whatever machine reads
+it. After an interruption the same command goes on at the shard where it was.
+
+Many machines share the work with --shard=0/8, --shard=1/8 ...; once their files lie in one folder
+`merge --shards=8` makes them one set. One machine does that by itself.
+
+To add a source: a line in SOURCES.
+"""
+
+import collections
+import functools
+import glob
+import os
+import queue
+import re
+import shlex
+import shutil
+import threading
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from bpe import BPETokenizer, train_on
+from configurator import UserError, configure
+from corpus import SEPARATOR, STREAMS, Span, stream_documents, stream_ending
+from dataset import (
+    CHUNK,
+    SIDECAR,
+    SIDECAR_FORMAT,
+    DataPaths,
+    Documents,
+    cached_tokenizer,
+    document_key,
+    id_type,
+    report,
+    shard_is_whole,
+    shard_size_fits,
+)
+from files import atomic_write, download, read_json, remove, secret, write_json
+from hftokenizer import byte_level_from_json
+from tokenizer import open_tokenizer
+from workers import in_order, worker_count
+
+# -----------------------------------------------------------------------------
+stage = ""  # train_vocab, prepare or merge
+source = ""  # fineweb-6b, fineweb, fineweb-edu, openwebtext, hf:user/name, or a file or folder
+folder = ""  # of the files in a dataset of the hub, such as sample/100BT; "": the source's own
+n_files = 0  # how many of the files, from the first; 0: all
+valid_source = ""  # a file or folder for validation; without one a part of the documents is taken
+valid_frac = 0.0  # that part; 0: 0.005, of less than 200 MB 0.05
+data_dir = ""  # everything is written below this folder; "": data/NAME of the source
+vocab_size = 49152  # of byte-level BPE
+num_workers = 0  # processes; 0: one a core
+revision = "main"  # branch, tag or commit of a dataset of the hub
+endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # Hugging Face or a mirror
+# train_vocab
+vocab_mb = 500  # megabytes of text, at most, that the vocabulary is trained on
+pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, or as for gpt4
+# prepare
+encoder = "auto"  # auto: the fastest that is installed; gigatoken, tiktoken, own
+keep_raw = False  # keep downloaded files once they are in shards
+shard = "0/1"  # the part of the work that this machine does: i/n, i from 0 to n - 1
+# merge
+shards = 1  # how many machines there were
+# -----------------------------------------------------------------------------
+
+HUB = "hf:"  # before the name of a dataset of the hub
+# name: (dataset, folder or files in it, for validation)
+SOURCES = {
+    "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", ""),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", ""),
+    "openwebtext": ("stanford-cs336/owt-sample", "owt_train.txt.gz", "owt_valid.txt.gz"),
+}
+# name: (dataset, files of ids for training and validation); the tokenizer lies beside them or above
+TOKENIZED = {
+    "fineweb-6b": ("weights-and-wires/fineweb-6b", "tokenized/train.bin", "tokenized/val.bin")
+}
+SMALL = 200_000_000  # bytes of files from which on VALID_FRAC of the documents are for validation
+VALID_FRAC, SMALL_VALID_FRAC = 0.005, 0.05
+PIECE = 1 << 27  # characters of text, at least, in a shard, but for the last of a file
+BATCH = 1 << 20  # characters that a worker encodes at a time
+COUNTS = ("documents", "tokens", "bytes", "unk", "held_out")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of text: here at `path`, or there at `url` until it is downloaded to `path`."""
+
+    name: str
+    size: int  # bytes
+    version: str  # changes when the content does
+    path: str
+    url: str = ""
+    is_valid: bool = False  # all of it is for validation
+
+    def key(self):
+        return [self.name, self.size, self.version]
+
+
+# ---- which files there are
+
+
+def name_of_source():
+    """A name for the source's folder below data."""
+    words = source.removeprefix(HUB).rstrip("/")
+    base = os.path.basename(words) if source not in SOURCES else words
+    return re.sub(r"\.(txt|jsonl?|parquet|gz)\b", "", base) or "text"
+
+
+def data_paths():
+    return DataPaths(data_dir or os.path.join("data", name_of_source()), "bpe", vocab_size)
+
+
+def all_files():
+    """The Files of the source, those for validation first; the others in the order of names."""
+    if source in SOURCES or source.startswith(HUB):
+        found = files_of_hub()
+    else:
+        found = files_here(source, False)
+    if valid_source:
+        found = [file for file in found if not file.is_valid]
+        valid = files_here(valid_source, True)
+        same = {os.path.realpath(file.path) for file in valid}
+        found = [file for file in found if os.path.realpath(file.path) not in same]
+    else:
+        valid = [file for file in found if file.is_valid]
+    train = [file for file in found if not file.is_valid]
+    if not train:
+        raise UserError(f"{source} has no file to train on beside those for validation")
+    if n_files < 0:
+        raise UserError(f"n_files = {n_files}: expected 0 (all) or more")
+    return valid + train[: n_files or None]
+
+
+def files_here(path, is_valid):
+    paths = [path]
+    if os.path.isdir(path):
+        paths = sorted(os.path.join(path, name) for name in os.listdir(path))
+        paths = [one for one in paths if os.path.isfile(one) and stream_ending(one)]
+    elif not os.path.exists(path):
+        names = ", ".join([*TOKENIZED, *SOURCES])
+        raise UserError(f"{path!r} does not exist: expected {names}, hf:user/name, or a path")
+    elif not stream_ending(path):
+        paths = []
+    if not paths:
+        raise UserError(
+            f"{path}: expected files ending in {', '.join(STREAMS)}, or .gz of the text"
+        )
+    return [
+        File(os.path.basename(one), os.path.getsize(one), ends_of(one), one, "", is_valid)
+        for one in paths
+    ]
+
+
+def ends_of(path):
+    """A checksum of a file's first and last megabyte: the same for copies on other machines."""
+    with open(path, "rb") as f:
+        crc = zlib.crc32(f.read(1 << 20))
+        f.seek(max(0, os.path.getsize(path) - (1 << 20)))
+        return str(zlib.crc32(f.read(), crc))
+
+
+def files_of_hub():
+    """The Files of a dataset of the hub. Raises UserError where the hub does not answer."""
+    repo, inside, valid = SOURCES.get(source) or (source.removeprefix(HUB), "", "")
+    inside = folder.strip("/") or inside
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise UserError("datasets of the hub need huggingface_hub: pip install .[web]") from None
+    api = HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
+    words = {"repo_type": "dataset", "revision": revision}
+    is_file = bool(stream_ending(inside))
+    try:
+        tree = list(
+            api.list_repo_tree(repo, None if is_file else inside or None, recursive=True, **words)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"cannot list {repo} at {endpoint}: {why}") from None
+    files = {entry.path: entry for entry in tree if hasattr(entry, "size")}
+    wanted = [inside, valid] if is_file else sorted(filter(stream_ending, files))
+    found = []
+    for name in wanted:
+        if name and name not in files:
+            raise UserError(f"{repo} at {endpoint} has no file {name}")
+        if name:
+            base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/{revision}/{name}"
+            path = os.path.join(data_paths().data_dir, "raw", name.replace("/", "_"))
+            entry = files[name]
+            found.append(File(name, entry.size, entry.blob_id, path, base, name == valid))
+    if not found:
+        where = f"{repo}/{inside}" if inside else repo
+        raise UserError(f"{where} at {endpoint} has no file ending in {', '.join(STREAMS)}")
+    return found
+
+
+# ---- reading
+
+
+def fetch(file):
+    """Have a File at its path."""
+    if file.url and not os.path.exists(file.path):
+        download(file.url, file.path, token=secret("HF_TOKEN"))
+
+
+def fetched(files):
+    """Yield Files that are here, the next one being downloaded meanwhile."""
+
+    def start(file):
+        done = queue.Queue(1)
+
+        def work():
+            try:
+                done.put(fetch(file))
+            except BaseException as e:  # raised where it is waited for
+                done.put(e)
+
+        # a daemon, so that Ctrl-C need not wait for gigabytes
+        threading.Thread(target=work, daemon=True).start()
+        return done
+
+    waiting = collections.deque()
+    for file in files:
+        waiting.append((file, start(file)))
+        if len(waiting) == 2:
+            yield ready(*waiting.popleft())
+    while waiting:
+        yield ready(*waiting.popleft())
+
+
+def ready(file, done):
+    if error := done.get():
+        raise error
+    return file
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some documents of a file, in the shard `piece` of it, with how much of it is read, bytes."""
+
+    file: File
+    piece: int
+    texts: list
+    read: int
+    is_last: bool = False  # of its file; without texts
+
+
+def batches_of(file, wanted):
+    """Yield the Batches of a file whose number of a piece is `wanted`, and a last one."""
+    piece, texts, n_batch, n_piece, at = 0, [], 0, 0, 0
+    for text, at in stream_documents(file.path):
+        if n_piece >= PIECE:
+            if texts:
+                yield Batch(file, piece, texts, at)
+            piece, texts, n_batch, n_piece = piece + 1, [], 0, 0
+        n_piece += len(text)
+        if wanted(piece):
+            texts.append(text)
+            n_batch += len(text)
+            if n_batch >= BATCH:
+                yield Batch(file, piece, texts, at)
+                texts, n_batch = [], 0
+    if texts:
+        yield Batch(file, piece, texts, at)
+    yield Batch(file, piece, [], file.size, is_last=True)
+
+
+@functools.cache
+def known_documents(paths):
+    """The Documents of validation files."""
+    return Documents(text for path in paths for text, _ in stream_documents(path))
+
+
+def is_for_validation(text, frac):
+    """By a hash of the text, so that all copies of a document fall on one side."""
+    return int.from_bytes(document_key(text)[:8], "little") < frac * 2**64
+
+
+def encode_batch(batch, model_path, encoder, dtype, frac, valid_paths):
+    """
+    The ids of a Batch for training and for validation, two arrays, and of each its COUNTS. Where
+    there are files for validation, training documents that are in them are left out; else a part
+    `frac` of all is for validation.
+    """
+    tokenizer = cached_tokenizer(model_path)
+    encode = tokenizer.encoder(encoder)[1]
+    parts, n_held_out = {False: [], True: []}, 0
+    for text in batch.texts:
+        if not valid_paths:
+            parts[is_for_validation(text, frac)].append(text)
+        elif batch.file.is_valid or text not in known_documents(valid_paths):
+            parts[batch.file.is_valid].append(text)
+        else:
+            n_held_out += 1
+    found = []
+    for is_valid, texts in parts.items():
+        ids = tokenizer.encode_flat(texts, encode).astype(dtype)
+        n_unk = int((ids == tokenizer.unk_id).sum()) if tokenizer.unk_id >= 0 else 0
+        n_bytes = sum(len(text.encode()) for text in texts)
+        counts = len(texts), len(ids), n_bytes, n_unk, 0 if is_valid else n_held_out
+        found.append((ids, dict(zip(COUNTS, counts, strict=True))))
+    return found
+
+
+# ---- stages
+
+
+def train_vocab_stage():
+    paths, files = data_paths(), all_files()
+    frac, valid_paths = how_to_split(files)
+    if not 257 <= vocab_size <= 1_000_000:
+        raise UserError(f"vocab_size = {vocab_size}: expected 257 to 1,000,000")
+    if vocab_mb < 1:
+        raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
+    sample = os.path.join(paths.data_dir, f"vocab_sample.{os.getpid()}.part.txt")
+    os.makedirs(paths.data_dir, exist_ok=True)
+    special = [SEPARATOR.decode()]
+    try:
+        n_bytes = write_sample(sample, files, frac, valid_paths)
+        spans = [Span(sample, 0, os.path.getsize(sample))]
+        workers = worker_count(num_workers)
+        print(f"training {vocab_size:,} tokens on {n_bytes:,} bytes of text")
+        vocab, merges = train_on(spans, vocab_size, special, workers, pattern_name)
+    finally:
+        remove(sample)
+    if len(vocab) < vocab_size:
+        raise UserError(
+            f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
+            f"vocab_size"
+        )
+    save_tokenizer(BPETokenizer(vocab, merges, special, pattern_name), paths)
+    print(f"next: python webtext.py prepare {same_flags()}")
+
+
+def write_sample(path, files, frac, valid_paths):
+    """Write the first vocab_mb of training documents to a .txt file; returns their bytes."""
+    n_bytes, limit = 0, vocab_mb * 1_000_000
+    bar = tqdm(total=limit, unit="B", unit_scale=True, desc="read")
+    with bar, open(path, "wb") as f:
+        for file in files:
+            if file.is_valid:
+                continue
+            fetch(file)
+            for text, _ in stream_documents(file.path):
+                held_out = text in known_documents(valid_paths) if valid_paths else False
+                if held_out or (not valid_paths and is_for_validation(text, frac)):
+                    continue
+                data = text.encode()
+                f.write(data + SEPARATOR)
+                n_bytes += len(data)
+                bar.update(len(data))
+                if n_bytes >= limit:
+                    return n_bytes
+    return n_bytes
+
+
+def save_tokenizer(bpe, paths):
+    bpe.save(paths.tokenizer_model)
+    open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
+    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+
+
+def how_to_split(files):
+    """The part of the documents that is for validation, and the paths of files that are, here."""
+    if not 0 <= valid_frac < 1:
+        raise UserError(f"valid_frac = {valid_frac}: expected from 0 to below 1")
+    valid = [file for file in files if file.is_valid]
+    for file in valid:
+        fetch(file)
+    if valid:
+        return 0.0, tuple(file.path for file in valid)
+    size = sum(file.size for file in files)
+    return valid_frac or (VALID_FRAC if size >= SMALL else SMALL_VALID_FRAC), ()
+
+
+def this_machine():
+    """(i, n) of --shard=i/n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not i < n:
+        raise UserError(f"shard = {shard!r}: expected i/n with i from 0 to n - 1, like 0/8")
+    return i, n
+
+
+def prepare_stage():
+    if source in TOKENIZED:
+        return prepare_tokenized()
+    i, n = this_machine()
+    paths = data_paths()
+    if not os.path.exists(paths.tokenizer_model):
+        raise UserError(
+            f"{paths.tokenizer_model} does not exist; train it with: "
+            f"python webtext.py train_vocab {same_flags()}; or bring one with bpe.py import"
+        )
+    tokenizer = cached_tokenizer(paths.tokenizer_model)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"{paths.tokenizer_model} has {tokenizer.vocab_size} tokens: give that")
+    files = all_files()
+    frac, valid_paths = how_to_split(files)
+    part = Part(paths.shards, i, n, tokenizer, files, [frac, *valid_paths])
+    name, _ = tokenizer.encoder(encoder)
+    faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
+    print(f"encoding with {name}{faster}")
+    write_part(part, files, tokenizer, name, frac, valid_paths)
+    if n == 1:
+        merge(paths.shards, 1)
+        return
+    print(
+        f"part {shard} is done; once all {n} are, in one folder: "
+        f"python webtext.py merge {same_flags()} --shards={n}"
+    )
+
+
+class Part:
+    """
+    What one machine has done, in parts/I_of_N.json: the pieces of each file, the arrays of its
+    validation documents beside it, and those of training beside shards.json. Parts of another
+    tokenizer, split or number of machines are begun anew.
+    """
+
+    def __init__(self, shards_folder, i, n, tokenizer, files, split):
+        self.folder, self.i, self.n = shards_folder, i, n
+        self.parts = os.path.join(shards_folder, "parts")
+        self.path = os.path.join(self.parts, f"{i}_of_{n}.json")
+        self.dtype = id_type(tokenizer)
+        about = {
+            "format": SIDECAR_FORMAT,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": self.dtype,
+            "tokenizer_hash": tokenizer.hash,
+            "split": [os.path.basename(x) if isinstance(x, str) else x for x in split],
+            "piece": PIECE,
+        }
+        old = read_json(self.path) if os.path.exists(self.path) else {}
+        same = all(old.get(name) == value for name, value in about.items())
+        pieces, finished = {}, {}
+        for k, file in enumerate(files):
+            if not same or old.get("files", {}).get(str(k)) != file.key():
+                continue
+            for piece in old["pieces"].get(str(k), []):
+                if self.is_whole(k, piece):
+                    pieces.setdefault(str(k), []).append(piece)
+            if len(pieces.get(str(k), [])) == old["finished"].get(str(k)):
+                finished[str(k)] = old["finished"][str(k)]
+        self.meta = {
+            **about,
+            "files": {str(k): file.key() for k, file in enumerate(files)},
+            "pieces": pieces,  # {file: [{"piece", "train": {...}, "valid": {...}}]}
+            "finished": finished,  # {file: how many pieces of it are this machine's}
+            "complete": False,
+        }
+        os.makedirs(self.parts, exist_ok=True)
+        self.save()
+
+    def save(self):
+        write_json(self.path, self.meta)
+
+    def name(self, k, piece, is_valid):
+        name = f"data_{k:05}_{piece:04}.bin"
+        return os.path.join(self.parts if is_valid else self.folder, name)
+
+    def is_whole(self, k, piece):
+        return all(
+            not piece[side]["tokens"]
+            or shard_is_whole(
+                self.name(k, piece["piece"], side == "valid"), piece[side], self.dtype
+            )
+            for side in ("train", "valid")
+        )
+
+    def wanted(self, k, n_train_files, is_valid):
+        """
+        A function that says whether piece p of file k is this machine's and not done: whole files
+        where there are enough for all machines, else every n-th piece of each.
+        """
+        done = {piece["piece"] for piece in self.meta["pieces"].get(str(k), [])}
+        by_file = n_train_files >= self.n
+        if by_file and k % self.n != self.i:
+            return None
+        return lambda p: p not in done and (by_file or (k + p) % self.n == self.i)
+
+    def add(self, k, piece, results):
+        """Write what the batches of a piece came to."""
+        entry = {"piece": piece}
+        for is_valid, side in enumerate(("train", "valid")):
+            arrays = [result[is_valid][0] for result in results]
+            ids = np.concatenate([np.empty(0, self.dtype), *arrays])
+            counts = {c: sum(result[is_valid][1][c] for result in results) for c in COUNTS}
+            if len(ids):
+                with atomic_write(self.name(k, piece, is_valid)) as f:
+                    ids.tofile(f)
+            entry[side] = {**counts, "crc32": zlib.crc32(ids)}
+        self.meta["pieces"].setdefault(str(k), []).append(entry)
+        self.save()
+
+    def finish(self, k):
+        self.meta["finished"][str(k)] = len(self.meta["pieces"].get(str(k), []))
+        self.save()
+
+
+def write_part(part, files, tokenizer, encoder_name, frac, valid_paths):
+    """Do this machine's part of the work."""
+    n_train = sum(not file.is_valid for file in files)
+    number = {file: k for k, file in enumerate(files)}
+    todo = {}
+    for k, file in enumerate(files):
+        wanted = part.wanted(k, n_train, file.is_valid)
+        if wanted and str(k) not in part.meta["finished"]:
+            todo[file] = wanted
+    n_bytes = sum(file.size for file in todo)
+    print(f"{len(todo)} of {len(files)} files to read, {n_bytes / 1e9:.2f} GB")
+    words = tokenizer.model_path, encoder_name, part.dtype, frac, valid_paths
+    stream = (batch for file in fetched(todo) for batch in batches_of(file, todo[file]))
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="prepare", disable=not todo)
+    results, at, before = [], None, 0
+    with bar:
+        for batch, result in in_order(encode_batch, stream, words, worker_count(num_workers)):
+            k = number[batch.file]
+            if results and (batch.is_last or at != (k, batch.piece)):
+                part.add(*at, results)
+                results = []
+            bar.update(before + batch.read - bar.n)
+            if batch.is_last:
+                part.finish(k)
+                before += batch.file.size
+                if batch.file.url and not keep_raw and not batch.file.is_valid:
+                    remove(batch.file.path)
+            else:
+                results, at = [*results, result], (k, batch.piece)
+    part.meta["complete"] = True
+    part.save()
+    raw = os.path.join(data_paths().data_dir, "raw")
+    if not keep_raw and part.n == 1:
+        shutil.rmtree(raw, ignore_errors=True)
+
+
+def merge_stage():
+    if source in TOKENIZED:
+        raise UserError(f"{source} is ready-made: there is nothing to merge")
+    if shards < 1:
+        raise UserError(f"shards = {shards}: expected how many machines there were")
+    merge(data_paths().shards, shards)
+
+
+def merge(shards_folder, n):
+    """Make the parts of n machines one set of shards: data00.bin for validation, shards.json."""
+    parts = [os.path.join(shards_folder, "parts", f"{i}_of_{n}.json") for i in range(n)]
+    if missing := [path for path in parts if not os.path.exists(path)]:
+        there = sorted(glob.glob(os.path.join(glob.escape(shards_folder), "parts", "*.json")))
+        raise UserError(
+            f"{missing[0]} does not exist; there {'are' if there else 'is'} "
+            f"{', '.join(map(os.path.basename, there)) or 'no part'}: prepare the missing ones"
+        )
+    metas = [read_json(path) for path in parts]
+    first = metas[0]
+    for path, meta in zip(parts, metas, strict=True):
+        if not meta["complete"]:
+            raise UserError(f"{path} is not finished: run its prepare again")
+        for name in ("tokenizer_hash", "split", "files", "piece"):
+            if meta[name] != first[name]:
+                raise UserError(
+                    f"{path} has another {name} than {parts[0]}: prepare one of them again"
+                )
+    entries = sorted(
+        (int(k), entry["piece"], entry)
+        for meta in metas
+        for k, pieces in meta["pieces"].items()
+        for entry in pieces
+    )
+    dtype, train, valid = first["dtype"], [], []
+    for k, piece, entry in entries:
+        name = f"data_{k:05}_{piece:04}.bin"
+        source_key = [f"{first['files'][str(k)][0]} {piece}"]
+        for side, into, where in (("train", train, ""), ("valid", valid, "parts")):
+            if entry[side]["tokens"]:
+                path = os.path.join(shards_folder, where, name)
+                if not shard_size_fits(path, entry[side]["tokens"], dtype):
+                    raise UserError(f"{path} is missing or damaged: prepare that part again")
+                into.append({"name": name, "source": source_key, **entry[side]})
+    for what, found in (("train on", train), ("validate with", valid)):
+        if not found:
+            raise UserError(
+                f"there is no document to {what}: expected many documents, in .txt files with "
+                f"{SEPARATOR.decode()} between them; or another --valid_frac or --valid_source"
+            )
+    crc = 0
+    with atomic_write(os.path.join(shards_folder, "data00.bin")) as out:
+        for one in valid:
+            with open(os.path.join(shards_folder, "parts", one["name"]), "rb") as f:
+                data = f.read()
+            crc = zlib.crc32(data, crc)
+            out.write(data)
+    counts = {c: sum(one[c] for one in valid) for c in COUNTS}
+    all_valid = {"name": "data00.bin", "source": ["validation"], **counts, "crc32": crc}
+    held_out = sum(one["held_out"] for one in train)
+    finish(shards_folder, first, [all_valid, *train], held_out)
+
+
+def finish(shards_folder, about, listed, held_out=0):
+    """Write shards.json, remove what it does not list, and say what there is."""
+    meta = {
+        "format": SIDECAR_FORMAT,
+        **{name: about[name] for name in ("vocab_size", "dtype", "tokenizer_hash")},
+        "valid_source": [source],
+        "made_by": f"python webtext.py prepare {same_flags()}",
+        "held_out": held_out,
+        "complete": True,
+        "shards": listed,
+    }
+    write_json(os.path.join(shards_folder, SIDECAR), meta)
+    names = {one["name"] for one in listed}
+    for path in glob.glob(os.path.join(glob.escape(shards_folder), "data*.bin")):
+        if os.path.basename(path) not in names:
+            remove(path)
+    report(meta, shards_folder)
+    print(f"next: python train.py {data_paths().make_hint()}")
+
+
+# ---- sources that are tokens already
+
+
+def prepare_tokenized():
+    """
+    Ids as other projects write them, uint16 one after another with <|endoftext|> behind each
+    document, become shards as they are: but for the beginning of the validation ids, which is the
+    end of a document that training ids begin.
+    """
+    if shard != "0/1" or n_files or folder or valid_source:
+        raise UserError(f"{source} is ready-made: --shard, --n_files and the like are for text")
+    repo, train_name, valid_name = TOKENIZED[source]
+    paths = data_paths()
+    base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/{revision}"
+    tokenizer_path = os.path.join(paths.data_dir, "tokenizer.json")
+    if not os.path.exists(paths.tokenizer_model):
+        get_tokenizer(base, os.path.dirname(train_name), tokenizer_path)
+        save_tokenizer(byte_level_from_json(tokenizer_path), paths)
+    tokenizer = open_tokenizer(paths.tokenizer_model)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"{source} has {tokenizer.vocab_size} tokens: give that as --vocab_size")
+    listed = []
+    for name, url in (("data00.bin", valid_name), ("data01.bin", train_name)):
+        path = os.path.join(paths.shards, name)
+        if os.path.exists(path):
+            print(f"{path} is there already")
+        else:
+            raw = f"{path}.download"
+            download(f"{base}/{url}", raw, token=secret("HF_TOKEN"))
+            if name == "data00.bin":
+                drop_first_document(raw, tokenizer.bos_id)
+            os.replace(raw, path)
+        listed.append(counted(path, url, tokenizer))
+    about = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
+    finish(paths.shards, about, listed)
+
+
+def get_tokenizer(base, folder, path):
+    """Download tokenizer.json from the folder of the ids, or from the top of the dataset."""
+    try:
+        download(f"{base}/{folder}/tokenizer.json", path, token=secret("HF_TOKEN"))
+    except UserError as e:
+        if "404" not in str(e):
+            raise
+        download(f"{base}/tokenizer.json", path, token=secret("HF_TOKEN"))
+
+
+def drop_first_document(path, bos):
+    """Let a file of uint16 ids begin with its first `bos`. Raises UserError where it has none."""
+    ids = np.fromfile(path, "<u2")
+    places = np.flatnonzero(ids == bos)
+    if not len(places):
+        raise UserError(f"{path} has no document that ends: delete it and prepare again")
+    with atomic_write(path) as f:
+        ids[places[0] :].tofile(f)
+
+
+def counted(path, source_name, tokenizer):
+    """What a sidecar says of a file of uint16 ids. UserError for those of another tokenizer."""
+    size = os.path.getsize(path)
+    if size % 2 or not size:
+        raise UserError(f"{path} has {size} bytes, which are no uint16 ids: delete it")
+    shard = dict.fromkeys(COUNTS, 0) | {"crc32": 0}
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"count {os.path.basename(path)}")
+    with bar, open(path, "rb") as f:
+        while len(ids := np.fromfile(f, "<u2", CHUNK)):
+            if (top := int(ids.max())) >= tokenizer.vocab_size:
+                raise UserError(
+                    f"{path} has a token {top}, and the tokenizer {tokenizer.vocab_size}: it "
+                    f"belongs to another one; delete it"
+                )
+            shard["documents"] += int((ids == tokenizer.bos_id).sum())
+            shard["tokens"] += len(ids)
+            shard["bytes"] += tokenizer.bytes_in(ids)
+            shard["crc32"] = zlib.crc32(ids, shard["crc32"])
+            bar.update(ids.nbytes)
+    return {"name": os.path.basename(path), "source": [source_name], **shard}
+
+
+def same_flags():
+    """The flags that name the same source and vocabulary in the next command."""
+    flags = [f"--source={shlex.quote(source)}", f"--vocab_size={vocab_size}"]
+    for name in ("folder", "n_files", "valid_source", "valid_frac", "data_dir"):
+        if value := globals()[name]:
+            flags.append(f"--{name}={shlex.quote(str(value))}")
+    return " ".join(flags)
+
+
+STAGES = {"train_vocab": train_vocab_stage, "prepare": prepare_stage, "merge": merge_stage}
+
+if __name__ == "__main__":  # worker processes import this file again
+    configure(globals(), positional="stage")
+    if stage not in STAGES:
+        what = f"unknown stage {stage!r}" if stage else "no stage is given"
+        raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")
+    if not source:
+        names = ", ".join([*TOKENIZED, *SOURCES])
+        raise UserError(f"--source=NAME is missing: {names}, hf:user/name, or a path")
+    STAGES[stage]()
