@@ -36,7 +36,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import sys
 import threading
 import zipfile
@@ -47,7 +46,7 @@ from tqdm import tqdm
 
 import parallel
 from configurator import UserError
-from files import atomic_write, checksum, flush_folder, remove, replace
+from files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
 from model import ModelArgs, Transformer
 
 FORMAT = 2
@@ -176,8 +175,11 @@ class CheckpointWriter:
     the tensors are copied. The latest keep_last are kept, and the best. A failure, a full disk for
     example, costs nothing but this checkpoint: it is said, kept as `error`, and the next save tries
     again; best_failed says, until it is set to False, that it was the best that is not there.
-    latest_step is the step of the ckpt.pt that is there, None without one.
+    latest_step is the step of the ckpt.pt that is there, None without one. `installed`, where it is
+    set, is called with the path and the step of each that is new.
     """
+
+    installed = None
 
     def __init__(self, folder, keep_last, latest_step=None):
         self.folder, self.keep_last, self.latest_step = folder, keep_last, latest_step
@@ -265,6 +267,8 @@ class CheckpointWriter:
         replace(part, self.latest)
         self.latest_step = step
         flush_folder(self.folder)
+        if self.installed:
+            self.installed(self.latest, step)
         for path in numbered_in(self.folder)[self.keep_last - 1 :]:
             remove(path)
 
@@ -293,26 +297,6 @@ def link_or_move(path, target):
         os.link(path, target)
     except OSError:
         os.replace(path, target)
-
-
-def link_or_copy(path, target):
-    """A second name for a file or for those of a folder; a copy where that is impossible."""
-
-    def one(source, destination):
-        try:
-            os.link(source, destination)
-        except OSError:
-            with open(source, "rb") as src, open(destination, "wb") as dst:
-                shutil.copyfileobj(src, dst, 1 << 22)
-                dst.flush()
-                os.fsync(dst.fileno())
-
-    remove(target)
-    if os.path.isdir(path):
-        shutil.copytree(path, target, copy_function=one)
-        flush_folder(target)
-    else:
-        one(path, target)
 
 
 def numbered(step):
@@ -400,6 +384,13 @@ def load_file(path, device):
         if isinstance(e, MemoryError) or "allocate" in str(e):
             raise UserError(f"there is not enough memory to read {path}") from None
         raise damaged from None
+
+
+def has_checkpoint(folder):
+    """Whether a run's folder has any checkpoint, damaged or whole."""
+    return any(os.path.exists(os.path.join(folder, n)) for n in (LATEST, BEST)) or bool(
+        numbered_in(folder)
+    )
 
 
 def load_latest(folder):

@@ -16,8 +16,9 @@ from functools import partial
 
 from configurator import UserError, one_sentence_errors
 from formats import FORMATS, SOURCES, format_of, load, recognize
-from huggingface import FastTokenizer, check_push, push, reason
+from huggingface import FastTokenizer
 from modelbin import VERSIONS
+from remote import check_push, push, reason
 
 one_sentence_errors()
 table = "\n".join(

@@ -87,6 +87,26 @@ def replace(path, target):
         remove(old)
 
 
+def link_or_copy(path, target):
+    """A second name for a file or for those of a folder; a copy where that is impossible."""
+
+    def one(source, destination):
+        try:
+            os.link(source, destination)
+        except OSError:
+            with open(source, "rb") as src, open(destination, "wb") as dst:
+                shutil.copyfileobj(src, dst, 1 << 22)
+                dst.flush()
+                os.fsync(dst.fileno())
+
+    remove(target)
+    if os.path.isdir(path):
+        shutil.copytree(path, target, copy_function=one)
+        flush_folder(target)
+    else:
+        one(path, target)
+
+
 def checksum(path):
     """[size, CRC-32] of a file."""
     crc, size = 0, 0
@@ -104,26 +124,17 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises UserError where it is damaged."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except ValueError as e:
-            raise UserError(f"{path} is damaged, delete it: {e}") from None
-
-
-def secret(name):
-    """A token from the environment or from a file .env, lines like NAME=value; "" without one."""
-    if value := os.environ.get(name):
-        return value
-    if not os.path.isfile(".env"):
-        return ""
-    with open(".env", encoding="utf-8") as f:
-        for line in f:
-            key, _, value = line.strip().removeprefix("export ").partition("=")
-            if key.strip() == name:
-                return value.strip().strip("\"'")
-    return ""
+    """The object in a JSON file, as a dict. Raises UserError for anything else."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is no JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be read: expected a JSON object")
+    return found
 
 
 class Incomplete(Exception):

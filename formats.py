@@ -19,10 +19,11 @@ import huggingface
 import modelbin
 from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
-from files import atomic_write
-from huggingface import FastTokenizer, filled, read_json
+from files import atomic_write, read_json
+from huggingface import FastTokenizer, filled
 from model import ModelArgs, Transformer
 from modelbin import export_model, skeleton
+from remote import fetch_model, reason
 from tokenizer import Tokenizer, open_tokenizer
 
 HUB = "hf:"  # before the name of a model of the hub
@@ -102,7 +103,7 @@ def training_facts(checkpoint, folder):
 
 def from_hf(path):
     if path.startswith(HUB):
-        path = huggingface.download(path.removeprefix(HUB))
+        path = fetch_model(path.removeprefix(HUB))
     has_json = os.path.isfile(os.path.join(path, "tokenizer.json"))
     return Source(
         huggingface.read_folder(path),
@@ -217,9 +218,9 @@ def load(path, kind=None, tokenizer=""):
     except UserError:
         raise
     except OSError as e:
-        raise UserError(f"cannot read {path}: {huggingface.reason(e)}") from None
+        raise UserError(f"cannot read {path}: {reason(e)}") from None
     except Exception as e:  # what foreign files lead to is open-ended
-        raise UserError(f"{path} cannot be read: {huggingface.reason(e)}") from None
+        raise UserError(f"{path} cannot be read: {reason(e)}") from None
     n = model.args.vocab_size
     is_exact = isinstance(found, Tokenizer)  # others leave rows of the model unused
     if found and (found.vocab_size > n or (is_exact and found.vocab_size < n)):

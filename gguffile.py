@@ -17,9 +17,10 @@ from bpe import BPETokenizer, as_visible, from_visible
 from configurator import UserError
 from files import flush_folder, remove
 from hftokenizer import check_names
-from huggingface import check_range, exported, filled, need, reason, renamed
+from huggingface import check_range, exported, filled, renamed
 from model import ModelArgs
 from modelbin import Bytes, not_carried, shortest
+from remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
 
 # Our names of tensors and theirs; {} stands for the layer

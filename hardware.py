@@ -94,19 +94,20 @@ def device_name(device):
     return f"{device.type} ({platform.processor()})"
 
 
-# Dense bfloat16 tensor-core TFLOP/s, from NVIDIA's data sheets; the first name that fits
-GPU_TFLOPS = {
-    "B200": 2250,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "5090": 210,
-    "4090": 165,
-    "3090": 71,
+# Dense bfloat16 tensor-core TFLOP/s and memory in GB, from NVIDIA's data sheets; the first name
+# that fits
+GPUS = {
+    "B200": (2250, 180),
+    "H100 PCIe": (756, 80),
+    "H100": (989, 80),
+    "H200": (989, 141),
+    "A100": (312, 80),
+    "L40S": (362, 48),
+    "L4": (121, 24),
+    "A10": (125, 24),
+    "5090": (210, 32),
+    "4090": (165, 24),
+    "3090": (71, 24),
 }
 
 
@@ -118,7 +119,7 @@ def peak_flops(device, dtype):
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        tflops = next((t for part, t in GPU_TFLOPS.items() if part in name), None)
+        tflops = next((t for part, (t, _) in GPUS.items() if part in name), None)
         return tflops * 1e12 if tflops and dtype is torch.bfloat16 else None
     if device.type != "cpu":
         return None

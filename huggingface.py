@@ -1,6 +1,6 @@
 """
 Hugging Face folders: config.json, model.safetensors, tokenizer files and a model card, written and
-read; names on the hub, downloaded and uploaded.
+read.
 
 Plain Llama is written as LlamaForCausalLM and the options of `portable` as Qwen3ForCausalLM, so
 that transformers loads them without further code. What no stock architecture carries comes as
@@ -18,10 +18,11 @@ import re
 import torch
 
 from configurator import UserError
-from files import atomic_write, flush_folder, remove, replace
+from files import atomic_write, flush_folder, read_json, remove, replace
 from hftokenizer import tokenizer_config, tokenizer_json
 from model import ModelArgs, Transformer, pairs_to_halves
 from modelbin import PADDED, not_carried, skeleton, window_settings, windows
+from remote import need, reason
 
 # Number formats of the tensors, by --dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,16 +106,6 @@ ONLY = {
 }
 PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 BENIGN = "rotary_emb.inv_freq"  # a tensor of old folders that can be computed
-
-
-def need(package):
-    """The module of an optional package; UserError says how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"this needs {package}: pip install .[export]") from None
 
 
 # ---- tensors
@@ -263,19 +254,6 @@ def windows_of(config, kind, refuse):
 def is_folder(path):
     """Whether a path is a folder of this kind."""
     return os.path.isfile(os.path.join(path, "config.json"))
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is no JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} cannot be read: expected a JSON object")
-    return found
 
 
 def weight_files(folder):
@@ -557,79 +535,3 @@ def read_file(path):
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
     return filled(args, source, path, str, in_halves=False)
-
-
-# ---- the hub
-
-
-def token():
-    """The access token, HF_TOKEN of the environment or of a file .env, or None."""
-    found = os.environ.get("HF_TOKEN")
-    if not found and os.path.isfile(".env"):
-        with open(".env", encoding="utf-8", errors="replace") as f:
-            for line in f:
-                name, _, value = line.strip().removeprefix("export ").partition("=")
-                if name.strip() == "HF_TOKEN":
-                    found = value.partition(" #")[0].strip().strip("\"'")
-    found = (found or "").strip()
-    if not re.fullmatch(r"[!-~]*", found):
-        raise UserError("HF_TOKEN is no access token: expected letters and digits, as hf_...")
-    return found or None
-
-
-def download(name):
-    """The folder of a model of the hub, user/name or user/name@revision, kept in its cache."""
-    hub = need("huggingface_hub")
-    name, _, revision = name.partition("@")
-    patterns = ["*config.json", "model*.safetensors", "model*.index.json", "tokenizer*"]
-    try:
-        return hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, token=token()
-        )
-    except Exception as e:  # of the hub, of the network, of the name
-        raise UserError(f"cannot download {name}: {reason(e)}") from None
-
-
-def check_push(name, dry_run=False):
-    """Raise UserError unless an upload to user/name can begin, as far as can be seen from here."""
-    hub = need("huggingface_hub")
-    try:
-        need("huggingface_hub.utils").validate_repo_id(name)
-    except ValueError as e:
-        raise UserError(f"cannot upload to {name}: {reason(e)}") from None
-    if "/" not in name:
-        raise UserError(f"cannot upload to {name}: expected user/name")
-    if not (dry_run or token() or hub.get_token()):
-        raise UserError(
-            f"cannot upload to {name} without an access token: set HF_TOKEN, or write it to .env "
-            f"as HF_TOKEN=..."
-        )
-
-
-def push(folder, name, private=False, dry_run=False):
-    """Upload a folder as a model of the hub, user/name, which is made if it is not there."""
-    hub = need("huggingface_hub")
-    files = {n: os.path.getsize(os.path.join(folder, n)) for n in sorted(os.listdir(folder))}
-    for file, size in files.items():
-        print(f"  {file}  {size:,} bytes")
-    if dry_run:
-        print(f"dry run: these {len(files)} files would go to {name}; nothing was sent")
-        return
-    api = hub.HfApi(token=token())
-    try:
-        api.create_repo(name, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload model")
-    except Exception as e:
-        raise UserError(
-            f"cannot upload to {name}: {reason(e)}; {folder} is whole, run the same command again"
-        ) from None
-    print(f"uploaded to {done.repo_url if hasattr(done, 'repo_url') else name}")
-
-
-def reason(error):
-    """What an error says, in one line, without the access token."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) or type(error).__name__
-    return text.replace(token() or "\0", "***")

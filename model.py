@@ -13,7 +13,7 @@ of hub/, a role in optim.py for its parameters, and a row in ablate.py.
 
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -261,14 +261,16 @@ def causal_mask(n_queries, n_keys, window, device):
     return (behind >= 0) & (behind < window) if window else behind >= 0
 
 
-def attend(q, k, v, window, dropout):
+def attend(q, k, v, window, dropout, kernel="sdpa"):
     """
     Causal attention of q (B, n_heads, T, head_dim) over k and v (B, n_kv_heads, S, head_dim), of
     which the last T are the queries' own places: (B, n_heads, T, head_dim). window: as in
-    causal_mask.
+    causal_mask. kernel: of KERNELS, for whole sequences without dropout.
     """
     T, S = q.shape[2], k.shape[2]
     window = 0 if window >= S else window
+    if kernel != "sdpa" and T == S > 1 and not dropout:
+        return KERNELS[kernel](q, k, v, window)
     if q.device.type == "cpu" and T == S and not dropout:
         is_bf16 = q.dtype is torch.bfloat16  # in which SDPA is slow
         if window and T % window == 0 and (is_bf16 or 8 * window <= T):
@@ -329,6 +331,42 @@ def attend_blocks(q, k, v, window):
     return (weights @ with_block_before(v)).flatten(2, 3)
 
 
+@cache
+def flex_kernel(T, window, device):
+    """FlexAttention, compiled on a GPU, and the blocks of a T x T causal mask that it computes."""
+    from torch.nn.attention import flex_attention as flex
+
+    def seen(_batch, _head, query, key):
+        behind = query - key
+        return (behind >= 0) & (behind < window) if window else behind >= 0
+
+    mask = flex.create_block_mask(seen, None, None, T, T, device=device)
+    kernel = flex.flex_attention
+    return (torch.compile(kernel) if device.type == "cuda" else kernel), mask
+
+
+def attend_flex(q, k, v, window):
+    """attend by FlexAttention (arXiv:2412.05496), which passes over what a window hides."""
+    kernel, mask = flex_kernel(q.shape[2], window, q.device)
+    # compiled for a CPU it has been seen to read others in the wrong order (torch 2.13)
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
+
+
+def attend_flash(q, k, v, window):
+    """attend by the package flash-attn (Dao 2023, arXiv:2307.08691), heads behind positions."""
+    from flash_attn import flash_attn_func
+
+    size = (window - 1, 0) if window else (-1, -1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flash_attn_func(q, k, v, causal=True, window_size=size).transpose(1, 2)
+
+
+# What can compute the attention of training steps. PyTorch's own, SDPA, takes FlashAttention where
+# a layer sees everything, and computes what a window hides as well
+KERNELS = {"sdpa": attend, "flex": attend_flex, "flash": attend_flash}
+
+
 def additive(mask, dtype):
     """0 where a mask is true, minus infinity elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
@@ -355,6 +393,10 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """`kernel`: of KERNELS."""
+
+    kernel = "sdpa"
+
     def __init__(self, args, layer):
         super().__init__()
         self.args, self.layer, self.window = args, layer, args.window(layer)
@@ -381,7 +423,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attend(q, k, v, self.window, args.dropout if self.training else 0.0)
+        dropout = args.dropout if self.training else 0.0
+        y = attend(q, k, v, self.window, dropout, self.kernel)
         return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo.weight)
 
 

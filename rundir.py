@@ -19,7 +19,7 @@ from files import atomic_write, remove
 
 LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")
-COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", LOG)
+COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", "wandb_id", LOG)
 
 
 class RunDir:

@@ -18,9 +18,11 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import fields
+from importlib.util import find_spec
 
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins Ctrl-C just ends this
@@ -36,9 +38,11 @@ import parallel  # noqa: E402
 from checkpoint import (  # noqa: E402
     FORMAT,
     CheckpointWriter,
+    has_checkpoint,
     load_checkpoint,
     load_latest,
     load_model,
+    numbered,
     optimizer_tensors,
     put_aside,
     restore,
@@ -51,7 +55,7 @@ from configurator import UserError, configure, settings_of  # noqa: E402
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
 from files import atomic_write  # noqa: E402
 from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
-from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer  # noqa: E402
+from model import ACTIVATION_CHECKPOINTING, ARCHS, KERNELS, ModelArgs, Transformer  # noqa: E402
 from modelbin import export_model  # noqa: E402
 from optim import (  # noqa: E402
     DECAYS,
@@ -64,6 +68,7 @@ from optim import (  # noqa: E402
     table,
 )
 from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
+from remote import Metrics, Uploads, fetch_latest  # noqa: E402
 from rundir import RunDir  # noqa: E402
 from tokenizer import open_tokenizer  # noqa: E402
 
@@ -137,11 +142,23 @@ final_lr_frac = 0.0  # where they end, as a part of the full rates
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # of the matrix products: float32, bfloat16, float16; auto: what is fast here
+attention = "sdpa"  # what computes it on a GPU: sdpa, flex (FlexAttention), flash (flash-attn)
 fp8_head = False  # the products of the head in 8 bits, for GPUs that have them (RTX 40, H100)
 fsdp = False  # under torchrun: each process holds a part of the model (FSDP2), not all (DDP)
 activation_checkpointing = "none"  # saves memory, costs time; block (most of both) or selective
 compile = "auto"  # torch.compile, slow to start, then faster: True, False, auto: in longer runs
 seed = 1337  # of the weights and the order of the data
+# what leaves this machine; access tokens are read from the environment or .env
+hub_repo = ""  # user/name on Hugging Face that gets every checkpoint; resume = auto looks there too
+hub_private = True  # that repository is made private
+hub_keep_local = True  # False: earlier checkpoints are deleted here once they have arrived there
+wandb_project = ""  # of Weights & Biases, which gets the numbers of log.jsonl
+wandb_run = ""  # a name for the run there
+on_finish = ""  # a shell command to run when all steps are done and all uploads have arrived
+# before anything is spent
+estimate = False  # print parameters, memory, hours and cost on some GPUs, and stop
+mfu = 0.4  # part of a GPU's peak that the estimate counts with
+price = 2.4  # dollars of a GPU an hour, for the estimate
 given = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -150,7 +167,10 @@ config = settings_of(globals())
 
 OPTIONS = [f.name for f in fields(ModelArgs) if f.name in config]
 FIXED_BY_CHECKPOINT = {*OPTIONS, "vocab_source", "arch", "optimizer"} - {"dropout"}
-OF_ONE_START = set("out_dir init_from resume eval_only device fsdp compile".split())
+OF_ONE_START = set(
+    "out_dir init_from resume eval_only device fsdp compile attention estimate mfu price "
+    "hub_repo hub_private hub_keep_local wandb_project wandb_run on_finish".split()
+)
 AT_LEAST_1 = (
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
     "keep_last"
@@ -219,6 +239,7 @@ def check_settings():
         ("cooldown_shape", SHAPES),
         ("decay_shape", DECAYS),
         ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
+        ("attention", KERNELS),
         ("compile", ("auto", "True", "False")),
         ("resume", ("auto", "no")),
     ):
@@ -240,6 +261,8 @@ def check_settings():
         ("max_iters", max_iters <= 10**12, "of at most 10 ** 12"),
         ("max_minutes", 0 <= max_minutes <= 1e7, "from 0 (no limit) to 1e7"),
         ("save_interval", save_interval >= 0, "0 (none) or above"),
+        ("mfu", 0 < mfu <= 1, "above 0, at most 1"),
+        ("price", 0 <= price < math.inf, "0 or above"),
         ("seed", 0 <= seed < 1 << 63, "from 0 to 2 ** 63 - 1"),
     ):
         if not allowed:
@@ -248,11 +271,16 @@ def check_settings():
 
 # ---- the checkpoint to begin from, if any
 
+device_here = parallel.start(device)
 checkpoint, checkpoint_path, damaged = None, None, []
 run = None  # the RunDir, of the first rank
 if init_from == "resume" or resume == "auto":
-    if FIRST and os.path.isdir(out_dir) and not eval_only:
+    from_hub = hub_repo and not eval_only
+    if FIRST and (from_hub or os.path.isdir(out_dir)) and not eval_only:
         run = RunDir(out_dir)  # before anything is read: another run may still be writing here
+    if FIRST and from_hub and not has_checkpoint(out_dir):
+        fetch_latest(hub_repo, out_dir)
+    parallel.wait_for_all()
     checkpoint, checkpoint_path, damaged = load_latest(out_dir)
 is_resumed = checkpoint is not None
 if is_resumed:
@@ -287,7 +315,22 @@ if arch != "modded" and (more := [name for name in plain if config[name] != plai
 
 # ---- data and model
 
-device = parallel.start(device)
+paths = DataPaths(data_dir, vocab_source, vocab_size)
+model_settings = {name: config[name] for name in OPTIONS}
+if checkpoint:  # with what is no setting, such as norm_eps
+    model_settings = checkpoint["model_args"] | model_settings
+try:
+    args = ModelArgs.from_dict({**model_settings, "vocab_size": paths.vocab_size})
+except ValueError as e:
+    raise UserError(str(e)) from None
+step_size = batch_size * gradient_accumulation_steps  # sequences, of all ranks together
+if estimate:
+    from estimate import report
+
+    for line in report(args, config, step_size * max_seq_len):
+        say(line)
+    raise SystemExit
+device = device_here
 if dtype == "auto" and is_resumed:  # as it began
     dtype = checkpoint["compute_dtype"].removeprefix("torch.")
 dtype = parallel.from_first(pick_dtype(dtype, device))  # a measurement, if it is "auto"
@@ -305,16 +348,6 @@ if fsdp and compile == "True":
 if fsdp and dtype is torch.float16:
     raise UserError("float16 cannot be used with fsdp: take --dtype=bfloat16 or float32")
 micro_batch_size, n_micro_batches = parallel.share_of_step(batch_size, gradient_accumulation_steps)
-step_size = batch_size * gradient_accumulation_steps  # sequences, of all ranks together
-
-paths = DataPaths(data_dir, vocab_source, vocab_size)
-model_settings = {name: config[name] for name in OPTIONS}
-if checkpoint:  # with what is no setting, such as norm_eps
-    model_settings = checkpoint["model_args"] | model_settings
-try:
-    args = ModelArgs.from_dict({**model_settings, "vocab_size": paths.vocab_size})
-except ValueError as e:
-    raise UserError(str(e)) from None
 tokenizer = None
 if os.path.exists(paths.tokenizer_model):
     tokenizer = open_tokenizer(paths.tokenizer_model)
@@ -382,8 +415,23 @@ def check_fp8():
             )
 
 
+def check_attention():
+    """Raise UserError where another kernel of attention than SDPA cannot be used."""
+    if device.type != "cuda":
+        raise UserError(f"attention = {attention}: it trains on a GPU only; give --attention=sdpa")
+    if attention == "flash":
+        if find_spec("flash_attn") is None:
+            raise UserError("attention = flash needs the package flash-attn, which pip compiles")
+        if dtype is torch.float32:
+            raise UserError("attention = flash computes in bfloat16: give --dtype=bfloat16")
+    if dropout:
+        raise UserError(f"attention = {attention} has no dropout: give --attention=sdpa")
+
+
 if fp8_head and not eval_only:
     check_fp8()
+if attention != "sdpa" and not eval_only:
+    check_attention()
 model.dtype, model.fp8_head = dtype, fp8_head
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[activation_checkpointing]
@@ -433,6 +481,50 @@ def gradient_norms():
     norms = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
     return norms
+
+
+def fits_memory(size):
+    """Whether a micro-batch of `size` sequences fits into the GPU's memory, beside the optimizer"""
+    optimizer_memory = torch.empty(2 * n_params, dtype=torch.float32, device=device)
+    tokens = torch.zeros(size, max_seq_len, dtype=torch.int64, device=device)
+    try:
+        model(tokens, tokens).backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del optimizer_memory, tokens
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+def fit_micro_batch():
+    """Take smaller micro-batches, and more of them, where the GPU's memory cannot hold one."""
+    global micro_batch_size, n_micro_batches
+    found = parallel.largest_that_fits(micro_batch_size, n_micro_batches, fits_memory)
+    if found is None:
+        raise UserError(
+            f"not even one sequence of {max_seq_len} tokens fits into the memory of {device}: try "
+            f"--activation_checkpointing=block, several GPUs with --fsdp, or a smaller model"
+        )
+    if found != (micro_batch_size, n_micro_batches):
+        micro_batch_size, n_micro_batches = found
+        say(
+            f"micro-batches of {micro_batch_size} sequences, {n_micro_batches} a step on each GPU: "
+            f"so many fit into memory; the step stays the same"
+        )
+
+
+def compare_attention():
+    """Have layers use the kernel that was asked for, if it computes the same as SDPA."""
+    norms = gradient_norms()
+    for block in model.layers:
+        block.attention.kernel = attention
+    if not same_gradients(norms, gradient_norms()):
+        raise UserError(
+            f"attention = {attention} computes other gradients than sdpa here: give "
+            f"--attention=sdpa"
+        )
 
 
 def compile_model():
@@ -592,6 +684,8 @@ def export_best():
 def log(kind, **values):
     if FIRST:
         run.log(kind, **values)
+        if metrics:
+            metrics.log(kind, values)
 
 
 def now():
@@ -626,6 +720,7 @@ def stop_if_diverged(what, loss):
         bar.close()
         writer.wait()
         log("end", reason="diverged", **now(), best_val_loss=best_val_loss)
+        leave_machine()
         rates = " ".join(f"--{name}={config[name]:g}" for name in rate_settings())
         raise UserError(
             f"the {what} is {loss} at step {iter_num}: training has diverged; try smaller rates "
@@ -672,6 +767,13 @@ def evaluate_and_keep():
     return True
 
 
+def leave_machine():
+    """Wait until everything that leaves this machine has; returns whether it all arrived."""
+    if metrics:
+        metrics.finish()
+    return uploads is None or uploads.finish()
+
+
 def time_to_save():
     return save_interval > 0 and iter_num % save_interval == 0
 
@@ -695,6 +797,10 @@ if is_done() and evaluated == iter_num:
     limit = "max_minutes" if max_minutes else "max_iters"
     raise UserError(f"the run has done its {iter_num} steps; raise --{limit} to go on")
 
+if device.type == "cuda" and not fsdp:  # whose ranks would wait for the one that has no room
+    fit_micro_batch()
+if attention != "sdpa":
+    compare_attention()
 if is_compiled:
     compile_model()
 net = model if fsdp else parallel.replicate(model, device)  # what a training step calls
@@ -720,6 +826,12 @@ if FIRST:
 parallel.wait_for_all()
 is_latest = is_resumed and os.path.basename(checkpoint_path) == "ckpt.pt"
 writer = CheckpointWriter(out_dir, keep_last, iter_num if is_latest else None)
+uploads = metrics = None  # of the first rank
+if FIRST and hub_repo:
+    uploads = Uploads(hub_repo, out_dir, hub_private, hub_keep_local)
+    writer.installed = lambda path, step: uploads.submit(path, numbered(step))
+if FIRST and wandb_project:
+    metrics = Metrics(wandb_project, wandb_run, out_dir, config)
 model_path = os.path.join(out_dir, "model.bin")
 n_train, n_valid = (sum(map(len, shards)) for shards in (data.train, data.valid))
 peak = peak_flops(device, dtype) if FIRST else None
@@ -802,6 +914,7 @@ log(
     **now(),
     best_val_loss=best_val_loss,
 )
+has_left = leave_machine()
 if writer.error:
     saved = writer.latest_step or first_step
     raise UserError(f"{writer.error}; of the {iter_num} steps, {saved or 'none'} are saved")
@@ -818,3 +931,12 @@ else:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
     words = f"--init_from=resume --out_dir={shlex.quote(out_dir)}{' --fsdp' if fsdp else ''}"
     say(f"to go on: {launch} train.py {words}")
+if uploads and not has_left:
+    raise UserError(
+        f"{', '.join(uploads.failed)} did not reach {hub_repo} and lie in {out_dir}/uploads: the "
+        f"same command with --resume=auto tries again"
+    )
+if FIRST and finished and on_finish:
+    print(f"on_finish: {on_finish}", flush=True)
+    if status := subprocess.run(on_finish, shell=True).returncode:
+        raise UserError(f"the command of on_finish ended with status {status}")

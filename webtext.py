@@ -53,8 +53,9 @@ from dataset import (
     shard_is_whole,
     shard_size_fits,
 )
-from files import atomic_write, download, read_json, remove, secret, write_json
+from files import atomic_write, download, read_json, remove, write_json
 from hftokenizer import byte_level_from_json
+from remote import need, reason, secret
 from tokenizer import open_tokenizer
 from workers import in_order, worker_count
 
@@ -88,9 +89,15 @@ SOURCES = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", ""),
     "openwebtext": ("stanford-cs336/owt-sample", "owt_train.txt.gz", "owt_valid.txt.gz"),
 }
-# name: (dataset, files of ids for training and validation); the tokenizer lies beside them or above
+# name: (dataset, files of ids for training and validation, preset); the tokenizer lies beside them
+# or above
 TOKENIZED = {
-    "fineweb-6b": ("weights-and-wires/fineweb-6b", "tokenized/train.bin", "tokenized/val.bin")
+    "fineweb-6b": (
+        "weights-and-wires/fineweb-6b",
+        "tokenized/train.bin",
+        "tokenized/val.bin",
+        "config/smol_llama_360m.py",
+    )
 }
 SMALL = 200_000_000  # bytes of files from which on VALID_FRAC of the documents are for validation
 VALID_FRAC, SMALL_VALID_FRAC = 0.005, 0.05
@@ -181,21 +188,16 @@ def files_of_hub():
     """The Files of a dataset of the hub. Raises UserError where the hub does not answer."""
     repo, inside, valid = SOURCES.get(source) or (source.removeprefix(HUB), "", "")
     inside = folder.strip("/") or inside
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        raise UserError("datasets of the hub need huggingface_hub: pip install .[web]") from None
-    api = HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
+    hub = need("huggingface_hub", "web")
+    api = hub.HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
     words = {"repo_type": "dataset", "revision": revision}
     is_file = bool(stream_ending(inside))
     try:
         tree = list(
             api.list_repo_tree(repo, None if is_file else inside or None, recursive=True, **words)
         )
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"cannot list {repo} at {endpoint}: {why}") from None
+    except Exception as e:  # of the hub, of the network, of the name
+        raise UserError(f"cannot list {repo} at {endpoint}: {reason(e)}") from None
     files = {entry.path: entry for entry in tree if hasattr(entry, "size")}
     wanted = [inside, valid] if is_file else sorted(filter(stream_ending, files))
     found = []
@@ -615,7 +617,7 @@ def merge(shards_folder, n):
     finish(shards_folder, first, [all_valid, *train], held_out)
 
 
-def finish(shards_folder, about, listed, held_out=0):
+def finish(shards_folder, about, listed, held_out=0, preset=""):
     """Write shards.json, remove what it does not list, and say what there is."""
     meta = {
         "format": SIDECAR_FORMAT,
@@ -632,7 +634,8 @@ def finish(shards_folder, about, listed, held_out=0):
         if os.path.basename(path) not in names:
             remove(path)
     report(meta, shards_folder)
-    print(f"next: python train.py {data_paths().make_hint()}")
+    where = f"--data_dir={shlex.quote(data_dir)}" if data_dir else ""
+    print(f"next: python train.py {f'{preset} {where}' if preset else data_paths().make_hint()}")
 
 
 # ---- sources that are tokens already
@@ -646,7 +649,7 @@ def prepare_tokenized():
     """
     if shard != "0/1" or n_files or folder or valid_source:
         raise UserError(f"{source} is ready-made: --shard, --n_files and the like are for text")
-    repo, train_name, valid_name = TOKENIZED[source]
+    repo, train_name, valid_name, preset = TOKENIZED[source]
     paths = data_paths()
     base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/{revision}"
     tokenizer_path = os.path.join(paths.data_dir, "tokenizer.json")
@@ -669,7 +672,7 @@ def prepare_tokenized():
             os.replace(raw, path)
         listed.append(counted(path, url, tokenizer))
     about = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
-    finish(paths.shards, about, listed)
+    finish(paths.shards, about, listed, preset=preset)
 
 
 def get_tokenizer(base, folder, path):

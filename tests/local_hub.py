@@ -5,14 +5,22 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+LFS = (".safetensors", ".pt", ".bin", ".distcp")
 
 
 class Hub(ThreadingHTTPServer):
-    """`models`: {name: {file: bytes}}; `tokens` that it was shown; names of `private` models."""
+    """
+    `models`: {name: {file: bytes}}, datasets as "datasets/user/name"; `tokens` that it was shown;
+    names of `private` models; `broken`: {file: byte at which its next download ends}; `sent`: files
+    and the byte they were sent from; `failures`: how many of the next commits are refused.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.models, self.tokens, self.private, self.blobs = {}, set(), set(), {}
+        self.broken, self.sent, self.asked, self.failures = {}, [], [], 0
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -61,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
             modes = [
                 {
                     "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "uploadMode": "lfs" if file["path"].endswith(LFS) else "regular",
                     "shouldIgnore": False,
                 }
                 for file in json.loads(body)["files"]
@@ -72,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             for one in objects:
                 one["actions"] = {"upload": {"href": f"{hub.url}/blob/{one['oid']}"}}
             self.answer({"transfer": "basic", "objects": objects})
+        elif path.endswith("/commit/main") and hub.failures:
+            hub.failures -= 1
+            self.answer({"error": "try again"}, 503)
         elif path.endswith("/commit/main"):
             for line in body.splitlines():
                 entry = json.loads(line)
@@ -95,24 +106,50 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer()
 
     def do_GET(self):
-        hub, path = self.server, self.path.partition("?")[0]
+        """Models by name, datasets by datasets/name; `broken`: files cut off once, at a byte."""
+        hub, path = self.server, unquote(self.path.partition("?")[0])
         hub.tokens.add(self.headers.get("Authorization"))
-        words = path.removeprefix("/api/models").strip("/").split("/")
-        name, commit = "/".join(words[:2]), "0" * 40
+        hub.asked.append(path)
+        words = path.removeprefix("/api").removeprefix("/models").strip("/").split("/")
+        n = 3 if words[0] == "datasets" else 2
+        name, rest, commit = "/".join(words[:n]), words[n:], "0" * 40
         files = hub.models.get(name)
         if files is None:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        elif path.startswith(f"/api/models/{name}/tree/"):
-            tree = [{"type": "file", "path": f, "size": len(files[f]), "oid": "0"} for f in files]
-            self.answer(tree)
-        elif path.startswith("/api/models"):
+        elif path.startswith("/api") and rest[:1] == ["tree"]:
+            inside = "/".join(rest[2:])
+            found = {f: data for f, data in files.items() if f.startswith(inside)}
+            self.answer(
+                [
+                    {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for f, d in found.items()
+                ]
+            )
+        elif path.startswith("/api"):
             siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
             self.answer({"id": name, "modelId": name, "sha": commit, "siblings": siblings})
-        elif words[2] == "resolve" and words[4] in files:
-            data = files[words[4]]
-            tag = f'"{hashlib.sha256(data).hexdigest()}"'
-            self.answer(data, ETag=tag, X_Repo_Commit=commit)
+        elif rest[0] == "resolve" and "/".join(rest[2:]) in files:
+            self.send_file(files["/".join(rest[2:])], "/".join(rest[2:]), commit)
         else:
             self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
 
     do_HEAD = do_GET
+
+    def send_file(self, data, name, commit):
+        tag = f'"{hashlib.sha256(data).hexdigest()}"'
+        headers = {"ETag": tag, "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+        start, asked = 0, self.headers.get("Range")
+        if asked and self.headers.get("If-Range", tag) == tag:
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.server.sent.append((name, start))
+        cut = self.server.broken.pop(name, None) if self.command == "GET" else None
+        if cut is None:
+            self.answer(data[start:], 206 if start else 200, **headers)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", tag)
+        self.end_headers()
+        self.wfile.write(data[:cut])
+        self.close_connection = True

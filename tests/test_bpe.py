@@ -19,7 +19,7 @@ from bpe import BPETokenizer, train_bpe
 from configurator import UserError
 from corpus import Span
 from tokenizer import open_tokenizer
-from workers import in_order
+from workers import over_spans
 
 END = "<|endoftext|>"
 HARD = (
@@ -357,8 +357,8 @@ def test_too_many_different_pretokens_lose_the_rarest(tmp_path, monkeypatch, cap
 def test_a_worker_that_is_killed_is_named(tmp_path):
     spans = [Span("", i, i + 1) for i in range(4)]
     with pytest.raises(UserError, match="a worker process was ended"):
-        list(in_order(end_itself, spans, (), 2, "end"))
-    assert list(in_order(end_of, spans, (1,), 3, "ends")) == [2, 3, 4, 5]
+        list(over_spans(end_itself, spans, (), 2, "end"))
+    assert list(over_spans(end_of, spans, (1,), 3, "ends")) == [2, 3, 4, 5]
 
 
 def end_itself(span):

@@ -22,6 +22,7 @@ from checkpoint import save_file
 from configurator import UserError
 from formats import FORMATS, load, recognize
 from modelbin import export_model, read_bin, windows
+from remote import need
 from tokenizer import open_tokenizer
 
 # name: options, the class of transformers that loads it
@@ -674,7 +675,7 @@ def test_sizes_past_a_shard_are_split(tmp_path, tokenizers, monkeypatch):
 
 def test_a_missing_package_says_how_to_install_it():
     with pytest.raises(UserError, match=r"this needs no_such_package: pip install .\[export\]"):
-        huggingface.need("no_such_package")
+        need("no_such_package")
 
 
 def test_the_tokenizer_goes_with_the_model(tmp_path, tokenizers):

@@ -1,6 +1,8 @@
 """The model: what it computes, with and without a cache, and how it generates."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -204,3 +206,26 @@ def test_sampling_keeps_to_its_limits():
     assert drawn(top_p=0.7) == {0, 2}
     assert sample_token(logits, 0) == 0
     assert sample_token(logits, 1e-300) == 0
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_other_kernels_of_attention_compute_the_same(window, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 64, 16) for heads in (4, 2, 2))
+    expected = attend(q, k, v, window, 0.0)
+
+    def flash_attn_func(q, k, v, causal, window_size):
+        """flash-attn's layout, (B, T, heads, head_dim), and its windows, (left, right)."""
+        assert causal and q.shape == (2, 64, 4, 16) and k.shape == (2, 64, 2, 16)
+        left = window_size[0] + 1 if window_size != (-1, -1) else 0
+        assert window_size in ((-1, -1), (window - 1, 0))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attend(q, k, v, left, 0.0).transpose(1, 2)
+
+    flash = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    for kernel in ("flex", "flash"):
+        found = attend(q, k, v, window, 0.0, kernel)
+        assert torch.allclose(found, expected, atol=1e-5), kernel
+    decoding = attend(q[:, :, -1:], k, v, window, 0.0, "flash")  # is SDPA's
+    assert torch.allclose(decoding, expected[:, :, -1:], atol=1e-5)

@@ -16,6 +16,7 @@ import torch
 from conftest import REPO, TINY, read_log, script, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+import parallel
 import sharded
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError
@@ -272,3 +273,21 @@ def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
     assert "Signal 9 (SIGKILL)" in errors or "exitcode  : -9" in errors
     print(errors)  # whole, which a failed assertion would not be
     assert "[rank0]: error: another process is gone; if it could say why, it did." in errors
+
+
+def test_micro_batches_are_halved_until_they_fit():
+    tried = []
+
+    def fits(most):
+        def attempt(size):
+            tried.append(size)
+            return size <= most
+
+        return attempt
+
+    assert parallel.largest_that_fits(64, 8, fits(64)) == (64, 8)
+    assert parallel.largest_that_fits(64, 8, fits(20)) == (16, 32)
+    assert parallel.largest_that_fits(12, 1, fits(5)) == (4, 3)
+    assert parallel.largest_that_fits(7, 1, fits(3)) == (1, 7)
+    assert parallel.largest_that_fits(4, 2, fits(0)) is None
+    assert tried[:1] == [64] and tried[-3:] == [4, 2, 1]

@@ -23,7 +23,7 @@ def pins(path):
 
 
 def test_pyproject_and_requirements_have_the_same_pins():
-    text = (REPO / "pyproject.toml").read_text().split("plot = [")[0]  # a further extra
+    text = (REPO / "pyproject.toml").read_text().split("plot = [")[0]  # further extras
     found = set(re.findall(r"""["']([\w.-]+==[^"']*(?:"[\d.]+")?)["']""", text))
     expected = pins("requirements.txt") | pins("requirements-dev.txt")
     assert {re.sub(r"\s", "", pin) for pin in found} == {re.sub(r"\s", "", p) for p in expected}

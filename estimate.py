@@ -1,0 +1,139 @@
+"""
+What a run will need before anything is spent on it: `python train.py ... --estimate`.
+
+The model is built without memory (on PyTorch's meta device) and one forward pass is traced, so that
+every option of the architecture is counted as it is: what a layer keeps for the backward pass is
+what autograd asked to keep. Not counted are memory that the allocator cannot use in its pieces, and
+what torch.compile saves by fusing.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_module
+from hardware import GPUS
+from model import ACTIVATION_CHECKPOINTING, PRODUCTS, Transformer
+from optim import by_role
+
+SHOWN = ("4090", "A100", "H100 PCIe", "H100", "H200", "B200")
+USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and lost between tensors
+GB = 1e9
+
+
+class Flash(torch.autograd.Function):
+    """Attention as the fused kernels keep it: q, k, v, the result, and a float32 a query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+class Products(TorchDispatchMode):
+    """Adds up the bytes of what products return, which selective checkpointing keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in PRODUCTS:
+            self.n_bytes += out.nbytes
+        return out
+
+
+def kept_bytes(model, batch_size, recompute):
+    """
+    Bytes that a forward pass of a model on the meta device keeps for the backward pass, for
+    batch_size sequences; recompute: a key of ACTIVATION_CHECKPOINTING.
+    """
+    for block in model.layers:
+        block.recompute = ACTIVATION_CHECKPOINTING[recompute]
+    ours = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in ours:
+            kept[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    products = Products()
+    attend, model_module.attend = model_module.attend, lambda q, k, v, *_: Flash.apply(q, k, v)
+    tokens = torch.zeros(batch_size, model.args.max_seq_len, dtype=torch.int64, device="meta")
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
+            model(tokens, tokens)
+    finally:
+        model_module.attend = attend
+    n_bytes = sum(storage.nbytes() for storage in kept.values())
+    return n_bytes + products.n_bytes * (recompute == "selective")
+
+
+def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
+    """
+    (bytes that a run needs whatever its micro-batch, bytes that each sequence of it adds) on a GPU.
+    Weights, gradients and the optimizer's memory are float32; shared out only under FSDP.
+    """
+    roles = by_role(model)
+    n_params = model.n_params()
+    n_hidden = sum(p.numel() for p in roles.get("hidden", ()))
+    state = 8 * n_params if optimizer == "adamw" else 8 * (n_params - n_hidden) + 4 * n_hidden
+    state = (state + 8 * n_params) / (n_gpus if is_sharded else 1)
+    one, two = (kept_bytes(model, n, recompute) for n in (1, 2))
+    if recompute != "none":  # a layer is whole while it is computed once more
+        whole = [kept_bytes(model, n, "none") / model.args.n_layers for n in (1, 2)]
+        one, two = one + whole[0], two + whole[1]
+    logits = min(1 << 27, (two - one) * model.args.vocab_rows) * 6  # a piece, bfloat16 and float32
+    return state + logits + 2 * one - two, two - one
+
+
+def report(args, config, tokens_a_step):
+    """The lines that --estimate prints. config: train.py's settings; tokens_a_step: of all GPUs."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.dtype = torch.bfloat16
+    n_steps, mfu, price = config["max_iters"], config["mfu"], config["price"]
+    recompute, optimizer = config["activation_checkpointing"], config["optimizer"]
+    flops = model.flops_per_token()
+    tokens = n_steps * tokens_a_step
+    total = flops * tokens
+    tables = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
+    yield f"{model.n_params():,} parameters, {tables:,} of them in tables"
+    yield (
+        f"{tokens:,} tokens: {n_steps:,} steps of {tokens_a_step:,}; "
+        f"{tokens / model.n_params():.1f} tokens a parameter"
+    )
+    yield f"{flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all"
+    yield ""
+    yield (
+        f"at {mfu:.0%} of the peak in bfloat16 (--mfu), ${price:g} for a GPU and hour (--price), "
+        f"--activation_checkpointing={recompute}"
+    )
+    yield ""
+    head = "GPU", "memory", "micro-batch", "GB used", "tokens/s", "hours", "hours on 8", "cost"
+    yield "{:<10} {:>8} {:>12} {:>8} {:>10} {:>8} {:>11} {:>9}".format(*head)
+    fixed, each = memory_of(model, optimizer, recompute, 1, False)
+    for name in SHOWN:
+        tflops, memory = GPUS[name]
+        room = (USABLE * memory * GB - fixed) / each
+        micro = min(int(room), config["batch_size"])
+        used = f"{(fixed + micro * each) / GB:.0f}" if micro > 0 else "-"
+        speed = mfu * tflops * 1e12 / flops
+        hours = tokens / speed / 3600
+        yield (
+            f"{name:<10} {memory:>5} GB {micro if micro > 0 else 'too large':>12} {used:>8} "
+            f"{speed:>10,.0f} {hours:>8,.1f} {hours / 8:>11,.1f} {f'${price * hours:,.0f}':>9}"
+        )
+    sharded, _ = memory_of(model, optimizer, recompute, 8, True)
+    yield ""
+    yield (
+        f"whatever the micro-batch: {fixed / GB:.1f} GB (on each of 8 GPUs with --fsdp "
+        f"{sharded / GB:.1f} GB); each sequence of it: {each / GB:.2f} GB"
+    )
+    yield (
+        "hours on 8 are without what communication costs; the memory is an estimate, of a run that "
+        "is not compiled; train.py takes a smaller micro-batch where this one does not fit"
+    )

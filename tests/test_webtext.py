@@ -1,0 +1,391 @@
+"""webtext.py: every source, interruptions, many machines, and validation that stays unseen."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import REPO, refused, script
+from local_hub import Hub
+
+from bpe import BPETokenizer, train_bpe
+from corpus import stream_documents
+from dataset import DataPaths, TokenData
+from hftokenizer import byte_level_from_json, byte_level_json
+from tokenizer import ByteLevel
+
+pq = pytest.importorskip("pyarrow.parquet")
+pa = pytest.importorskip("pyarrow")
+
+TEXTS = [f"Page {i}: " + "the web has words. " * (i % 9) + f"é\nEnd of {i}." for i in range(3000)]
+SIZE = 300
+BOS = "<|endoftext|>"
+
+
+def parquet_of(texts, path):
+    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path)
+
+
+def in_shape(texts, ending):
+    """Texts as the bytes of a file with one of the endings that are read."""
+    if ending == ".parquet":
+        sink = pa.BufferOutputStream()
+        parquet_of(texts, sink)
+        return sink.getvalue().to_pybytes()
+    if ending.endswith(".gz"):
+        return gzip.compress(in_shape(texts, ending.removesuffix(".gz")))
+    if ending == ".txt":
+        return BOS.join(texts).encode()
+    if ending == ".json":
+        return json.dumps([{"text": text} for text in texts]).encode()
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+ENDINGS = [".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A byte-level BPE of the texts, saved as bpe300.model."""
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "all.txt").write_text(BOS.join(TEXTS))
+    vocab, merges = train_bpe(folder / "all.txt", SIZE, [BOS])
+    BPETokenizer(vocab, merges, [BOS]).save(folder / f"bpe{SIZE}.model")
+    return folder / f"bpe{SIZE}.model"
+
+
+@pytest.fixture
+def data(tmp_path, model):
+    """A data folder with the tokenizer in it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / model.name).write_bytes(model.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def hub():
+    with Hub() as server:
+        yield server
+
+
+def webtext(stage, source, data_dir, *words, **options):
+    flags = [f"--source={source}", f"--data_dir={data_dir}", f"--vocab_size={SIZE}", *words]
+    return script("webtext.py", stage, *flags, **options)
+
+
+def documents_in(data_dir, side=""):
+    """The texts of the training shards, or with side "valid" of the validation shard."""
+    paths = DataPaths(str(data_dir), "bpe", SIZE)
+    tokenizer = ByteLevel(paths.tokenizer_model)
+    found = TokenData(paths, 16, tokenizer)
+    texts = []
+    for ids in found.valid if side == "valid" else found.train:
+        at = np.flatnonzero(ids == tokenizer.bos_id)
+        assert at[0] == 0
+        texts += [tokenizer.decode(part.tolist()) for part in np.split(ids, at[1:])]
+    return texts
+
+
+def check_whole(data_dir, texts=TEXTS):
+    """Every document is in the shards once, on one side."""
+    train, valid = documents_in(data_dir), documents_in(data_dir, "valid")
+    assert sorted(train + valid) == sorted(texts)
+    assert 0.02 < len(valid) / len(texts) < 0.09
+    return train, valid
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_of_every_shape_become_the_same_shards(ending, tmp_path, data):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(in_shape(TEXTS, ending))
+    assert [text for text, _ in stream_documents(str(path))] == TEXTS
+    done = webtext("prepare", path, data)
+    assert done.returncode == 0, done.stderr
+    train, _ = check_whole(data)
+    assert train == [text for text in TEXTS if text in set(train)]  # in their order
+    meta = json.loads((data / f"bpe{SIZE}" / "shards.json").read_text())
+    assert sum(shard["bytes"] for shard in meta["shards"]) == sum(len(t.encode()) for t in TEXTS)
+
+
+def test_the_split_is_by_the_text_whatever_file_and_machine_reads_it(tmp_path, data, model):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i, ending in enumerate(ENDINGS):  # every document is there again in another file
+        (folder / f"{i}{ending}").write_bytes(in_shape(TEXTS[::-1] if i % 2 else TEXTS, ending))
+    done = webtext("prepare", folder, data)
+    assert done.returncode == 0, done.stderr
+    train, valid = documents_in(data), documents_in(data, "valid")
+    assert not set(train) & set(valid)
+    assert sorted(train + valid) == sorted(TEXTS * len(ENDINGS))
+
+
+def test_one_machine_or_several_the_documents_are_the_same(tmp_path, data, model, monkeypatch):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(in_shape(TEXTS, ".txt.gz"))
+    small = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    # small shards, so that one file is many pieces of work
+    (tmp_path / "small.py").write_text(
+        "import runpy, sys\nsource = open(sys.argv[1]).read()"
+        ".replace('PIECE = 1 << 27', 'PIECE = 20000')\n"
+        "__file__ = sys.argv.pop(1)\nsys.argv[0] = __file__\n"
+        "exec(compile(source, __file__, 'exec'))\n"
+    )
+    flags = [f"--source={path}", f"--vocab_size={SIZE}", "--num_workers=1"]
+
+    def call(stage, folder, *words):
+        command = [sys.executable, tmp_path / "small.py", REPO / "webtext.py", stage]
+        small["PYTHONPATH"] = str(REPO)
+        words = [*flags, f"--data_dir={folder}", *words]
+        return subprocess.run([*command, *words], capture_output=True, text=True, env=small)
+
+    parted = tmp_path / "parted"
+    parted.mkdir()
+    (parted / model.name).write_bytes(model.read_bytes())
+    assert call("prepare", data).returncode == 0
+    refused(call("merge", parted, "--shards=3"), "0_of_3.json does not exist")
+    for i in range(3):
+        done = call("prepare", parted, f"--shard={i}/3")
+        assert done.returncode == 0, done.stderr
+        assert "merge" in done.stdout
+        if i == 1:
+            refused(call("merge", parted, "--shards=3"), "2_of_3.json does not exist")
+    assert not (parted / f"bpe{SIZE}" / "shards.json").exists()
+    done = call("merge", parted, "--shards=3")
+    assert done.returncode == 0, done.stderr
+    one, three = (sorted((f / f"bpe{SIZE}").glob("data*.bin")) for f in (data, parted))
+    assert [path.name for path in one] == [path.name for path in three]
+    assert len(one) > 10
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, three, strict=True))
+    check_whole(parted)
+
+
+def test_validation_files_are_kept_out_of_training(tmp_path, data):
+    (tmp_path / "train.jsonl").write_bytes(in_shape(TEXTS, ".jsonl"))
+    (tmp_path / "valid.txt.gz").write_bytes(in_shape(TEXTS[100:300], ".txt.gz"))
+    words = [f"--valid_source={tmp_path / 'valid.txt.gz'}"]
+    done = webtext("prepare", tmp_path / "train.jsonl", data, *words)
+    assert done.returncode == 0, done.stderr
+    assert "200 training documents are in the validation text too: left out" in done.stdout
+    assert documents_in(data, "valid") == TEXTS[100:300]
+    assert documents_in(data) == TEXTS[:100] + TEXTS[300:]
+
+
+# ---- datasets of the hub
+
+
+def fineweb(hub):
+    thirds = [in_shape(TEXTS[i::3], ".parquet") for i in range(3)]
+    hub.models["datasets/HuggingFaceFW/fineweb"] = {
+        "README.md": b"#",
+        "data/CC-MAIN/000_00000.parquet": b"no",
+        **{f"sample/10BT/00{i}_00000.parquet": data for i, data in enumerate(thirds)},
+    }
+
+
+def test_fineweb_comes_file_by_file_and_the_next_command_goes_on(hub, data):
+    fineweb(hub)
+    first = "sample/10BT/000_00000.parquet"
+    hub.broken[first] = 1000  # the connection breaks once
+    words = [f"--endpoint={hub.url}"]
+    done = webtext("prepare", "fineweb", data, *words, "--n_files=1")
+    assert done.returncode == 0, done.stderr
+    assert [name for name, _ in hub.sent] == [first, first]
+    assert not (data / "raw").exists()
+    assert len(documents_in(data)) + len(documents_in(data, "valid")) == 1000
+    hub.sent.clear()
+    done = webtext("prepare", "fineweb", data, *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 files to read" in done.stdout
+    assert {name for name, _ in hub.sent} == {f"sample/10BT/00{i}_00000.parquet" for i in (1, 2)}
+    check_whole(data)
+
+
+def test_vocabulary_and_shards_of_openwebtext(hub, tmp_path):
+    hub.models["datasets/stanford-cs336/owt-sample"] = {
+        "owt_train.txt.gz": in_shape(TEXTS, ".txt.gz"),
+        "owt_valid.txt.gz": in_shape(TEXTS[:200], ".txt.gz"),
+    }
+    folder = tmp_path / "owt"
+    words = [f"--endpoint={hub.url}"]
+    done = webtext("train_vocab", "openwebtext", folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.glob("*.part*"))
+    hub.sent.clear()
+    done = webtext("prepare", "openwebtext", folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert hub.sent == []  # both were there from the vocabulary's training
+    assert documents_in(folder, "valid") == TEXTS[:200]
+    assert documents_in(folder) == TEXTS[200:]
+
+
+def test_any_dataset_of_the_hub(hub, data):
+    hub.models["datasets/me/mine"] = {"a/x.jsonl.gz": in_shape(TEXTS, ".jsonl.gz"), "b/y.txt": b"y"}
+    done = webtext("prepare", "hf:me/mine", data, f"--endpoint={hub.url}", "--folder=a")
+    assert done.returncode == 0, done.stderr
+    check_whole(data)
+
+
+def smol_tokenizer(texts, folder):
+    """tokenizer.json as smol-llama's notebook makes it: three special tokens, then the bytes."""
+    (folder / "t.txt").write_text(BOS.join(texts))
+    vocab, merges = train_bpe(folder / "t.txt", SIZE - 2, [BOS])
+    special = [BOS, "<pad>", "<s>"]
+    tokens = [token.encode() for token in special]
+    tokens += [vocab[i] for i in sorted(vocab) if vocab[i] != BOS.encode()]
+    return BPETokenizer(dict(enumerate(tokens)), merges, special)
+
+
+def test_ready_made_tokens_with_their_tokenizer(hub, tmp_path):
+    bpe = smol_tokenizer(TEXTS, tmp_path)
+    ids = [i for text in TEXTS * 4 for i in [*bpe.encode(text), 0]]
+    cut = len(ids) * 9 // 10
+    train, valid = np.array(ids[:cut], "<u2"), np.array(ids[cut:], "<u2")
+    assert valid[0] != 0
+    hub.models["datasets/weights-and-wires/fineweb-6b"] = {
+        "tokenized/train.bin": train.tobytes(),
+        "tokenized/val.bin": valid.tobytes(),
+        "tokenizer.json": json.dumps(byte_level_json(bpe)).encode(),
+    }
+    hub.broken["tokenized/train.bin"] = 280_001
+    folder = tmp_path / "smol"
+    words = [f"--endpoint={hub.url}"]
+    done = webtext("prepare", "fineweb-6b", folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert any(start > 0 for name, start in hub.sent if name == "tokenized/train.bin")
+    tokenizer = ByteLevel(folder / f"bpe{SIZE}.model")
+    assert (tokenizer.bos_id, tokenizer.vocab_size) == (0, SIZE)
+    assert tokenizer.encode("Page 7: <s>", bos=False) == bpe.encode("Page 7: <s>")
+    found = TokenData(DataPaths(str(folder), "bpe", SIZE), 16, tokenizer)
+    assert np.array_equal(found.train[0], train)
+    first = int(np.flatnonzero(valid == 0)[0])  # what is before it began in training
+    assert np.array_equal(found.valid[0], valid[first:])
+    assert found.valid_bytes == len(tokenizer.decode(valid[first:].tolist()).encode())
+    again = webtext("prepare", "fineweb-6b", folder, *words)
+    assert again.returncode == 0 and "is there already" in again.stdout
+
+
+def test_a_tokenizer_json_that_does_more_is_refused(tmp_path):
+    bpe = smol_tokenizer(TEXTS, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    good = byte_level_json(bpe)
+    path.write_text(json.dumps(good))
+    text = "Page 7: words,  <s>\n\n é"
+    assert byte_level_from_json(path).encode(text) == bpe.encode(text)
+    digits = {"type": "Digits", "individual_digits": True}
+    for change in (
+        {"normalizer": {"type": "NFC"}},
+        {"model": {**good["model"], "byte_fallback": True}},
+        {"model": {**good["model"], "type": "Unigram"}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, good["pre_tokenizer"]]}},
+        {"pre_tokenizer": {**good["pre_tokenizer"], "add_prefix_space": True}},
+        {"added_tokens": [{**good["added_tokens"][0], "lstrip": True}]},
+        {"model": {}},
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        done = script("bpe.py", "import", f"--tokenizer_json={path}", f"--model={tmp_path / 'm'}")
+        refused(done, "tokenizer.json", "byte-level BPE")
+        assert not (tmp_path / "m").exists()
+
+
+# ---- interruptions
+
+
+def test_killed_in_the_middle_it_goes_on_at_the_shard(tmp_path, data):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.txt.gz").write_bytes(in_shape(TEXTS[i::40] * 40, ".txt.gz"))
+    flags = [f"--source={folder}", f"--data_dir={data}", f"--vocab_size={SIZE}", "--encoder=own"]
+    flags.append("--num_workers=1")
+    command = [sys.executable, REPO / "webtext.py", "prepare", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = data / f"bpe{SIZE}" / "parts" / "0_of_1.json"
+    for _ in range(2000):
+        time.sleep(0.01)
+        if part.exists() and len(json.loads(part.read_text())["finished"]) >= 3:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    n_done = len(json.loads(part.read_text())["finished"])
+    assert 3 <= n_done < 40, "too fast to be killed in between"
+    kept = sorted((data / f"bpe{SIZE}").glob("data_*.bin"))[0]
+    before = kept.stat().st_mtime_ns
+    (kept.parent / "data_00001_0000.bin").write_bytes(b"damaged")
+    done = script("webtext.py", "prepare", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"{41 - n_done} of 40 files to read" in done.stdout
+    assert kept.stat().st_mtime_ns == before
+    train, valid = documents_in(data), documents_in(data, "valid")
+    assert sorted(train + valid) == sorted(TEXTS * 40)
+    assert not list(kept.parent.rglob("*.part"))
+
+
+def test_another_tokenizer_or_split_begins_anew(tmp_path, data):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(in_shape(TEXTS, ".jsonl"))
+    assert webtext("prepare", path, data).returncode == 0
+    assert "0 of 1 files to read" in webtext("prepare", path, data).stdout
+    done = webtext("prepare", path, data, "--valid_frac=0.3")
+    assert "1 of 1 files to read" in done.stdout
+    assert 700 < len(documents_in(data, "valid")) < 1100
+
+
+# ---- bad input
+
+
+def test_bad_input_gets_one_sentence(tmp_path, data, hub):
+    good = tmp_path / "good.txt"
+    good.write_bytes(in_shape(TEXTS, ".txt"))
+    whole = in_shape(TEXTS, ".txt.gz")
+    files = {
+        "cut.txt.gz": whole[: len(whole) // 2],
+        "no.txt.gz": b"hello",
+        "cut.parquet": in_shape(TEXTS, ".parquet")[:-100],
+        "latin.txt": "é".encode("latin-1") * 100,
+        "bad.jsonl": b'{"text": "a"}\n{"text": \n',
+        "field.jsonl": b'{"content": "a"}\n',
+        "one.txt": b"a single document",
+        "white.txt": b"  <|endoftext|> \n ",
+        "x.pdf": b"%PDF",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "field.parquet")
+    for name, part in (
+        ("cut.txt.gz", "damaged or was cut off"),
+        ("no.txt.gz", "damaged or was cut off"),
+        ("cut.parquet", "no parquet file, or damaged"),
+        ("latin.txt", "not UTF-8"),
+        ("bad.jsonl", "not JSON"),
+        ("field.jsonl", "text under story or text"),
+        ("field.parquet", "it has content"),
+        ("one.txt", "no document to"),
+        ("white.txt", "no document to"),
+        ("x.pdf", "expected files ending in"),
+        ("missing", "does not exist: expected fineweb-6b"),
+    ):
+        refused(webtext("prepare", tmp_path / name, data), part)
+        assert not (data / f"bpe{SIZE}" / "shards.json").exists(), name
+    for words, part in (
+        (["--shard=3/3"], "i from 0 to n - 1"),
+        (["--shard=x"], "i from 0 to n - 1"),
+        (["--valid_frac=1.5"], "below 1"),
+        (["--n_files=-1"], "0 (all) or more"),
+        (["--encoder=fast"], "expected auto"),
+        (["--vocab_size=999"], "does not exist; train it with: python webtext.py train_vocab"),
+    ):
+        refused(webtext("prepare", good, data, *words), part)
+    refused(webtext("prepare", "fineweb", data, f"--endpoint={hub.url}"), "cannot list")
+    refused(webtext("prepare", "hf:a/b", data, "--endpoint=http://127.0.0.1:9"), "cannot list")
+    refused(webtext("merge", "fineweb-6b", data), "ready-made")
+    refused(webtext("prepare", "fineweb-6b", data, "--shard=0/2"), "ready-made")
+    refused(script("webtext.py", "prepare"), "--source=NAME is missing")
+    refused(script("webtext.py", "prepar", "--source=x"), "expected one of: train_vocab")
+    few = webtext("train_vocab", tmp_path / "one.txt", tmp_path / "few", "--valid_frac=1e-9")
+    refused(few, "tokens only")
