@@ -7,6 +7,7 @@ Measure how fast training and inference are, and what limits them.
     python bench.py checkpoint    # size and time of checkpoints, and what they cost training
     python bench.py infer         # tokens/s of ./run, and of its peers beside it
     python bench.py tokenizer --source=text.txt  # MB/s of training and encoding, beside peers
+    python bench.py scaling       # tokens/s of several processes, by DDP and FSDP, against one
 
 `train --llama2c=PATH` measures a checkout of karpathy/llama2.c as well. `speedrun` writes
 speedrun.json and speedrun.png to --out; runs that are complete there are not done again. `infer`
@@ -37,7 +38,7 @@ from bpe import BPETokenizer, train_bpe
 from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
 from corpus import SEPARATOR
-from dataset import TrainBatches, ahead, write_npy
+from dataset import DataPaths, TrainBatches, ahead, write_npy
 from files import write_json
 from gguffile import write_gguf
 from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
@@ -47,10 +48,10 @@ from model import ARCHS, ModelArgs, Transformer
 from modelbin import DTYPES, export_model
 from optim import make_optimizer
 from tokenizer import ByteLevel, SentencePiece, sentencepiece_model, train_sentencepiece
-from trials import race, read_run, same_run, shards_hint, start, train_settings, value_at
+from trials import TRAIN, race, read_run, same_run, shards_hint, start, train_settings, value_at
 
 # -----------------------------------------------------------------------------
-what = ""  # train, speedrun, loader, checkpoint, infer or tokenizer
+what = ""  # train, speedrun, loader, checkpoint, infer, tokenizer or scaling
 batch_size = 32  # sequences a batch (loader; train at the given shape)
 max_seq_len = 256  # tokens a sequence
 # train
@@ -92,6 +93,11 @@ models = "out/infer"  # folder of the random models, which are kept
 # tokenizer
 source = ""  # a .txt file with <|endoftext|> between documents
 tokenizer_rounds = 5  # in which the ways alternate
+# scaling
+processes = "1,2"  # how many, on GPUs one each; a step is the same for all
+scaling = "--dim=288 --n_layers=6 --n_heads=6 --max_seq_len=256"  # the run, in train.py's words
+scaling_steps = 12  # of each run; the first three are not counted
+scaling_rounds = 3  # in which the ways alternate
 device = "auto"
 dtype = "auto"
 configure(globals(), positional="what")
@@ -800,6 +806,62 @@ def pretokenize_commands(where, documents, model):
     return ways
 
 
+def bench_scaling():
+    """
+    Tokens/s of train.py with one process and with several, each on one thread or one GPU, that share
+    the same steps; efficiency: of so many times what one does.
+    """
+    try:
+        counts = sorted({int(n) for n in processes.split(",")} | {1})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise UserError(
+            f"processes = {processes!r}: expected numbers with commas between, like 1,2"
+        )
+    if scaling_steps < 5:
+        raise UserError(f"scaling_steps = {scaling_steps}: expected 5 or more")
+    ways = [(n, kind) for n in counts for kind in (["DDP", "FSDP"] if n > 1 else [""])]
+    words = [*scaling.split(), f"--max_iters={scaling_steps}", "--log_interval=1", "--eval_iters=1"]
+    words += ["--eval_interval=1000000", f"--device={device.type}", "--compile=False"]
+    words += [f"--dtype={str(dtype).removeprefix('torch.')}"]
+    settings = train_settings(words)
+    speeds = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory(dir=folder or None) as where:
+        paths = DataPaths(where, settings["vocab_source"], settings["vocab_size"])
+        os.makedirs(paths.shards)
+        rng, size = np.random.default_rng(0), settings["vocab_size"]
+        n = settings["batch_size"] * settings["gradient_accumulation_steps"]
+        for i, n_windows in enumerate((4, 4 * n * scaling_steps)):
+            ids = rng.integers(0, size, n_windows * settings["max_seq_len"] + 1)
+            path = os.path.join(paths.shards, f"data0{i}.bin")
+            ids.astype("<u2").tofile(path)  # random tokens take as long as any
+        for k in range(scaling_rounds):
+            for n, kind in ways:
+                out_dir = os.path.join(where, f"{n}{kind}{k}")
+                launch = [sys.executable]
+                if n > 1:
+                    launch += "-m torch.distributed.run --standalone".split()
+                    launch += [f"--nproc_per_node={n}"]
+                command = [*launch, TRAIN, *words, f"--data_dir={where}", f"--out_dir={out_dir}"]
+                command += ["--fsdp"] if kind == "FSDP" else []
+                env = {**os.environ, "OMP_NUM_THREADS": "1"}
+                done = subprocess.run(command, env=env, capture_output=True, text=True)
+                if done.returncode:
+                    raise UserError(f"{kind or 'one process'} fails: {done.stderr.strip()[-300:]}")
+                with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+                    lines = [line for line in map(json.loads, f) if line["kind"] == "train"]
+                speeds[n, kind].append(statistics.median(e["tok_s"] for e in lines[3:]))
+                shutil.rmtree(out_dir)
+    one = statistics.median(speeds[1, ""])
+    print(f"{'processes':<16} {'tokens/s':>10} {'each':>10} {'efficiency':>11}   of rounds")
+    for (n, kind), found in speeds.items():
+        speed = statistics.median(found)
+        rounds = ", ".join(f"{x / (n * y):.0%}" for x, y in zip(found, speeds[1, ""], strict=True))
+        name = f"{n} {kind}".strip()
+        print(f"{name:<16} {speed:>10,.0f} {speed / n:>10,.0f} {speed / n / one:>11.0%}   {rounds}")
+
+
 BENCHES = {
     "train": bench_train,
     "speedrun": bench_speedrun,
@@ -807,6 +869,7 @@ BENCHES = {
     "checkpoint": bench_checkpoint,
     "infer": bench_infer,
     "tokenizer": bench_tokenizer,
+    "scaling": bench_scaling,
 }
 if what not in BENCHES:
     asked = f"unknown benchmark {what!r}" if what else "no benchmark is given"

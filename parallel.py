@@ -122,12 +122,12 @@ def share_of_step(batch_size, micro_batches):
 def largest_that_fits(size, n, fits):
     """
     (sequences of a micro-batch, micro-batches of each rank) with the product of `size` and `n`: the
-    first of them, halved or so as often as fits(sequences) is false in any rank; None where not
+    largest first part up to `size` for which fits(sequences) is true in all ranks; None where not
     even one sequence fits.
     """
     total = size * n
     while any_rank(not fits(size)):
-        n = next((k for k in range(2 * n, total + 1) if total % k == 0), None)
+        n = next((k for k in range(n + 1, total + 1) if total % k == 0), None)
         if n is None:
             return None
         size = total // n

@@ -275,7 +275,7 @@ def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
     assert "[rank0]: error: another process is gone; if it could say why, it did." in errors
 
 
-def test_micro_batches_are_halved_until_they_fit():
+def test_the_largest_micro_batch_that_fits():
     tried = []
 
     def fits(most):
