@@ -808,8 +808,8 @@ def pretokenize_commands(where, documents, model):
 
 def bench_scaling():
     """
-    Tokens/s of train.py with one process and with several, each on one thread or one GPU, that share
-    the same steps; efficiency: of so many times what one does.
+    Tokens/s of train.py with one process and with several, each on one thread or one GPU, that
+    share the same steps; efficiency: of so many times what one does.
     """
     try:
         counts = sorted({int(n) for n in processes.split(",")} | {1})
