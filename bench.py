@@ -809,50 +809,28 @@ def pretokenize_commands(where, documents, model):
 def bench_scaling():
     """
     Tokens/s of train.py with one process and with several, each on one thread or one GPU, that
-    share the same steps; efficiency: of so many times what one does.
+    share the same steps; efficiency: of so many times what one does. "apart" are as many runs that
+    have nothing to do with each other: what the machine itself allows.
     """
     try:
         counts = sorted({int(n) for n in processes.split(",")} | {1})
     except ValueError:
         counts = [0]
     if counts[0] < 1:
-        raise UserError(
-            f"processes = {processes!r}: expected numbers with commas between, like 1,2"
-        )
+        raise UserError(f"processes = {processes!r}: expected numbers with commas, like 1,2")
     if scaling_steps < 5:
         raise UserError(f"scaling_steps = {scaling_steps}: expected 5 or more")
-    ways = [(n, kind) for n in counts for kind in (["DDP", "FSDP"] if n > 1 else [""])]
+    kinds = ("apart", "DDP", "FSDP")
+    ways = [(n, kind) for n in counts for kind in (kinds if n > 1 else [""])]
     words = [*scaling.split(), f"--max_iters={scaling_steps}", "--log_interval=1", "--eval_iters=1"]
     words += ["--eval_interval=1000000", f"--device={device.type}", "--compile=False"]
     words += [f"--dtype={str(dtype).removeprefix('torch.')}"]
-    settings = train_settings(words)
     speeds = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(dir=folder or None) as where:
-        paths = DataPaths(where, settings["vocab_source"], settings["vocab_size"])
-        os.makedirs(paths.shards)
-        rng, size = np.random.default_rng(0), settings["vocab_size"]
-        n = settings["batch_size"] * settings["gradient_accumulation_steps"]
-        for i, n_windows in enumerate((4, 4 * n * scaling_steps)):
-            ids = rng.integers(0, size, n_windows * settings["max_seq_len"] + 1)
-            path = os.path.join(paths.shards, f"data0{i}.bin")
-            ids.astype("<u2").tofile(path)  # random tokens take as long as any
-        for k in range(scaling_rounds):
-            for n, kind in ways:
-                out_dir = os.path.join(where, f"{n}{kind}{k}")
-                launch = [sys.executable]
-                if n > 1:
-                    launch += "-m torch.distributed.run --standalone".split()
-                    launch += [f"--nproc_per_node={n}"]
-                command = [*launch, TRAIN, *words, f"--data_dir={where}", f"--out_dir={out_dir}"]
-                command += ["--fsdp"] if kind == "FSDP" else []
-                env = {**os.environ, "OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, env=env, capture_output=True, text=True)
-                if done.returncode:
-                    raise UserError(f"{kind or 'one process'} fails: {done.stderr.strip()[-300:]}")
-                with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-                    lines = [line for line in map(json.loads, f) if line["kind"] == "train"]
-                speeds[n, kind].append(statistics.median(e["tok_s"] for e in lines[3:]))
-                shutil.rmtree(out_dir)
+        random_shards(where, train_settings(words))
+        for _ in range(scaling_rounds):
+            for way in ways:
+                speeds[way].append(speed_of(*way, [*words, f"--data_dir={where}"], where))
     one = statistics.median(speeds[1, ""])
     print(f"{'processes':<16} {'tokens/s':>10} {'each':>10} {'efficiency':>11}   of rounds")
     for (n, kind), found in speeds.items():
@@ -860,6 +838,42 @@ def bench_scaling():
         rounds = ", ".join(f"{x / (n * y):.0%}" for x, y in zip(found, speeds[1, ""], strict=True))
         name = f"{n} {kind}".strip()
         print(f"{name:<16} {speed:>10,.0f} {speed / n:>10,.0f} {speed / n / one:>11.0%}   {rounds}")
+
+
+def random_shards(where, settings):
+    """Shards of random tokens, which take as long as any, for a run of these settings."""
+    paths = DataPaths(where, settings["vocab_source"], settings["vocab_size"])
+    os.makedirs(paths.shards)
+    n = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    for i, n_windows in enumerate((4, 4 * n * scaling_steps)):
+        size = n_windows * settings["max_seq_len"] + 1
+        ids = np.random.default_rng(i).integers(0, settings["vocab_size"], size)
+        ids.astype("<u2").tofile(os.path.join(paths.shards, f"data0{i}.bin"))
+
+
+def speed_of(n, kind, words, where):
+    """Tokens/s of one run of n processes, or of n runs at once; the median of its steps."""
+    launch = [sys.executable]
+    if kind in ("DDP", "FSDP"):
+        launch += f"-m torch.distributed.run --standalone --nproc_per_node={n}".split()
+    words = [*words, "--fsdp"] if kind == "FSDP" else words
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = []
+    for i in range(n if kind == "apart" else 1):
+        command = [*launch, TRAIN, *words, f"--out_dir={where}/run{i}"]
+        gpu = {"CUDA_VISIBLE_DEVICES": str(i)} if kind == "apart" and device.type == "cuda" else {}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        runs.append(subprocess.Popen(command, env=env | gpu, **pipes))
+    total = 0.0
+    for i, process in enumerate(runs):
+        errors = process.communicate()[1]
+        if process.returncode:
+            raise UserError(f"{n} {kind} fails: {errors.strip()[-300:]}")
+        with open(os.path.join(where, f"run{i}", "log.jsonl"), encoding="utf-8") as f:
+            lines = [line for line in map(json.loads, f) if line["kind"] == "train"]
+        total += statistics.median(line["tok_s"] for line in lines[3:])
+        shutil.rmtree(os.path.join(where, f"run{i}"))
+    return total
 
 
 BENCHES = {

@@ -217,6 +217,13 @@ def test_what_the_estimate_says_of_memory():
     assert fixed > sharded
 
 
+def test_kernels_of_attention_that_cannot_be_used_are_refused(practice, tmp_path):
+    for kernel in ("flex", "flash"):
+        done = train(practice, tmp_path / "a", f"--attention={kernel}")
+        refused(done, f"attention = {kernel}", "--attention=sdpa")
+    refused(train(practice, tmp_path / "a", "--attention=fast"), "expected one of sdpa, flex")
+
+
 # ---- smol-llama's preset
 
 
