@@ -275,8 +275,9 @@ device_here = parallel.start(device)
 checkpoint, checkpoint_path, damaged = None, None, []
 run = None  # the RunDir, of the first rank
 if init_from == "resume" or resume == "auto":
-    from_hub = hub_repo and not eval_only
-    if FIRST and (from_hub or os.path.isdir(out_dir)) and not eval_only:
+    will_train = not eval_only and not estimate
+    from_hub = hub_repo and will_train
+    if FIRST and will_train and (from_hub or os.path.isdir(out_dir)):
         run = RunDir(out_dir)  # before anything is read: another run may still be writing here
     if FIRST and from_hub and not has_checkpoint(out_dir):
         fetch_latest(hub_repo, out_dir)
