@@ -206,7 +206,7 @@ def read_jsonl(span):
 def text_of_line(line, path):
     try:
         return text_field(json.loads(line), path)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} has a line that is not JSON: {e}") from None
 
 
@@ -277,8 +277,10 @@ def stream_jsonl(file, path):
 
 def stream_json(file, path):
     try:
-        items = json.load(file)
-    except json.JSONDecodeError as e:
+        items = json.loads(file.read().decode())
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON: {e}") from None
     yield from texts_of_list(items, path)
 
@@ -296,8 +298,12 @@ def stream_parquet(file, path):
             raise UserError(
                 f"{path}: expected a column {' or '.join(FIELDS)}; it has {', '.join(names)}"
             )
-        for rows in table.iter_batches(1024, columns=[field], use_threads=False):
-            yield from (text for text in rows.column(0).to_pylist() if text)
+        if str(table.schema_arrow.field(field).type) not in ("string", "large_string"):
+            raise UserError(f"{path}: its column {field} is no text")
+        for group in range(table.num_row_groups):  # all at once they would stay in memory
+            words = {"row_groups": [group], "columns": [field], "use_threads": False}
+            for rows in table.iter_batches(1024, **words):
+                yield from (text for text in rows.column(0).to_pylist() if text)
     except (ArrowException, OSError) as e:
         raise UserError(f"{path} is no parquet file, or damaged: {e}") from None
 

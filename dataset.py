@@ -383,7 +383,8 @@ class TokenData:
             raise UserError(
                 f"vocab_size = {vocab_size}, but {tokenizer.model_path} has {tokenizer.vocab_size}"
             )
-        shards = []
+        shards, crcs = [], []
+        longest = max((s["tokens"] for s in meta["shards"][1:]), default=0) if meta else 0
         for i, name in enumerate(names):
             path = os.path.join(folder, name)
             size = os.path.getsize(path) if os.path.exists(path) else 0
@@ -391,14 +392,17 @@ class TokenData:
             expected = meta["shards"][i]["tokens"] if meta else n_tokens
             if not shard_size_fits(path, expected, dtype):
                 raise UserError(f"shard {path} is missing or damaged; run: {again}")
+            if n_tokens < seq_len + 1 and i and longest > seq_len:
+                continue  # no window of it, but of others: the rest of a file, or a small one
             if n_tokens < seq_len + 1:
                 raise UserError(
                     f"shard {path} has {n_tokens} tokens, and max_seq_len = {seq_len} needs "
                     f"{seq_len + 1}: give more text or a smaller --max_seq_len"
                 )
             shards.append(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
+            crcs.append(meta["shards"][i].get("crc32") if meta else None)
         if check:
-            self.check_contents(names, shards, meta, vocab_size, again)
+            self.check_contents(shards, crcs, vocab_size, again)
         self.valid, self.train = shards[:1], shards[1:]
         self.valid_bytes = 0
         if meta:
@@ -407,14 +411,14 @@ class TokenData:
             self.valid_bytes = sum(map(tokenizer.bytes_in, chunks(self.valid[0])))
 
     @staticmethod
-    def check_contents(names, shards, meta, vocab_size, again):
+    def check_contents(shards, crcs, vocab_size, again):
         """Read every shard through: raise UserError for changed bytes or an id >= vocab_size."""
         n_bytes = sum(shard.nbytes for shard in shards)
         bar = tqdm(
             total=n_bytes, unit="B", unit_scale=True, desc="check", disable=n_bytes < SLOW_CHECK
         )
         with bar:
-            for i, shard in enumerate(shards):
+            for shard, expected in zip(shards, crcs, strict=True):
                 crc = 0
                 # read as a file: touched pages of a memory map count as this process's memory
                 with open(shard.filename, "rb") as f:
@@ -425,8 +429,7 @@ class TokenData:
                             raise UserError(
                                 f"vocab_size = {vocab_size}, but {shard.filename} has a token {top}"
                             )
-                expected = meta["shards"][i].get("crc32", crc) if meta else crc
-                if crc != expected:
+                if expected not in (None, crc):
                     raise UserError(
                         f"shard {shard.filename} has changed; make it anew with: {again}"
                     )

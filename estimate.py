@@ -98,7 +98,7 @@ def report(args, config, tokens_a_step):
     n_steps, mfu, price = config["max_iters"], config["mfu"], config["price"]
     recompute, optimizer = config["activation_checkpointing"], config["optimizer"]
     flops = model.flops_per_token()
-    tokens = n_steps * tokens_a_step
+    tokens, n_sequences = n_steps * tokens_a_step, tokens_a_step // args.max_seq_len
     total = flops * tokens
     tables = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
     yield f"{model.n_params():,} parameters, {tables:,} of them in tables"
@@ -118,8 +118,9 @@ def report(args, config, tokens_a_step):
     fixed, each = memory_of(model, optimizer, recompute, 1, False)
     for name in SHOWN:
         tflops, memory = GPUS[name]
-        room = (USABLE * memory * GB - fixed) / each
-        micro = min(int(room), config["batch_size"])
+        room = min((USABLE * memory * GB - fixed) / each, config["batch_size"])
+        # as train.py's largest_that_fits()
+        micro = max((n for n in range(1, int(room) + 1) if n_sequences % n == 0), default=0)
         used = f"{(fixed + micro * each) / GB:.0f}" if micro > 0 else "-"
         speed = mfu * tflops * 1e12 / flops
         hours = tokens / speed / 3600

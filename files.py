@@ -20,6 +20,7 @@ from tqdm import tqdm
 from configurator import UserError
 
 TIMEOUT_S = 30  # without a byte from the server
+ADDRESS_HINT = "check the address or give another with --url"
 
 
 @contextlib.contextmanager
@@ -141,14 +142,14 @@ class Incomplete(Exception):
     """A transfer that ended early and may be continued."""
 
 
-def download(url, path, retries=6, backoff=1.0, token=""):
+def download(url, path, retries=6, backoff=1.0, token="", hint=ADDRESS_HINT):
     """
     Fetch `url` (or copy a local path) to `path`. Bytes go to `path`.part; a dropped connection is
     retried with exponential back-off, and a later call goes on from where the last one stopped if
     the server still has the same file. The size is checked against the server's before the rename.
 
     retries: attempts in a row that bring nothing new; backoff: seconds before the second of them;
-    token: for the server, which does not hand it on to others.
+    token: for the server, which does not hand it on to others; hint: what to do where it refuses.
     Raises UserError where the server refuses or keeps failing; the .part file stays for next time.
     """
     import requests  # here, since little but this needs it, and it takes long
@@ -158,7 +159,7 @@ def download(url, path, retries=6, backoff=1.0, token=""):
     failures, have = 0, part_size(path)
     while True:
         try:
-            transfer(url, path, token)
+            transfer(url, path, token, hint)
             return
         except Incomplete as e:
             reason = str(e)
@@ -192,7 +193,7 @@ def part_size(path):
     return os.path.getsize(path + ".part") if os.path.exists(path + ".part") else 0
 
 
-def transfer(url, path, token=""):
+def transfer(url, path, token="", hint=ADDRESS_HINT):
     """One attempt at a download: from the end of the .part file on, if the server can do that."""
     import requests
 
@@ -222,10 +223,7 @@ def transfer(url, path, token=""):
         elif r.status_code >= 500 or r.status_code in (408, 429):
             raise Incomplete(f"the server answered {r.status_code} {r.reason}")
         else:
-            raise UserError(
-                f"{url}: the server answered {r.status_code} {r.reason}; "
-                f"check the address or give another with --url"
-            )
+            raise UserError(f"{url}: the server answered {r.status_code} {r.reason}; {hint}")
     os.replace(part, path)
     with contextlib.suppress(FileNotFoundError):
         os.remove(tag_path)

@@ -149,7 +149,8 @@ def byte_level_from_json(path):
         wrong = [name for name in ("byte_fallback", "dropout") if model.get(name)]
         wrong += ["normalizer"] if data.get("normalizer") else []
         wrong += [] if model["type"] == "BPE" else [f"model {model['type']}"]
-        wrong += ["words with a mark"] if model.get("end_of_word_suffix") else []
+        marks = ("end_of_word_suffix", "continuing_subword_prefix")
+        wrong += [mark for mark in marks if model.get(mark)]
         added = sorted(data["added_tokens"], key=lambda token: token["id"])
         for token in added:
             wrong += [f"{w} of a token" for w in ("lstrip", "rstrip", "single_word") if token[w]]
@@ -175,7 +176,7 @@ def byte_level_from_json(path):
 def pattern_of(cut):
     """The name in PATTERNS of what a pre_tokenizer does; None for anything else."""
     steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    last = steps[-1]
+    last = steps[-1] if steps else {"type": "nothing"}
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(steps) > 2:
         return None
     if len(steps) == 1:

@@ -12,14 +12,20 @@ import re
 import shutil
 import sys
 import threading
+import time
 
 from tqdm import tqdm
 
 from configurator import UserError
-from files import link_or_copy, remove
+from files import link_or_copy, remove, replace
 
+UPLOADS = "uploads"  # folder in out_dir of what is on its way
+TIMEOUT_S = 300  # without an answer of the hub, which by itself would be waited for for ever
+MOST_WAITING = 3  # that did not arrive and are kept for another try, lest they fill the disk
 CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints in its repository on the hub
-COMPANIONS = ("log.jsonl", "tokenizer.model", "tokenizer.bin")  # go there with them
+COMPANIONS = ("log.jsonl", "tokenizer.model", "tokenizer.bin", "wandb_id")  # go there with them
+WITH_RUN = ("log.jsonl", "wandb_id")  # and are fetched with them
+NAME = re.compile(r"ckpt_(\d+)\.pt")
 WAITS_S = (2, 10, 60, 300)  # before an upload that failed is tried again
 
 
@@ -35,7 +41,7 @@ def secret(name):
     """An access token from the environment, or from a file .env with lines NAME=value; or None."""
     found = os.environ.get(name)
     if not found and os.path.isfile(".env"):
-        with open(".env", encoding="utf-8", errors="replace") as f:
+        with open(".env", encoding="utf-8-sig", errors="replace") as f:
             for line in f:
                 key, _, value = line.strip().removeprefix("export ").partition("=")
                 if key.strip() == name:
@@ -117,35 +123,64 @@ class Uploads:
     for it and never stops because of it. Names of the files that did not arrive are in `failed`.
     """
 
-    def __init__(self, repo, out_dir, private=True, keep_local=True):
-        """Raises UserError where the repository cannot be made, before anything is trained."""
+    def __init__(self, repo, out_dir, private=True, keep_local=True, is_new=False):
+        """
+        is_new: the run begins, so that a repository with another's checkpoints is refused. Raises
+        UserError where uploads cannot begin, before anything is trained.
+        """
         self.repo, self.out_dir, self.keep_local = repo, out_dir, keep_local
         check_push(repo)
+        limit_waiting()
         self.api = need("huggingface_hub").HfApi(token=secret("HF_TOKEN"))
         try:
             self.api.create_repo(repo, private=private, exist_ok=True)
+            found = checkpoints_of(repo) if is_new else {}
         except Exception as e:
             raise UserError(f"cannot upload to {repo}: {reason(e)}") from None
+        if found:
+            raise UserError(
+                f"{repo} has {found[max(found)]} of another run: give another --hub_repo, or go on "
+                f"with that run in an empty --out_dir by --resume=auto"
+            )
         need("huggingface_hub.utils").disable_progress_bars()
         self.queue, self.arrived, self.failed = queue.Queue(), [], []
         self.ending = threading.Event()
         self.thread = None
         with contextlib.suppress(FileNotFoundError):  # of a run that was killed
-            for name in sorted(os.listdir(os.path.join(out_dir, "uploads"))):
-                self.send_in_background(name)
+            for name in sorted(os.listdir(self.staged(""))):
+                if NAME.fullmatch(name):
+                    self.send_in_background(name)
+                else:
+                    remove(self.staged(name))
+
+    def staged(self, name):
+        return os.path.join(self.out_dir, UPLOADS, name)
 
     def submit(self, path, name):
         """Send a checkpoint, a file or a folder, as `name`; what becomes of `path` is no matter."""
-        staged = os.path.join(self.out_dir, "uploads", name)
-        os.makedirs(os.path.join(staged, CHECKPOINTS), exist_ok=True)
-        link_or_copy(path, os.path.join(staged, CHECKPOINTS, name))
-        for other in COMPANIONS:  # as they are now: the log grows
-            if os.path.exists(source := os.path.join(self.out_dir, other)):
-                shutil.copy(source, os.path.join(staged, other))
-        if not self.keep_local:  # those that became earlier ones since
-            for earlier in self.arrived:
-                remove(os.path.join(self.out_dir, earlier))
+        staged, part = self.staged(name), self.staged(f"{name}.part")
+        try:
+            remove(part)
+            os.makedirs(os.path.join(part, CHECKPOINTS))
+            link_or_copy(path, os.path.join(part, CHECKPOINTS, name))
+            for other in COMPANIONS:  # as they are now: the log grows
+                if os.path.exists(source := os.path.join(self.out_dir, other)):
+                    shutil.copy(source, os.path.join(part, other))
+            replace(part, staged)
+        except OSError as e:
+            remove(part)
+            warn(f"cannot prepare the upload of {name}: {reason(e)}")
+            return
+        while len(self.failed) > MOST_WAITING:
+            remove(self.staged(given_up := self.failed.pop(0)))
+            warn(f"{given_up} will not reach {self.repo}: too many are waiting")
+        self.tidy()
         self.send_in_background(name)
+
+    def tidy(self):
+        """Delete here what has arrived and has become an earlier checkpoint, if that is asked."""
+        for earlier in self.arrived if not self.keep_local else ():
+            remove(os.path.join(self.out_dir, earlier))
 
     def send_in_background(self, name):
         self.queue.put(name)
@@ -159,38 +194,67 @@ class Uploads:
                 self.failed.append(name)
 
     def send(self, name):
-        """Whether a staged checkpoint arrived; its staged files are then removed."""
-        staged = os.path.join(self.out_dir, "uploads", name)
-        for wait in (*WAITS_S, None):
-            try:
-                self.api.upload_folder(
-                    repo_id=self.repo, folder_path=staged, commit_message=f"Checkpoint {name}"
-                )
-            except Exception as e:  # of the hub or the network
-                last = self.ending.is_set() or wait is None
-                then = "it is tried once more at the end" if wait is None else f"again in {wait} s"
-                warn(f"cannot upload {name} to {self.repo}: {reason(e)}; {then}")
-                if last:
-                    return False
-                self.ending.wait(wait)
-            else:
-                remove(staged)
-                self.arrived.append(name)
+        """Whether a staged checkpoint arrived, after some tries; it is then no more staged."""
+        for wait in WAITS_S:
+            if self.send_once(name, f"again in {wait} s"):
                 return True
-        return False
+            if self.ending.wait(wait):
+                return False
+        return self.send_once(name, "it is tried again at the end")
+
+    def send_once(self, name, then):
+        staged = self.staged(name)
+        if not os.path.isdir(staged):  # the same step was sent twice: that of a resumed run
+            return True
+        try:
+            self.api.upload_folder(
+                repo_id=self.repo, folder_path=staged, commit_message=f"Checkpoint {name}"
+            )
+        except Exception as e:  # of the hub or the network
+            warn(f"cannot upload {name} to {self.repo}: {reason(e)}; {then}")
+            return False
+        remove(staged)
+        self.arrived.append(name)
+        return True
 
     def finish(self):
-        """Wait for all uploads, try once more what failed; returns whether all arrived."""
+        """Wait for all uploads, try some more what failed; returns whether all arrived."""
         if self.thread:
             self.queue.put(None)
-            if not self.queue.empty() or self.thread.is_alive():
-                print(f"waiting for uploads to {self.repo}")
+            self.ending.set()
+            print(f"waiting for uploads to {self.repo}")
             self.thread.join()
-        self.ending.set()
-        self.failed = [name for name in self.failed if not self.send(name)]
+        for wait in (*WAITS_S, 0):
+            then = f"again in {wait} s" if wait else "it stays here"
+            self.failed = [name for name in self.failed if not self.send_once(name, then)]
+            if not self.failed:
+                break
+            time.sleep(wait)
+        self.tidy()
         with contextlib.suppress(OSError):
-            os.rmdir(os.path.join(self.out_dir, "uploads"))
+            os.rmdir(self.staged(""))
         return not self.failed
+
+
+def limit_waiting():
+    """Have huggingface_hub give up a request that is not answered for TIMEOUT_S."""
+    with contextlib.suppress(ImportError, AttributeError):  # another version of it
+        from huggingface_hub import set_client_factory
+        from huggingface_hub.utils._http import default_client_factory
+
+        def factory():
+            client = default_client_factory()
+            client.timeout = TIMEOUT_S
+            return client
+
+        set_client_factory(factory)
+
+
+def checkpoints_of(repo):
+    """{step: name} of the checkpoints of user/name on the hub."""
+    files = need("huggingface_hub").HfApi(token=secret("HF_TOKEN")).list_repo_files(repo)
+    names = {file.split("/")[1] for file in files if file.startswith(f"{CHECKPOINTS}/")}
+    return {int(m[1]): m[0] for m in map(NAME.fullmatch, names) if m}
 
 
 def fetch_latest(repo, out_dir):
@@ -199,15 +263,14 @@ def fetch_latest(repo, out_dir):
     one. Raises UserError where the hub does not answer.
     """
     hub, staged = need("huggingface_hub"), os.path.join(out_dir, "fetched.part")
+    limit_waiting()
     try:
-        files = hub.HfApi(token=secret("HF_TOKEN")).list_repo_files(repo)
-        pattern = re.compile(rf"{CHECKPOINTS}/(ckpt_(\d+)\.pt)(/|$)")
-        found = {int(m[2]): m[1] for m in map(pattern.match, files) if m}
+        found = checkpoints_of(repo)
         if not found:
             return
         name = found[max(found)]
         print(f"{out_dir} has no checkpoint: going on from {name} of {repo}")
-        wanted = [f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{name}/*", "log.jsonl"]
+        wanted = [f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{name}/*", *WITH_RUN]
         hub.snapshot_download(
             repo, allow_patterns=wanted, local_dir=staged, token=secret("HF_TOKEN")
         )
@@ -215,8 +278,9 @@ def fetch_latest(repo, out_dir):
         return
     except Exception as e:
         raise UserError(f"cannot fetch a checkpoint of {repo}: {reason(e)}") from None
-    if os.path.exists(log := os.path.join(staged, "log.jsonl")):
-        os.replace(log, os.path.join(out_dir, "log.jsonl"))
+    for other in WITH_RUN:
+        if os.path.exists(source := os.path.join(staged, other)):
+            os.replace(source, os.path.join(out_dir, other))
     os.replace(os.path.join(staged, CHECKPOINTS, name), os.path.join(out_dir, "ckpt.pt"))
     remove(staged)
 

@@ -19,7 +19,7 @@ from files import atomic_write, remove
 
 LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")
-COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", "wandb_id", LOG)
+COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", "wandb_id", "uploads", LOG)
 
 
 class RunDir:
@@ -71,6 +71,8 @@ class RunDir:
         moving = self.file("moving")
         names = self.find(WORTH_KEEPING)
         if not names and not os.path.isdir(moving):
+            for name in ("wandb_id", "uploads"):  # which a new run must not go on with
+                remove(self.file(name))
             return
         os.makedirs(moving, exist_ok=True)
         for name in (*filter(os.path.exists, map(self.file, COMPANIONS)), *names):

@@ -164,12 +164,13 @@ given = configure(globals())
 
 parallel.errors_of_ranks()
 config = settings_of(globals())
+del config["on_finish"]  # which may have a secret in it, and checkpoints and logs are shown around
 
 OPTIONS = [f.name for f in fields(ModelArgs) if f.name in config]
 FIXED_BY_CHECKPOINT = {*OPTIONS, "vocab_source", "arch", "optimizer"} - {"dropout"}
 OF_ONE_START = set(
     "out_dir init_from resume eval_only device fsdp compile attention estimate mfu price "
-    "hub_repo hub_private hub_keep_local wandb_project wandb_run on_finish".split()
+    "hub_repo hub_private hub_keep_local wandb_project wandb_run".split()
 )
 AT_LEAST_1 = (
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval max_iters "
@@ -448,6 +449,8 @@ if is_resumed:
     iter_num, n_sequences = checkpoint["iter_num"], checkpoint["n_sequences"]
     evaluated, train_s = checkpoint["evaluated"], checkpoint["train_s"]
     best_val_loss = checkpoint["best_val_loss"]
+    if not os.path.exists(os.path.join(out_dir, "model.bin")):  # it came from the hub, say
+        best_val_loss = math.inf
     if checkpoint["compute_dtype"] != str(dtype):
         say(f"computing in {dtype} from now on, so far in {checkpoint['compute_dtype']}")
     if checkpoint["n_windows"] != batches.n_windows:
@@ -486,7 +489,8 @@ def gradient_norms():
 
 def fits_memory(size):
     """Whether a micro-batch of `size` sequences fits into the GPU's memory, beside the optimizer"""
-    optimizer_memory = torch.empty(2 * n_params, dtype=torch.float32, device=device)
+    missing = 0 if optimizer.state else 2 * n_params
+    optimizer_memory = torch.empty(missing, dtype=torch.float32, device=device)
     tokens = torch.zeros(size, max_seq_len, dtype=torch.int64, device=device)
     try:
         model(tokens, tokens).backward()
@@ -768,6 +772,26 @@ def evaluate_and_keep():
     return True
 
 
+def begin_uploads():
+    """Uploads of the first rank, if they are asked for."""
+    if FIRST and hub_repo:
+        return Uploads(hub_repo, out_dir, hub_private, hub_keep_local, not is_resumed)
+    return None
+
+
+def wrap_up(has_left):
+    """End a run that is done: UserError if not all of it has left the machine, else on_finish."""
+    if not has_left:
+        raise UserError(
+            f"{', '.join(uploads.failed)} did not reach {hub_repo} and lie in {out_dir}/uploads: "
+            f"the same command with --resume=auto tries again"
+        )
+    if FIRST and on_finish and is_done():
+        print("running the command of on_finish", flush=True)
+        if status := subprocess.run(on_finish, shell=True).returncode:
+            raise UserError(f"the command of on_finish ended with status {status}")
+
+
 def leave_machine():
     """Wait until everything that leaves this machine has; returns whether it all arrived."""
     if metrics:
@@ -794,6 +818,8 @@ if eval_only:
 if is_done() and evaluated == iter_num:
     if resume == "auto":
         say(f"the run in {out_dir} has done its {iter_num} steps")
+        uploads, metrics = begin_uploads(), None
+        wrap_up(leave_machine())
         raise SystemExit
     limit = "max_minutes" if max_minutes else "max_iters"
     raise UserError(f"the run has done its {iter_num} steps; raise --{limit} to go on")
@@ -827,9 +853,8 @@ if FIRST:
 parallel.wait_for_all()
 is_latest = is_resumed and os.path.basename(checkpoint_path) == "ckpt.pt"
 writer = CheckpointWriter(out_dir, keep_last, iter_num if is_latest else None)
-uploads = metrics = None  # of the first rank
-if FIRST and hub_repo:
-    uploads = Uploads(hub_repo, out_dir, hub_private, hub_keep_local)
+uploads, metrics = begin_uploads(), None  # of the first rank
+if uploads:
     writer.installed = lambda path, step: uploads.submit(path, numbered(step))
 if FIRST and wandb_project:
     metrics = Metrics(wandb_project, wandb_run, out_dir, config)
@@ -932,12 +957,4 @@ else:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
     words = f"--init_from=resume --out_dir={shlex.quote(out_dir)}{' --fsdp' if fsdp else ''}"
     say(f"to go on: {launch} train.py {words}")
-if uploads and not has_left:
-    raise UserError(
-        f"{', '.join(uploads.failed)} did not reach {hub_repo} and lie in {out_dir}/uploads: the "
-        f"same command with --resume=auto tries again"
-    )
-if FIRST and finished and on_finish:
-    print(f"on_finish: {on_finish}", flush=True)
-    if status := subprocess.run(on_finish, shell=True).returncode:
-        raise UserError(f"the command of on_finish ended with status {status}")
+wrap_up(has_left)

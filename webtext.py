@@ -23,16 +23,19 @@ To add a source: a line in SOURCES.
 """
 
 import collections
+import contextlib
 import functools
 import glob
+import math
 import os
 import queue
 import re
 import shlex
-import shutil
 import threading
+import time
 import zlib
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import numpy as np
 from tqdm import tqdm
@@ -42,6 +45,7 @@ from configurator import UserError, configure
 from corpus import SEPARATOR, STREAMS, Span, stream_documents, stream_ending
 from dataset import (
     CHUNK,
+    SAVE_INTERVAL,
     SIDECAR,
     SIDECAR_FORMAT,
     DataPaths,
@@ -49,6 +53,7 @@ from dataset import (
     cached_tokenizer,
     document_key,
     id_type,
+    read_sidecar,
     report,
     shard_is_whole,
     shard_size_fits,
@@ -83,6 +88,7 @@ shards = 1  # how many machines there were
 # -----------------------------------------------------------------------------
 
 HUB = "hf:"  # before the name of a dataset of the hub
+MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
 # name: (dataset, folder or files in it, for validation)
 SOURCES = {
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", ""),
@@ -161,6 +167,7 @@ def files_here(path, is_valid):
     if os.path.isdir(path):
         paths = sorted(os.path.join(path, name) for name in os.listdir(path))
         paths = [one for one in paths if os.path.isfile(one) and stream_ending(one)]
+        paths = [one for one in paths if os.path.basename(one) != SIDECAR]
     elif not os.path.exists(path):
         names = ", ".join([*TOKENIZED, *SOURCES])
         raise UserError(f"{path!r} does not exist: expected {names}, hf:user/name, or a path")
@@ -171,17 +178,9 @@ def files_here(path, is_valid):
             f"{path}: expected files ending in {', '.join(STREAMS)}, or .gz of the text"
         )
     return [
-        File(os.path.basename(one), os.path.getsize(one), ends_of(one), one, "", is_valid)
-        for one in paths
+        File(os.path.basename(one), info.st_size, f"{MTIME}{info.st_mtime_ns}", one, "", is_valid)
+        for one, info in ((one, os.stat(one)) for one in paths)
     ]
-
-
-def ends_of(path):
-    """A checksum of a file's first and last megabyte: the same for copies on other machines."""
-    with open(path, "rb") as f:
-        crc = zlib.crc32(f.read(1 << 20))
-        f.seek(max(0, os.path.getsize(path) - (1 << 20)))
-        return str(zlib.crc32(f.read(), crc))
 
 
 def files_of_hub():
@@ -205,23 +204,43 @@ def files_of_hub():
         if name and name not in files:
             raise UserError(f"{repo} at {endpoint} has no file {name}")
         if name:
-            base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/{revision}/{name}"
-            path = os.path.join(data_paths().data_dir, "raw", name.replace("/", "_"))
             entry = files[name]
-            found.append(File(name, entry.size, entry.blob_id, path, base, name == valid))
+            # by its content, so that no other version is taken for it
+            local = os.path.join(downloads(), f"{entry.blob_id[:16]}_{os.path.basename(name)}")
+            size, version = entry.size, entry.blob_id
+            found.append(File(name, size, version, local, address(repo, name), name == valid))
     if not found:
         where = f"{repo}/{inside}" if inside else repo
         raise UserError(f"{where} at {endpoint} has no file ending in {', '.join(STREAMS)}")
     return found
 
 
+def address(repo, name):
+    """Where a file of a dataset of the hub is."""
+    base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/{quote(revision, safe='')}"
+    return f"{base}/{quote(name)}"
+
+
+def downloads():
+    """The folder, of this machine, of files of the hub while they are needed."""
+    i, n = this_machine()
+    name = f"downloads_{i}_of_{n}" if n > 1 else "downloads"
+    return os.path.join(data_paths().data_dir, name)
+
+
 # ---- reading
+
+
+def get(url, path):
+    """Download a file of the hub."""
+    hint = "check --source, --revision and --endpoint, or HF_TOKEN if it is not public"
+    download(url, path, token=secret("HF_TOKEN"), hint=hint)
 
 
 def fetch(file):
     """Have a File at its path."""
     if file.url and not os.path.exists(file.path):
-        download(file.url, file.path, token=secret("HF_TOKEN"))
+        get(file.url, file.path)
 
 
 def fetched(files):
@@ -263,12 +282,12 @@ class Batch:
     piece: int
     texts: list
     read: int
-    is_last: bool = False  # of its file; without texts
+    is_last: bool = False  # of its file: without texts, and `piece` is how many there are
 
 
 def batches_of(file, wanted):
     """Yield the Batches of a file whose number of a piece is `wanted`, and a last one."""
-    piece, texts, n_batch, n_piece, at = 0, [], 0, 0, 0
+    piece, texts, n_batch, n_piece, at, text = 0, [], 0, 0, 0, ""
     for text, at in stream_documents(file.path):
         if n_piece >= PIECE:
             if texts:
@@ -283,7 +302,7 @@ def batches_of(file, wanted):
                 texts, n_batch = [], 0
     if texts:
         yield Batch(file, piece, texts, at)
-    yield Batch(file, piece, [], file.size, is_last=True)
+    yield Batch(file, piece + bool(text), [], file.size, is_last=True)
 
 
 @functools.cache
@@ -333,8 +352,8 @@ def train_vocab_stage():
         raise UserError(f"vocab_size = {vocab_size}: expected 257 to 1,000,000")
     if vocab_mb < 1:
         raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
-    sample = os.path.join(paths.data_dir, f"vocab_sample.{os.getpid()}.part.txt")
-    os.makedirs(paths.data_dir, exist_ok=True)
+    sample = os.path.join(downloads(), "vocab_sample.txt")
+    os.makedirs(downloads(), exist_ok=True)
     special = [SEPARATOR.decode()]
     try:
         n_bytes = write_sample(sample, files, frac, valid_paths)
@@ -344,6 +363,7 @@ def train_vocab_stage():
         vocab, merges = train_on(spans, vocab_size, special, workers, pattern_name)
     finally:
         remove(sample)
+        tidy()
     if len(vocab) < vocab_size:
         raise UserError(
             f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
@@ -379,6 +399,12 @@ def save_tokenizer(bpe, paths):
     bpe.save(paths.tokenizer_model)
     open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
     print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+
+
+def tidy():
+    """Remove the folder downloads once nothing is in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(downloads())
 
 
 def how_to_split(files):
@@ -418,7 +444,9 @@ def prepare_stage():
         raise UserError(f"{paths.tokenizer_model} has {tokenizer.vocab_size} tokens: give that")
     files = all_files()
     frac, valid_paths = how_to_split(files)
-    part = Part(paths.shards, i, n, tokenizer, files, [frac, *valid_paths])
+    split = [frac, *(file.key() for file in files if file.is_valid)]
+    by_file = sum(not file.is_valid for file in files) >= n
+    part = Part(paths.shards, i, n, tokenizer, files, split, by_file)
     name, _ = tokenizer.encoder(encoder)
     faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
     print(f"encoding with {name}{faster}")
@@ -436,11 +464,13 @@ class Part:
     """
     What one machine has done, in parts/I_of_N.json: the pieces of each file, the arrays of its
     validation documents beside it, and those of training beside shards.json. Parts of another
-    tokenizer, split or number of machines are begun anew.
+    tokenizer, split or way to share the work are begun anew. by_file: each machine has files of its
+    own, since there are enough; else every n-th piece of each.
     """
 
-    def __init__(self, shards_folder, i, n, tokenizer, files, split):
-        self.folder, self.i, self.n = shards_folder, i, n
+    def __init__(self, shards_folder, i, n, tokenizer, files, split, by_file):
+        self.folder, self.i, self.n, self.by_file = shards_folder, i, n, by_file
+        self.saved = -math.inf
         self.parts = os.path.join(shards_folder, "parts")
         self.path = os.path.join(self.parts, f"{i}_of_{n}.json")
         self.dtype = id_type(tokenizer)
@@ -449,32 +479,42 @@ class Part:
             "vocab_size": tokenizer.vocab_size,
             "dtype": self.dtype,
             "tokenizer_hash": tokenizer.hash,
-            "split": [os.path.basename(x) if isinstance(x, str) else x for x in split],
+            "split": split,
+            "by_file": by_file,
             "piece": PIECE,
         }
-        old = read_json(self.path) if os.path.exists(self.path) else {}
-        same = all(old.get(name) == value for name, value in about.items())
-        pieces, finished = {}, {}
-        for k, file in enumerate(files):
-            if not same or old.get("files", {}).get(str(k)) != file.key():
-                continue
-            for piece in old["pieces"].get(str(k), []):
-                if self.is_whole(k, piece):
-                    pieces.setdefault(str(k), []).append(piece)
-            if len(pieces.get(str(k), [])) == old["finished"].get(str(k)):
-                finished[str(k)] = old["finished"][str(k)]
         self.meta = {
             **about,
             "files": {str(k): file.key() for k, file in enumerate(files)},
-            "pieces": pieces,  # {file: [{"piece", "train": {...}, "valid": {...}}]}
-            "finished": finished,  # {file: how many pieces of it are this machine's}
+            "pieces": {},  # {file: [{"piece", "train": {...}, "valid": {...}}]}
+            "finished": {},  # {file that this machine has read: how many pieces it has}
             "complete": False,
         }
+        # what a damaged file leads to is open-ended: then all of it is done again
+        with contextlib.suppress(UserError, FileNotFoundError, KeyError, TypeError, AttributeError):
+            self.keep(read_json(self.path), about, files)
         os.makedirs(self.parts, exist_ok=True)
         self.save()
 
-    def save(self):
-        write_json(self.path, self.meta)
+    def keep(self, old, about, files):
+        """Take over what an earlier run has done of the same work."""
+        if any(old.get(name) != value for name, value in about.items()):
+            return
+        for k, file in enumerate(files):
+            if old["files"].get(str(k)) != file.key():
+                continue
+            found = {piece["piece"]: piece for piece in old["pieces"].get(str(k), [])}
+            whole = [piece for piece in found.values() if self.is_whole(k, piece)]
+            n_pieces = old["finished"].get(str(k))
+            if whole:
+                self.meta["pieces"][str(k)] = whole
+            if n_pieces is not None and sum(map(self.is_mine(k), range(n_pieces))) == len(whole):
+                self.meta["finished"][str(k)] = n_pieces
+
+    def save(self, interval=0.0):
+        if time.monotonic() >= self.saved + interval:
+            write_json(self.path, self.meta)
+            self.saved = time.monotonic()
 
     def name(self, k, piece, is_valid):
         name = f"data_{k:05}_{piece:04}.bin"
@@ -489,16 +529,24 @@ class Part:
             for side in ("train", "valid")
         )
 
-    def wanted(self, k, n_train_files, is_valid):
-        """
-        A function that says whether piece p of file k is this machine's and not done: whole files
-        where there are enough for all machines, else every n-th piece of each.
-        """
+    def is_mine(self, k):
+        """A function that says whether piece p of file k is this machine's."""
+        return lambda p: (k if self.by_file else k + p) % self.n == self.i
+
+    def todo(self, files):
+        """{File: function that says of a piece whether it is to be done} of this machine."""
+        found = {}
+        for k, file in enumerate(files):
+            if str(k) in self.meta["finished"] or (self.by_file and not self.is_mine(k)(0)):
+                continue
+            found[file] = self.wanted(k)
+        return found
+
+    def wanted(self, k):
+        """A function that says whether piece p of file k is this machine's and not done."""
+        is_mine = self.is_mine(k)
         done = {piece["piece"] for piece in self.meta["pieces"].get(str(k), [])}
-        by_file = n_train_files >= self.n
-        if by_file and k % self.n != self.i:
-            return None
-        return lambda p: p not in done and (by_file or (k + p) % self.n == self.i)
+        return lambda p: is_mine(p) and p not in done
 
     def add(self, k, piece, results):
         """Write what the batches of a piece came to."""
@@ -512,29 +560,33 @@ class Part:
                     ids.tofile(f)
             entry[side] = {**counts, "crc32": zlib.crc32(ids)}
         self.meta["pieces"].setdefault(str(k), []).append(entry)
-        self.save()
+        self.save(SAVE_INTERVAL)
 
-    def finish(self, k):
-        self.meta["finished"][str(k)] = len(self.meta["pieces"].get(str(k), []))
-        self.save()
+    def finish(self, k, n_pieces):
+        self.meta["finished"][str(k)] = n_pieces
+        self.save(SAVE_INTERVAL)
+
+
+@contextlib.contextmanager
+def saved_at_end(part):
+    """Save a Part whatever ends the block."""
+    try:
+        yield
+    finally:
+        part.save()
 
 
 def write_part(part, files, tokenizer, encoder_name, frac, valid_paths):
     """Do this machine's part of the work."""
-    n_train = sum(not file.is_valid for file in files)
     number = {file: k for k, file in enumerate(files)}
-    todo = {}
-    for k, file in enumerate(files):
-        wanted = part.wanted(k, n_train, file.is_valid)
-        if wanted and str(k) not in part.meta["finished"]:
-            todo[file] = wanted
+    todo = part.todo(files)
     n_bytes = sum(file.size for file in todo)
     print(f"{len(todo)} of {len(files)} files to read, {n_bytes / 1e9:.2f} GB")
     words = tokenizer.model_path, encoder_name, part.dtype, frac, valid_paths
     stream = (batch for file in fetched(todo) for batch in batches_of(file, todo[file]))
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="prepare", disable=not todo)
     results, at, before = [], None, 0
-    with bar:
+    with bar, saved_at_end(part):
         for batch, result in in_order(encode_batch, stream, words, worker_count(num_workers)):
             k = number[batch.file]
             if results and (batch.is_last or at != (k, batch.piece)):
@@ -542,17 +594,19 @@ def write_part(part, files, tokenizer, encoder_name, frac, valid_paths):
                 results = []
             bar.update(before + batch.read - bar.n)
             if batch.is_last:
-                part.finish(k)
+                part.finish(k, batch.piece)
                 before += batch.file.size
                 if batch.file.url and not keep_raw and not batch.file.is_valid:
+                    part.save()
                     remove(batch.file.path)
             else:
                 results, at = [*results, result], (k, batch.piece)
     part.meta["complete"] = True
     part.save()
-    raw = os.path.join(data_paths().data_dir, "raw")
-    if not keep_raw and part.n == 1:
-        shutil.rmtree(raw, ignore_errors=True)
+    for file in files:
+        if file.url and file.is_valid and not keep_raw:
+            remove(file.path)
+    tidy()
 
 
 def merge_stage():
@@ -572,22 +626,42 @@ def merge(shards_folder, n):
             f"{missing[0]} does not exist; there {'are' if there else 'is'} "
             f"{', '.join(map(os.path.basename, there)) or 'no part'}: prepare the missing ones"
         )
-    metas = [read_json(path) for path in parts]
+    try:
+        merge_parts(shards_folder, parts, [read_json(path) for path in parts])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UserError(f"a file of {os.path.dirname(parts[0])} is damaged ({e!r})") from None
+
+
+def merge_parts(shards_folder, parts, metas):
+    """merge() of what is in the files `parts`."""
     first = metas[0]
     for path, meta in zip(parts, metas, strict=True):
         if not meta["complete"]:
             raise UserError(f"{path} is not finished: run its prepare again")
+        meta["files"] = {k: portable(key) for k, key in meta["files"].items()}
+        meta["split"] = [portable(x) if isinstance(x, list) else x for x in meta["split"]]
         for name in ("tokenizer_hash", "split", "files", "piece"):
             if meta[name] != first[name]:
                 raise UserError(
                     f"{path} has another {name} than {parts[0]}: prepare one of them again"
                 )
-    entries = sorted(
+    found = [
         (int(k), entry["piece"], entry)
         for meta in metas
         for k, pieces in meta["pieces"].items()
         for entry in pieces
-    )
+    ]
+    entries = sorted(found, key=lambda one: one[:2])
+    expected = {
+        (int(k), p) for meta in metas for k, n in meta["finished"].items() for p in range(n)
+    }
+    read = {int(k) for meta in metas for k in meta["finished"]}
+    there = [one[:2] for one in entries]
+    if set(there) != expected or len(there) != len(expected) or len(read) < len(first["files"]):
+        raise UserError(
+            f"the parts in {os.path.dirname(parts[0])} do not make a whole: delete that folder and "
+            f"prepare all of them again"
+        )
     dtype, train, valid = first["dtype"], [], []
     for k, piece, entry in entries:
         name = f"data_{k:05}_{piece:04}.bin"
@@ -607,14 +681,22 @@ def merge(shards_folder, n):
     crc = 0
     with atomic_write(os.path.join(shards_folder, "data00.bin")) as out:
         for one in valid:
-            with open(os.path.join(shards_folder, "parts", one["name"]), "rb") as f:
+            path = os.path.join(shards_folder, "parts", one["name"])
+            with open(path, "rb") as f:
                 data = f.read()
+            if zlib.crc32(data) != one["crc32"]:
+                raise UserError(f"{path} is damaged: prepare that part again")
             crc = zlib.crc32(data, crc)
             out.write(data)
     counts = {c: sum(one[c] for one in valid) for c in COUNTS}
     all_valid = {"name": "data00.bin", "source": ["validation"], **counts, "crc32": crc}
     held_out = sum(one["held_out"] for one in train)
     finish(shards_folder, first, [all_valid, *train], held_out)
+
+
+def portable(key):
+    """The key of a File without what copies on other machines need not share."""
+    return [x for x in key if not str(x).startswith(MTIME)]
 
 
 def finish(shards_folder, about, listed, held_out=0, preset=""):
@@ -651,38 +733,43 @@ def prepare_tokenized():
         raise UserError(f"{source} is ready-made: --shard, --n_files and the like are for text")
     repo, train_name, valid_name, preset = TOKENIZED[source]
     paths = data_paths()
-    base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/{revision}"
     tokenizer_path = os.path.join(paths.data_dir, "tokenizer.json")
     if not os.path.exists(paths.tokenizer_model):
-        get_tokenizer(base, os.path.dirname(train_name), tokenizer_path)
+        get_tokenizer(repo, os.path.dirname(train_name), tokenizer_path)
         save_tokenizer(byte_level_from_json(tokenizer_path), paths)
     tokenizer = open_tokenizer(paths.tokenizer_model)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{source} has {tokenizer.vocab_size} tokens: give that as --vocab_size")
-    listed = []
-    for name, url in (("data00.bin", valid_name), ("data01.bin", train_name)):
-        path = os.path.join(paths.shards, name)
-        if os.path.exists(path):
+    listed, old = [], read_sidecar(paths.shards) or {"shards": []}
+    kept = {one["name"]: one for one in old["shards"]}
+    for name, there in (("data00.bin", valid_name), ("data01.bin", train_name)):
+        path, source_key = os.path.join(paths.shards, name), f"{repo}@{revision}/{there}"
+        one = kept.get(name, {"source": []})
+        if one["source"] == [source_key] and shard_is_whole(path, one, "uint16"):
             print(f"{path} is there already")
         else:
-            raw = f"{path}.download"
-            download(f"{base}/{url}", raw, token=secret("HF_TOKEN"))
+            raw = os.path.join(downloads(), f"{quote(revision, safe='')}_{os.path.basename(there)}")
+            if not os.path.exists(raw):
+                get(address(repo, there), raw)
             if name == "data00.bin":
                 drop_first_document(raw, tokenizer.bos_id)
+            one = counted(raw, name, source_key, tokenizer)
+            os.makedirs(paths.shards, exist_ok=True)
             os.replace(raw, path)
-        listed.append(counted(path, url, tokenizer))
+        listed.append(one)
+    tidy()
     about = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
     finish(paths.shards, about, listed, preset=preset)
 
 
-def get_tokenizer(base, folder, path):
+def get_tokenizer(repo, folder, path):
     """Download tokenizer.json from the folder of the ids, or from the top of the dataset."""
     try:
-        download(f"{base}/{folder}/tokenizer.json", path, token=secret("HF_TOKEN"))
+        get(address(repo, f"{folder}/tokenizer.json"), path)
     except UserError as e:
         if "404" not in str(e):
             raise
-        download(f"{base}/tokenizer.json", path, token=secret("HF_TOKEN"))
+        get(address(repo, "tokenizer.json"), path)
 
 
 def drop_first_document(path, bos):
@@ -695,13 +782,13 @@ def drop_first_document(path, bos):
         ids[places[0] :].tofile(f)
 
 
-def counted(path, source_name, tokenizer):
+def counted(path, name, source_key, tokenizer):
     """What a sidecar says of a file of uint16 ids. UserError for those of another tokenizer."""
     size = os.path.getsize(path)
     if size % 2 or not size:
         raise UserError(f"{path} has {size} bytes, which are no uint16 ids: delete it")
     shard = dict.fromkeys(COUNTS, 0) | {"crc32": 0}
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"count {os.path.basename(path)}")
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"count {name}")
     with bar, open(path, "rb") as f:
         while len(ids := np.fromfile(f, "<u2", CHUNK)):
             if (top := int(ids.max())) >= tokenizer.vocab_size:
@@ -714,7 +801,7 @@ def counted(path, source_name, tokenizer):
             shard["bytes"] += tokenizer.bytes_in(ids)
             shard["crc32"] = zlib.crc32(ids, shard["crc32"])
             bar.update(ids.nbytes)
-    return {"name": os.path.basename(path), "source": [source_name], **shard}
+    return {"name": name, "source": [source_key], **shard}
 
 
 def same_flags():
@@ -723,6 +810,8 @@ def same_flags():
     for name in ("folder", "n_files", "valid_source", "valid_frac", "data_dir"):
         if value := globals()[name]:
             flags.append(f"--{name}={shlex.quote(str(value))}")
+    if revision != "main":
+        flags.append(f"--revision={shlex.quote(revision)}")
     return " ".join(flags)
 
 

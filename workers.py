@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import os
 import signal
+import threading
+import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,15 +17,22 @@ from configurator import UserError
 
 def worker_count(num_workers):
     """The setting num_workers as a number of processes: 0 stands for one a core."""
-    if num_workers < 0:
-        raise UserError(f"num_workers = {num_workers}: expected 0 (one a core) or more")
+    if not 0 <= num_workers <= 1000:
+        raise UserError(f"num_workers = {num_workers}: expected 0 (one a core) to 1000")
     affinity = getattr(os, "sched_getaffinity", None)
     return num_workers or (len(affinity(0)) if affinity else os.cpu_count())
 
 
 def leave_ctrl_c():
-    """In a worker: Ctrl-C is for the parent."""
+    """In a worker: Ctrl-C is for the parent, and where that was killed the worker ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def in_order(function, items, arguments, num_workers):

@@ -90,6 +90,37 @@ def test_what_does_not_arrive_is_kept_and_said_and_sent_the_next_time(
     assert hub.models[NAME]["checkpoints/ckpt_000001.pt"] == b"weights"
 
 
+def test_a_finished_run_sends_what_is_left_and_then_finishes(hub, practice, tmp_path):
+    out, marker = tmp_path / "out", tmp_path / "m"
+    assert train(practice, out, "--max_iters=20").returncode == 0
+    staged = out / "uploads" / "ckpt_000020.pt" / "checkpoints"
+    staged.mkdir(parents=True)
+    (staged / "ckpt_000020.pt").write_bytes((out / "ckpt.pt").read_bytes())
+    for name in ("ckpt_000010.pt.part", ".DS_Store"):  # of a kill in the middle, and of a system
+        (out / "uploads" / name).mkdir()
+        (out / "uploads" / name / "x").write_text("x")
+    words = [f"--hub_repo={NAME}", "--resume=auto", f"--on_finish=touch {marker}"]
+    done = train(practice, out, "--max_iters=20", *words)
+    assert done.returncode == 0, done.stderr
+    assert steps_on(hub) == ["checkpoints/ckpt_000020.pt"] and set(hub.models[NAME]) == {
+        "checkpoints/ckpt_000020.pt"
+    }
+    assert marker.exists() and not (out / "uploads").exists()
+
+
+def test_two_runs_do_not_mix_in_one_repository(hub, practice, tmp_path):
+    words = [f"--hub_repo={NAME}", "--max_iters=20", "--on_finish=true SECRET"]
+    assert train(practice, tmp_path / "a", *words).returncode == 0
+    assert not any(b"SECRET" in data for data in hub.models[NAME].values())
+    refused(train(practice, tmp_path / "b", *words), "ckpt_000020.pt of another run")
+    # on a new machine the first goes on, and ends with a model even if no later step is better
+    rates = ["--embedding_lr=1e-9", "--hidden_lr=1e-9", "--head_lr=1e-9", "--scalar_lr=1e-9"]
+    words[1] = "--max_iters=40"
+    done = train(practice, tmp_path / "c", *words, *rates, "--resume=auto", "--bigram_lr=1e-9")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "c" / "model.bin").exists() and (tmp_path / "c" / "best.pt").exists()
+
+
 def test_on_finish_is_for_runs_that_are_done(practice, tmp_path):
     marker = tmp_path / "m"
     words = ["--max_iters=20", f"--on_finish=touch {marker}; exit 3"]

@@ -14,6 +14,7 @@ from conftest import REPO, refused, script
 from local_hub import Hub
 
 from bpe import BPETokenizer, train_bpe
+from configurator import UserError
 from corpus import stream_documents
 from dataset import DataPaths, TokenData
 from hftokenizer import byte_level_from_json, byte_level_json
@@ -254,6 +255,8 @@ def test_ready_made_tokens_with_their_tokenizer(hub, tmp_path):
     }
     hub.broken["tokenized/train.bin"] = 280_001
     folder = tmp_path / "smol"
+    (folder / f"bpe{SIZE}").mkdir(parents=True)
+    (folder / f"bpe{SIZE}" / "data00.bin").write_bytes(b"of another source")
     words = [f"--endpoint={hub.url}"]
     done = webtext("prepare", "fineweb-6b", folder, *words)
     assert done.returncode == 0, done.stderr
@@ -334,6 +337,74 @@ def test_another_tokenizer_or_split_begins_anew(tmp_path, data):
     done = webtext("prepare", path, data, "--valid_frac=0.3")
     assert "1 of 1 files to read" in done.stdout
     assert 700 < len(documents_in(data, "valid")) < 1100
+
+
+def test_a_changed_validation_file_does_not_leak_into_training(tmp_path, data):
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.txt"
+    train.write_bytes(in_shape(TEXTS, ".jsonl"))
+    for part in (TEXTS[100:300], TEXTS[1000:1300]):
+        valid.write_bytes(in_shape(part, ".txt"))
+        done = webtext("prepare", train, data, f"--valid_source={valid}")
+        assert done.returncode == 0, done.stderr
+        assert documents_in(data, "valid") == part
+        assert not set(documents_in(data)) & set(part)
+
+
+def test_another_number_of_files_doubles_and_loses_nothing(tmp_path, data):
+    folder = tmp_path / "eight"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.jsonl").write_bytes(in_shape(TEXTS[i::8], ".jsonl"))
+    for n_files in (8, 2, 0):  # with two, machines share the pieces of a file
+        words = [f"--n_files={n_files}"]
+        for i in range(4):
+            assert webtext("prepare", folder, data, *words, f"--shard={i}/4").returncode == 0
+            if n_files == 2 and i == 0:
+                refused(webtext("merge", folder, data, *words, "--shards=4"), "has another")
+        assert webtext("merge", folder, data, *words, "--shards=4").returncode == 0
+        expected = [text for i in range(n_files or 8) for text in TEXTS[i::8]]
+        check_whole(data, expected)
+
+
+def test_damaged_parts_are_done_again_and_not_merged(tmp_path, data):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(in_shape(TEXTS, ".jsonl"))
+    part = data / f"bpe{SIZE}" / "parts" / "0_of_1.json"
+    assert webtext("prepare", path, data).returncode == 0
+    good = json.loads(part.read_text())
+    twice = {**good, "pieces": {"0": good["pieces"]["0"] * 2}}
+    fewer = [{k: v for k, v in good.items() if k != name} for name in ("files", "pieces", "dtype")]
+    for bad in ("{", "[]", json.dumps(twice), *map(json.dumps, fewer)):
+        part.write_text(bad)
+        refused(webtext("merge", path, data))
+        part.write_text(bad)
+        done = webtext("prepare", path, data)
+        assert done.returncode == 0, done.stderr
+        check_whole(data)
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path, data):
+    for name in ("raw", "downloads"):
+        (data / name).mkdir()
+        (data / name / "mine.html").write_text("mine")
+    (data / "a.txt").write_bytes(in_shape(TEXTS, ".txt"))
+    assert webtext("prepare", data, data).returncode == 0
+    check_whole(data)
+    assert all((data / name / "mine.html").read_text() == "mine" for name in ("raw", "downloads"))
+
+
+def test_small_files_are_trained_on_where_they_hold_a_window(tmp_path, data):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(30):
+        n = 200 if i == 7 else 3
+        (folder / f"{i:02}.txt").write_bytes(in_shape(TEXTS[50 * i : 50 * i + n], ".txt"))
+    assert webtext("prepare", folder, data, "--valid_frac=0.3").returncode == 0
+    found = TokenData(DataPaths(str(data), "bpe", SIZE), 1024)
+    assert len(found.train) == 1 and len(found.train[0]) > 1024
+    assert len(TokenData(DataPaths(str(data), "bpe", SIZE), 16).train) > 20
+    with pytest.raises(UserError, match="needs 100001"):
+        TokenData(DataPaths(str(data), "bpe", SIZE), 100_000)
 
 
 # ---- bad input
