@@ -29,6 +29,7 @@ SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
 FIELDS = ("story", "text")
 MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut; the first is 2 % or more of it
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
+UTF8 = "utf-8-sig"  # which passes over the mark that Windows puts before a file
 LONGEST = 1 << 28  # bytes of one document of a stream, which is in memory as a whole
 
 
@@ -203,11 +204,12 @@ def read_jsonl(span):
             yield text_of_line(line, span.path)
 
 
-def text_of_line(line, path):
+def text_of_line(line, where):
     try:
-        return text_field(json.loads(line), path)
+        return text_field(json.loads(line), where)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} has a line that is not JSON: {e}") from None
+        why = getattr(e, "msg", str(e))
+        raise UserError(f"{where} has a line that is not JSON: {why}") from None
 
 
 READERS = {".txt": read_txt, ".json": read_json, ".jsonl": read_jsonl}
@@ -233,8 +235,9 @@ def cleaned(texts):
 
 def stream_ending(path):
     """The key of STREAMS for a file, "" where there is none."""
-    ending = os.path.splitext(path.removesuffix(".gz"))[1]
-    is_known = ending in STREAMS and not (ending == ".parquet" and path.endswith(".gz"))
+    name = path.lower()
+    ending = os.path.splitext(name.removesuffix(".gz"))[1]
+    is_known = ending in STREAMS and not (ending == ".parquet" and name.endswith(".gz"))
     return ending if is_known else ""
 
 
@@ -245,7 +248,7 @@ def stream_documents(path):
     """
     read = STREAMS[stream_ending(path)]
     with open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+        file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
         try:
             for text in cleaned(read(file, path)):
                 yield text, raw.tell()
@@ -260,24 +263,26 @@ def stream_txt(file, path):
     while chunk := file.read(1 << 20):
         *whole, tail = (tail + chunk).split(mark)
         for document in whole:
-            yield document.decode()
+            yield document.decode(UTF8)
         if len(tail) > LONGEST:
             raise UserError(
                 f"{path} has a document of more than {LONGEST >> 20} MB: expected "
                 f"{mark.decode()} between documents"
             )
-    yield tail.decode()
+    yield tail.decode(UTF8)
 
 
 def stream_jsonl(file, path):
-    while line := file.readline(LONGEST):
+    for i in itertools.count(1):
+        if not (line := file.readline(LONGEST)):
+            return
         if line.strip():
-            yield text_of_line(line.decode(), path)
+            yield text_of_line(line.decode(UTF8), f"{path}, line {i:,},")
 
 
 def stream_json(file, path):
     try:
-        items = json.loads(file.read().decode())
+        items = json.loads(file.read().decode(UTF8))
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as e:
@@ -298,8 +303,10 @@ def stream_parquet(file, path):
             raise UserError(
                 f"{path}: expected a column {' or '.join(FIELDS)}; it has {', '.join(names)}"
             )
-        if str(table.schema_arrow.field(field).type) not in ("string", "large_string"):
-            raise UserError(f"{path}: its column {field} is no text")
+        kind = table.schema_arrow.field(field).type
+        kind = getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind
+        if "string" not in str(kind) or "<" in str(kind):
+            raise UserError(f"{path}: its column {field} is of type {kind}: expected string")
         for group in range(table.num_row_groups):  # all at once they would stay in memory
             words = {"row_groups": [group], "columns": [field], "use_threads": False}
             for rows in table.iter_batches(1024, **words):

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import time
 import zlib
@@ -74,6 +75,18 @@ class DataPaths:
         self.tokenizer_model = os.path.join(data_dir, f"{name}.model")
         self.tokenizer_bin = os.path.join(data_dir, f"{name}.bin")
         self.shards = self.stories if self.is_llama2 else os.path.join(data_dir, name)
+
+    def others(self):
+        """What to say where data_dir has shards of other vocabularies; or ""."""
+        found = glob.glob(os.path.join(glob.escape(self.data_dir), "*", SIDECAR))
+        names = sorted(os.path.basename(os.path.dirname(path)) for path in found)
+        matches = [re.fullmatch(r"(bpe|tok)(\d+)", name) for name in names]
+        flags = [
+            f"--vocab_source={'bpe' if m[1] == 'bpe' else 'custom'} --vocab_size={m[2]}"
+            for m in matches
+            if m
+        ]
+        return f"; {self.data_dir} has others: give {' or '.join(flags)}" if flags else ""
 
     def make_hint(self):
         """The flags that name this vocabulary and its folder on tinystories.py's command line."""
@@ -351,13 +364,15 @@ class TokenData:
     def __init__(self, paths, seq_len, tokenizer=None, check=True):
         folder, vocab_size = paths.shards, paths.vocab_size
         again = f"python tinystories.py pretokenize {paths.make_hint()}"
+        again_or_web = f"make them with: {again}"
+        if paths.vocab_source == "bpe":
+            name = os.path.basename(os.path.abspath(paths.data_dir))
+            again_or_web = f"make them with: python webtext.py prepare --source={name}, or {again}"
         meta = read_sidecar(folder)
         if meta is None:
             names = sorted(map(os.path.basename, glob.glob(os.path.join(folder, "*.bin"))))
             if len(names) < 2:
-                raise UserError(
-                    f"{folder} has no token shards; make them with: {again} (or webtext.py prepare)"
-                )
+                raise UserError(f"{folder} has no token shards; {again_or_web}{paths.others()}")
             dtype = "uint16"
         else:
             names, dtype = [s["name"] for s in meta["shards"]], meta["dtype"]

@@ -109,7 +109,7 @@ def report(args, config, tokens_a_step):
     yield f"{flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all"
     yield ""
     yield (
-        f"at {mfu:.0%} of the peak in bfloat16 (--mfu), ${price:g} for a GPU and hour (--price), "
+        f"at {mfu:.0%} of the peak in bfloat16 (--mfu), ${price:g} an hour for any GPU (--price), "
         f"--activation_checkpointing={recompute}"
     )
     yield ""
@@ -135,6 +135,6 @@ def report(args, config, tokens_a_step):
         f"{sharded / GB:.1f} GB); each sequence of it: {each / GB:.2f} GB"
     )
     yield (
-        "hours on 8 are without what communication costs; the memory is an estimate, of a run that "
-        "is not compiled; train.py takes a smaller micro-batch where this one does not fit"
+        "Hours on 8 are without communication, and small models reach far less of the peak. The "
+        "memory is that of a run that is not compiled."
     )

@@ -1,5 +1,5 @@
 """
-Train a Llama on the token shards of tinystories.py.
+Train a Llama on the token shards of tinystories.py or webtext.py.
 
     python train.py --vocab_size=4096 --out_dir=out
     python train.py config/baby128.py --max_iters=500
@@ -85,7 +85,7 @@ keep_last = 2  # checkpoints kept: ckpt.pt and those before it
 init_from = "scratch"  # scratch; resume: go on in out_dir; or a checkpoint's path: its weights
 resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as init_from says
 # data
-data_dir = "data"  # as in tinystories.py
+data_dir = "data"  # as in tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
 vocab_size = 4096  # must be that of the shards; 0 stands for Llama 2's own
 max_seq_len = 1024  # tokens a sequence: the context of the model

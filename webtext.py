@@ -40,7 +40,7 @@ from urllib.parse import quote
 import numpy as np
 from tqdm import tqdm
 
-from bpe import BPETokenizer, train_on
+from bpe import PATTERNS, BPETokenizer, train_on
 from configurator import UserError, configure
 from corpus import SEPARATOR, STREAMS, Span, stream_documents, stream_ending
 from dataset import (
@@ -132,13 +132,32 @@ class File:
 
 def name_of_source():
     """A name for the source's folder below data."""
-    words = source.removeprefix(HUB).rstrip("/")
-    base = os.path.basename(words) if source not in SOURCES else words
+    is_named = source in SOURCES or source in TOKENIZED or source.startswith(HUB)
+    base = os.path.basename(source.rstrip("/") if is_named else os.path.abspath(source))
     return re.sub(r"\.(txt|jsonl?|parquet|gz)\b", "", base) or "text"
 
 
 def data_paths():
-    return DataPaths(data_dir or os.path.join("data", name_of_source()), "bpe", vocab_size)
+    folder = data_dir or os.path.join("data", name_of_source())
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"data_dir = {folder} is a file: name a folder")
+    return DataPaths(folder, "bpe", vocab_size)
+
+
+def full_source():
+    """The source, where it is a path a full one."""
+    return os.path.abspath(source) if os.path.exists(source) and source not in SOURCES else source
+
+
+def check_folder():
+    """Raise UserError where the shards of another source would be lost."""
+    paths = data_paths()
+    there = (read_sidecar(paths.shards) or {}).get("valid_source", [full_source()])
+    if there != [full_source()]:
+        of = there[0] if len(there) == 1 else "another text"
+        raise UserError(
+            f"{paths.shards} has the shards of {of}: give another --data_dir, or delete that folder"
+        )
 
 
 def all_files():
@@ -175,7 +194,8 @@ def files_here(path, is_valid):
         paths = []
     if not paths:
         raise UserError(
-            f"{path}: expected files ending in {', '.join(STREAMS)}, or .gz of the text"
+            f"{path}: expected files ending in {', '.join(STREAMS)}, or .gz of the text; "
+            f"folders in a folder are not read"
         )
     return [
         File(os.path.basename(one), info.st_size, f"{MTIME}{info.st_mtime_ns}", one, "", is_valid)
@@ -186,6 +206,8 @@ def files_here(path, is_valid):
 def files_of_hub():
     """The Files of a dataset of the hub. Raises UserError where the hub does not answer."""
     repo, inside, valid = SOURCES.get(source) or (source.removeprefix(HUB), "", "")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"source = {source}: expected hf:user/name")
     inside = folder.strip("/") or inside
     hub = need("huggingface_hub", "web")
     api = hub.HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
@@ -346,6 +368,10 @@ def encode_batch(batch, model_path, encoder, dtype, frac, valid_paths):
 
 
 def train_vocab_stage():
+    if pattern_name not in PATTERNS:
+        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
+    workers = worker_count(num_workers)
+    check_folder()
     paths, files = data_paths(), all_files()
     frac, valid_paths = how_to_split(files)
     if not 257 <= vocab_size <= 1_000_000:
@@ -358,7 +384,6 @@ def train_vocab_stage():
     try:
         n_bytes = write_sample(sample, files, frac, valid_paths)
         spans = [Span(sample, 0, os.path.getsize(sample))]
-        workers = worker_count(num_workers)
         print(f"training {vocab_size:,} tokens on {n_bytes:,} bytes of text")
         vocab, merges = train_on(spans, vocab_size, special, workers, pattern_name)
     finally:
@@ -376,7 +401,8 @@ def train_vocab_stage():
 def write_sample(path, files, frac, valid_paths):
     """Write the first vocab_mb of training documents to a .txt file; returns their bytes."""
     n_bytes, limit = 0, vocab_mb * 1_000_000
-    bar = tqdm(total=limit, unit="B", unit_scale=True, desc="read")
+    size = sum(file.size for file in files if not file.is_valid)
+    bar = tqdm(total=min(limit, size), unit="B", unit_scale=True, desc="read")
     with bar, open(path, "wb") as f:
         for file in files:
             if file.is_valid:
@@ -433,6 +459,8 @@ def prepare_stage():
     if source in TOKENIZED:
         return prepare_tokenized()
     i, n = this_machine()
+    worker_count(num_workers)
+    check_folder()
     paths = data_paths()
     if not os.path.exists(paths.tokenizer_model):
         raise UserError(
@@ -473,6 +501,7 @@ class Part:
         self.saved = -math.inf
         self.parts = os.path.join(shards_folder, "parts")
         self.path = os.path.join(self.parts, f"{i}_of_{n}.json")
+        self.lock()
         self.dtype = id_type(tokenizer)
         about = {
             "format": SIDECAR_FORMAT,
@@ -493,8 +522,24 @@ class Part:
         # what a damaged file leads to is open-ended: then all of it is done again
         with contextlib.suppress(UserError, FileNotFoundError, KeyError, TypeError, AttributeError):
             self.keep(read_json(self.path), about, files)
-        os.makedirs(self.parts, exist_ok=True)
         self.save()
+
+    def lock(self):
+        """Until the process ends; UserError where another one does the same part."""
+        os.makedirs(self.parts, exist_ok=True)
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            self.locked = open(f"{self.path}.lock", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another prepare is writing to {self.folder}: wait for it, or give another "
+                    f"--data_dir"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
 
     def keep(self, old, about, files):
         """Take over what an earlier run has done of the same work."""
@@ -557,7 +602,7 @@ class Part:
             counts = {c: sum(result[is_valid][1][c] for result in results) for c in COUNTS}
             if len(ids):
                 with atomic_write(self.name(k, piece, is_valid)) as f:
-                    ids.tofile(f)
+                    f.write(ids)  # tofile() does not say that a disk is full
             entry[side] = {**counts, "crc32": zlib.crc32(ids)}
         self.meta["pieces"].setdefault(str(k), []).append(entry)
         self.save(SAVE_INTERVAL)
@@ -704,7 +749,7 @@ def finish(shards_folder, about, listed, held_out=0, preset=""):
     meta = {
         "format": SIDECAR_FORMAT,
         **{name: about[name] for name in ("vocab_size", "dtype", "tokenizer_hash")},
-        "valid_source": [source],
+        "valid_source": [full_source()],
         "made_by": f"python webtext.py prepare {same_flags()}",
         "held_out": held_out,
         "complete": True,
@@ -712,10 +757,13 @@ def finish(shards_folder, about, listed, held_out=0, preset=""):
     }
     write_json(os.path.join(shards_folder, SIDECAR), meta)
     names = {one["name"] for one in listed}
-    for path in glob.glob(os.path.join(glob.escape(shards_folder), "data*.bin")):
-        if os.path.basename(path) not in names:
-            remove(path)
+    found = glob.glob(os.path.join(glob.escape(shards_folder), "data*.bin"))
+    if old := [path for path in found if os.path.basename(path) not in names]:
+        print(f"{len(old)} shards of before that are not in this source are deleted")
+    for path in old:
+        remove(path)
     report(meta, shards_folder)
+    print(f"for validation: {listed[0]['documents']:,} documents, {listed[0]['tokens']:,} tokens")
     where = f"--data_dir={shlex.quote(data_dir)}" if data_dir else ""
     print(f"next: python train.py {f'{preset} {where}' if preset else data_paths().make_hint()}")
 
@@ -732,6 +780,7 @@ def prepare_tokenized():
     if shard != "0/1" or n_files or folder or valid_source:
         raise UserError(f"{source} is ready-made: --shard, --n_files and the like are for text")
     repo, train_name, valid_name, preset = TOKENIZED[source]
+    check_folder()
     paths = data_paths()
     tokenizer_path = os.path.join(paths.data_dir, "tokenizer.json")
     if not os.path.exists(paths.tokenizer_model):
@@ -779,7 +828,7 @@ def drop_first_document(path, bos):
     if not len(places):
         raise UserError(f"{path} has no document that ends: delete it and prepare again")
     with atomic_write(path) as f:
-        ids[places[0] :].tofile(f)
+        f.write(ids[places[0] :])
 
 
 def counted(path, name, source_key, tokenizer):
@@ -818,11 +867,14 @@ def same_flags():
 STAGES = {"train_vocab": train_vocab_stage, "prepare": prepare_stage, "merge": merge_stage}
 
 if __name__ == "__main__":  # worker processes import this file again
-    configure(globals(), positional="stage")
+    given = configure(globals(), positional="stage")
     if stage not in STAGES:
         what = f"unknown stage {stage!r}" if stage else "no stage is given"
         raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")
     if not source:
         names = ", ".join([*TOKENIZED, *SOURCES])
         raise UserError(f"--source=NAME is missing: {names}, hf:user/name, or a path")
+    for name, only in (("shard", "prepare"), ("shards", "merge")):
+        if name in given and stage != only:
+            raise UserError(f"--{name} is for {only}, not for {stage}")
     STAGES[stage]()

@@ -1,5 +1,6 @@
 """webtext.py: every source, interruptions, many machines, and validation that stays unseen."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -34,6 +35,7 @@ def parquet_of(texts, path):
 
 def in_shape(texts, ending):
     """Texts as the bytes of a file with one of the endings that are read."""
+    ending = ending.lower()
     if ending == ".parquet":
         sink = pa.BufferOutputStream()
         parquet_of(texts, sink)
@@ -101,7 +103,7 @@ def check_whole(data_dir, texts=TEXTS):
     return train, valid
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [*ENDINGS, ".JSONL", ".TXT.GZ"])
 def test_files_of_every_shape_become_the_same_shards(ending, tmp_path, data):
     path = tmp_path / f"a{ending}"
     path.write_bytes(in_shape(TEXTS, ending))
@@ -407,6 +409,21 @@ def test_small_files_are_trained_on_where_they_hold_a_window(tmp_path, data):
         TokenData(DataPaths(str(data), "bpe", SIZE), 100_000)
 
 
+def test_the_shards_of_another_source_are_not_replaced(tmp_path, data):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path in (first, second):
+        path.write_bytes(in_shape(TEXTS, ".jsonl"))
+    assert webtext("prepare", first, data).returncode == 0
+    for stage in ("prepare", "train_vocab"):
+        refused(webtext(stage, second, data), "has the shards of", "give another --data_dir")
+    check_whole(data)
+    lock = open(data / f"bpe{SIZE}" / "parts" / "0_of_1.json.lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    refused(webtext("prepare", first, data), "another prepare is writing")
+    lock.close()
+    assert webtext("prepare", first, data).returncode == 0
+
+
 # ---- bad input
 
 
@@ -423,17 +440,21 @@ def test_bad_input_gets_one_sentence(tmp_path, data, hub):
         "field.jsonl": b'{"content": "a"}\n',
         "one.txt": b"a single document",
         "white.txt": b"  <|endoftext|> \n ",
+        "deep.jsonl": b'{"text": ' + b"[" * 100_000,
         "x.pdf": b"%PDF",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     pq.write_table(pa.table({"content": ["a"]}), tmp_path / "field.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "number.parquet")
     for name, part in (
         ("cut.txt.gz", "damaged or was cut off"),
         ("no.txt.gz", "damaged or was cut off"),
         ("cut.parquet", "no parquet file, or damaged"),
         ("latin.txt", "not UTF-8"),
-        ("bad.jsonl", "not JSON"),
+        ("bad.jsonl", "bad.jsonl, line 2, has a line that is not JSON"),
+        ("deep.jsonl", "not JSON"),
+        ("number.parquet", "is of type int64: expected string"),
         ("field.jsonl", "text under story or text"),
         ("field.parquet", "it has content"),
         ("one.txt", "no document to"),
@@ -446,6 +467,7 @@ def test_bad_input_gets_one_sentence(tmp_path, data, hub):
     for words, part in (
         (["--shard=3/3"], "i from 0 to n - 1"),
         (["--shard=x"], "i from 0 to n - 1"),
+        (["--shards=4"], "--shards is for merge, not for prepare"),
         (["--valid_frac=1.5"], "below 1"),
         (["--n_files=-1"], "0 (all) or more"),
         (["--encoder=fast"], "expected auto"),
@@ -453,6 +475,7 @@ def test_bad_input_gets_one_sentence(tmp_path, data, hub):
     ):
         refused(webtext("prepare", good, data, *words), part)
     refused(webtext("prepare", "fineweb", data, f"--endpoint={hub.url}"), "cannot list")
+    refused(webtext("prepare", "hf:a", data), "expected hf:user/name")
     refused(webtext("prepare", "hf:a/b", data, "--endpoint=http://127.0.0.1:9"), "cannot list")
     refused(webtext("merge", "fineweb-6b", data), "ready-made")
     refused(webtext("prepare", "fineweb-6b", data, "--shard=0/2"), "ready-made")
