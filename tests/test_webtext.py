@@ -182,30 +182,31 @@ def test_validation_files_are_kept_out_of_training(tmp_path, data):
 # ---- datasets of the hub
 
 
-def fineweb(hub):
+def fineweb(hub, name):
     thirds = [in_shape(TEXTS[i::3], ".parquet") for i in range(3)]
-    hub.models["datasets/HuggingFaceFW/fineweb"] = {
+    hub.models[f"datasets/HuggingFaceFW/{name}"] = {
         "README.md": b"#",
         "data/CC-MAIN/000_00000.parquet": b"no",
         **{f"sample/10BT/00{i}_00000.parquet": data for i, data in enumerate(thirds)},
     }
 
 
-def test_fineweb_comes_file_by_file_and_the_next_command_goes_on(hub, data):
-    fineweb(hub)
+@pytest.mark.parametrize("name", ["fineweb", "fineweb-edu"])
+def test_fineweb_comes_file_by_file_and_the_next_command_goes_on(hub, data, name):
+    fineweb(hub, name)
     first = "sample/10BT/000_00000.parquet"
     hub.broken[first] = 1000  # the connection breaks once
     words = [f"--endpoint={hub.url}"]
-    done = webtext("prepare", "fineweb", data, *words, "--n_files=1")
+    done = webtext("prepare", name, data, *words, "--n_files=1")
     assert done.returncode == 0, done.stderr
-    assert [name for name, _ in hub.sent] == [first, first]
+    assert [file for file, _ in hub.sent] == [first, first]
     assert not (data / "raw").exists()
     assert len(documents_in(data)) + len(documents_in(data, "valid")) == 1000
     hub.sent.clear()
-    done = webtext("prepare", "fineweb", data, *words)
+    done = webtext("prepare", name, data, *words)
     assert done.returncode == 0, done.stderr
     assert "2 of 3 files to read" in done.stdout
-    assert {name for name, _ in hub.sent} == {f"sample/10BT/00{i}_00000.parquet" for i in (1, 2)}
+    assert {file for file, _ in hub.sent} == {f"sample/10BT/00{i}_00000.parquet" for i in (1, 2)}
     check_whole(data)
 
 
