@@ -779,14 +779,14 @@ def begin_uploads():
     return None
 
 
-def wrap_up(has_left):
-    """End a run that is done: UserError if not all of it has left the machine, else on_finish."""
+def wrap_up(has_left, finished):
+    """End a run: UserError if not all of it has left the machine, else on_finish if it finished."""
     if not has_left:
         raise UserError(
             f"{', '.join(uploads.failed)} did not reach {hub_repo} and lie in {out_dir}/uploads: "
             f"the same command with --resume=auto tries again"
         )
-    if FIRST and on_finish and is_done():
+    if FIRST and on_finish and finished:
         print("running the command of on_finish", flush=True)
         if status := subprocess.run(on_finish, shell=True).returncode:
             raise UserError(f"the command of on_finish ended with status {status}")
@@ -819,7 +819,7 @@ if is_done() and evaluated == iter_num:
     if resume == "auto":
         say(f"the run in {out_dir} has done its {iter_num} steps")
         uploads, metrics = begin_uploads(), None
-        wrap_up(leave_machine())
+        wrap_up(leave_machine(), finished=True)
         raise SystemExit
     limit = "max_minutes" if max_minutes else "max_iters"
     raise UserError(f"the run has done its {iter_num} steps; raise --{limit} to go on")
@@ -957,4 +957,4 @@ else:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
     words = f"--init_from=resume --out_dir={shlex.quote(out_dir)}{' --fsdp' if fsdp else ''}"
     say(f"to go on: {launch} train.py {words}")
-wrap_up(has_left)
+wrap_up(has_left, finished)

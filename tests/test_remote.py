@@ -353,6 +353,18 @@ def test_two_processes_upload_are_killed_and_resume_from_the_hub(hub, practice, 
     assert steps_on(hub)[-1] == f"checkpoints/ckpt_{step + 3:06}.pt"
 
 
+def test_two_processes_for_a_given_time_end_with_the_users_command(practice, tmp_path):
+    words = [
+        "--max_minutes=0.02",
+        f"--out_dir={tmp_path / 'out'}",
+        f"--on_finish=touch {tmp_path}/m",
+    ]
+    process = torchrun(tmp_path, practice, *words)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert (tmp_path / "m").exists()
+
+
 def test_a_hub_without_a_checkpoint_begins_anew_and_one_without_an_answer_says_so(
     hub, practice, tmp_path
 ):
