@@ -20,7 +20,6 @@ import os
 import statistics
 import subprocess
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 
@@ -34,16 +33,19 @@ from tqdm import tqdm  # noqa: E402
 from configurator import UserError, configure  # noqa: E402
 from dataset import DataPaths, read_sidecar  # noqa: E402
 from files import atomic_write  # noqa: E402
-from hardware import describe, git_commit, pick_device, pick_dtype  # noqa: E402
-from model import ModelArgs, Transformer  # noqa: E402
-from optim import make_optimizer  # noqa: E402
+from hardware import describe, git_commit, pick_device  # noqa: E402
+from model import ModelArgs  # noqa: E402
 from trials import (  # noqa: E402
+    SAME_WORK,
     compare,
     pooled_sd,
     read_run,
     same_run,
+    seconds_of,
     shards_hint,
     start,
+    stepper,
+    tokens_of_step,
     train_settings,
 )
 
@@ -114,11 +116,6 @@ ROWS = {
 }
 KINDS = ("tokens", "time")
 SAME_SPEED = 0.01  # a difference that cannot be told from none
-# settings that leave the work of a step as it is
-SAME_WORK = set(
-    "zero_init hidden_lr embedding_lr bigram_lr head_lr momentum_warmup muon_weight_decay "
-    "decay_shape warmup_iters cooldown_frac cooldown_shape".split()
-)
 SIZES = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
 
 
@@ -175,54 +172,18 @@ def run_words(name, kind, seed):
     return [*words, f"--max_iters={n_steps}", f"--eval_iters={eval_iters}"]
 
 
-def tokens_of_step(settings):
-    return (
-        settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["max_seq_len"]
-    )
-
-
-def stepper(settings):
-    """A function that takes one step of the training that `settings` of train.py describe."""
-    args = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
-    model = Transformer(ModelArgs.from_dict(args)).to(device)
-    model.dtype = pick_dtype(settings["dtype"], device)
-    if settings["compile"] == "True":
-        model.compile_layers()
-    optimizer = make_optimizer(model, settings["optimizer"], settings)
-    shape = (settings["batch_size"], settings["max_seq_len"] + 1)
-    tokens = torch.randint(0, args["vocab_size"], shape, device=device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step():
-        for _ in range(settings["gradient_accumulation_steps"]):
-            model(x, y).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"] or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def seconds_of(step, n):
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def relative_speed(settings, base):
     """Tokens/s of training with some settings, to those with `base`; the median of `rounds`."""
     torch._dynamo.reset()
     torch.manual_seed(1)
     ratios, both = [], []
     for each in (base, settings):
-        step = stepper(each)
-        seconds_of(step, 2)  # which compiles it
-        both.append((step, tokens_of_step(each), max(1, round(1 / seconds_of(step, 1)))))
+        step = stepper(each, device)
+        seconds_of(step, 2, device)  # which compiles it
+        n = max(1, round(1 / seconds_of(step, 1, device)))
+        both.append((step, tokens_of_step(each), n))
     for _ in range(rounds):
-        found = [n * size / seconds_of(step, n) for step, size, n in both]
+        found = [n * size / seconds_of(step, n, device) for step, size, n in both]
         ratios.append(found[1] / found[0])
     return statistics.median(ratios)
 

@@ -88,7 +88,10 @@ class ModelArgs:
     value_embeddings: int = 0  # so many layers, the first, add an embedding to values; -1: all do
     bigram_rows: int = 0  # rows of a hashed table of (token before, token), added to the embedding
     smear: bool = False  # a gate adds the embedding of the token before
-    vocab_multiple: int = 1  # rows of embedding and head in memory, rounded up; never exported
+    # ---- for training alone, never exported
+    embedding_std: float = 0.0  # of the embedding, and so of a tied head, at the start; 0: a rule
+    head_std: float = 0.0  # of a head of its own at the start; 0: a rule, see init_weights
+    vocab_multiple: int = 1  # rows of embedding and head in memory, rounded up
 
     def __post_init__(self):
         for field in fields(self):
@@ -103,7 +106,9 @@ class ModelArgs:
         for name, most in LARGEST.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at most {most}")
-        for name in ("n_kv_heads", "hidden_dim", "logit_softcap", "sliding_window"):
+        for (
+            name
+        ) in "n_kv_heads hidden_dim logit_softcap sliding_window embedding_std head_std".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name, least, most in (("norm_eps", 0, 1), ("rope_theta", 1, 1e12)):
@@ -160,8 +165,12 @@ class ModelArgs:
 
     @property
     def wide_embedding(self):
-        """Whether the embedding begins with a standard deviation of 1, and not 0.02."""
-        return not self.tie_embeddings and (self.zero_init or self.embedding_norm)
+        """Whether the embedding begins large, with a standard deviation near 1 and not 0.02."""
+        if self.tie_embeddings:
+            return False
+        return self.embedding_std > 0.1 or (
+            not self.embedding_std and (self.zero_init or self.embedding_norm)
+        )
 
     def window(self, layer):
         """How many positions one of this layer sees, itself included; 0: all before it."""
@@ -619,6 +628,7 @@ class Transformer(nn.Module):
 
         With zero_init those, and an untied head, begin at zero: each block passes on what it gets,
         and all tokens are equally likely. The embedding then has std 1, see wide_embedding.
+        embedding_std and head_std set these two by hand.
         """
         args = self.args
         for name, p in self.named_parameters():
@@ -629,8 +639,10 @@ class Transformer(nn.Module):
             if args.zero_init:
                 is_zero = writes_residual or (name == "output.weight" and not args.tie_embeddings)
                 std = 0.0 if is_zero else std
-            if name.startswith("tok_embeddings") and args.wide_embedding:
-                std = 1.0
+            if name.startswith("tok_embeddings"):
+                std = args.embedding_std or (1.0 if args.wide_embedding else std)
+            if name == "output.weight" and not args.tie_embeddings:
+                std = args.head_std or std
             if name.startswith(("bigram_embeddings", "smear_gate", "value_embeddings")):
                 std = 0.0
             nn.init.normal_(p, mean=0.0, std=std)

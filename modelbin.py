@@ -28,7 +28,9 @@ from model import ACTIVATIONS, ModelArgs, Transformer
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 V0_CARRIED = {*V0_HEADER, "tie_embeddings"}
 # no reader needs them; window_pattern is judged together with sliding_window
-TRAINING_ONLY = {"multiple_of", "dropout", "zero_init", "vocab_multiple", "window_pattern"}
+TRAINING_ONLY = set(
+    "multiple_of dropout zero_init embedding_std head_std vocab_multiple window_pattern".split()
+)
 
 MAGIC = 0x616B3432  # "ak42" as a number, that of llama2.c's versions 1 and 2
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register

@@ -22,6 +22,10 @@ WORTH_KEEPING = ("ckpt*", "best.pt*")
 COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", "wandb_id", "uploads", LOG)
 
 
+class FolderInUse(UserError):
+    """Another process writes there."""
+
+
 class RunDir:
     """out_dir of one run, made where it is absent, and locked until the process ends."""
 
@@ -47,16 +51,18 @@ class RunDir:
         return os.path.join(self.path, name)
 
     def lock(self):
-        """Raise UserError where another run writes here: each would replace the other's files."""
+        """Raise FolderInUse where another run writes here: each would replace the other's files."""
         try:
             import fcntl
         except ImportError:  # Windows
             return
-        folder = os.open(self.path, os.O_RDONLY)  # open, and so locked, until the process ends
+        # open, and so locked, until the process ends
+        self.lock_file = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            os.close(self.lock_file)
+            raise FolderInUse(
                 f"another run is writing to {self.path}: wait for it, or give another --out_dir"
             ) from None
         except OSError:  # a file system without locks

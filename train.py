@@ -113,6 +113,8 @@ residual_scalars = False  # learned weights of the residual stream and the embed
 value_embeddings = 0  # so many layers, the first, add an embedding to their values; -1: all
 bigram_rows = 0  # rows of a hashed table of token pairs that is added to the embedding
 smear = False  # a gate adds the embedding of the token before
+embedding_std = 0.0  # of the embedding, and so of a tied head, at the start; 0: 0.02 or 1
+head_std = 0.0  # of a head of its own at the start; 0: 0.02
 vocab_multiple = 1  # rows of embedding and head in memory are rounded up to a multiple of this
 # optimizer
 optimizer = "muon"  # muon: matrices by Muon, all else by AdamW, at rates of their own; or adamw

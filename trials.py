@@ -1,5 +1,6 @@
 """
-Runs of train.py as a subprocess, and what their logs say: what bench.py and ablate.py share.
+Runs of train.py as a subprocess, what their logs say, and how fast their steps would be: what
+bench.py, ablate.py and sweep.py share.
 
 A run is given as words of train.py's command line. It counts as done where its log ends well and
 has the settings that those words make.
@@ -13,12 +14,29 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from dataclasses import fields
+
+import torch
 
 from configurator import apply, settings_of
 from dataset import DataPaths
-from model import ARCHS
+from hardware import pick_dtype
+from model import ARCHS, ModelArgs, Transformer
+from optim import make_optimizer
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+OF_THE_START = (
+    "out_dir",
+    "resume",
+    "on_finish",
+)  # settings that leave what a run computes as it is
+# settings that leave the work of a step as it is
+SAME_WORK = set(
+    "zero_init embedding_std head_std hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum "
+    "momentum_warmup muon_weight_decay decay_shape muon_beta1 muon_beta2 base_learning_rate "
+    "weight_decay beta1 beta2 warmup_iters cooldown_frac cooldown_shape final_lr_frac".split()
+)
 
 
 def train_settings(words=()):
@@ -42,8 +60,9 @@ def train_settings(words=()):
 
 
 def same_run(settings, others):
-    """Whether two dicts of train.py's settings are of the same run; where it writes is no matter"""
-    return {**settings, "out_dir": ""} == {**others, "out_dir": ""}
+    """Whether two dicts of train.py's settings are of the same run, wherever it writes."""
+    alike = dict.fromkeys(OF_THE_START, "")
+    return {**settings, **alike} == {**others, **alike}
 
 
 def start(words, out_dir, **options):
@@ -51,15 +70,12 @@ def start(words, out_dir, **options):
     return subprocess.run([sys.executable, TRAIN, *words, f"--out_dir={out_dir}"], **options)
 
 
-def read_run(out_dir):
-    """
-    {"start": line, "evals": [lines], "end": line} of the log of a finished run; None where there is
-    none, or it did not come to its end.
-    """
+def read_log(out_dir):
+    """{"start": line, "evals": [lines], "end": line}, as far as the log in out_dir has them."""
     path = os.path.join(out_dir, "log.jsonl")
-    if not os.path.exists(path):
-        return None
     run = {"evals": []}
+    if not os.path.exists(path):
+        return run
     with open(path, encoding="utf-8", errors="replace") as f:
         for text in f:
             with contextlib.suppress(ValueError):  # a line that was cut off
@@ -68,6 +84,12 @@ def read_run(out_dir):
                     run["evals"].append(line)
                 else:
                     run[line["kind"]] = line
+    return run
+
+
+def read_run(out_dir):
+    """read_log of a finished run; None where there is none, or it did not come to its end."""
+    run = read_log(out_dir)
     ended = run.get("end", {}).get("reason") == "finished"
     return run if ended and run["evals"] and "start" in run else None
 
@@ -79,6 +101,52 @@ def shards_hint(settings, data_dir):
         return ""
     stages = ["pretokenize"] if paths.is_llama2 else ["train_vocab", "pretokenize"]
     return " && ".join(f"python tinystories.py {stage} {paths.make_hint()}" for stage in stages)
+
+
+# ---- speed of steps
+
+
+def tokens_of_step(settings):
+    return (
+        settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["max_seq_len"]
+    )
+
+
+def model_of(settings):
+    """The model that `settings` of train.py describe."""
+    args = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
+    return Transformer(ModelArgs.from_dict(args))
+
+
+def stepper(settings, device):
+    """A function that takes one step of the training that `settings` of train.py describe."""
+    model = model_of(settings).to(device)
+    model.dtype = pick_dtype(settings["dtype"], device)
+    if settings["compile"] == "True":
+        model.compile_layers()
+    optimizer = make_optimizer(model, settings["optimizer"], settings)
+    shape = (settings["batch_size"], settings["max_seq_len"] + 1)
+    tokens = torch.randint(0, settings["vocab_size"], shape, device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step():
+        for _ in range(settings["gradient_accumulation_steps"]):
+            model(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"] or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds_of(step, n, device):
+    """Seconds of n calls of `step`."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 # ---- curves: lists of evaluations, each with train_s, time_s and val_bpb

@@ -1,0 +1,19 @@
+"""What the experiments with plain Llama share: 0.9 million parameters, AdamW, a cosine."""
+
+arch = "llama"
+dim = 128
+n_layers = 4
+n_heads = 4
+vocab_size = 1024
+max_seq_len = 256
+batch_size = 8
+optimizer = "adamw"
+base_learning_rate = 3e-3
+weight_decay = 0.1
+warmup_iters = 20
+cooldown_frac = 1.0
+cooldown_shape = "cosine"
+final_lr_frac = 0.1
+dtype = "float32"
+compile = "False"  # runs of a minute do not repay it
+log_interval = 5

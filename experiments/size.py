@@ -1,0 +1,14 @@
+"""Which size of model is best after two minutes on one core."""
+
+title = "Model size at equal time"
+base = "experiments/modded.py"
+runs = """
+32 x 2: --dim=32 --n_layers=2 --n_heads=2
+64 x 3: --dim=64 --n_layers=3 --n_heads=2
+128 x 4: --dim=128 --n_layers=4 --n_heads=4
+256 x 6: --dim=256 --n_layers=6 --n_heads=4
+512 x 8: --dim=512 --n_layers=8 --n_heads=8
+"""
+equal_minutes = 2.0
+evals = 6
+eval_windows = 400

@@ -1,0 +1,11 @@
+"""
+Which vocabulary is best after two minutes on one core, in bits per byte: losses a token cannot be
+compared between vocabularies.
+"""
+
+title = "Vocabulary at equal time"
+base = "experiments/modded.py"
+grid = "vocab_size=256,512,1024,2048,4096,8192"
+equal_minutes = 2.0
+evals = 6
+eval_windows = 400
