@@ -384,10 +384,12 @@ def additive(mask, dtype):
 class KVCache:
     """
     Keys and values of every position so far, how many positions are filled, and the last token.
+    n_positions: how many there is room for; 0: max_seq_len.
     """
 
-    def __init__(self, args, batch_size, device, dtype):
-        shape = (args.n_layers, batch_size, args.n_kv_heads, args.max_seq_len, args.head_dim)
+    def __init__(self, args, batch_size, device, dtype, n_positions=0):
+        n_positions = n_positions or args.max_seq_len
+        shape = (args.n_layers, batch_size, args.n_kv_heads, n_positions, args.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.n = 0
@@ -399,6 +401,10 @@ class KVCache:
         self.k[layer, :, :, self.n : end] = k
         self.v[layer, :, :, self.n : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Go on with these rows of the batch alone, a list."""
+        self.k, self.v, self.last = self.k[:, rows], self.v[:, rows], self.last[rows]
 
 
 class Attention(nn.Module):
@@ -750,16 +756,11 @@ class Transformer(nn.Module):
         arXiv:1904.09751). `generator` (torch.Generator on CPU) makes it repeatable. Raises
         ValueError where the tokens do not fit the context.
         """
-        if not 0 < len(tokens) <= self.args.max_seq_len:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens does not fit: expected 1 to "
-                f"max_seq_len = {self.args.max_seq_len}"
-            )
         weight = self.tok_embeddings.weight
+        limit = min(max_new_tokens, self.room_behind(tokens))
         cache = KVCache(self.args, 1, weight.device, self.dtype)
         step = torch.tensor([tokens], device=weight.device)
-        # one more than max_seq_len: the token after the last position is still a prediction
-        for _ in range(min(max_new_tokens, self.args.max_seq_len + 1 - len(tokens))):
+        for _ in range(limit):
             logits = self(step, cache=cache)[0, -1].float().cpu()
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if token in stop:
@@ -767,16 +768,78 @@ class Transformer(nn.Module):
             yield token
             step = torch.tensor([[token]], device=weight.device)
 
+    @torch.inference_mode()
+    def generate_batch(self, tokens, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
+        """
+        generate() for several stories at once: one for each row of `draws` (n, max_new_tokens),
+        float64 numbers from 0 to below 1 that decide what is drawn, so that a story does not depend
+        on those beside it. Yields a list of n after each step: the new token id of each story, None
+        for those that have ended.
+        """
+        weight = self.tok_embeddings.weight
+        n, max_new_tokens = draws.shape
+        limit = min(max_new_tokens, self.room_behind(tokens))
+        n_positions = min(len(tokens) + limit, self.args.max_seq_len)
+        cache = KVCache(self.args, n, weight.device, self.dtype, n_positions)
+        step = torch.tensor([tokens] * n, device=weight.device)
+        running = list(range(n))  # the stories behind the rows of the batch
+        for i in range(limit):
+            logits = self(step, cache=cache)[:, -1]
+            new = draw_tokens(logits, draws[running, i], temperature, top_k, top_p)
+            rows = [row for row, token in enumerate(new) if token not in stop]
+            told = {running[row]: new[row] for row in rows}
+            yield [told.get(story) for story in range(n)]
+            if not rows:
+                return
+            if len(rows) < len(running):
+                cache.keep(rows)
+                running = [running[row] for row in rows]
+            step = torch.tensor([[new[row]] for row in rows], device=weight.device)
+
+    def room_behind(self, tokens):
+        """How many tokens can follow these; ValueError where they do not fit the context."""
+        if not 0 < len(tokens) <= self.args.max_seq_len:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens does not fit: expected 1 to "
+                f"max_seq_len = {self.args.max_seq_len}"
+            )
+        # one more than max_seq_len: the token after the last position is still a prediction
+        return self.args.max_seq_len + 1 - len(tokens)
+
+
+def likeliest(logits, temperature, top_k=0, top_p=1.0):
+    """
+    Probabilities (..., vocab_size) of logits at a temperature above 0, the largest first and those
+    that are not drawn from 0, and the ids they belong to; the parameters are those of
+    Transformer.generate.
+    """
+    # a temperature that is 0 in float32 would make 0 / 0 of the likeliest
+    logits = logits - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
+    probs, order = probs.sort(descending=True)
+    if top_k > 0:
+        probs[..., top_k:] = 0
+    if 0 < top_p < 1:
+        probs[probs.cumsum(-1) - probs >= top_p] = 0  # keeps the token that crosses p
+    return probs, order
+
 
 def sample_token(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """One token id from logits (vocab_size,); the parameters are those of Transformer.generate."""
     if temperature == 0:
         return int(logits.argmax())
-    # a temperature that is 0 in float32 would make 0 / 0 of the likeliest
-    probs = torch.softmax((logits - logits.max()) / max(temperature, 1e-30), dim=-1)
-    probs, order = probs.sort(descending=True)
-    if top_k > 0:
-        probs[top_k:] = 0
-    if 0 < top_p < 1:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0  # keeps the token that crosses p
+    probs, order = likeliest(logits, temperature, top_k, top_p)
     return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def draw_tokens(logits, draws, temperature, top_k=0, top_p=1.0):
+    """
+    A list of n token ids from logits (n, vocab_size): of each row the first at which the sum of the
+    probabilities, the largest first, goes above the number of `draws` (n,).
+    """
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    probs, order = likeliest(logits, temperature, top_k, top_p)
+    sums = probs.cpu().double().cumsum(-1)
+    places = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
+    return order.cpu().gather(1, places).flatten().tolist()

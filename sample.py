@@ -14,6 +14,7 @@ import torch
 from configurator import UserError, configure
 from formats import load
 from hardware import pick_device, pick_dtype
+from stories import check_sampling, read_prompt
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a training run
@@ -31,21 +32,8 @@ dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals())
 # -----------------------------------------------------------------------------
 
-for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0)):
-    if globals()[name] < least:
-        raise UserError(f"{name} = {globals()[name]}: expected at least {least}")
-if not 0 <= temperature <= 100:
-    raise UserError(f"temperature = {temperature}: expected a number from 0 to 100")
-if not 0 <= seed < 1 << 63:
-    raise UserError(f"seed = {seed}: expected a whole number from 0 to 2 ** 63 - 1")
-if not 0 <= top_p <= 1:
-    raise UserError(f"top_p = {top_p}: expected a number from 0 to 1")
-if start.startswith("FILE:"):
-    try:
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
-            start = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompt {start}: {e}") from None
+check_sampling(globals(), num_samples=1, max_new_tokens=0, top_k=0)
+start = read_prompt(start)
 
 if not checkpoint:
     best, latest = (os.path.join(out_dir, name) for name in ("best.pt", "ckpt.pt"))

@@ -1,0 +1,241 @@
+"""
+Many stories by one or more models: figures of them, and a page with the stories side by side.
+
+    python generate.py                                     # of out/best.pt; into out/stories.html
+    python generate.py out_a,out_b/ckpt.pt --num_samples=20 --start="Once upon a time"
+    python generate.py out/model.bin --source=my_text.txt  # where copies are looked for
+
+A model is the folder of a run, or anything that export.py reads. The figures are how varied the
+stories are, how much of them is copied from the training text, and whether they end; what each one
+means stands beside it on the page. Real stories of the validation text are measured with them.
+"""
+
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint
+from configurator import UserError, configure, settings_of
+from corpus import stream_documents, text_files
+from dataset import DataPaths, TokenData
+from formats import HUB, load, recognize
+from hardware import pick_device, pick_dtype
+from page import write_page
+from stories import (
+    Overlap,
+    Story,
+    check_sampling,
+    documents_of_shard,
+    figures_of,
+    pieces_of_files,
+    pieces_of_shards,
+    read_prompt,
+    rows_of,
+    some_of,
+    stream_past,
+    write_lines,
+)
+
+# -----------------------------------------------------------------------------
+models = "out"  # folders of runs, or anything that export.py reads, with commas between them
+tokenizer = ""  # a tokenizer model elsewhere, for all of them; empty: those beside the models
+start = ""  # prompt, or FILE:prompt.txt for a text in a file
+num_samples = 100  # stories of each
+max_new_tokens = 256  # at most, in each
+temperature = 1.0  # 0: always the likeliest token
+top_k = 0  # draw among this many likeliest; 0: all
+top_p = 0.9  # draw among the likeliest with this probability; 1: all
+seed = 1337  # the same seed tells the same stories
+batch_size = 50  # stories that are told at once
+source = ""  # training text: .txt, .json, .jsonl or a folder; empty: the shards of the run
+ngram = 8  # words in a row that count as copied where the training text has them too
+reference = True  # measure real stories of the validation text as well
+valid_source = ""  # text that those are from; empty: the validation shard of the first run
+out = ""  # the page; empty: stories.html in the first run's folder
+json = ""  # a .jsonl for the figures, one line a model; empty: none
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "float32"  # auto, float32, bfloat16, float16
+configure(globals(), positional="models")
+# -----------------------------------------------------------------------------
+
+REAL = "real stories"  # the name of their column
+settings = settings_of(globals())
+check_sampling(settings, num_samples=1, max_new_tokens=1, top_k=0, batch_size=1, ngram=1)
+start = read_prompt(start)
+
+
+def model_in(path):
+    """The model of a run's folder, as sample.py takes it; any other path stays what it is."""
+    found = [os.path.join(path, name) for name in ("best.pt", "ckpt.pt")]
+    return next(filter(os.path.exists, found), path)
+
+
+def check_target(name, path, endings):
+    """Raise UserError, before any work is done, unless a file can be written to the path."""
+    if os.path.splitext(path)[1] not in endings:
+        raise UserError(f"{name} = {path}: expected a file ending in {' or '.join(endings)}")
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):  # those that are missing will be made
+        folder = os.path.dirname(folder)
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: give another place with --{name}=PATH")
+    if name == "json" and os.path.exists(path):  # a log and a corpus end in .jsonl too
+        with open(path, "rb") as f:
+            if not f.read(10).startswith(b'{"model": '):
+                raise UserError(f"{path} exists, and holds no figures: name another file")
+
+
+def data_of(path, tokenizer):
+    """
+    (where they lie, the TokenData) of the shards that a model was trained on. Raises UserError
+    where they are not there any more, or it is not known which they were.
+    """
+    config = load_checkpoint(path).get("config", {}) if recognize(path) == "checkpoint" else {}
+    names = ("data_dir", "vocab_source", "vocab_size")
+    if any(name not in config for name in names):
+        raise UserError(f"{path} does not say what it was trained on")
+    paths = DataPaths(*(config[name] for name in names))
+    if not os.path.isdir(paths.shards):
+        raise UserError(f"its token shards, {paths.shards}, are not there")
+    return paths.shards, TokenData(paths, 1, tokenizer, check=False)
+
+
+names = [name for name in models.split(",") if name.strip()]
+if not names:
+    raise UserError("models is empty: expected folders of runs or files, with commas between them")
+if len(set(names)) < len(names):
+    raise UserError(f"models = {models}: one of them is named twice")
+paths = {name: model_in(name) for name in names}
+if not out:
+    first = paths[names[0]]
+    folder = first if os.path.isdir(first) else os.path.dirname(first)
+    out = os.path.join("" if first.startswith(HUB) else folder, "stories.html")
+check_target("out", out, (".html", ".htm"))
+if json:
+    check_target("json", json, (".jsonl",))
+source_files = text_files(source) if source else []
+valid_files = text_files(valid_source) if valid_source else []
+
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+loaded, prompts = {}, {}
+for name, path in paths.items():
+    model, found, facts = load(path, tokenizer=tokenizer)
+    if found is None:
+        raise UserError(f"there is no tokenizer.model beside {path}: give --tokenizer=PATH")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path} has weights that are no numbers: name an earlier checkpoint")
+    prompts[name] = found.encode(start.encode(errors="surrogateescape"))
+    if not prompts[name]:
+        raise UserError(f"the tokenizer of {path} begins no text by itself: give --start")
+    if len(prompts[name]) > model.args.max_seq_len:
+        raise UserError(
+            f"the prompt has {len(prompts[name])} tokens, and the context of {path} "
+            f"{model.args.max_seq_len}: shorten the prompt"
+        )
+    loaded[name] = model, found, facts
+
+# what the stories are compared with; a run whose shards are gone has no overlap
+data, notes = {}, []
+for name in names if not source or (reference and not valid_source) else []:
+    try:
+        data[name] = data_of(paths[name], loaded[name][1])
+    except UserError as e:
+        if not source:
+            notes.append(f"{name}: copies are not looked for: {e}; --source= names a text")
+
+told = {}  # name: list of Story
+for name, (model, found, _) in loaded.items():
+    model = model.to(device).eval()
+    model.dtype = dtype
+    prompt, generator = prompts[name], torch.Generator().manual_seed(seed)
+    limit = min(max_new_tokens, model.room_behind(prompt))
+    prompt_text, told[name] = found.decode(prompt), []
+    began, bar = (
+        time.perf_counter(),
+        tqdm(total=num_samples, unit=" stories", desc=name, disable=None),
+    )
+    for first in range(0, num_samples, batch_size):
+        n = min(batch_size, num_samples - first)
+        draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
+        new, ended = [[] for _ in range(n)], set()
+        for step in model.generate_batch(prompt, draws, temperature, top_k, top_p, found.stop):
+            for story, token in enumerate(step):
+                if token is not None:
+                    new[story].append(token)
+            now = {story for story, token in enumerate(step) if token is None}
+            bar.update(len(now - ended))
+            ended = now
+        bar.update(n - len(ended))
+        told[name] += [
+            Story(found.decode([*prompt, *ids]), len(ids), story in ended, prompt_text)
+            for story, ids in enumerate(new)
+        ]
+    bar.close()
+    took, n_tokens = time.perf_counter() - began, sum(story.n_tokens for story in told[name])
+    print(
+        f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {took:.1f} s, "
+        f"{n_tokens / took:,.0f} tokens/s"
+    )
+
+if reference:
+    found = loaded[names[0]][1]
+    documents = []
+    if valid_source:
+        texts = (text for path in valid_files for text, _ in stream_documents(path))
+        documents = some_of(texts, num_samples, seed)
+        documents = [(text, len(found.encode(text, bos=False))) for text in documents]
+    elif names[0] in data:
+        shard = data[names[0]][1].valid[0]
+        documents = some_of(documents_of_shard(shard, found), num_samples, seed)
+    if documents:
+        told[REAL] = [Story(text, n_tokens) for text, n_tokens in documents]
+    else:
+        notes.append("there are no real stories to compare with; --valid_source= names a text")
+
+# one pass over each training text, for all that are compared with it
+texts = {name: source or data[name][0] for name in names if source or name in data}
+if REAL in told and names[0] in texts:
+    texts[REAL] = texts[names[0]]
+overlaps = dict.fromkeys(told)
+for where in dict.fromkeys(texts.values()):
+    compared = [name for name, text in texts.items() if text == where]
+    overlap = Overlap([story for name in compared for story in told[name]], ngram)
+    if source:
+        pieces, n_bytes = pieces_of_files(source_files), sum(map(os.path.getsize, source_files))
+    else:
+        shards = data[compared[0]][1].train
+        pieces = pieces_of_shards(shards, loaded[compared[0]][1])
+        n_bytes = sum(shard.nbytes for shard in shards)
+    began = time.perf_counter()
+    stream_past(overlap, pieces, n_bytes)
+    took = time.perf_counter() - began
+    print(
+        f"{where}: {overlap.n_words:,} words of training text in {took:.1f} s, "
+        f"{overlap.n_words / took / 1e6:.1f} million words/s"
+    )
+    notes.append(f"The training text, {where}, has {overlap.n_words:,} words.")
+    overlaps |= dict.fromkeys(compared, overlap)
+
+n_words = min(sum(story.n_words() for story in stories) for stories in told.values())
+columns = {name: figures_of(stories, overlaps[name], n_words) for name, stories in told.items()}
+for name, (_, _, facts) in loaded.items():
+    if "validation" in facts:  # "0.7 bits per byte"
+        columns[name]["bits_per_byte"] = float(facts["validation"].split()[0])
+
+title = f"Stories by {' and '.join(names)}"
+write_page(out, title, told, overlaps, columns, ngram, n_words, notes, settings)
+if json:
+    write_lines(json, columns, settings)
+rows = [["", *columns, ""], *rows_of(columns, ngram, n_words)]
+widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+print()
+for label, *values, _ in rows:
+    cells = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
+    print(f"{label:<{widths[0]}}  {'  '.join(cells)}")
+print()
+for note in notes:
+    print(f"note: {note}")
+print(f"wrote {out}, which says what each figure means")
