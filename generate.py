@@ -144,7 +144,7 @@ for name in names if not source or (reference and not valid_source) else []:
         data[name] = data_of(paths[name], loaded[name][1])
     except UserError as e:
         if not source:
-            notes.append(f"{name}: copies are not looked for: {e}; --source= names a text")
+            notes.append(f"For {name} copies are not looked for: {e}; --source= names a text.")
 
 told = {}  # name: list of Story
 for name, (model, found, _) in loaded.items():
@@ -193,7 +193,7 @@ if reference:
     if documents:
         told[REAL] = [Story(text, n_tokens) for text, n_tokens in documents]
     else:
-        notes.append("there are no real stories to compare with; --valid_source= names a text")
+        notes.append("There are no real stories to compare with: --valid_source= names a text.")
 
 # one pass over each training text, for all that are compared with it
 texts = {name: source or data[name][0] for name in names if source or name in data}
@@ -212,10 +212,7 @@ for where in dict.fromkeys(texts.values()):
     began = time.perf_counter()
     stream_past(overlap, pieces, n_bytes)
     took = time.perf_counter() - began
-    print(
-        f"{where}: {overlap.n_words:,} words of training text in {took:.1f} s, "
-        f"{overlap.n_words / took / 1e6:.1f} million words/s"
-    )
+    print(f"training text: {overlap.n_words:,} words, {overlap.n_words / took:,.0f} words/s")
     notes.append(f"The training text, {where}, has {overlap.n_words:,} words.")
     overlaps |= dict.fromkeys(compared, overlap)
 
@@ -237,5 +234,5 @@ for label, *values, _ in rows:
     print(f"{label:<{widths[0]}}  {'  '.join(cells)}")
 print()
 for note in notes:
-    print(f"note: {note}")
+    print(note)
 print(f"wrote {out}, which says what each figure means")

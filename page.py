@@ -21,21 +21,19 @@ h1 { font-size: 1.5rem; margin: 0 0 1rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .5rem 0; }
 code { font-size: .9em; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .8rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); unicode-bidi: isolate; }
-thead th { background: var(--band); overflow-wrap: anywhere; }
+thead th { position: sticky; top: 0; background: var(--band); overflow-wrap: anywhere; }
 tbody th { font-weight: 600; white-space: nowrap; }
 .figures td.value, .figures th.value { text-align: right; font-variant-numeric: tabular-nums; }
 .figures td.value { white-space: nowrap; }
 .note { color: var(--faint); }
 .stories { width: 100%; table-layout: fixed; }
 .stories th:first-child { width: 2.5rem; color: var(--faint); text-align: right; }
-.stories col.text { width: auto; }
-.stories p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .4rem; }
+.stories p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .4rem; max-width: 45rem; }
 .prompt { color: var(--faint); }
-mark { background: var(--copied); color: inherit; border-radius: .15rem; }
+mark { background: var(--copied); color: var(--ink); border-radius: .15rem; }
 .cut { font-style: italic; }
 .note.small { font-size: .85rem; }
 footer { margin-top: 2rem; border-top: 1px solid var(--line); font-size: .9rem; }
@@ -44,8 +42,9 @@ footer { margin-top: 2rem; border-top: 1px solid var(--line); font-size: .9rem; 
     --copied: #fff1c2; color-scheme: light; }
   body { padding: 0; max-width: none; font-size: 9pt; }
   mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .wide { overflow: visible; } .stories { min-width: 0 !important; }
-  .figures tr { break-inside: avoid; }
+  .stories { min-width: 0 !important; }
+  tr { break-inside: avoid; }
+  thead th { position: static; }
 }
 """
 
@@ -86,16 +85,14 @@ def figure_table(columns, n, n_words):
         cells = "".join(f'<td class="value">{html.escape(value)}</td>' for value in values)
         note = f'<td class="note">{html.escape(meaning)}</td>'
         lines.append(f"<tr><th>{html.escape(label)}</th>{cells}{note}</tr>")
-    return "\n".join(
-        ['<div class="wide"><table class="figures">', *lines, "</tbody></table></div>"]
-    )
+    return "\n".join(['<table class="figures">', *lines, "</tbody></table>"])
 
 
 def story_table(stories, overlaps):
     """stories, overlaps: by the name of a column its list of stories, its Overlap or None."""
     names = "".join(f"<th>{html.escape(name)}</th>" for name in stories)
-    width = 3 + 18 * len(stories)  # rem; narrower than this the table scrolls
-    lines = [f'<div class="wide"><table class="stories" style="min-width: {width}rem">']
+    width = 3 + 18 * len(stories)  # rem; on a narrower screen the page scrolls
+    lines = [f'<table class="stories" style="min-width: {width}rem">']
     lines += [f"<thead><tr><th></th>{names}</tr></thead>", "<tbody>"]
     for i in range(max(map(len, stories.values()))):
         cells = (
@@ -103,7 +100,7 @@ def story_table(stories, overlaps):
             for name, told in stories.items()
         )
         lines.append(f"<tr><th>{i + 1}</th>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</tbody></table></div>"])
+    return "\n".join([*lines, "</tbody></table>"])
 
 
 def write_page(path, title, stories, overlaps, columns, n, n_words, notes, settings):

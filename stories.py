@@ -281,18 +281,24 @@ FIGURES = {
         "of the validation text, from the log of the run; less is better",
     ),
     "distinct_1": Figure(
-        "distinct-1", three_digits, "different words / all words, in the first {n_words} of each"
+        "distinct-1",
+        three_digits,
+        "different words / all words, in the first {n_words} of each column",
     ),
-    "distinct_2": Figure("distinct-2", three_digits, "the same for every two words in a row"),
-    "distinct_3": Figure("distinct-3", three_digits, "for every three"),
-    "distinct_4": Figure("distinct-4", three_digits, "for every four"),
+    "distinct_2": Figure(
+        "distinct-2", three_digits, "different pairs of words / all pairs of words in a row"
+    ),
+    "distinct_3": Figure("distinct-3", three_digits, "the same for three words in a row"),
+    "distinct_4": Figure("distinct-4", three_digits, "the same for four"),
     "copied": Figure(
-        "copied", percent, "share of all {n} words in a row that the training text has too"
+        "copied", percent, "share of its rows of {n} words that the training text has too"
     ),
     "longest_median": Figure(
-        "longest copied run", one_digit, "words, every {n} of them copied; median of the stories"
+        "longest copied run",
+        one_digit,
+        "in words: every {n} in a row are in the training text; median of the stories",
     ),
-    "longest_max": Figure("the longest of all", number, "words, in one story"),
+    "longest_max": Figure("the longest of all", number, "in words, in any of its stories"),
     "proper": Figure(
         "end properly",
         percent,
