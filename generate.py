@@ -16,7 +16,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+from checkpoint import RUN_FILE, load_checkpoint
 from configurator import UserError, configure, settings_of
 from corpus import stream_documents, text_files
 from dataset import DataPaths, TokenData
@@ -95,7 +95,7 @@ def data_of(path, tokenizer):
     config = load_checkpoint(path).get("config", {}) if recognize(path) == "checkpoint" else {}
     names = ("data_dir", "vocab_source", "vocab_size")
     if any(name not in config for name in names):
-        raise UserError(f"{path} does not say what it was trained on")
+        raise UserError("it does not say what it was trained on")
     paths = DataPaths(*(config[name] for name in names))
     if not os.path.isdir(paths.shards):
         raise UserError(f"its token shards, {paths.shards}, are not there")
@@ -109,9 +109,9 @@ if len(set(names)) < len(names):
     raise UserError(f"models = {models}: one of them is named twice")
 paths = {name: model_in(name) for name in names}
 if not out:
-    first = paths[names[0]]
-    folder = first if os.path.isdir(first) else os.path.dirname(first)
-    out = os.path.join("" if first.startswith(HUB) else folder, "stories.html")
+    is_folder = os.path.isdir(names[0]) and not os.path.exists(os.path.join(names[0], RUN_FILE))
+    folder = names[0] if is_folder else os.path.dirname(names[0])
+    out = os.path.join("" if names[0].startswith(HUB) else folder, "stories.html")
 check_target("out", out, (".html", ".htm"))
 if json:
     check_target("json", json, (".jsonl",))
@@ -146,6 +146,19 @@ for name in names if not source or (reference and not valid_source) else []:
         if not source:
             notes.append(f"For {name} copies are not looked for: {e}; --source= names a text.")
 
+real = []  # (text, number of tokens)
+if reference and valid_source:
+    found = loaded[names[0]][1]
+    documents = (text for path in valid_files for text, _ in stream_documents(path))
+    real = some_of(documents, num_samples, seed)
+    real = [(text, len(found.encode(text, bos=False))) for text in real]
+elif reference and data:
+    name = next(iter(data))
+    documents = documents_of_shard(data[name][1].valid[0], loaded[name][1])
+    real = some_of(documents, num_samples, seed)
+if reference and not real:
+    notes.append("There are no real stories to compare with: --valid_source= names a text.")
+
 told = {}  # name: list of Story
 for name, (model, found, _) in loaded.items():
     model = model.to(device).eval()
@@ -153,10 +166,8 @@ for name, (model, found, _) in loaded.items():
     prompt, generator = prompts[name], torch.Generator().manual_seed(seed)
     limit = min(max_new_tokens, model.room_behind(prompt))
     prompt_text, told[name] = found.decode(prompt), []
-    began, bar = (
-        time.perf_counter(),
-        tqdm(total=num_samples, unit=" stories", desc=name, disable=None),
-    )
+    bar = tqdm(total=num_samples, unit=" stories", desc=name, disable=None)
+    began = time.perf_counter()
     for first in range(0, num_samples, batch_size):
         n = min(batch_size, num_samples - first)
         draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
@@ -180,25 +191,13 @@ for name, (model, found, _) in loaded.items():
         f"{n_tokens / took:,.0f} tokens/s"
     )
 
-if reference:
-    found = loaded[names[0]][1]
-    documents = []
-    if valid_source:
-        texts = (text for path in valid_files for text, _ in stream_documents(path))
-        documents = some_of(texts, num_samples, seed)
-        documents = [(text, len(found.encode(text, bos=False))) for text in documents]
-    elif names[0] in data:
-        shard = data[names[0]][1].valid[0]
-        documents = some_of(documents_of_shard(shard, found), num_samples, seed)
-    if documents:
-        told[REAL] = [Story(text, n_tokens) for text, n_tokens in documents]
-    else:
-        notes.append("There are no real stories to compare with: --valid_source= names a text.")
+if real:
+    told[REAL] = [Story(text, n_tokens) for text, n_tokens in real]
 
 # one pass over each training text, for all that are compared with it
 texts = {name: source or data[name][0] for name in names if source or name in data}
-if REAL in told and names[0] in texts:
-    texts[REAL] = texts[names[0]]
+if REAL in told and texts:
+    texts[REAL] = next(iter(texts.values()))
 overlaps = dict.fromkeys(told)
 for where in dict.fromkeys(texts.values()):
     compared = [name for name, text in texts.items() if text == where]

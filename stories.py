@@ -73,6 +73,11 @@ def words_of(text):
     return WORD.findall(lowered(text))
 
 
+def printable(text):
+    """Text without what no page or terminal shows, BREAK among it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 class Story:
     """
     A story with the prompt it began from: text, n_tokens (without the prompt's), and `ended`,
@@ -80,8 +85,7 @@ class Story:
     """
 
     def __init__(self, text, n_tokens, ended=True, prompt=""):
-        # characters that no page or terminal shows, and BREAK
-        self.text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        self.text, prompt = printable(text), printable(prompt)
         self.n_tokens, self.ended = n_tokens, ended
         self.prompt = prompt if self.text.startswith(prompt) else ""
         matches = list(WORD.finditer(lowered(self.text)))

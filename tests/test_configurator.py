@@ -118,7 +118,7 @@ def test_scripts_work_from_any_directory(tmp_path):
 
 
 def test_every_setting_is_explained():
-    for name in ("train.py", "sample.py", "tinystories.py"):
+    for name in ("train.py", "sample.py", "generate.py", "tinystories.py"):
         done = subprocess.run(
             [sys.executable, str(REPO / name), "--help"], capture_output=True, text=True
         )

@@ -66,6 +66,7 @@ def test_what_lies_inside_the_prompt_counts_nowhere():
     # a word that the prompt only begins is the story's
     assert story("Once upon a timer", prompt="Once upon a time").n_prompt == 3
     assert story("Once upon", prompt="Once upon").n_words() == 0
+    assert story("Once\r upon a time", prompt="Once\r upon").n_words() == 2
 
 
 @pytest.mark.parametrize(
