@@ -149,19 +149,20 @@ def plan():
         of_all.append(f"--data_dir={os.path.abspath(data_dir)}")
     has_seeds = any(name == "seed" for name, _ in axes())
     for seed in [None] if has_seeds else range(first_seed, first_seed + seeds):
-        for (row, words), values in product(listed(), product(*(v for _, v in axes()))):
+        for (row, row_words), values in product(listed(), product(*(v for _, v in axes()))):
             varied = {"run": row} if row else {}
             varied |= {name: value for (name, _), value in zip(axes(), values, strict=True)}
             if seed is not None:
                 varied["seed"] = seed
             settings = [f"--{name}={value}" for name, value in varied.items() if name != "run"]
-            words = [*of_all, f"--device={device}", "--keep_last=1", *words, *settings]
+            words = [*of_all, f"--device={device}", "--keep_last=1", "--picture=False"]
+            words += [*row_words, *settings]
             config = train_settings(words)
             varied = {name: config.get(name, value) for name, value in varied.items()}
             parts = (
                 value if name == "run" else f"{name}={value}" for name, value in varied.items()
             )
-            name = re.sub(r"[^\w.=,+-]+", "_", ",".join(parts))
+            name = re.sub(r"[^\w.=+-]+", "_", "_".join(parts))
             if name in names:
                 raise UserError(f"two runs of this sweep are {name}: leave one of them out")
             names.add(name)

@@ -7,9 +7,9 @@ Train a Llama on the token shards of tinystories.py or webtext.py.
     torchrun --nproc_per_node=2 train.py --out_dir=out   # the same steps, shared by two processes
 
 In out_dir appear ckpt.pt (the latest checkpoint; earlier ones, and best.pt, beside it), model.bin
-and tokenizer.bin (the best model so far, for ./run), tokenizer.model, and log.jsonl (one JSON
-object a line; README.md says what is in it). Ctrl-C ends the run after the current step with a
-checkpoint.
+and tokenizer.bin (the best model so far, for ./run), tokenizer.model, log.jsonl (one JSON object a
+line; README.md says what is in it), and at the end loss.png. Ctrl-C ends the run after the current
+step with a checkpoint.
 """
 
 import contextlib
@@ -52,6 +52,7 @@ from checkpoint import (  # noqa: E402
     versions,
 )
 from configurator import UserError, configure, settings_of  # noqa: E402
+from curves import find_runs  # noqa: E402
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
 from files import atomic_write  # noqa: E402
 from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
@@ -82,6 +83,7 @@ eval_only = False  # evaluate the checkpoint of init_from and stop
 always_save_checkpoint = True  # after every evaluation; False: only when it is the best so far
 save_interval = 0  # steps between further checkpoints; 0: none
 keep_last = 2  # checkpoints kept: ckpt.pt and those before it
+picture = True  # draw loss.png at the end, where matplotlib is installed
 init_from = "scratch"  # scratch; resume: go on in out_dir; or a checkpoint's path: its weights
 resume = "no"  # auto: go on in out_dir if there is a checkpoint there, else as init_from says
 # data
@@ -171,7 +173,7 @@ del config["on_finish"]  # which may have a secret in it, and checkpoints and lo
 OPTIONS = [f.name for f in fields(ModelArgs) if f.name in config]
 FIXED_BY_CHECKPOINT = {*OPTIONS, "vocab_source", "arch", "optimizer"} - {"dropout"}
 OF_ONE_START = set(
-    "out_dir init_from resume eval_only device fsdp compile attention estimate mfu price "
+    "out_dir picture init_from resume eval_only device fsdp compile attention estimate mfu price "
     "hub_repo hub_private hub_keep_local wandb_project wandb_run".split()
 )
 AT_LEAST_1 = (
@@ -774,6 +776,18 @@ def evaluate_and_keep():
     return True
 
 
+def draw():
+    """loss.png of the run, where matplotlib is installed; a failure is said and costs no more."""
+    if not FIRST or not picture or find_spec("matplotlib") is None:
+        return
+    from pictures import draw_runs
+
+    try:
+        draw_runs(find_runs([out_dir]), os.path.join(out_dir, "loss.png"))
+    except Exception as e:
+        print(f"warning: no loss.png ({type(e).__name__}: {e})", file=sys.stderr)
+
+
 def begin_uploads():
     """Uploads of the first rank, if they are asked for."""
     if FIRST and hub_repo:
@@ -882,6 +896,7 @@ log(
     compute_dtype=str(dtype).removeprefix("torch."),
     flops_per_token=model.flops_per_token(),
     peak_flops=peak,
+    rates={group["role"]: group["initial_lr"] for group in optimizer.param_groups},
     commit=git_commit(),
     **describe(device),
 )
@@ -942,6 +957,7 @@ log(
     **now(),
     best_val_loss=best_val_loss,
 )
+draw()
 has_left = leave_machine()
 if writer.error:
     saved = writer.latest_step or first_step

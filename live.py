@@ -1,0 +1,217 @@
+"""
+A page on this machine that follows runs while they train: `python plot.py --serve --out_dir=out`.
+
+The page is live.html; it asks /data.json every second, which is made from the runs' log.jsonl. The
+latest story is told whenever there is a new model.bin, by ./run where it is built and else by
+sample.py, in a process of its own.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from configurator import UserError
+from curves import find_runs, thinned
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+HOSTS = ("127.0.0.1", "localhost")
+N_POINTS = 600  # of a curve that are sent
+MOST_RUNS = 60  # that a page shows
+RECENT = 20  # lines of the log that the time left is estimated from
+STORY_S = 120  # after which a story is given up
+LOOK_S = 1.0  # between looks for a new model
+FIELDS = {
+    "train": ("step", "tokens", "train_s", "loss", "grad_norm", "lr", "tok_s"),
+    "evals": ("step", "tokens", "train_s", "val_loss", "val_bpb"),
+}
+
+
+def seconds_left(run):
+    """An estimate of the seconds until a run is done; None where it cannot be told."""
+    config, lines = run.start.get("config", {}), run.train[-RECENT:]
+    if run.end or not lines or not config:
+        return None
+    last = lines[-1]
+    if config["max_minutes"]:
+        return max(0.0, 60 * config["max_minutes"] - last["train_s"])
+    # with evaluations and checkpoints; the clock begins anew where a run was resumed
+    first = next((line for line in lines if line["time_s"] <= last["time_s"]), last)
+    n_steps = last["step"] - first["step"]
+    if n_steps <= 0:
+        return None
+    return (last["time_s"] - first["time_s"]) / n_steps * (config["max_iters"] - last["step"])
+
+
+def state_of(run):
+    """What the page shows of a run, as JSON can carry it."""
+    config, last = run.start.get("config", {}), run.train[-1] if run.train else {}
+    age = None
+    with contextlib.suppress(OSError):
+        age = max(0.0, time.time() - os.stat(run.log).st_mtime)
+    state = {
+        "name": run.name,
+        "state": run.end.get("reason", "running"),
+        "age": age,
+        "step": last.get("step", 0),
+        "max_iters": None if config.get("max_minutes") else config.get("max_iters"),
+        "max_minutes": config.get("max_minutes") or None,
+        "train_s": last.get("train_s", 0),
+        "seconds_left": seconds_left(run),
+        "tok_s": last.get("tok_s"),
+        "mfu": last.get("mfu"),
+        "n_params": run.start.get("n_params"),
+        "device": run.start.get("device_name"),
+        "rates": run.rates(),
+    }
+    for kind, names in FIELDS.items():
+        lines = thinned(getattr(run, kind), N_POINTS)
+        state[kind] = {name: [line.get(name) for line in lines] for name in names}
+    return state
+
+
+class Watcher:
+    """The runs of some folders, and the story of the latest model among them."""
+
+    def __init__(self, paths, start, engine):
+        self.paths, self.start, self.lock = paths, start, threading.Lock()
+        self.engine = engine or os.path.join(HERE, "run")
+        self.runs, self.story, self.told = {}, None, None
+        self.problem = ""
+
+    def look(self):
+        """The state of everything, for the page."""
+        with self.lock:
+            try:
+                for run in find_runs(self.paths):
+                    self.runs.setdefault(run.folder, run)
+                self.problem = ""
+            except UserError as e:  # it may come yet
+                self.problem = str(e)
+            for run in self.runs.values():
+                run.read()
+            runs = sorted(self.runs.values(), key=last_change, reverse=True)[:MOST_RUNS]
+            states = [state_of(run) for run in runs]
+        return {"runs": states, "story": self.story, "problem": self.problem, "now": time.time()}
+
+    def tell_stories(self):
+        """Forever: a story for every new model.bin."""
+        while True:
+            with contextlib.suppress(OSError, UserError):
+                self.tell_one()
+            time.sleep(LOOK_S)
+
+    def tell_one(self):
+        with self.lock:
+            models = [os.path.join(folder, "model.bin") for folder in self.runs]
+            names = {os.path.join(run.folder, "model.bin"): run for run in self.runs.values()}
+        models = [path for path in models if os.path.exists(path)]
+        if not models:
+            return
+        path = max(models, key=os.path.getmtime)
+        version = path, os.path.getmtime(path)
+        if version == self.told:
+            return
+        self.told = version
+        run = names[path]
+        best = min(run.evals, key=lambda line: line["val_loss"], default={})
+        text = self.text_of(path)
+        self.story = {"text": text, "run": run.name, "step": best.get("step"), "time": version[1]}
+
+    def text_of(self, model):
+        """A story by model.bin, or a sentence on why there is none."""
+        if os.access(self.engine, os.X_OK):
+            words = [self.engine, model, "-i", self.start, "-t", "0.8", "-s", "1", "-n", "256"]
+        else:
+            words = [
+                *(sys.executable, os.path.join(HERE, "sample.py"), f"--checkpoint={model}"),
+                *(f"--start={self.start}", "--temperature=0.8", "--seed=1"),
+            ]
+        # training wants the cores
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": STORY_S}
+        try:
+            done = subprocess.run(words, env=environment, **options)
+        except subprocess.TimeoutExpired:
+            return f"(no story within {STORY_S} s)"
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            return f"(no story: {lines[-1] if lines else 'the engine failed'})"
+        return done.stdout.decode(errors="replace").strip()
+
+
+def last_change(run):
+    try:
+        return os.stat(run.log).st_mtime
+    except OSError:
+        return 0.0
+
+
+def handler(watcher):
+    """The class that answers requests: the page, and its data."""
+    with open(os.path.join(HERE, "live.html"), "rb") as f:
+        page = f.read()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+            path = self.path.partition("?")[0]
+            if host not in HOSTS:  # a page of the web that has this machine's address as its name
+                self.send_error(403)
+            elif path == "/":
+                self.answer("text/html; charset=utf-8", page)
+            elif path == "/data.json":
+                state = json.dumps(watcher.look(), allow_nan=False)
+                self.answer("application/json", state.encode())
+            else:
+                self.send_error(404)
+
+        def answer(self, kind, body):
+            self.send_response(200)
+            for name, value in (
+                ("Content-Type", kind),
+                ("Content-Length", str(len(body))),
+                ("Cache-Control", "no-store"),
+                ("X-Content-Type-Options", "nosniff"),
+            ):
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # the page was closed
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+def serve_runs(paths, port, start, engine):
+    """
+    Serve the page for the runs of some folders until Ctrl-C; folders may come into being later.
+    Raises UserError where the port is taken.
+    """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"port = {port}: expected a number from 0 to 65535")
+    if engine and not os.access(engine, os.X_OK):
+        raise UserError(f"engine = {engine} is no program: make run builds one")
+    watcher = Watcher(paths, start, engine)
+    problem = watcher.look()["problem"]
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler(watcher))
+    except OSError as e:
+        raise UserError(
+            f"port {port} cannot be used ({e.strerror}): give another with --port, or 0 for any"
+        ) from None
+    server.daemon_threads = True
+    if start:
+        threading.Thread(target=watcher.tell_stories, daemon=True).start()
+    if problem:
+        print(f"waiting for a run: {problem}")
+    print(f"http://127.0.0.1:{server.server_address[1]} follows {', '.join(paths)}; Ctrl-C ends it")
+    sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever(poll_interval=0.2)
