@@ -77,6 +77,7 @@ out_dir = ""  # empty: out/sweeps/NAME, of the sweep's file
 jobs = 1  # runs at once: each with its part of the cores, or with one of the GPUs
 device = "auto"
 rounds = 3  # in which speeds are measured for equal_minutes
+patience = 30.0  # seconds to wait for runs of a sweep that was killed, which save their last step
 keep_checkpoints = False  # of finished runs, whose model.bin stays in any case
 # before anything is spent
 price = 0.0  # dollars of the machine an hour, for the estimate
@@ -88,9 +89,8 @@ OF_THE_WORK = {f.name for f in fields(ModelArgs)} - SAME_WORK | set(
     "batch_size gradient_accumulation_steps optimizer dtype compile".split()
 )
 START_UP_S = 8  # of a run: loading torch and the data, writing what it leaves; a guess
-SLOW_STEP = 2e12  # operations; on a CPU such a step is not tried for the estimate
+SLOW_STEP = 3e11  # operations; on a CPU such a step is not tried for an estimate alone
 CPU_SPEED = 1e11  # operations a second that are then taken for granted
-PATIENCE_S = 30  # how long the runs of a sweep that was killed may take to stop
 
 
 def check_settings():
@@ -103,6 +103,7 @@ def check_settings():
         ("eval_windows", 0),
         ("jobs", 1),
         ("rounds", 1),
+        ("patience", 0),
         ("price", 0),
     ):
         if not least <= globals()[name] < math.inf:
@@ -141,6 +142,14 @@ def listed():
     return found or [("", [])]
 
 
+def check_model(config, varied):
+    """Raise UserError where the numbers of a run's model do not fit together."""
+    try:
+        ModelArgs.from_dict({f.name: config[f.name] for f in fields(ModelArgs) if f.name in config})
+    except ValueError as e:
+        raise UserError(f"{', '.join(f'{k} = {v}' for k, v in varied.items())}: {e}") from None
+
+
 def plan():
     """[run] in the order in which they are done, seeds outermost: a dict of each, without length"""
     planned, names = [], set()
@@ -158,6 +167,7 @@ def plan():
             words = [*of_all, f"--device={device}", "--keep_last=1", "--picture=False"]
             words += [*row_words, *settings]
             config = train_settings(words)
+            check_model(config, varied)
             varied = {name: config.get(name, value) for name, value in varied.items()}
             parts = (
                 value if name == "run" else f"{name}={value}" for name, value in varied.items()
@@ -195,13 +205,14 @@ def measure(planned, n_rounds):
     todo = [item for _ in range(n_rounds) for item in missing.items()]
     for key, config in tqdm(todo, desc="measuring speeds", disable=not todo, leave=False):
         n_flops = flops_of_step(config)
-        if device_here.type == "cpu" and n_flops > SLOW_STEP:
+        if device_here.type == "cpu" and n_flops > SLOW_STEP and not equal_minutes:
             found[key].append(tokens_of_step(config) * CPU_SPEED / n_flops)
             continue
         torch.manual_seed(1)
         step = stepper(config, device_here)
-        seconds_of(step, 2, device_here)  # which compiles it, where that is asked for
-        n = min(50, max(1, round(2 / seconds_of(step, 1, device_here))))
+        seconds_of(step, 1, device_here)  # which compiles it, where that is asked for
+        budget_s = 2.0 if equal_minutes else 0.5
+        n = min(50, max(1, round(budget_s / seconds_of(step, 1, device_here))))
         found[key].append(n * tokens_of_step(config) / seconds_of(step, n, device_here))
         del step
     known |= {key: round(statistics.median(speeds), 1) for key, speeds in found.items()}
@@ -405,7 +416,7 @@ def run_all(todo, total_s):
 
 def lock_folder():
     """out_dir, locked for this sweep and its runs; UserError where another one is at work."""
-    for attempt in range(10 * PATIENCE_S):
+    for attempt in range(1 + int(10 * patience)):
         try:
             return RunDir(out_dir)
         except FolderInUse:

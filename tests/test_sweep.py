@@ -1,0 +1,196 @@
+"""sweep.py: what is run, what is kept of it, and what happens when something goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, TINY, read_log, refused, script
+
+BASE = " ".join([*TINY, "--arch=llama", "--optimizer=adamw", "--bigram_rows=0"])
+
+
+def sweep(data_dir, out_dir, *words, **options):
+    flags = [f"--base={BASE}", f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--evals=2"]
+    return script("sweep.py", *flags, *words, **options)
+
+
+def results(out_dir):
+    lines = (out_dir / "results.jsonl").read_text().splitlines()
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def test_a_grid_with_seeds_becomes_runs_with_results(practice, tmp_path):
+    words = ("--grid=base_learning_rate=1e-3,1e-2", "--seeds=2", "--equal_tokens=5120", "--jobs=2")
+    done = sweep(practice, tmp_path, *words, "--title=a title")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(tmp_path)
+    assert sorted(found) == [
+        f"base_learning_rate={rate}_seed={seed}" for rate in (0.001, 0.01) for seed in (1337, 1338)
+    ]
+    for name, line in found.items():
+        log = read_log(tmp_path / name)
+        last = [entry for entry in log if entry["kind"] == "eval"][-1]
+        assert line["status"] == "finished" and line["title"] == "a title"
+        assert (line["val_loss"], line["val_bpb"]) == (last["val_loss"], last["val_bpb"])
+        assert line["best_val_loss"] == min(e["val_loss"] for e in log if e["kind"] == "eval")
+        assert line["tokens"] == 5120 and line["steps"] == 10  # of 8 x 64 tokens
+        assert line["config"]["base_learning_rate"] == line["varied"]["base_learning_rate"]
+        assert line["seed"] == line["config"]["seed"] == line["varied"]["seed"]
+        assert line["commit"] == log[0]["commit"] and line["train_s"] > 0
+        assert [point["step"] for point in line["curve"]] == [5, 10]
+        assert (
+            not (tmp_path / name / "ckpt.pt").exists() and (tmp_path / name / "model.bin").exists()
+        )
+    # the same command has nothing to do, even where the runs' folders are gone
+    before = (tmp_path / "results.jsonl").read_bytes()
+    (tmp_path / "base_learning_rate=0.01_seed=1337" / "log.jsonl").unlink()
+    done = sweep(practice, tmp_path, *words, "--title=a title")
+    assert done.returncode == 0 and "0 of 4 runs to do" in done.stdout
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_a_failure_does_not_end_the_rest_and_is_tried_again(practice, tmp_path):
+    runs = "good: --batch_size=4; bad: --batch_size=200000 ; wild: --base_learning_rate=1e15"
+    words = (f"--runs={runs}", "--seeds=1", "--evals=0")
+    base = f"--base={BASE} --max_iters=12"
+    # its step would take more than the machine has, which the estimate must not find out
+    done = sweep(practice, tmp_path, *words, base)
+    refused(done, "1 runs failed")
+    found = {line["varied"]["run"]: line for line in results(tmp_path).values()}
+    assert found["good"]["status"] == "finished"
+    assert found["bad"]["status"] == "failed" and "sequences" in found["bad"]["error"]
+    assert found["wild"]["status"] == "diverged" and found["wild"]["val_loss"] is None
+    done = sweep(practice, tmp_path, *words, base)
+    refused(done, "1 runs failed")
+    assert "1 of 3 runs to do" in done.stdout
+
+
+def running(out_dir):
+    """The steps that the runs of a sweep have logged, by name."""
+    found = {}
+    for log in out_dir.glob("*/log.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        found[log.parent.name] = max((line.get("step", 0) for line in lines), default=0)
+    return found
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
+    words = [
+        *(f"--base={BASE} --max_iters=300 --save_interval=20", f"--data_dir={practice}"),
+        *("--grid=base_learning_rate=1e-3,3e-3", "--seeds=1", "--evals=3", "--device=cpu"),
+    ]
+    out = tmp_path / "killed"
+    command = [sys.executable, REPO / "sweep.py", *words, f"--out_dir={out}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet)
+    first, second = (f"base_learning_rate={rate}_seed=1337" for rate in (0.001, 0.003))
+    wait_for(lambda: running(out).get(second, 0) >= 40)
+    os.kill(process.pid, how)
+    process.wait(60)
+    assert list(results(out)) == [first]
+    kept = (out / "results.jsonl").read_text().splitlines()[0]
+    log_of_first = (out / first / "log.jsonl").stat()
+    done = script("sweep.py", *words, f"--out_dir={out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 2 runs to do" in done.stdout
+    # the finished run was not touched, the half one went on where it was
+    assert (out / "results.jsonl").read_text().splitlines()[0] == kept
+    assert (out / first / "log.jsonl").stat() == log_of_first
+    starts = [line for line in read_log(out / second) if line["kind"] == "start"]
+    assert len(starts) == 2
+    steps = [line["step"] for line in read_log(out / second) if line["kind"] == "train"]
+    assert len(steps) == len(set(steps)) and max(steps) == 300
+    if how != signal.SIGKILL:
+        return
+    # and came to what an undisturbed run comes to, bit for bit
+    whole = tmp_path / "whole"
+    done = script("sweep.py", *words, "--grid=base_learning_rate=3e-3", f"--out_dir={whole}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(whole)[second]["val_loss"] == results(out)[second]["val_loss"]
+
+
+def test_other_settings_are_another_run(practice, tmp_path):
+    words = ("--grid=base_learning_rate=1e-2", "--seeds=1")
+    for n_tokens in (2560, 5120):
+        done = sweep(practice, tmp_path, *words, f"--equal_tokens={n_tokens}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    [line] = results(tmp_path).values()
+    assert line["tokens"] == 5120
+
+
+def test_equal_time_gives_the_slower_run_fewer_steps(practice, tmp_path):
+    runs = "--runs=small: --dim=32; large: --dim=128 --n_layers=6"
+    done = sweep(practice, tmp_path, runs, "--seeds=1", "--equal_minutes=1", "--dry_run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = {
+        line.split()[0]: int(line.split()[1].replace(",", ""))
+        for line in done.stdout.splitlines()
+        if "seed=1337" in line
+    }
+    assert steps["small_seed=1337"] > 2 * steps["large_seed=1337"]
+    assert not list(tmp_path.iterdir())  # nothing is written before it is begun
+
+
+def test_an_estimate_needs_no_data_and_says_the_cost(tmp_path):
+    words = ("--grid=base_learning_rate=1e-2", "--seeds=2", "--price=3600", "--dry_run")
+    done = sweep(tmp_path / "nowhere", tmp_path / "out", *words, f"--base={BASE} --max_minutes=1")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs to do" in done.stdout and "dollars" in done.stdout
+    assert "tinystories.py train_vocab" in done.stdout and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (REPO / "experiments").glob("*.py")))
+def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
+    text = (REPO / "experiments" / f"{name}.py").read_text()
+    if "base = " not in text:  # settings that sweeps name as their base
+        done = script("train.py", f"experiments/{name}.py", "--estimate", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return
+    words = (f"experiments/{name}.py", "--dry_run", "--rounds=1", "--equal_minutes=0")
+    done = script("sweep.py", *words, "--seeds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs to do" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["nothing to sweep"]),
+        (["--grid=seed"], ["seed", "NAME=VALUE,VALUE"]),
+        (["--grid=sed=1,2"], ["sed", "did you mean --seed"]),
+        (["--grid=dim=a,b"], ["dim=a", "whole number"]),
+        (["--runs=no colon"], ["no colon", "NAME: words"]),
+        (["--runs=a: --dim=32; a: --dim=64"], ["two runs", "a_seed=1337"]),
+        (["--grid=dim=32,64", "--jobs=0"], ["jobs = 0", "at least 1"]),
+        (["--grid=dim=32", "--equal_tokens=5", "--equal_minutes=1"], ["exclude"]),
+        (["--grid=dim=32", "--base=config/none.py"], ["config/none.py", "does not exist"]),
+        (["--grid=dim=32", "--data_dir=nowhere"], ["no shards", "tinystories.py"]),
+        (["--grid=n_heads=3"], ["n_heads = 3", "divide"]),
+    ],
+)
+def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
+    done = script("sweep.py", *words, f"--out_dir={tmp_path / 'out'}", cwd=tmp_path)
+    refused(done, *parts)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_two_sweeps_in_one_folder_are_refused(practice, tmp_path):
+    import fcntl
+
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    done = sweep(practice, tmp_path, "--grid=dim=32,64", "--patience=1")
+    refused(done, "another sweep is at work")
+    os.close(folder)
