@@ -201,12 +201,13 @@ def measure(planned, n_rounds):
     known = read_json(path) if os.path.exists(path) else {}
     kinds = {work_of(run["config"]): run["config"] for run in planned}
     missing = {key: config for key, config in kinds.items() if key not in known}
-    found = {key: [] for key in missing}
+    found, guessed = {key: [] for key in missing}, set()
     todo = [item for _ in range(n_rounds) for item in missing.items()]
     for key, config in tqdm(todo, desc="measuring speeds", disable=not todo, leave=False):
         n_flops = flops_of_step(config)
         if device_here.type == "cpu" and n_flops > SLOW_STEP and not equal_minutes:
             found[key].append(tokens_of_step(config) * CPU_SPEED / n_flops)
+            guessed.add(config["dim"])
             continue
         torch.manual_seed(1)
         step = stepper(config, device_here)
@@ -215,6 +216,9 @@ def measure(planned, n_rounds):
         n = min(50, max(1, round(budget_s / seconds_of(step, 1, device_here))))
         found[key].append(n * tokens_of_step(config) / seconds_of(step, n, device_here))
         del step
+    if guessed:
+        dims = ", ".join(map(str, sorted(guessed)))
+        print(f"too large to try here (dim {dims}): 100 billion operations a second are assumed")
     known |= {key: round(statistics.median(speeds), 1) for key, speeds in found.items()}
     if missing and not dry_run:
         write_json(path, known)

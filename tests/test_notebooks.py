@@ -13,6 +13,11 @@ from nbclient import NotebookClient
 
 # Every notebook at the top level, with environment variables that make its run a small one
 NOTEBOOKS = {
+    "Baby_Llama_128.ipynb": {
+        "BABY_MINUTES": "0.1",
+        "BABY_STORIES": "1000",
+        "BABY_SAMPLES": "2",
+    },
     "from_scratch.ipynb": {},
     "tokenizer.ipynb": {},
 }

@@ -1,0 +1,305 @@
+"""plot.py: curves from logs, pictures of runs and sweeps, and the page that follows a run."""
+
+import http.client
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, TINY, refused, script
+
+import curves
+from curves import find_runs, in_order, smooth, summarize, sweep_axes, thinned
+
+needs_matplotlib = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("matplotlib"), reason="needs matplotlib"
+)
+
+
+def log_of(folder, n_steps=60, end=None, **config):
+    """A log as train.py writes it, of a loss that falls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"max_iters": 100, "max_minutes": 0.0, **config}
+    lines = [{"kind": "start", "config": settings, "rates": {"hidden": 0.02, "head": 0.01}}]
+    for step in range(1, n_steps + 1):
+        clock = {
+            "step": step,
+            "tokens": 512 * step,
+            "time_s": 5 + 0.6 * step,
+            "train_s": 0.5 * step,
+        }
+        noise = 0.1 * math.sin(7 * step)
+        more = {"loss": 3 + 3 / step + noise, "lr": 0.02, "grad_norm": 1.0, "tok_s": 1000}
+        lines.append({"kind": "train", **clock, **more})
+        if step % 20 == 0:
+            lines.append(
+                {"kind": "eval", **clock, "val_loss": 3 + 3 / step, "val_bpb": 1 + 1 / step}
+            )
+    if end:
+        lines.append({"kind": "end", "reason": end, **clock})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def line_of_sweep(status="finished", val=1.0, **varied):
+    curve = [
+        {"step": s, "tokens": s, "train_s": s, "val_loss": val, "val_bpb": val + 1 / s}
+        for s in (1, 2)
+    ]
+    name = "_".join(f"{k}={v}" for k, v in varied.items())
+    about = {"name": name, "sweep": "a sweep", "varied": varied, "status": status}
+    if status == "failed":
+        return {**about, "error": "it failed"}
+    final = val if status == "finished" else None
+    return {**about, "val_bpb": final, "val_loss": final, "curve": curve, "tokens": 2, "train_s": 2}
+
+
+def test_a_log_is_read_as_it_grows(tmp_path):
+    folder = log_of(tmp_path / "out")
+    [run] = find_runs([folder])
+    assert len(run.train) == 60 and len(run.evals) == 3 and not run.end
+    with open(run.log, "a") as f:
+        f.write('{"kind": "train", "step": 61, "loss')  # half a line
+        f.flush()
+        assert len(run.read().train) == 60
+        f.write('": 2.0}\n{"kind": "end", "reason": "finished", "step": 61}\n')
+    run.read()
+    assert run.train[-1] == {"kind": "train", "step": 61, "loss": 2.0} and run.end
+    log_of(tmp_path / "new", n_steps=5)  # train.py writes a resumed log beside, and renames it
+    os.replace(tmp_path / "new" / "log.jsonl", run.log)
+    assert len(run.read().train) == 5 and not run.end
+
+
+def test_runs_are_found_alone_and_in_folders(tmp_path):
+    for name in ("a", "b", "previous"):
+        log_of(tmp_path / "sweep" / name)
+    names = [run.name for run in find_runs([str(tmp_path / "sweep")])]
+    assert [name.split("/")[-1] for name in names] == ["a", "b"]
+    assert [run.name for run in find_runs([str(tmp_path / "sweep" / "a")])] == ["a"]
+
+
+def test_smoothing_keeps_a_line_and_takes_out_noise():
+    falling = [10 - 0.1 * i for i in range(80)]
+    # it does not lag behind
+    assert smooth(falling, 0.02)[10:-10] == pytest.approx(falling[10:-10], abs=0.01)
+    noisy = [math.sin(100 * i) for i in range(1000)]
+    assert max(map(abs, smooth(noisy, 0.02)[50:-50])) < 0.1
+    assert smooth([5.0] * 7, 0.1) == pytest.approx([5.0] * 7)
+    assert smooth(noisy, 0) == noisy
+    assert thinned(list(range(1000)), 11) == [round(999 * i / 10) for i in range(11)]
+
+
+def test_a_sweep_is_summed_up_by_setting_and_seed():
+    lines = [
+        line_of_sweep(val=v, lr=lr, seed=seed)
+        for seed, lr, v in ((1, 0.1, 2.0), (1, 0.01, 1.0), (2, 0.1, 2.5), (2, 0.01, 1.5))
+    ]
+    lines += [line_of_sweep("diverged", lr=1.0, seed=1), line_of_sweep("failed", lr=2.0, seed=1)]
+    x, series = sweep_axes(lines)
+    assert (x, series) == ("lr", [])
+    assert summarize(lines, x, series, "val_bpb") == [
+        ("", [(0.01, [1.0, 1.5], 0), (0.1, [2.0, 2.5], 0), (1.0, [], 1)])
+    ]
+    grid = [line_of_sweep(batch=b, lr=lr, seed=1) for lr in (3, 1, 2) for b in (8, 4)]
+    assert sweep_axes(grid) == ("lr", ["batch"]) and sweep_axes(grid, "batch") == ("batch", ["lr"])
+    assert [line["varied"]["lr"] for line in in_order(grid, "lr", ["batch"])] == [1, 2, 3, 1, 2, 3]
+    assert curves.show(3e-4) == "3e-4" and curves.show(0.01) == "0.01" and curves.show("x") == "x"
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_pictures_of_runs_and_sweeps(tmp_path, theme, ending):
+    a, b = log_of(tmp_path / "a", end="finished"), log_of(tmp_path / "b", n_steps=30)
+    sweep = tmp_path / "results.jsonl"
+    lines = [line_of_sweep(val=s * lr, lr=lr, seed=s) for s in (1, 2) for lr in (0.1, 1.0)]
+    lines += [line_of_sweep("diverged", lr=10.0, seed=1)]
+    sweep.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = tmp_path / "names.jsonl"
+    lines = [line_of_sweep(val=s, run=f"a name {s}", seed=1) for s in (1, 2)]
+    names.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pages = []
+    for what in (a, f"{a},{b}", sweep, names):
+        out = tmp_path / f"picture.{ending}"
+        done = script("plot.py", what, f"--out={out}", f"--theme={theme}")
+        assert done.returncode == 0, done.stderr
+        pages.append(out.read_bytes())
+    if ending == "png":
+        from matplotlib.image import imread
+
+        picture = imread(tmp_path / "picture.png")[..., :3]
+        assert picture[0, 0].mean() > 0.9 if theme == "light" else picture[0, 0].mean() < 0.2
+        assert len({tuple(p) for p in picture.reshape(-1, 3).round(1)}) > 5  # it shows something
+    else:
+        assert all(page.startswith(b"<?xml") and b"<svg" in page for page in pages)
+    assert len(set(pages)) == 4
+
+
+@needs_matplotlib
+def test_a_sweep_is_printed_as_well(tmp_path):
+    path = tmp_path / "results.jsonl"
+    lines = [line_of_sweep(val=v, lr=0.1, seed=i) for i, v in enumerate((1.0, 2.0))]
+    lines += [line_of_sweep("diverged", lr=1.0, seed=1), line_of_sweep("failed", lr=2.0, seed=1)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = script("plot.py", path)
+    assert "1.5000 ± 0.7071 (2)" in done.stdout and "1 diverged" in done.stdout
+    assert "1 runs failed" in done.stdout and (tmp_path / "results.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["nowhere"], ["nowhere", "No such file"]),
+        (["empty"], ["no log.jsonl", "empty"]),
+        (["out", "--out=picture.jpg"], ["picture.jpg", ".png or .svg"]),
+        (["out", "--x=miles"], ["miles", "steps, tokens, time"]),
+        (["out", "--panels=loss,weather"], ["weather", "grad_norm"]),
+        (["out", "--theme=blue"], ["blue", "light, dark"]),
+        (["out", "--smoothing=2"], ["smoothing", "0 to 1"]),
+        (["broken.jsonl"], ["broken.jsonl", "no results"]),
+        (["good.jsonl", "--x=weather"], ["weather", "lr"]),
+        (["good.jsonl,out"], ["not both"]),
+        (["--serve", "--port=99999"], ["99999", "65535"]),
+        (["--serve", "--engine=no-engine"], ["no-engine", "make run"]),
+        (["--serve", "good.jsonl"], ["folder"]),
+    ],
+)
+def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
+    log_of(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text("no json\n[1]\n")
+    (tmp_path / "good.jsonl").write_text(json.dumps(line_of_sweep(lr=1.0, seed=1)) + "\n")
+    refused(script("plot.py", *words, cwd=tmp_path), *parts)
+    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))
+
+
+@needs_matplotlib
+def test_train_draws_its_loss_at_the_end(practice, tmp_path):
+    flags = [*TINY, "--picture=True", "--max_iters=20", f"--data_dir={practice}"]
+    done = script("train.py", *flags, f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the page
+
+
+@pytest.fixture
+def serve():
+    """Start plot.py --serve with some words; returns its port."""
+    processes = []
+
+    def start(*words):
+        command = [sys.executable, REPO / "plot.py", "--serve", "--port=0", *map(str, words)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        for line in process.stdout:
+            if line.startswith("http://127.0.0.1:"):
+                return int(line.split()[0].rsplit(":", 1)[1])
+        raise AssertionError(process.stderr.read())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def get(port, path, host=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", path, headers={"Host": host} if host else {})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def test_the_page_has_the_state_of_runs_and_nothing_else(tmp_path, serve):
+    log_of(tmp_path / "out")
+    port = serve(tmp_path / "out", "--start=")
+    status, page = get(port, "/")
+    assert status == 200 and b"<!doctype html>" in page
+    assert b"src=" not in page and page.count(b"http://") == 1  # the name of SVG: nothing is loaded
+    state = json.loads(get(port, "/data.json")[1])
+    [run] = state["runs"]
+    assert (run["step"], run["max_iters"], run["state"]) == (60, 100, "running")
+    assert run["seconds_left"] == pytest.approx(0.6 * 40, rel=0.01)
+    assert run["evals"]["val_bpb"] == pytest.approx([1.05, 1.025, 1 + 1 / 60])
+    log_of(tmp_path / "out", n_steps=100, end="finished")
+    [run] = json.loads(get(port, "/data.json")[1])["runs"]
+    assert run["state"] == "finished" and run["seconds_left"] is None
+    for path in ("/log.jsonl", "/../plot.py", "/live.html", "//etc/passwd"):
+        assert get(port, path)[0] == 404
+    assert get(port, "/data.json", host="evil.example")[0] == 403
+    assert get(port, "/data.json", host="evil.example:80")[0] == 403
+
+
+def test_the_page_waits_for_a_run_that_is_not_there_yet(tmp_path, serve):
+    port = serve(f"--out_dir={tmp_path / 'out'}", "--start=")
+    state = json.loads(get(port, "/data.json")[1])
+    assert state["runs"] == [] and "out" in state["problem"]
+    log_of(tmp_path / "out")
+    assert len(json.loads(get(port, "/data.json")[1])["runs"]) == 1
+
+
+def test_a_taken_port_is_refused(tmp_path, serve):
+    port = serve(f"--out_dir={tmp_path}", "--start=")
+    refused(script("plot.py", "--serve", f"--port={port}", cwd=tmp_path), f"port {port}", "--port")
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+
+
+def browse(port, folder, *words):
+    """Open the page in Chromium, for four seconds of its time; returns the page as it is then."""
+    command = [BROWSER, *QUIET, f"--user-data-dir={folder}", "--window-size=1280,1150"]
+    command += ["--virtual-time-budget=4000", *words, f"http://127.0.0.1:{port}/"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+
+
+def shown_step(page):
+    return int(
+        page.split('id="numbers"')[1].split("<b>")[1].split("<")[0].split(" / ")[0].replace(",", "")
+    )
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+@needs_matplotlib
+def test_the_page_follows_a_real_run_in_a_browser(practice, tmp_path, serve, builds):
+    out = tmp_path / "out"
+    port = serve(f"--out_dir={out}", f"--engine={builds['run', 'fast']}")
+    flags = [*TINY, "--max_iters=100000", "--log_interval=1", f"--data_dir={practice}"]
+    with open(tmp_path / "train.log", "w") as f:
+        command = [sys.executable, REPO / "train.py", *flags, f"--out_dir={out}"]
+        training = subprocess.Popen(command, stdout=f, stderr=f)
+    try:
+        deadline = time.monotonic() + 120
+        while not (story := json.loads(get(port, "/data.json")[1])["story"]):
+            assert time.monotonic() < deadline and training.poll() is None
+            time.sleep(0.2)
+        before = browse(port, tmp_path / "profile", "--dump-dom")
+        browse(port, tmp_path / "profile", f"--screenshot={tmp_path / 'page.png'}")
+        after = browse(port, tmp_path / "profile", "--dump-dom")
+        assert training.poll() is None  # it went on all the while
+    finally:
+        training.kill()
+        training.wait()
+    assert 0 < shown_step(before) < shown_step(after)
+    assert "Once upon a time" in story["text"] and "Once upon a time" in before
+    for word in ("tokens/s", "left, about", "running", "bits per byte"):
+        assert word in before
+    assert before.count('class="curve"') >= 5 and 'd="M' in before
+    from matplotlib.image import imread
+
+    picture = imread(tmp_path / "page.png")
+    blue = (abs(picture[..., :3] - [0, 0x72 / 255, 0xB2 / 255]) < 0.02).all(-1)
+    assert picture.shape[1] == 1280 and blue.sum() > 500  # the curves are drawn
