@@ -22,7 +22,6 @@ from corpus import stream_documents, text_files
 from dataset import DataPaths, TokenData
 from formats import HUB, load, recognize
 from hardware import pick_device, pick_dtype
-from page import write_page
 from stories import (
     Overlap,
     Story,
@@ -37,6 +36,7 @@ from stories import (
     stream_past,
     write_lines,
 )
+from storypage import write_page
 
 # -----------------------------------------------------------------------------
 models = "out"  # folders of runs, or anything that export.py reads, with commas between them

@@ -538,8 +538,8 @@ class CrossEntropy(torch.autograd.Function):
         """
         x (N, dim); weight (rows, dim), of which vocab_size count; targets (N,) int64, -1 where a
         place does not count; softcap as in ModelArgs; is_fp8: products by fp8_mm -> the mean in
-        nats, float32. With gradients, a place where the target is less likely than 1e-38 counts as
-        if it were that likely.
+        nats, float32. With gradients, a place where the target is less likely than 2e-38 counts as
+        if it were that likely (smaller numbers are denormal, and 0 in train.py).
         """
         w = weight.to(x.dtype)
         # about as much as the cache of a CPU's core holds; a GPU wants large products
@@ -566,7 +566,7 @@ class CrossEntropy(torch.autograd.Function):
                 total -= (log_p.gather(1, y) * counts).sum()
                 continue
             p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(h)])
-            total -= (p.gather(1, y).clamp_(min=1e-38).log_() * counts).sum()
+            total -= (p.gather(1, y).clamp_(min=2e-38).log_() * counts).sum()
             # the gradient of the sum: with respect to logits, p minus one at the target
             p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
             if softcap:

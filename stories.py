@@ -1,6 +1,6 @@
 """
 Stories as text, and what can be counted of them: how varied they are, how much of them the training
-text has too, and how they end. generate.py prints these figures; page.py shows them.
+text has too, and how they end. generate.py prints these figures; storypage.py shows them.
 
 Words are runs of letters and digits in lower case, with the apostrophes inside them; punctuation is
 dropped. Words and n-grams (n words in a row) that lie wholly inside the prompt count nowhere.

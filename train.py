@@ -166,6 +166,7 @@ price = 2.4  # dollars of a GPU an hour, for the estimate
 given = configure(globals())
 # -----------------------------------------------------------------------------
 
+torch.set_flush_denormal(True)  # a CPU takes many times as long for them; before its threads begin
 parallel.errors_of_ranks()
 config = settings_of(globals())
 del config["on_finish"]  # which may have a secret in it, and checkpoints and logs are shown around

@@ -1,4 +1,4 @@
-"""One table for embedding and head or two, the tiny model of CS336 on text of the web: for a GPU."""
+"""One table for embedding and head or two, the tiny model of CS336: for a GPU."""
 
 title = "Weight tying and how it begins"
 base = "config/cs336_tiny.py --optimizer=adamw --base_learning_rate=1e-3 --max_iters=100000"

@@ -12,7 +12,6 @@ from conftest import EVERYTHING, random_model, refused, script
 import stories as stories_module
 from dataset import DataPaths, TokenData
 from model import draw_tokens
-from page import marked, write_page
 from stories import (
     BREAK,
     Overlap,
@@ -26,6 +25,7 @@ from stories import (
     some_of,
     words_of,
 )
+from storypage import marked, write_page
 from tokenizer import open_tokenizer
 
 
