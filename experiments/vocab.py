@@ -5,7 +5,7 @@ compared between vocabularies.
 
 title = "Vocabulary at equal time"
 base = "experiments/modded.py"
-grid = "vocab_size=256,512,1024,2048,4096,8192"
+grid = "vocab_size=512,1024,2048,4096,8192"
 equal_minutes = 2.0
 evals = 6
 eval_windows = 400
