@@ -6,3 +6,4 @@ base += " --warmup_iters=500 --cooldown_frac=1 --cooldown_shape=cosine --final_l
 grid = "max_iters=10000,50000"
 seeds = 1
 evals = 50
+eval_windows = 2560

@@ -4,7 +4,7 @@ LLM-from-scratch's table: for a GPU. equal_minutes in place of the steps makes i
 """
 
 title = "Model size"
-base = "--optimizer=adamw --max_iters=100000 --eval_iters=50"
+base = "--optimizer=adamw --max_iters=100000"
 base += " --warmup_iters=1000 --cooldown_frac=1 --cooldown_shape=cosine --final_lr_frac=0.1"
 runs = """
 tiny: config/cs336_tiny.py --base_learning_rate=1e-3 --batch_size=64
@@ -14,3 +14,4 @@ large: config/cs336_large.py --base_learning_rate=2e-4 --batch_size=8
 """
 seeds = 1
 evals = 50
+eval_windows = 3200

@@ -11,3 +11,4 @@ tied, std 0.0138: --tie_embeddings=True --embedding_std=0.0138
 """
 seeds = 1
 evals = 50
+eval_windows = 3200

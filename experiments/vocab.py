@@ -7,5 +7,5 @@ title = "Vocabulary at equal time"
 base = "experiments/modded.py"
 grid = "vocab_size=512,1024,2048,4096,8192"
 equal_minutes = 2.0
-evals = 6
-eval_windows = 400
+evals = 2
+eval_windows = 2000  # the whole validation text, however it is cut
