@@ -152,6 +152,7 @@ def words_of_run(name, seed=first_seed):
         f"--seed={seed}",
         "--eval_interval=1000000000",  # at the end alone
         "--keep_last=1",
+        "--picture=False",
         *words_of(name),
     ]
 

@@ -385,6 +385,7 @@ def bench_speedrun():
                 f"--max_minutes={length}",
                 f"--eval_interval={interval}",
                 f"--seed={seed}",
+                "--picture=False",
             ]
             settings = train_settings(words)
             words.append(f"--eval_iters={math.ceil(eval_windows / settings['batch_size'])}")

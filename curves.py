@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import statistics
 from dataclasses import dataclass, field
 
@@ -19,10 +20,10 @@ AXES = {
     "tokens": ("tokens", "training tokens (millions)", 1e6),
     "time": ("train_s", "training time (minutes)", 60),
 }
-EARLIER = ("previous", "compiled", "moving", "uploads")  # folders in out_dir that are no runs
+EARLIER = re.compile(r"(previous(_\d+)?|compiled|moving|uploads)")  # folders that are no runs
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """What the log of a run says, line by line; `read` goes on where it stopped."""
 
@@ -95,9 +96,15 @@ class Run:
 
 
 def find_runs(paths):
+    """The runs of folders, see find_folders, read as far as they are."""
+    folders = find_folders(paths)
+    return [Run(f, name).read() for f, name in zip(folders, short_names(folders), strict=True)]
+
+
+def find_folders(paths):
     """
-    The runs of folders, each of one run or of several (in it, or one folder deeper), read as far as
-    they are. Raises UserError where there is none.
+    The folders of runs that paths name, each a run's or one of several runs. Raises UserError where
+    there is none.
     """
     found = {}
     for path in paths:
@@ -109,12 +116,12 @@ def find_runs(paths):
             names = sorted(os.listdir(folder))
         except OSError as e:
             raise UserError(f"cannot read {folder}: {e.strerror}; name a run's out_dir") from None
-        inner = [os.path.join(folder, n) for n in names if not n.startswith(EARLIER)]
+        inner = [os.path.join(folder, n) for n in names if not EARLIER.fullmatch(n)]
         inner = [f for f in inner if os.path.exists(os.path.join(f, LOG))]
         if not inner:
             raise UserError(f"there is no {LOG} in {folder}, nor in a folder in it")
         found.update(dict.fromkeys(inner))
-    return [Run(f, name).read() for f, name in zip(found, short_names(list(found)), strict=True)]
+    return list(found)
 
 
 def short_names(folders):
@@ -122,7 +129,7 @@ def short_names(folders):
     parts = [os.path.normpath(f).split(os.sep) for f in folders]
     while len(parts) > 1 and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
         parts = [p[1:] for p in parts]
-    return ["/".join(p[-2:]) for p in parts] if len(parts) > 1 else [parts[0][-1]]
+    return ["/".join(p) for p in parts] if len(parts) > 1 else [parts[0][-1]]
 
 
 def smooth(values, part):
@@ -173,6 +180,10 @@ def read_sweep(path):
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not lines:
         raise UserError(f"{path} has no results of sweep.py")
+    if all(line["status"] == "failed" for line in lines):
+        raise UserError(
+            f"{path} has no result: all runs failed, the first with {lines[0]['error']}"
+        )
     return lines
 
 
@@ -222,6 +233,7 @@ def summarize(lines, x, series, value):
         label = ", ".join(
             str(varied[name]) if name == "run" else f"{name} = {show(varied[name])}"
             for name in series
+            if name in varied
         )
         values, diverged = found.setdefault(label, {}).setdefault(varied.get(x, ""), ([], []))
         if line["status"] == "finished" and line.get(value) is not None:

@@ -61,6 +61,7 @@ configure(globals(), positional="models")
 # -----------------------------------------------------------------------------
 
 REAL = "real stories"  # the name of their column
+END_OF_PAGE = 4096  # bytes in which a page says who made it
 settings = settings_of(globals())
 check_sampling(settings, num_samples=1, max_new_tokens=1, top_k=0, batch_size=1, ngram=1)
 start = read_prompt(start)
@@ -81,10 +82,13 @@ def check_target(name, path, endings):
         folder = os.path.dirname(folder)
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: give another place with --{name}=PATH")
-    if name == "json" and os.path.exists(path):  # a log and a corpus end in .jsonl too
+    if os.path.exists(path):  # a log and a corpus end in .jsonl too
         with open(path, "rb") as f:
-            if not f.read(10).startswith(b'{"model": '):
-                raise UserError(f"{path} exists, and holds no figures: name another file")
+            begin = f.read(10)
+            f.seek(max(0, os.path.getsize(path) - END_OF_PAGE))
+            end = f.read()
+        if b"generate.py" not in end if name == "out" else not begin.startswith(b'{"model": '):
+            raise UserError(f"{path} exists, and is not by generate.py: name another file")
 
 
 def data_of(path, tokenizer):

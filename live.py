@@ -16,11 +16,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from configurator import UserError
-from curves import find_runs, thinned
+from curves import Run, find_folders, short_names, thinned
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOSTS = ("127.0.0.1", "localhost")
-N_POINTS = 600  # of a curve that are sent
+N_POINTS = 600  # of a curve that are sent, where there is one run
 MOST_RUNS = 60  # that a page shows
 RECENT = 20  # lines of the log that the time left is estimated from
 STORY_S = 120  # after which a story is given up
@@ -36,18 +36,20 @@ def seconds_left(run):
     config, lines = run.start.get("config", {}), run.train[-RECENT:]
     if run.end or not lines or not config:
         return None
-    last = lines[-1]
-    if config["max_minutes"]:
+    first = last = lines[-1]
+    if config.get("max_minutes"):
         return max(0.0, 60 * config["max_minutes"] - last["train_s"])
-    # with evaluations and checkpoints; the clock begins anew where a run was resumed
-    first = next((line for line in lines if line["time_s"] <= last["time_s"]), last)
+    for line in reversed(lines):  # the clock begins anew where a run was resumed
+        if line["time_s"] > first["time_s"]:
+            break
+        first = line
     n_steps = last["step"] - first["step"]
     if n_steps <= 0:
         return None
     return (last["time_s"] - first["time_s"]) / n_steps * (config["max_iters"] - last["step"])
 
 
-def state_of(run):
+def state_of(run, n_points):
     """What the page shows of a run, as JSON can carry it."""
     config, last = run.start.get("config", {}), run.train[-1] if run.train else {}
     age = None
@@ -66,10 +68,9 @@ def state_of(run):
         "mfu": last.get("mfu"),
         "n_params": run.start.get("n_params"),
         "device": run.start.get("device_name"),
-        "rates": run.rates(),
     }
     for kind, names in FIELDS.items():
-        lines = thinned(getattr(run, kind), N_POINTS)
+        lines = thinned(getattr(run, kind), n_points)
         state[kind] = {name: [line.get(name) for line in lines] for name in names}
     return state
 
@@ -79,7 +80,7 @@ class Watcher:
 
     def __init__(self, paths, start, engine):
         self.paths, self.start, self.lock = paths, start, threading.Lock()
-        self.engine = engine or os.path.join(HERE, "run")
+        self.engine = os.path.abspath(engine) if engine else os.path.join(HERE, "run")
         self.runs, self.story, self.told = {}, None, None
         self.problem = ""
 
@@ -87,15 +88,19 @@ class Watcher:
         """The state of everything, for the page."""
         with self.lock:
             try:
-                for run in find_runs(self.paths):
-                    self.runs.setdefault(run.folder, run)
+                folders = find_folders(self.paths)
+                for folder, name in zip(folders, short_names(folders), strict=True):
+                    self.runs.setdefault(folder, Run(folder, name)).name = name
                 self.problem = ""
             except UserError as e:  # it may come yet
                 self.problem = str(e)
             for run in self.runs.values():
                 run.read()
-            runs = sorted(self.runs.values(), key=last_change, reverse=True)[:MOST_RUNS]
-            states = [state_of(run) for run in runs]
+            newest = sorted(self.runs.values(), key=last_change, reverse=True)[:MOST_RUNS]
+            # in the order of their names, so that each keeps its colour
+            runs = [run for run in self.runs.values() if run in newest]
+            n_points = max(60, N_POINTS // max(1, len(runs) // 4))
+            states = [state_of(run, n_points) for run in runs]
         return {"runs": states, "story": self.story, "problem": self.problem, "now": time.time()}
 
     def tell_stories(self):
@@ -138,6 +143,8 @@ class Watcher:
             done = subprocess.run(words, env=environment, **options)
         except subprocess.TimeoutExpired:
             return f"(no story within {STORY_S} s)"
+        except OSError as e:
+            return f"(no story: {words[0]}: {e.strerror})"
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             return f"(no story: {lines[-1] if lines else 'the engine failed'})"

@@ -106,9 +106,8 @@ class ModelArgs:
         for name, most in LARGEST.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at most {most}")
-        for (
-            name
-        ) in "n_kv_heads hidden_dim logit_softcap sliding_window embedding_std head_std".split():
+        not_negative = "n_kv_heads hidden_dim logit_softcap sliding_window embedding_std head_std"
+        for name in not_negative.split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name, least, most in (("norm_eps", 0, 1), ("rope_theta", 1, 1e12)):

@@ -79,6 +79,7 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
         "legend.fontsize": 8,
         "font.size": 9.5,
         "svg.hashsalt": "0",  # the same picture is the same file
+        "text.parse_math": False,  # a name may have a $
     }
     with matplotlib.rc_context(settings):
         size = (panel[0] * columns, panel[1] * rows)
@@ -108,7 +109,7 @@ def draw_runs(runs, path, xs=tuple(AXES), panels=tuple(PANELS), smoothing=0.02, 
     if "bpb" in wide and not any(run.series("eval", "val_bpb", xs[0])[0] for run in runs):
         wide.remove("bpb")
     cells = [[(panel, x) for x in xs] for panel in wide]
-    width = len(xs) if wide else min(3, len(narrow))
+    width = len(xs) if wide else max(1, min(3, len(narrow)))
     cells += [[(p, xs[0]) for p in narrow[i : i + width]] for i in range(0, len(narrow), width)]
     if not cells:
         raise UserError("there is nothing to draw: these runs have no validation in bits per byte")
@@ -119,10 +120,19 @@ def draw_runs(runs, path, xs=tuple(AXES), panels=tuple(PANELS), smoothing=0.02, 
             for (panel, x), ax in zip(row, of_row, strict=False):
                 draw_panel(ax, runs, panel, x, smoothing)
         if 1 < len(runs) <= LEGEND:
-            handles, labels = axes[0][0].get_legend_handles_labels()
-            fig.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
+            name_lines(fig, [run.name for run in runs])
         else:
             fig.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", fontsize=12)
+
+
+def name_lines(fig, names):
+    """A legend above a figure of several runs."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **look(i)) for i in range(len(names))]
+    # matplotlib leaves out names that begin with _
+    labels = [f" {name}" if name.startswith("_") else name for name in names]
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(4, len(names)))
 
 
 def draw_panel(ax, runs, panel, x, smoothing):
@@ -133,11 +143,11 @@ def draw_panel(ax, runs, panel, x, smoothing):
         if panel == "loss":
             at, losses = run.series("train", "loss", x)
             ax.plot(at, losses, color=style["color"], alpha=0.22, linewidth=0.7)
-            name = "training, running mean" if alone else run.name
+            name = "training, running mean" if alone else None
             ax.plot(at, smooth(losses, smoothing), **style, linewidth=1.4, label=name)
         at, values = run.series(kind, value, x)
         if kind == "eval":
-            name = ("validation" if alone else run.name) if panel == "bpb" or alone else None
+            name = "validation" if alone else None
             marks = dict(style, color=COLORS[1]) if alone and panel == "loss" else style
             dots = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "linewidth": 1.2}
             ax.plot(at, values, **marks, **dots, label=name)
@@ -246,6 +256,7 @@ def draw_summary(ax, found, x, label):
     if is_scale:
         if min(places) > 0 and max(places) / min(places) >= 4:
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
             if len(order) <= 10:
                 ax.set_xticks(sorted(order), [show(v) for v in sorted(order)])
                 ax.minorticks_off()

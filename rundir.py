@@ -19,7 +19,10 @@ from files import atomic_write, remove
 
 LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")
-COMPANIONS = ("model.bin", "tokenizer.bin", "tokenizer.model", "wandb_id", "uploads", LOG)
+COMPANIONS = (
+    *("model.bin", "tokenizer.bin", "tokenizer.model", "loss.png", "stories.html"),
+    *("wandb_id", "uploads", LOG),
+)
 
 
 class FolderInUse(UserError):

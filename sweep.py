@@ -13,8 +13,9 @@ NAME.log beside it), and a line of results.jsonl there, which plot.py draws:
     python plot.py out/sweeps/lr/results.jsonl
 
 Ctrl-C stops the runs with a checkpoint. The same command then goes on: finished runs are passed
-over, half ones resumed, failed ones tried again. A run whose loss was no longer a number at some
-point has a result as well, and so is not done again.
+over, half ones resumed, failed ones tried again. A run that diverged has a result as well, and is
+not done again. More values and seeds can be added to a sweep; one that changes what it has needs
+another out_dir.
 """
 
 import contextlib
@@ -45,10 +46,12 @@ from dataset import DataPaths, read_sidecar  # noqa: E402
 from files import atomic_write, read_json, remove, write_json  # noqa: E402
 from hardware import pick_device  # noqa: E402
 from model import ModelArgs  # noqa: E402
+from optim import OPTIMIZERS  # noqa: E402
 from rundir import WORTH_KEEPING, FolderInUse, RunDir  # noqa: E402
 from trials import (  # noqa: E402
     SAME_WORK,
     TRAIN,
+    args_of,
     model_of,
     read_log,
     same_run,
@@ -69,7 +72,7 @@ seeds = 3  # runs of each
 first_seed = 1337
 equal_tokens = 0  # each run gets the steps that make so many tokens; 0: max_iters, as base says
 equal_minutes = 0.0  # each gets the steps that its speed, measured first, makes in so many minutes
-evals = 10  # evaluations of a run, evenly spaced; 0: eval_interval, as base says
+evals = 10  # evaluations of a run, about evenly spaced; 0: eval_interval, as base says
 eval_windows = 0  # validation sequences, evenly spaced; 0: eval_iters batches, as base says
 # how
 data_dir = ""  # with the shards; empty: as base says
@@ -86,7 +89,8 @@ configure(globals())
 # -----------------------------------------------------------------------------
 
 OF_THE_WORK = {f.name for f in fields(ModelArgs)} - SAME_WORK | set(
-    "batch_size gradient_accumulation_steps optimizer dtype compile".split()
+    "batch_size gradient_accumulation_steps optimizer dtype compile attention fp8_head "
+    "activation_checkpointing neuron_beta".split()
 )
 START_UP_S = 8  # of a run: loading torch and the data, writing what it leaves; a guess
 SLOW_STEP = 3e11  # operations; on a CPU such a step is not tried for an estimate alone
@@ -110,6 +114,8 @@ def check_settings():
             raise UserError(f"{name} = {globals()[name]}: expected at least {least}")
     if equal_tokens and equal_minutes:
         raise UserError("equal_tokens and equal_minutes exclude each other: give one of them")
+    if out_dir and os.path.isfile(out_dir):
+        raise UserError(f"out_dir = {out_dir} is a file: name a folder")
     if not grid.strip() and not runs.strip():
         raise UserError(
             "nothing to sweep: name a file such as experiments/lr.py, or give "
@@ -117,14 +123,24 @@ def check_settings():
         )
 
 
+def split(text, what):
+    """The words of a setting, as a shell would split them."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{what}: {text!r} cannot be split into words ({e})") from None
+
+
 def axes():
     """The grid as [(name, [values as text])]."""
     found = []
-    for part in shlex.split(grid):
+    for part in split(grid, "grid"):
         name, equals, values = part.lstrip("-").partition("=")
         values = [v for v in values.split(",") if v]
         if not equals or not values:
             raise UserError(f"grid: {part!r}: expected NAME=VALUE,VALUE")
+        if name in ("run", *dict(found)):
+            raise UserError(f"grid: {part!r}: expected each setting of train.py once")
         found.append((name, values))
     return found
 
@@ -138,22 +154,38 @@ def listed():
         name, colon, words = line.partition(":")
         if not colon or not name.strip():
             raise UserError(f"runs: {line.strip()!r}: expected NAME: words of train.py")
-        found.append((name.strip(), shlex.split(words)))
+        found.append((name.strip(), split(words, "runs")))
     return found or [("", [])]
 
 
 def check_model(config, varied):
     """Raise UserError where the numbers of a run's model do not fit together."""
+    about = ", ".join(f"{k} = {v}" for k, v in varied.items())
     try:
-        ModelArgs.from_dict({f.name: config[f.name] for f in fields(ModelArgs) if f.name in config})
+        args_of(config)
     except ValueError as e:
-        raise UserError(f"{', '.join(f'{k} = {v}' for k, v in varied.items())}: {e}") from None
+        raise UserError(f"{about}: {e}") from None
+    if (equal_tokens or equal_minutes) and config["max_minutes"]:
+        raise UserError(
+            f"{about}: max_minutes = {config['max_minutes']:g} leaves nothing to equal_tokens and "
+            f"equal_minutes: leave it out"
+        )
+    if equal_minutes and config["compile"] == "auto":
+        raise UserError(
+            "equal_minutes measures speeds first, and cannot know what --compile=auto will do: put "
+            "--compile=True or False into base"
+        )
+    if eval_windows and config["batch_size"] > 0 and eval_windows % config["batch_size"]:
+        raise UserError(
+            f"eval_windows = {eval_windows} is no multiple of batch_size = {config['batch_size']}: "
+            f"the runs would be evaluated on different text"
+        )
 
 
 def plan():
     """[run] in the order in which they are done, seeds outermost: a dict of each, without length"""
     planned, names = [], set()
-    of_all = shlex.split(base)
+    of_all = split(base, "base")
     if data_dir:
         of_all.append(f"--data_dir={os.path.abspath(data_dir)}")
     has_seeds = any(name == "seed" for name, _ in axes())
@@ -205,31 +237,40 @@ def measure(planned, n_rounds):
     todo = [item for _ in range(n_rounds) for item in missing.items()]
     for key, config in tqdm(todo, desc="measuring speeds", disable=not todo, leave=False):
         n_flops = flops_of_step(config)
+        if config["optimizer"] not in OPTIMIZERS or n_flops <= 0:
+            continue  # train.py says what is wrong with it
         if device_here.type == "cpu" and n_flops > SLOW_STEP and not equal_minutes:
             found[key].append(tokens_of_step(config) * CPU_SPEED / n_flops)
             guessed.add(config["dim"])
             continue
         torch.manual_seed(1)
-        step = stepper(config, device_here)
-        seconds_of(step, 1, device_here)  # which compiles it, where that is asked for
-        budget_s = 2.0 if equal_minutes else 0.5
-        n = min(50, max(1, round(budget_s / seconds_of(step, 1, device_here))))
-        found[key].append(n * tokens_of_step(config) / seconds_of(step, n, device_here))
-        del step
+        try:
+            step = stepper(config, device_here)
+            seconds_of(step, 1, device_here)  # which compiles it, where that is asked for
+            budget_s = 2.0 if equal_minutes else 0.5
+            n = min(50, max(1, round(budget_s / seconds_of(step, 1, device_here))))
+            found[key].append(n * tokens_of_step(config) / seconds_of(step, n, device_here))
+        except (RuntimeError, ValueError) as e:  # a GPU's memory; train.py finds a way, or says why
+            tqdm.write(f"a step cannot be measured: {str(e).splitlines()[0]}")
+        step = None
     if guessed:
         dims = ", ".join(map(str, sorted(guessed)))
         print(f"too large to try here (dim {dims}): 100 billion operations a second are assumed")
-    known |= {key: round(statistics.median(speeds), 1) for key, speeds in found.items()}
+    known |= {key: round(statistics.median(speeds), 1) for key, speeds in found.items() if speeds}
     if missing and not dry_run:
         write_json(path, known)
-    return {key: known[key] for key in kinds}
+    if equal_minutes and len(kinds.keys() - known.keys()):
+        raise UserError("equal_minutes needs the speeds of all runs, and some cannot be measured")
+    return {key: known.get(key, 0.0) for key in kinds}
 
 
 def give_length(run, speeds):
     """Add the words that decide a run's length and evaluations, and its "seconds", an estimate."""
     config = run["config"]
     size, speed = tokens_of_step(config), speeds[work_of(config)]
-    run["speed"] = speed
+    run["speed"], run["seconds"] = speed, START_UP_S
+    if size < 1:  # train.py says what is wrong with it
+        return
     more, n_steps = [], config["max_iters"]
     if equal_tokens or equal_minutes:
         n_tokens = equal_tokens or equal_minutes * 60 * speed
@@ -241,6 +282,8 @@ def give_length(run, speeds):
         more.append(f"--eval_interval={math.ceil(n_steps / evals)}")
     run["words"] += more
     run["config"] = config = train_settings(run["words"])
+    if not speed:
+        return
     train_s = 60 * config["max_minutes"] or n_steps * size / speed
     meta = read_sidecar(
         DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"]).shards
@@ -250,7 +293,7 @@ def give_length(run, speeds):
         n_valid = min(n_valid, meta["shards"][0]["tokens"])
     n_evals = evals or math.ceil(n_steps / config["eval_interval"])
     # forward alone is a third of a step
-    run["seconds"] = train_s + n_evals * n_valid / (3 * speed) + START_UP_S
+    run["seconds"] += train_s + n_evals * n_valid / (3 * speed)
 
 
 def duration(seconds):
@@ -265,10 +308,29 @@ def read_results():
     if os.path.exists(results_path):
         with open(results_path, encoding="utf-8") as f:
             for text in f:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     line = json.loads(text)
                     found[line["name"]] = line
     return found
+
+
+def check_earlier():
+    """Raise UserError where results.jsonl has runs that are not those of this sweep."""
+    ours = {run["name"]: run["config"] for run in planned}
+    for name, line in results.items():
+        if name not in ours:
+            why = "which this sweep does not have"
+        elif not same_run(line["config"], ours[name]):
+            there, now = line["config"], ours[name]
+            changed = next(
+                k for k in now if k in there and not same_run({k: there[k]}, {k: now[k]})
+            )
+            why = f"with {changed} = {there[changed]} and not {now[changed]}"
+        else:
+            continue
+        raise UserError(
+            f"{results_path} has a run {name}, {why}: give another --out_dir, or delete the folder"
+        )
 
 
 def keep(line):
@@ -304,7 +366,6 @@ def result_of(run):
         "steps": end["step"],
         "tokens": end["tokens"],
         "train_s": end["train_s"],
-        "time_s": end["time_s"],
         "val_loss": final.get("val_loss"),
         "val_bpb": final.get("val_bpb"),
         "best_val_loss": best.get("val_loss"),
@@ -331,7 +392,7 @@ def text_of(run):
 
 def before_exec():
     """In the process of a run: it stops with a checkpoint where the sweep is killed (Linux)."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, NameError, OSError):
         libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -339,7 +400,9 @@ def begin(run, slot):
     """Start or resume a run in a slot, from 0 to jobs - 1."""
     environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
     if n_gpus > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % n_gpus)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if len(visible) == n_gpus else list(map(str, range(n_gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = names[slot % n_gpus]
     environment["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(os.path.join(out_dir, "compiled"))
     words = [*run["words"], f"--out_dir={folder_of(run)}"]
     log = read_log(folder_of(run))
@@ -376,12 +439,17 @@ def finish(run, status):
         keep({**about, "status": "failed", "seed": run["config"]["seed"], "error": error})
         return f"{run['name']}: failed with status {status}: {error} ({text_of(run)})"
     keep(line)
+    drop_checkpoints(run)
+    return said(line)
+
+
+def drop_checkpoints(run):
+    """Delete the checkpoints of a run that has its result."""
     if not keep_checkpoints:
         where = glob.escape(folder_of(run))
         for pattern in WORTH_KEEPING:
             for path in glob.glob(os.path.join(where, pattern)):
                 remove(path)
-    return said(line)
 
 
 def said(line):
@@ -394,11 +462,12 @@ def said(line):
 def request_stop(signum, frame):
     """First Ctrl-C: runs stop after their step, with a checkpoint; a second one ends them."""
     global stopping
-    for process in running:
-        process.kill() if stopping else process.terminate()
-    if not stopping:
-        tqdm.write("stopping the runs, with a checkpoint each; once more ends them at once")
-    stopping = True
+    is_first, stopping = not stopping, True
+    for process in list(running):
+        process.terminate() if is_first else process.kill()
+    if is_first:
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            tqdm.write("stopping the runs, with a checkpoint each; once more ends them at once")
 
 
 def run_all(todo, total_s):
@@ -408,7 +477,10 @@ def run_all(todo, total_s):
     while (waiting and not stopping) or running:
         while waiting and slots and not stopping:
             run, slot = waiting.pop(0), slots.pop(0)
-            running[begin(run, slot)] = run, slot
+            process = begin(run, slot)
+            running[process] = run, slot
+            if stopping:  # it was said while the run began
+                process.terminate()
         time.sleep(0.1)
         for process in [p for p in running if p.poll() is not None]:
             run, slot = running.pop(process)
@@ -437,11 +509,11 @@ n_gpus = torch.cuda.device_count() if device == "cuda" else 0
 threads = max(1, torch.get_num_threads() // jobs)
 torch.set_num_threads(threads)
 if not out_dir:
-    files = [word for word in sys.argv[1:] if word.endswith(".py")]
+    files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
     name = os.path.splitext(os.path.basename(files[-1]))[0] if files else "sweep"
     out_dir = os.path.join("out", "sweeps", name)
 results_path = os.path.join(out_dir, "results.jsonl")
-with contextlib.suppress(OSError):
+with contextlib.suppress(OSError, TypeError):  # not on Windows
     libc = ctypes.CDLL(None)
 
 planned = plan()
@@ -455,19 +527,18 @@ if not dry_run:
     folder = lock_folder()
 speeds = measure(planned, rounds if equal_minutes else 1)
 results = read_results()
-todo = []
 for run in planned:
     give_length(run, speeds)
+check_earlier()
+todo = []
+for run in planned:
     earlier = results.get(run["name"])
-    if earlier and not same_run(earlier["config"], run["config"]):  # of other settings
-        del results[run["name"]]
-        earlier = None
     if not earlier or earlier["status"] == "failed":
-        if line := result_of(run):
-            if not dry_run:
-                keep(line)
-        else:
+        if not (line := result_of(run)):
             todo.append(run)
+        elif not dry_run:  # the sweep was killed before it could keep it
+            keep(line)
+            drop_checkpoints(run)
 total_s = sum(run["seconds"] for run in todo)
 print(f"{'run':<52} {'steps':>9} {'tokens':>15} {'tokens/s':>10} {'time':>8}")
 for run in planned:

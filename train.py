@@ -115,7 +115,7 @@ residual_scalars = False  # learned weights of the residual stream and the embed
 value_embeddings = 0  # so many layers, the first, add an embedding to their values; -1: all
 bigram_rows = 0  # rows of a hashed table of token pairs that is added to the embedding
 smear = False  # a gate adds the embedding of the token before
-embedding_std = 0.0  # of the embedding, and so of a tied head, at the start; 0: 0.02 or 1
+embedding_std = 0.0  # of the embedding at the start, the rate of an untied one is head_lr up to 0.1
 head_std = 0.0  # of a head of its own at the start; 0: 0.02
 vocab_multiple = 1  # rows of embedding and head in memory are rounded up to a multiple of this
 # optimizer
@@ -730,6 +730,7 @@ def stop_if_diverged(what, loss):
         bar.close()
         writer.wait()
         log("end", reason="diverged", **now(), best_val_loss=best_val_loss)
+        draw()
         leave_machine()
         rates = " ".join(f"--{name}={config[name]:g}" for name in rate_settings())
         raise UserError(

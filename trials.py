@@ -8,6 +8,7 @@ has the settings that those words make.
 
 import ast
 import contextlib
+import functools
 import json
 import math
 import os
@@ -22,15 +23,12 @@ import torch
 from configurator import apply, settings_of
 from dataset import DataPaths
 from hardware import pick_dtype
-from model import ARCHS, ModelArgs, Transformer
+from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer
 from optim import make_optimizer
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-OF_THE_START = (
-    "out_dir",
-    "resume",
-    "on_finish",
-)  # settings that leave what a run computes as it is
+# settings that leave what a run computes as it is
+OF_THE_START = "out_dir resume on_finish picture".split()
 # settings that leave the work of a step as it is
 SAME_WORK = set(
     "zero_init embedding_std head_std hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum "
@@ -60,9 +58,21 @@ def train_settings(words=()):
 
 
 def same_run(settings, others):
-    """Whether two dicts of train.py's settings are of the same run, wherever it writes."""
-    alike = dict.fromkeys(OF_THE_START, "")
-    return {**settings, **alike} == {**others, **alike}
+    """
+    Whether two dicts of train.py's settings are of the same run, wherever it writes. Settings that
+    one of them lacks, being older, are taken to be the default.
+    """
+    default = defaults()
+    names = (settings.keys() | others.keys()) - set(OF_THE_START)
+    return all(
+        settings.get(name, default.get(name)) == others.get(name, default.get(name))
+        for name in names
+    )
+
+
+@functools.cache
+def defaults():
+    return train_settings()
 
 
 def start(words, out_dir, **options):
@@ -113,20 +123,29 @@ def tokens_of_step(settings):
 
 
 def model_of(settings):
-    """The model that `settings` of train.py describe."""
+    """The model that `settings` of train.py describe. ValueError for numbers that do not fit."""
+    return Transformer(args_of(settings))
+
+
+def args_of(settings):
+    """The ModelArgs that `settings` of train.py describe. ValueError where they do not fit."""
     args = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
-    return Transformer(ModelArgs.from_dict(args))
+    paths = DataPaths("", settings["vocab_source"], settings["vocab_size"])
+    return ModelArgs.from_dict({**args, "vocab_size": paths.vocab_size})
 
 
 def stepper(settings, device):
     """A function that takes one step of the training that `settings` of train.py describe."""
     model = model_of(settings).to(device)
-    model.dtype = pick_dtype(settings["dtype"], device)
+    model.dtype, model.fp8_head = pick_dtype(settings["dtype"], device), settings["fp8_head"]
+    for block in model.layers:
+        block.recompute = ACTIVATION_CHECKPOINTING[settings["activation_checkpointing"]]
+        block.attention.kernel = settings["attention"]
     if settings["compile"] == "True":
         model.compile_layers()
     optimizer = make_optimizer(model, settings["optimizer"], settings)
     shape = (settings["batch_size"], settings["max_seq_len"] + 1)
-    tokens = torch.randint(0, settings["vocab_size"], shape, device=device)
+    tokens = torch.randint(0, model.args.vocab_size, shape, device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step():
@@ -144,8 +163,8 @@ def seconds_of(step, n, device):
     start = time.perf_counter()
     for _ in range(n):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 

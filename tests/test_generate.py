@@ -361,7 +361,7 @@ def test_a_model_alone_is_compared_with_a_text(trained, tmp_path):
         (["{out}", "--valid_source=none.txt"], "none.txt does not exist"),
         (["{out}", "--out={out}/ckpt.pt"], "expected a file ending in .html"),
         (["{out}", "--out=/dev/null/page.html"], "cannot write /dev/null/page.html"),
-        (["{out}", "--json={out}/log.jsonl"], "log.jsonl exists, and holds no figures"),
+        (["{out}", "--json={out}/log.jsonl"], "log.jsonl exists, and is not by generate.py"),
         (["{out}", "--tokenizer=none.model"], "none.model does not exist"),
         (["{here}/ckpt.pt"], "there is no tokenizer.model beside"),
     ],

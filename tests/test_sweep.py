@@ -121,17 +121,23 @@ def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
     assert results(whole)[second]["val_loss"] == results(out)[second]["val_loss"]
 
 
-def test_other_settings_are_another_run(practice, tmp_path):
+def test_results_of_another_sweep_are_neither_lost_nor_mixed_in(practice, tmp_path):
     words = ("--grid=base_learning_rate=1e-2", "--seeds=1")
-    for n_tokens in (2560, 5120):
-        done = sweep(practice, tmp_path, *words, f"--equal_tokens={n_tokens}")
-        assert done.returncode == 0, done.stdout + done.stderr
-    [line] = results(tmp_path).values()
-    assert line["tokens"] == 5120
+    done = sweep(practice, tmp_path, *words, "--equal_tokens=2560")
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = (tmp_path / "results.jsonl").read_bytes()
+    done = sweep(practice, tmp_path, *words, "--equal_tokens=5120")
+    refused(done, " = 3 and not 5", "another --out_dir")
+    done = sweep(practice, tmp_path, "--grid=batch_size=4", "--seeds=1", "--equal_tokens=2560")
+    refused(done, "base_learning_rate=0.01_seed=1337", "does not have", "another --out_dir")
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    more = "--grid=base_learning_rate=1e-2,1e-3"  # it can grow
+    done = sweep(practice, tmp_path, more, "--seeds=1", "--equal_tokens=2560")
+    assert done.returncode == 0 and "1 of 2 runs to do" in done.stdout, done.stderr
 
 
 def test_equal_time_gives_the_slower_run_fewer_steps(practice, tmp_path):
-    runs = "--runs=small: --dim=32; large: --dim=128 --n_layers=6"
+    runs = "--runs=small: --dim=32 --compile=False; large: --dim=128 --n_layers=6 --compile=False"
     done = sweep(practice, tmp_path, runs, "--seeds=1", "--equal_minutes=1", "--dry_run")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = {
@@ -178,6 +184,11 @@ def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
         (["--grid=dim=32", "--base=config/none.py"], ["config/none.py", "does not exist"]),
         (["--grid=dim=32", "--data_dir=nowhere"], ["no shards", "tinystories.py"]),
         (["--grid=n_heads=3"], ["n_heads = 3", "divide"]),
+        (["--grid=dim=32'"], ["cannot be split"]),
+        (["--grid=run=a,b"], ["run=a,b", "setting of train.py"]),
+        (["--grid=batch_size=3,8", "--eval_windows=8"], ["no multiple of batch_size = 3"]),
+        (["--base=--compile=auto", "--grid=dim=32", "--equal_minutes=1"], ["--compile=True or"]),
+        (["--grid=max_minutes=1", "--equal_tokens=500"], ["max_minutes = 1"]),
     ],
 )
 def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
