@@ -334,10 +334,12 @@ def check_earlier():
 
 
 def keep(line):
-    """Put a line into results.jsonl, in place of an earlier one of its run."""
+    """Put a line into results.jsonl, in place of its run's earlier one, in the sweep's order."""
     results[line["name"]] = line
     with atomic_write(results_path, "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in results.values())
+        for run in planned:
+            if run["name"] in results:
+                f.write(json.dumps(results[run["name"]]) + "\n")
 
 
 def result_of(run):
