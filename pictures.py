@@ -301,7 +301,7 @@ def draw_curves(ax, lines, x, series, value, against, scale):
             )
     ax.set_xlabel(label)
     if 1 < len(kinds) <= LEGEND:
-        title = "" if x in ("", "run") else x
+        title = "" if series or x in ("", "run") else x
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=8)
 
 
