@@ -166,20 +166,33 @@ def thinned(items, n):
 # ---- results of sweeps
 
 
+# what pictures need of a result, by its status
+FIELDS = {
+    "finished": "varied sweep val_loss val_bpb tokens train_s curve".split(),
+    "diverged": "varied sweep curve".split(),
+    "failed": "varied sweep error".split(),
+}
+
+
 def read_sweep(path):
-    """The lines of results.jsonl of a sweep. Raises UserError where it has none."""
-    lines = []
+    """The lines of results.jsonl of a sweep. Raises UserError where none has a result."""
+    lines, bad = [], []
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
-            for text in f:
-                with contextlib.suppress(ValueError):
+            for number, text in enumerate(f, 1):
+                try:
                     line = json.loads(text)
-                    if isinstance(line, dict) and "varied" in line:
-                        lines.append(line)
+                    for name in FIELDS[line["status"]]:
+                        line[name]
+                    lines.append(line)
+                except (ValueError, KeyError, TypeError):
+                    bad.append(number)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not lines:
         raise UserError(f"{path} has no results of sweep.py")
+    if bad:
+        print(f"warning: {path}, lines {', '.join(map(str, bad))}: no results, left out")
     if all(line["status"] == "failed" for line in lines):
         raise UserError(
             f"{path} has no result: all runs failed, the first with {lines[0]['error']}"

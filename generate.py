@@ -37,6 +37,7 @@ from stories import (
     write_lines,
 )
 from storypage import write_page
+from trials import read_log
 
 # -----------------------------------------------------------------------------
 models = "out"  # folders of runs, or anything that export.py reads, with commas between them
@@ -69,7 +70,11 @@ start = read_prompt(start)
 
 def model_in(path):
     """The model of a run's folder, as sample.py takes it; any other path stays what it is."""
-    found = [os.path.join(path, name) for name in ("best.pt", "ckpt.pt")]
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, RUN_FILE)):
+        return path
+    found = [os.path.join(path, name) for name in ("best.pt", "ckpt.pt", "model.bin")]
+    if not any(map(os.path.exists, found)) and not os.path.exists(f"{path}/config.json"):
+        raise UserError(f"there is no model in {path}: expected best.pt, ckpt.pt or model.bin")
     return next(filter(os.path.exists, found), path)
 
 
@@ -91,12 +96,24 @@ def check_target(name, path, endings):
             raise UserError(f"{path} exists, and is not by generate.py: name another file")
 
 
+def bits_per_byte_of(path, facts):
+    """What a model reached in validation, from its checkpoint or the log beside it; or None."""
+    if "validation" in facts:  # "0.7 bits per byte"
+        return float(facts["validation"].split()[0])
+    evals = read_log(os.path.dirname(path))["evals"] if path.endswith("model.bin") else []
+    best = min(evals, key=lambda line: line["val_loss"], default={})
+    return best.get("val_bpb")
+
+
 def data_of(path, tokenizer):
     """
     (where they lie, the TokenData) of the shards that a model was trained on. Raises UserError
     where they are not there any more, or it is not known which they were.
     """
-    config = load_checkpoint(path).get("config", {}) if recognize(path) == "checkpoint" else {}
+    if recognize(path) == "checkpoint":
+        config = load_checkpoint(path).get("config", {})
+    else:  # the log beside a model.bin
+        config = read_log(os.path.dirname(path)).get("start", {}).get("config", {})
     names = ("data_dir", "vocab_source", "vocab_size")
     if any(name not in config for name in names):
         raise UserError("it does not say what it was trained on")
@@ -216,14 +233,16 @@ for where in dict.fromkeys(texts.values()):
     stream_past(overlap, pieces, n_bytes)
     took = time.perf_counter() - began
     print(f"training text: {overlap.n_words:,} words, {overlap.n_words / took:,.0f} words/s")
-    notes.append(f"The training text, {where}, has {overlap.n_words:,} words.")
+    whose = f" of {', '.join(compared)}" if len(set(texts.values())) > 1 else ""
+    notes.append(f"The training text{whose}, {where}, has {overlap.n_words:,} words.")
     overlaps |= dict.fromkeys(compared, overlap)
 
-n_words = min(sum(story.n_words() for story in stories) for stories in told.values())
+totals = {name: sum(story.n_words() for story in stories) for name, stories in told.items()}
+n_words = min((n for n in totals.values() if n), default=0)
+notes += [f"{name} told no words." for name, n in totals.items() if not n]
 columns = {name: figures_of(stories, overlaps[name], n_words) for name, stories in told.items()}
 for name, (_, _, facts) in loaded.items():
-    if "validation" in facts:  # "0.7 bits per byte"
-        columns[name]["bits_per_byte"] = float(facts["validation"].split()[0])
+    columns[name]["bits_per_byte"] = bits_per_byte_of(paths[name], facts)
 
 title = f"Stories by {' and '.join(names)}"
 write_page(out, title, told, overlaps, columns, ngram, n_words, notes, settings)

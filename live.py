@@ -92,8 +92,8 @@ class Watcher:
                 for folder, name in zip(folders, short_names(folders), strict=True):
                     self.runs.setdefault(folder, Run(folder, name)).name = name
                 self.problem = ""
-            except UserError as e:  # it may come yet
-                self.problem = str(e)
+            except UserError:  # it may come yet
+                self.problem = f"train.py has no log in {', '.join(self.paths)} yet"
             for run in self.runs.values():
                 run.read()
             newest = sorted(self.runs.values(), key=last_change, reverse=True)[:MOST_RUNS]

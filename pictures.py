@@ -142,7 +142,7 @@ def draw_panel(ax, runs, panel, x, smoothing):
         style = look(i)
         if panel == "loss":
             at, losses = run.series("train", "loss", x)
-            ax.plot(at, losses, color=style["color"], alpha=0.22, linewidth=0.7)
+            ax.plot(at, losses, color=style["color"], alpha=0.3, linewidth=0.7)
             name = "training, running mean" if alone else None
             ax.plot(at, smooth(losses, smoothing), **style, linewidth=1.4, label=name)
         at, values = run.series(kind, value, x)
@@ -155,7 +155,7 @@ def draw_panel(ax, runs, panel, x, smoothing):
             for j, (role, part) in enumerate(run.rates().items()):
                 ax.plot(at, [part * v for v in values], **look(j), label=role or None)
         else:
-            ax.plot(at, values, color=style["color"], alpha=0.22, linewidth=0.7)
+            ax.plot(at, values, color=style["color"], alpha=0.3, linewidth=0.7)
             mean = values if panel == "lr" else smooth(values, smoothing)
             ax.plot(at, mean, **style, linewidth=1.3)
     highest = [max(run.series("train", "lr", x)[1], default=0) for run in runs]
@@ -172,7 +172,10 @@ def draw_panel(ax, runs, panel, x, smoothing):
     if panel == "speed":
         ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.set(xlabel=AXES[x][1], ylabel=label)
+    if panel == "loss" and not alone:
+        ax.set_title("lines: training, with marks: validation", fontsize=8)
     ax.set_xlim(left=0)
+    ax.locator_params(axis="x", nbins=6)  # labels of short times are long
     if alone and ax.get_legend_handles_labels()[0] and panel in ("loss", "lr"):
         ax.legend()
 
@@ -300,6 +303,7 @@ def draw_curves(ax, lines, x, series, value, against, scale):
                 label=name_of(key, x, series) if j == 0 else None,
             )
     ax.set_xlabel(label)
+    ax.set_xlim(left=0)
     if 1 < len(kinds) <= LEGEND:
         title = "" if series or x in ("", "run") else x
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=8)

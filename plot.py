@@ -26,9 +26,7 @@ x = ""  # of runs: steps, tokens, time, with commas; of a sweep: one of its sett
 panels = ""  # some of loss, bpb, grad_norm, lr, speed, with commas; empty: all
 smoothing = 0.02  # part of a run in which a value of the running mean counts half; 0: none
 # sweeps
-curves = (
-    ""  # what the curves of a sweep are drawn against: steps, tokens, time; empty: what is equal
-)
+curves = ""  # of a sweep, against steps, tokens or time; empty: what its runs have equal
 # the page
 serve = False  # follow a run, or several, on a page of this machine
 port = 8000  # 0: any that is free
@@ -54,9 +52,13 @@ def table(lines):
     print(f"{lines[0].get('title') or lines[0]['sweep']}: final {label}")
     for name, row in summarize(lines, place, series, value):
         for at, values, n_diverged in row:
-            words = ", ".join(filter(None, (name, show(at))))
-            mean, deviation = mean_and_sd(values) if values else (0, 0)
-            said = f"{mean:.4f} ± {deviation:.4f} ({len(values)})" if values else ""
+            here = show(at) if place in ("", "run") else f"{place} = {show(at)}"
+            words = ", ".join(filter(None, (name, here)))
+            said = ""
+            if values:
+                mean, deviation = mean_and_sd(values)
+                spread = f" ± {deviation:.4f}" if len(values) > 1 else ""
+                said = f"{mean:.4f}{spread} ({len(values)})"
             said += f" {n_diverged} diverged" if n_diverged else ""
             print(f"  {words:<40} {said}")
     failed = sum(line["status"] == "failed" for line in lines)

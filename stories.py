@@ -55,7 +55,8 @@ def read_prompt(start):
         with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompt {start}: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else "it is no text in UTF-8"
+        raise UserError(f"cannot read the prompt {start}: {why}") from None
 
 
 # ---- words

@@ -24,7 +24,8 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .8rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); unicode-bidi: isolate; }
-thead th { position: sticky; top: 0; background: var(--band); overflow-wrap: break-word; }
+thead th { position: sticky; top: 0; background: var(--band); overflow-wrap: anywhere; }
+.figures thead th { min-width: 7rem; }
 tbody th { font-weight: 600; white-space: nowrap; }
 .figures td.value, .figures th.value { text-align: right; font-variant-numeric: tabular-nums; }
 .figures td.value { white-space: nowrap; }

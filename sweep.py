@@ -49,6 +49,7 @@ from model import ModelArgs  # noqa: E402
 from optim import OPTIMIZERS  # noqa: E402
 from rundir import WORTH_KEEPING, FolderInUse, RunDir  # noqa: E402
 from trials import (  # noqa: E402
+    OF_THE_START,
     SAME_WORK,
     TRAIN,
     args_of,
@@ -92,6 +93,7 @@ OF_THE_WORK = {f.name for f in fields(ModelArgs)} - SAME_WORK | set(
     "batch_size gradient_accumulation_steps optimizer dtype compile attention fp8_head "
     "activation_checkpointing neuron_beta".split()
 )
+OF_LENGTH = "max_iters eval_iters eval_interval".split()  # settings
 START_UP_S = 8  # of a run: loading torch and the data, writing what it leaves; a guess
 SLOW_STEP = 3e11  # operations; on a CPU such a step is not tried for an estimate alone
 CPU_SPEED = 1e11  # operations a second that are then taken for granted
@@ -136,11 +138,13 @@ def axes():
     found = []
     for part in split(grid, "grid"):
         name, equals, values = part.lstrip("-").partition("=")
-        values = [v for v in values.split(",") if v]
-        if not equals or not values:
+        values = values.split(",")
+        if not equals or not all(values):
             raise UserError(f"grid: {part!r}: expected NAME=VALUE,VALUE")
-        if name in ("run", *dict(found)):
-            raise UserError(f"grid: {part!r}: expected each setting of train.py once")
+        if name in ("run", *OF_THE_START, *dict(found)):
+            raise UserError(
+                f"grid: {part!r}: expected a setting of train.py that makes runs different, once"
+            )
         found.append((name, values))
     return found
 
@@ -303,25 +307,31 @@ def duration(seconds):
 
 
 def read_results():
-    """{name: line} of results.jsonl; a line that was cut off is dropped."""
+    """{name: line} of results.jsonl; UserError where it has something else."""
     found = {}
     if os.path.exists(results_path):
-        with open(results_path, encoding="utf-8") as f:
-            for text in f:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+        with open(results_path, encoding="utf-8", errors="replace") as f:
+            for number, text in enumerate(f, 1):
+                try:
                     line = json.loads(text)
-                    found[line["name"]] = line
+                    found[line["name"]] = {"config": line["config"], **line}
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f"{results_path}, line {number} is no result of a run: delete the line"
+                    ) from None
     return found
 
 
-def check_earlier():
+def check_earlier(has_length):
     """Raise UserError where results.jsonl has runs that are not those of this sweep."""
     ours = {run["name"]: run["config"] for run in planned}
     for name, line in results.items():
-        if name not in ours:
+        there, now = line["config"], ours.get(name)
+        if now and not has_length:  # nor the number of evaluations
+            now = {**now, **{k: there[k] for k in OF_LENGTH if k in there}}
+        if not now:
             why = "which this sweep does not have"
-        elif not same_run(line["config"], ours[name]):
-            there, now = line["config"], ours[name]
+        elif not same_run(there, now):
             changed = next(
                 k for k in now if k in there and not same_run({k: there[k]}, {k: now[k]})
             )
@@ -405,7 +415,8 @@ def begin(run, slot):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if len(visible) == n_gpus else list(map(str, range(n_gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = names[slot % n_gpus]
-    environment["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(os.path.join(out_dir, "compiled"))
+    if run["config"]["compile"] != "False":
+        environment["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(os.path.join(out_dir, "compiled"))
     words = [*run["words"], f"--out_dir={folder_of(run)}"]
     log = read_log(folder_of(run))
     if log.get("start") and same_run(log["start"]["config"], run["config"]):
@@ -499,7 +510,7 @@ def lock_folder():
             return RunDir(out_dir)
         except FolderInUse:
             if attempt == 5:
-                print(f"waiting: a sweep, or a run of one that was killed, is still in {out_dir}")
+                print(f"waiting: a sweep, or runs of one that was killed, are still in {out_dir}")
         time.sleep(0.1)
     raise UserError(f"another sweep is at work in {out_dir}: wait for it, or give an --out_dir")
 
@@ -527,11 +538,12 @@ if hints and not dry_run:
     raise UserError(f"there are no shards for this sweep; make them with: {' && '.join(hints)}")
 if not dry_run:
     folder = lock_folder()
-speeds = measure(planned, rounds if equal_minutes else 1)
 results = read_results()
+check_earlier(has_length=False)  # before anything is measured
+speeds = measure(planned, rounds if equal_minutes else 1)
 for run in planned:
     give_length(run, speeds)
-check_earlier()
+check_earlier(has_length=True)
 todo = []
 for run in planned:
     earlier = results.get(run["name"])
@@ -565,7 +577,8 @@ if dry_run:
 stopping, running = False, {}  # running: {process: (run, slot)}
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, request_stop)
-run_all(todo, total_s)
+if todo:
+    run_all(todo, total_s)
 lines = [results[run["name"]] for run in planned if run["name"] in results]
 by_status = {s: [x for x in lines if x["status"] == s] for s in ("finished", "diverged", "failed")}
 for line in by_status["finished"] + by_status["diverged"]:
@@ -578,4 +591,4 @@ if stopping:
 elif by_status["failed"]:
     raise UserError(f"{len(by_status['failed'])} runs failed; the same command tries them again")
 else:
-    print(f"wrote {results_path}; next: python plot.py {results_path}")
+    print(f"wrote {results_path}; next: python plot.py {shlex.quote(results_path)}")

@@ -349,6 +349,7 @@ def test_a_model_alone_is_compared_with_a_text(trained, tmp_path):
         (["none"], "none"),
         ([","], "models is empty"),
         (["{out},{out}"], "named twice"),
+        ([".."], "there is no model in .."),
         (["{out}", "--num_samples=0"], "num_samples = 0: expected at least 1"),
         (["{out}", "--batch_size=0"], "batch_size = 0: expected at least 1"),
         (["{out}", "--ngram=0"], "ngram = 0: expected at least 1"),

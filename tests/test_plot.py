@@ -163,6 +163,7 @@ def test_a_sweep_is_printed_as_well(tmp_path):
         (["broken.jsonl"], ["broken.jsonl", "no results"]),
         (["good.jsonl", "--x=weather"], ["weather", "lr"]),
         (["good.jsonl,out"], ["not both"]),
+        (["hollow.jsonl"], ["hollow.jsonl", "no results"]),
         (["--serve", "--port=99999"], ["99999", "65535"]),
         (["--serve", "--engine=no-engine"], ["no-engine", "make run"]),
         (["--serve", "good.jsonl"], ["folder"]),
@@ -172,6 +173,7 @@ def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
     log_of(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text("no json\n[1]\n")
+    (tmp_path / "hollow.jsonl").write_text('{"varied": {}, "status": "finished"}\n')
     (tmp_path / "good.jsonl").write_text(json.dumps(line_of_sweep(lr=1.0, seed=1)) + "\n")
     refused(script("plot.py", *words, cwd=tmp_path), *parts)
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))

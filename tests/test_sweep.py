@@ -186,6 +186,8 @@ def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
         (["--grid=n_heads=3"], ["n_heads = 3", "divide"]),
         (["--grid=dim=32'"], ["cannot be split"]),
         (["--grid=run=a,b"], ["run=a,b", "setting of train.py"]),
+        (["--grid=out_dir=a,b"], ["out_dir=a,b", "setting of train.py"]),
+        (["--grid=dim=32,,64"], ["dim=32,,64", "NAME=VALUE,VALUE"]),
         (["--grid=batch_size=3,8", "--eval_windows=8"], ["no multiple of batch_size = 3"]),
         (["--base=--compile=auto", "--grid=dim=32", "--equal_minutes=1"], ["--compile=True or"]),
         (["--grid=max_minutes=1", "--equal_tokens=500"], ["max_minutes = 1"]),
