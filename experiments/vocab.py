@@ -1,11 +1,11 @@
 """
-Which vocabulary is best after two minutes on one core, in bits per byte: losses a token cannot be
+Which vocabulary is best after a minute and a half on one core, in bits per byte: losses a token cannot be
 compared between vocabularies.
 """
 
 title = "Vocabulary at equal time"
 base = "experiments/modded.py"
 grid = "vocab_size=512,1024,2048,4096,8192"
-equal_minutes = 2.0
+equal_minutes = 1.5
 evals = 2
 eval_windows = 2000  # the whole validation text, however it is cut
