@@ -1,6 +1,6 @@
 """
-Which vocabulary is best after a minute and a half on one core, in bits per byte: losses a token cannot be
-compared between vocabularies.
+Which vocabulary is best after a minute and a half on one core, in bits per byte: losses a token
+cannot be compared between vocabularies.
 """
 
 title = "Vocabulary at equal time"
