@@ -15,11 +15,13 @@ from model import (
     PRODUCTS,
     KVCache,
     ModelArgs,
+    Transformer,
     attend,
     attend_all,
     causal_mask,
     sample_token,
 )
+from optim import by_role
 
 
 @pytest.mark.parametrize(
@@ -229,3 +231,16 @@ def test_other_kernels_of_attention_compute_the_same(window, monkeypatch):
         assert torch.allclose(found, expected, atol=1e-5), kernel
     decoding = attend(q[:, :, -1:], k, v, window, 0.0, "flash")  # is SDPA's
     assert torch.allclose(decoding, expected[:, :, -1:], atol=1e-5)
+
+
+def test_the_start_of_embedding_and_head_can_be_set():
+    sizes = {"dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": 2000}
+    tied = Transformer(ModelArgs(**sizes, embedding_std=0.3))
+    assert tied.output.weight.std().item() == pytest.approx(0.3, rel=0.02)
+    two = Transformer(ModelArgs(**sizes, tie_embeddings=False, embedding_std=1.0, head_std=0.04))
+    assert two.tok_embeddings.weight.std().item() == pytest.approx(1.0, rel=0.02)
+    assert two.output.weight.std().item() == pytest.approx(0.04, rel=0.02)
+    # a large embedding is trained as one, a small one at the rate of the head
+    assert "embedding" in by_role(two)
+    small = Transformer(ModelArgs(**sizes, tie_embeddings=False, embedding_std=0.05))
+    assert "embedding" not in by_role(small)

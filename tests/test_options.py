@@ -22,6 +22,7 @@ OPTIONS = {
     "zero_init": {"zero_init": True},
     "untied": {"tie_embeddings": False, "vocab_multiple": 64},
     "wide": {"tie_embeddings": False, "zero_init": True},
+    "stds": {"tie_embeddings": False, "embedding_std": 1.0, "head_std": 0.05},
     "relu2": {"activation": "relu2"},
     "softcap": {"logit_softcap": 5.0},
     "windows": {"sliding_window": 8, "window_pattern": "SL"},

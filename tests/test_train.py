@@ -258,7 +258,7 @@ def test_accumulated_batches_are_one_batch(practice, tmp_path):
 
 def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     # a rate that does not depend on max_iters, so that a run in two parts can equal one in one
-    words = ["--dtype=auto", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
+    words = ["--dtype=bfloat16", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
     words += ["--warmup_iters=0", "--base_learning_rate=1e-3"]
     assert train(practice, tmp_path / "whole", *words, "--max_iters=12").returncode == 0
     assert train(practice, tmp_path / "parts", *words, "--max_iters=6").returncode == 0
@@ -282,7 +282,7 @@ def test_a_decay_that_falls_shrinks_less(practice, tmp_path):
     assert norms[0] > 1.02 * norms[1] > 1.04 * norms[2]
 
 
-@pytest.mark.parametrize("words", [["--dropout=0.1"], ["--dtype=auto", "--sliding_window=8"]])
+@pytest.mark.parametrize("words", [["--dropout=0.1"], ["--dtype=bfloat16", "--sliding_window=8"]])
 def test_activation_checkpointing_changes_no_loss(practice, tmp_path, words):
     losses = []
     for kind in ("none", "block", "selective"):
