@@ -314,8 +314,9 @@ def read_results():
             for number, text in enumerate(f, 1):
                 try:
                     line = json.loads(text)
-                    found[line["name"]] = {"config": line["config"], **line}
-                except (ValueError, KeyError, TypeError):
+                    found[line["name"]] = line
+                    line["config"].items()
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise UserError(
                         f"{results_path}, line {number} is no result of a run: delete the line"
                     ) from None
