@@ -314,9 +314,10 @@ def read_results():
             for number, text in enumerate(f, 1):
                 try:
                     line = json.loads(text)
+                    if not isinstance(line["config"], dict):
+                        raise TypeError
                     found[line["name"]] = line
-                    line["config"].items()
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError):
                     raise UserError(
                         f"{results_path}, line {number} is no result of a run: delete the line"
                     ) from None
