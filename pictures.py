@@ -287,9 +287,8 @@ def draw_curves(ax, lines, x, series, value, against, scale):
     for i, (key, of_key) in enumerate(kinds.items()):
         style = look(i)
         if is_scale:
-            style["color"] = matplotlib.colormaps["viridis"](
-                0.12 + 0.75 * i / max(1, len(kinds) - 1)
-            )
+            part = scale[0] + (scale[1] - scale[0]) * i / max(1, len(kinds) - 1)
+            style["color"] = matplotlib.colormaps["viridis"](part)
         for j, line in enumerate(of_key):
             points = [p for p in line.get("curve", []) if is_number(p.get(value))]
             ax.plot(
@@ -310,12 +309,10 @@ def draw_curves(ax, lines, x, series, value, against, scale):
 
 
 def name_of(key, x, series):
+    """The label of a curve: its settings, with their names where there are several."""
     names = [name for name in (x, *series) if name]
+    is_named = len(names) > 1
     return ", ".join(
-        str(value)
-        if name == "run"
-        else f"{name} = {show(value)}"
-        if len(names) > 1
-        else show(value)
+        f"{name} = {show(value)}" if is_named and name != "run" else show(value)
         for name, value in zip(names, key, strict=True)
     )
