@@ -231,6 +231,29 @@ def load(path, kind=None, tokenizer=""):
     return Loaded(model, found, facts)
 
 
+def load_teller(path, start, tokenizer=""):
+    """
+    (Loaded, ids of the prompt `start`) of a model that is to tell stories; arguments as of load.
+    Raises UserError where it cannot: without a tokenizer, with weights that are no numbers, or
+    where the prompt does not fit its context.
+    """
+    loaded = load(path, tokenizer=tokenizer)
+    if loaded.tokenizer is None:
+        raise UserError(f"there is no tokenizer.model beside {path}: give --tokenizer=PATH")
+    if not all(p.isfinite().all() for p in loaded.model.parameters()):
+        raise UserError(f"{path} has weights that are no numbers: name an earlier checkpoint")
+    prompt = loaded.tokenizer.encode(start.encode(errors="surrogateescape"))
+    if not prompt:
+        raise UserError(f"the tokenizer of {path} begins no text by itself: give --start")
+    context = loaded.model.args.max_seq_len
+    if len(prompt) > context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, and the context of {path} {context}: "
+            f"shorten the prompt"
+        )
+    return loaded, prompt
+
+
 # ---- writing
 
 

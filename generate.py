@@ -20,7 +20,7 @@ from checkpoint import RUN_FILE, load_checkpoint
 from configurator import UserError, configure, settings_of
 from corpus import stream_documents, text_files
 from dataset import DataPaths, TokenData
-from formats import HUB, load, recognize
+from formats import HUB, load_teller, recognize
 from hardware import pick_device, pick_dtype
 from stories import (
     Overlap,
@@ -143,20 +143,7 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 loaded, prompts = {}, {}
 for name, path in paths.items():
-    model, found, facts = load(path, tokenizer=tokenizer)
-    if found is None:
-        raise UserError(f"there is no tokenizer.model beside {path}: give --tokenizer=PATH")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"{path} has weights that are no numbers: name an earlier checkpoint")
-    prompts[name] = found.encode(start.encode(errors="surrogateescape"))
-    if not prompts[name]:
-        raise UserError(f"the tokenizer of {path} begins no text by itself: give --start")
-    if len(prompts[name]) > model.args.max_seq_len:
-        raise UserError(
-            f"the prompt has {len(prompts[name])} tokens, and the context of {path} "
-            f"{model.args.max_seq_len}: shorten the prompt"
-        )
-    loaded[name] = model, found, facts
+    loaded[name], prompts[name] = load_teller(path, start, tokenizer)
 
 # what the stories are compared with; a run whose shards are gone has no overlap
 data, notes = {}, []

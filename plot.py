@@ -92,6 +92,8 @@ elif sweeps:
         raise UserError("name runs or sweeps, not both at once")
     if out and len(sweeps) > 1:
         raise UserError("--out is one picture: name one sweep")
+    if panels:
+        raise UserError("--panels is of runs: name their folders")
     if curves and curves not in AXES:
         raise UserError(f"curves = {curves!r}: expected one of {', '.join(AXES)}")
     for path in sweeps:

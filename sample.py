@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from configurator import UserError, configure
-from formats import load
+from configurator import configure
+from formats import load_teller
 from hardware import pick_device, pick_dtype
 from stories import check_sampling, read_prompt
 
@@ -40,20 +40,10 @@ if not checkpoint:
     checkpoint = best if os.path.exists(best) else latest
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-model, found, _ = load(checkpoint, tokenizer=tokenizer)
-model, tokenizer = model.to(device).eval(), found
+(model, tokenizer, _), prompt = load_teller(checkpoint, start, tokenizer)
+model = model.to(device).eval()
 model.dtype = dtype
-if tokenizer is None:
-    raise UserError(f"there is no tokenizer.model beside {checkpoint}: give --tokenizer=PATH")
 
-prompt = tokenizer.encode(start.encode(errors="surrogateescape"))
-if not prompt:
-    raise UserError("this tokenizer begins no text by itself: give --start")
-if len(prompt) > model.args.max_seq_len:
-    raise UserError(
-        f"the prompt has {len(prompt)} tokens, and the model's context {model.args.max_seq_len}: "
-        f"shorten the prompt"
-    )
 stop = tokenizer.stop
 generator = torch.Generator().manual_seed(seed)
 on_terminal = sys.stdout.isatty()

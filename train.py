@@ -569,7 +569,7 @@ def same_gradients(norms, others):
 
 
 def progress():
-    """The done part of the run, 0 to 1, of which the rates depend; the warm-up does not count."""
+    """The part that is done, 0 to 1, of the minutes, or of the steps behind the warm-up."""
     if max_minutes:
         return seconds_trained() / (60 * max_minutes)
     warmup = min(warmup_iters, max_iters // 2)

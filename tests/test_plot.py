@@ -158,6 +158,7 @@ def test_a_sweep_is_printed_as_well(tmp_path):
         (["out", "--out=picture.jpg"], ["picture.jpg", ".png or .svg"]),
         (["out", "--x=miles"], ["miles", "steps, tokens, time"]),
         (["out", "--panels=loss,weather"], ["weather", "grad_norm"]),
+        (["good.jsonl", "--panels=loss"], ["--panels is of runs"]),
         (["out", "--theme=blue"], ["blue", "light, dark"]),
         (["out", "--smoothing=2"], ["smoothing", "0 to 1"]),
         (["broken.jsonl"], ["broken.jsonl", "no results"]),

@@ -377,7 +377,7 @@ def test_a_missing_device_falls_back_and_says_so(practice, tmp_path):
         (["--seed=-1"], "seed"),
         (["--top_p=2"], "top_p"),
         (["--num_samples=0"], "num_samples = 0: expected at least 1"),
-        (["--start=" + "word " * 100], "the model's context 64"),
+        (["--start=" + "word " * 100], "best.pt 64: shorten the prompt"),
         (["--start=FILE:none.txt"], "cannot read the prompt"),
     ],
 )
