@@ -10,11 +10,11 @@
 // No input may crash it: every size is checked before it is used, and whatever does not fit ends in
 // die() with one sentence.
 //
-// To add an architecture option: its field or bit in Config, its range in check_config(), its tensor
-// in lay_out(), its use between embed() and pass(), and the same in modelbin.py and doc/format.md. To
-// add a number format: its row in FORMATS, its kernel in the last part, and the same two. To add an
-// instruction set: its block where the kernels are included. To add a pattern of pre-tokens: its
-// number in load_byte_level(), its matcher in pretoken(), and PATTERNS of bpe.py.
+// To add an architecture option: its field or bit in Config, its range in check_config(), its
+// tensor in lay_out(), its use between embed() and pass(), and the same in modelbin.py and
+// doc/format.md. To add a number format: its row in FORMATS, its kernel in the last part, and the
+// same two. To add an instruction set: its block where the kernels are included. To add a pattern of
+// pre-tokens: its number in load_byte_level(), its matcher in pretoken(), and PATTERNS of bpe.py.
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
@@ -2468,56 +2468,65 @@ INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
 #endif
 }
 
-// Sixteen rows of int8 or int4 times n inputs from t on, n a constant wherever this is inlined.
-INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n,
-                                  const bool is_4bit, const bool has_low) {
+// n_blocks times sixteen rows of int8 or int4 times n inputs from t on; both numbers are constants
+// wherever this is inlined, and the sums stay in registers.
+INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n_blocks,
+                                  const size_t n, const bool is_4bit, const bool has_low) {
     const Tensor *w = p->w;
     const Input *in = p->in;
     const size_t group = w->group, groups = (w->cols + group - 1) / group;
     const size_t per_vector = is_4bit ? 8 : 4;  // columns of sixteen rows in 64 bytes
     const size_t vectors = (w->cols + per_vector - 1) / per_vector;
     const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
-    size_t scale_at = block * groups * LANES;
     const int8_t *x = codes_at(in, t, 0);
-    const size_t step = 8 * in->tile;
-    Floats out[TILE];
-    for (size_t i = 0; i < n; i++) out[i] = KERNEL(splat)(0.0f);
+    const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
+    Floats out[2][TILE];
+    for (size_t b = 0; b < n_blocks; b++)
+        for (size_t i = 0; i < n; i++) out[b][i] = KERNEL(splat)(0.0f);
     size_t v = 0;
-    for (size_t g = 0; g < groups; g++, scale_at += LANES) {
-        Ints high[TILE], low[TILE];
+    for (size_t g = 0; g < groups; g++) {
+        Ints high[2][TILE], low[2][TILE];
         for (size_t i = 0; i < n; i++) {
             // signed weights need no offset
             int32_t offset = in->offsets[(t + i) * in->max_groups + g];
-            low[i] = (Ints){0} + (!is_4bit && KERNEL(IS_SIGNED) ? 0 : offset);
-            high[i] = (Ints){0};
+            for (size_t b = 0; b < n_blocks; b++) {
+                low[b][i] = (Ints){0} + (!is_4bit && KERNEL(IS_SIGNED) ? 0 : offset);
+                high[b][i] = (Ints){0};
+            }
         }
         size_t end = (g + 1) * group / per_vector;
         if (end > vectors) end = vectors;
         for (; v < end; v++, codes += sizeof(Codes)) {
-            Codes c;
-            memcpy(&c, codes, sizeof c);
+            Codes c[2], four[2];
+            for (size_t b = 0; b < n_blocks; b++) memcpy(&c[b], codes + b * next_block, sizeof *c);
             __builtin_prefetch(codes + 4096);
-            Codes first = is_4bit ? c & 15 : c, second = (Codes)((Words)c >> 4) & 15;
-            for (size_t i = 0; i < n; i++) {
-                high[i] = KERNEL(dot4)(high[i], first, x + 8 * i, is_4bit);
-                if (has_low) low[i] = KERNEL(dot4)(low[i], first, x + 8 * i + 4, is_4bit);
+            for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
+                for (size_t b = 0; b < n_blocks; b++) {
+                    four[b] = half ? (Codes)((Words)c[b] >> 4) : c[b];
+                    if (is_4bit) four[b] &= 15;
+                }
+                for (size_t i = 0; i < n; i++) {
+                    const int8_t *at = x + 8 * i;
+                    for (size_t b = 0; b < n_blocks; b++) {
+                        high[b][i] = KERNEL(dot4)(high[b][i], four[b], at, is_4bit);
+                        if (has_low) low[b][i] = KERNEL(dot4)(low[b][i], four[b], at + 4, is_4bit);
+                    }
+                }
             }
-            x += step;
-            for (size_t i = 0; is_4bit && i < n; i++) {
-                high[i] = KERNEL(dot4)(high[i], second, x + 8 * i, is_4bit);
-                if (has_low) low[i] = KERNEL(dot4)(low[i], second, x + 8 * i + 4, is_4bit);
-            }
-            if (is_4bit) x += step;
         }
-        Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
-        for (size_t i = 0; i < n; i++) {
-            float x_scale = in->scales[(t + i) * in->max_groups + g];
-            Ints sum = (Ints)((Words)high[i] * 256 + (Words)low[i]);
-            out[i] += __builtin_convertvector(sum, Floats) * (scale * x_scale);
+        for (size_t b = 0; b < n_blocks; b++) {
+            size_t scale_at = ((block + b) * groups + g) * LANES;
+            Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
+            for (size_t i = 0; i < n; i++) {
+                float x_scale = in->scales[(t + i) * in->max_groups + g];
+                Ints sum = (Ints)((Words)high[b][i] * 256 + (Words)low[b][i]);
+                out[b][i] += __builtin_convertvector(sum, Floats) * (scale * x_scale);
+            }
         }
     }
-    for (size_t i = 0; i < n; i++)
-        KERNEL(store)(p->out + (t + i) * p->stride + block * LANES, out[i]);
+    for (size_t b = 0; b < n_blocks; b++)
+        for (size_t i = 0; i < n; i++)
+            KERNEL(store)(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i]);
 }
 
 // n_rows rows of float32 or bfloat16 times n inputs from t on, both constants where inlined.
@@ -2561,28 +2570,39 @@ INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, co
     }
 }
 
-// A block of sixteen rows of int8 or int4 times all inputs.
-INLINE void KERNEL(block_of_codes)(const Product *p, size_t block, const bool is_4bit,
-                                   const bool has_low) {
-    const size_t n = p->in->n, tile = KERNEL(TILE);
+// A block of sixteen rows of int8 or int4, or two, times all inputs.
+INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t n_blocks,
+                                    const bool is_4bit, const bool has_low) {
+    const size_t n = p->in->n, tile = n_blocks == 2 && has_low ? KERNEL(TILE) / 2 : KERNEL(TILE);
     size_t t = 0;
     for (; t + tile <= n; t += tile)
-        KERNEL(tile_of_codes)(p, block, t, tile, is_4bit, has_low);
-    for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 1, is_4bit, has_low);
+        KERNEL(tile_of_codes)(p, block, t, n_blocks, tile, is_4bit, has_low);
+    for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, n_blocks, 1, is_4bit, has_low);
+}
+
+// Blocks from first to last of int8 or int4. Where there are many inputs, two at a time share each
+// load of an input; a single input is read in the order of memory.
+INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
+                          const bool has_low) {
+    const bool in_pairs = KERNEL(TILE) >= 8 && p->in->n >= 4;
+    size_t block = first;
+    for (; in_pairs && block + 2 <= last; block += 2)
+        KERNEL(blocks_of_codes)(p, block, 2, is_4bit, has_low);
+    for (; block < last; block++) KERNEL(blocks_of_codes)(p, block, 1, is_4bit, has_low);
 }
 
 // Blocks from first to last, of sixteen rows, of a product for all its inputs.
 static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
     const Tensor *w = p->w;
     const bool has_low = !p->in->is_8bit;
-    for (size_t block = first; block < last; block++) {
-        size_t row = block * LANES, end = row + LANES < w->rows ? row + LANES : w->rows;
+    if (w->format == INT8 && has_low) KERNEL(codes)(p, first, last, false, true);
+    else if (w->format == INT8) KERNEL(codes)(p, first, last, false, false);
+    else if (w->format == INT4 && has_low) KERNEL(codes)(p, first, last, true, true);
+    else if (w->format == INT4) KERNEL(codes)(p, first, last, true, false);
+    for (size_t row = first * LANES; !w->group && row < last * LANES; row += LANES) {
+        size_t end = row + LANES < w->rows ? row + LANES : w->rows;
         if (w->format == FP32) KERNEL(block_of_floats)(p, row, end, false);
-        else if (w->format == BF16) KERNEL(block_of_floats)(p, row, end, true);
-        else if (w->format == INT8 && has_low) KERNEL(block_of_codes)(p, block, false, true);
-        else if (w->format == INT8) KERNEL(block_of_codes)(p, block, false, false);
-        else if (has_low) KERNEL(block_of_codes)(p, block, true, true);
-        else KERNEL(block_of_codes)(p, block, true, false);
+        else KERNEL(block_of_floats)(p, row, end, true);
     }
 }
 
