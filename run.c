@@ -13,8 +13,8 @@
 // To add an architecture option: its field or bit in Config, its range in check_config(), its
 // tensor in lay_out(), its use between embed() and pass(), and the same in modelbin.py and
 // doc/format.md. To add a number format: its row in FORMATS, its kernel in the last part, and the
-// same two. To add an instruction set: its block where the kernels are included. To add a pattern of
-// pre-tokens: its number in load_byte_level(), its matcher in pretoken(), and PATTERNS of bpe.py.
+// same two. To add an instruction set: its block where the kernels are included. To add a pattern
+// of pre-tokens: its number in load_byte_level(), its matcher in pretoken(), PATTERNS of bpe.py.
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
@@ -2480,6 +2480,9 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
     const int8_t *x = codes_at(in, t, 0);
     const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
+    // of the next two blocks, tiles of inputs in turn fetch the first and the second
+    const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
+    const bool is_only = in->n < 2 * n;
     Floats out[2][TILE];
     for (size_t b = 0; b < n_blocks; b++)
         for (size_t i = 0; i < n; i++) out[b][i] = KERNEL(splat)(0.0f);
@@ -2498,8 +2501,10 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
         if (end > vectors) end = vectors;
         for (; v < end; v++, codes += sizeof(Codes)) {
             Codes c[2], four[2];
-            for (size_t b = 0; b < n_blocks; b++) memcpy(&c[b], codes + b * next_block, sizeof *c);
-            __builtin_prefetch(codes + 4096);
+            for (size_t b = 0; b < n_blocks; b++) {
+                memcpy(&c[b], codes + b * next_block, sizeof *c);
+                if (b == 0 || is_only) __builtin_prefetch(codes + b * next_block + ahead);
+            }
             for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
                 for (size_t b = 0; b < n_blocks; b++) {
                     four[b] = half ? (Codes)((Words)c[b] >> 4) : c[b];
@@ -2570,21 +2575,23 @@ INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, co
     }
 }
 
-// A block of sixteen rows of int8 or int4, or two, times all inputs.
+// n_blocks times sixteen rows of int8 or int4 times all inputs.
 INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t n_blocks,
                                     const bool is_4bit, const bool has_low) {
     const size_t n = p->in->n, tile = n_blocks == 2 && has_low ? KERNEL(TILE) / 2 : KERNEL(TILE);
     size_t t = 0;
     for (; t + tile <= n; t += tile)
         KERNEL(tile_of_codes)(p, block, t, n_blocks, tile, is_4bit, has_low);
+    for (; KERNEL(TILE) > 2 && t + 2 <= n; t += 2)
+        KERNEL(tile_of_codes)(p, block, t, n_blocks, 2, is_4bit, has_low);
     for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, n_blocks, 1, is_4bit, has_low);
 }
 
-// Blocks from first to last of int8 or int4. Where there are many inputs, two at a time share each
-// load of an input; a single input is read in the order of memory.
+// Blocks from first to last of int8 or int4. Two at a time share each load of an input, where there
+// are registers for it; for a single input the weights are read in the order of memory.
 INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
                           const bool has_low) {
-    const bool in_pairs = KERNEL(TILE) >= 8 && p->in->n >= 4;
+    const bool in_pairs = KERNEL(TILE) > 2 && p->in->n > 1;
     size_t block = first;
     for (; in_pairs && block + 2 <= last; block += 2)
         KERNEL(blocks_of_codes)(p, block, 2, is_4bit, has_low);
