@@ -146,7 +146,8 @@ def test_bits_are_the_same_for_all_kernels_and_batches(builds, tmp_path, name, d
     export_model(model, path, dtype=dtype)
     expected = logits_of(builds["harness", "fast"], path, tokens, vocab_size)
     # a name that this machine does not have stands for its best
-    for kernels, batch in (("portable", 1), ("portable", 7), ("AVX2", 1), ("AVX2", 32), ("", 9)):
+    other = [("portable", 1), ("portable", 7), ("AVX2", 1), ("AVX2", 32)]
+    for kernels, batch in other + [("", n) for n in (2, 3, 9, 15)]:  # with all sizes of tiles
         found = logits_of(builds["harness", "fast"], path, tokens, vocab_size, batch, kernels)
         assert (found == expected).all(), (kernels, batch)
     if ENGINE_EMULATOR:
@@ -284,6 +285,16 @@ def test_stories_told_at_once_are_those_told_alone(run, small):
     assert [story["seed"] for story in told] == list(range(7, 12))
     assert [story["text"] + "\n" for story in told] == [text.decode() for text in alone]
     assert max(story["tokens"] for story in told) == 30
+
+
+@pytest.mark.parametrize("words", [[], ["--fast"]])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_number_formats_tell_the_same_at_once_and_alone(run, small, dtype, words):
+    export_model(calm_model(tie_embeddings=False), small, dtype=dtype)
+    alone = [run(small, "-s", seed, "-n", "20", *words).stdout for seed in range(15)]
+    for n in (2, 7, 15):
+        together = run(small, "-s", "0", "-n", "20", "-b", n, *words)
+        assert together.returncode == 0 and together.stdout == b"".join(alone[:n])
 
 
 def loss_of(done):
