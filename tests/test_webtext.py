@@ -134,10 +134,9 @@ def test_one_machine_or_several_the_documents_are_the_same(tmp_path, data, model
     small = {**os.environ, "PYTHONPATH": str(tmp_path)}
     # small shards, so that one file is many pieces of work
     (tmp_path / "small.py").write_text(
-        "import runpy, sys\nsource = open(sys.argv[1]).read()"
-        ".replace('PIECE = 1 << 27', 'PIECE = 20000')\n"
-        "__file__ = sys.argv.pop(1)\nsys.argv[0] = __file__\n"
-        "exec(compile(source, __file__, 'exec'))\n"
+        "import runpy, sys\nimport parts\nparts.PIECE = 20000\n"
+        "if __name__ == '__main__':  # workers import this file\n"
+        "    del sys.argv[0]\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = [f"--source={path}", f"--vocab_size={SIZE}", "--num_workers=1"]
 
