@@ -309,7 +309,8 @@ def merge_parts(shards_folder, parts, metas):
                 path = os.path.join(shards_folder, where, name)
                 if not shard_size_fits(path, entry[side]["tokens"], dtype):
                     raise UserError(f"{path} is missing or damaged: prepare that part again")
-                into.append({"name": name, "source": source_key, **entry[side]})
+                counted = {key: entry[side][key] for key in (*COUNTS, "crc32")}
+                into.append({"name": name, "source": source_key, **counted})
     for what, found in (("train on", train), ("validate with", valid)):
         if not found:
             raise UserError(
@@ -329,7 +330,8 @@ def merge_parts(shards_folder, parts, metas):
     counts = {c: sum(one[c] for one in valid) for c in COUNTS}
     all_valid = {"name": "data00.bin", "source": ["validation"], **counts, "crc32": crc}
     held_out = sum(one["held_out"] for one in train)
-    return first, [all_valid, *train], held_out
+    about = {name: first[name] for name in ("vocab_size", "dtype", "tokenizer_hash")}
+    return about, [all_valid, *train], held_out
 
 
 def portable(key):

@@ -2480,7 +2480,7 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
     const int8_t *x = codes_at(in, t, 0);
     const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
-    // of the next two blocks, tiles of inputs in turn fetch the first and the second
+    // of the next two blocks, tiles of inputs fetch one each in turn, an only tile both
     const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
     const bool is_only = in->n < 2 * n;
     Floats out[2][TILE];

@@ -396,7 +396,7 @@ def prepare_stage():
     print(f"encoding with {name}{faster}")
     write_part(part, files, tokenizer, name, frac, valid_paths)
     if n == 1:
-        finish(paths.shards, *merge(paths.shards, 1))
+        finish(*merge(paths.shards, 1))
         return
     print(
         f"part {shard} is done; once all {n} are, in one folder: "
@@ -442,15 +442,15 @@ def merge_stage():
         raise UserError(f"{source} is ready-made: there is nothing to merge")
     if shards < 1:
         raise UserError(f"shards = {shards}: expected how many machines there were")
-    folder_of_shards = data_paths().shards
-    finish(folder_of_shards, *merge(folder_of_shards, shards))
+    finish(*merge(data_paths().shards, shards))
 
 
-def finish(shards_folder, about, listed, held_out=0, preset=""):
+def finish(about, listed, held_out=0, preset=""):
     """Write shards.json, remove what it does not list, and say what there is."""
+    shards_folder = data_paths().shards
     meta = {
         "format": SIDECAR_FORMAT,
-        **{name: about[name] for name in ("vocab_size", "dtype", "tokenizer_hash")},
+        **about,
         "valid_source": [full_source()],
         "made_by": f"python webtext.py prepare {same_flags()}",
         "held_out": held_out,
@@ -510,7 +510,7 @@ def prepare_tokenized():
         listed.append(one)
     tidy()
     about = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
-    finish(paths.shards, about, listed, preset=preset)
+    finish(about, listed, preset=preset)
 
 
 def get_tokenizer(repo, folder, path):

@@ -375,7 +375,8 @@ def test_damaged_parts_are_done_again_and_not_merged(tmp_path, data):
     assert webtext("prepare", path, data).returncode == 0
     good = json.loads(part.read_text())
     twice = {**good, "pieces": {"0": good["pieces"]["0"] * 2}}
-    fewer = [{k: v for k, v in good.items() if k != name} for name in ("files", "pieces", "dtype")]
+    names = ("files", "pieces", "dtype", "vocab_size")
+    fewer = [{k: v for k, v in good.items() if k != name} for name in names]
     for bad in ("{", "[]", json.dumps(twice), *map(json.dumps, fewer)):
         part.write_text(bad)
         refused(webtext("merge", path, data))
