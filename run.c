@@ -136,10 +136,9 @@ static File open_file(const char *path, const char *what) {
     File f = {.path = path};
 #if defined(_WIN32)
     FILE *stream = fopen(path, "rb");
-    if (!stream) die("cannot open %s %s: %s", what, path, strerror(errno));
-    if (_fseeki64(stream, 0, SEEK_END) != 0) die("cannot read %s %s", what, path);
+    if (!stream || _fseeki64(stream, 0, SEEK_END))
+        die("cannot open %s %s: %s", what, path, strerror(errno));
     f.size = (size_t)_ftelli64(stream);
-    if (f.size == 0) die("%s %s is empty", what, path);
     rewind(stream);
     uint8_t *data = alloc(f.size, 1);
     if (fread(data, 1, f.size, stream) != f.size) die("cannot read %s %s", what, path);
@@ -147,21 +146,21 @@ static File open_file(const char *path, const char *what) {
     f.data = data;
 #else
     struct stat info;
-    if (stat(path, &info) != 0) die("cannot open %s %s: %s", what, path, strerror(errno));
+    if (stat(path, &info)) die("cannot open %s %s: %s", what, path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s %s is not a regular file", what, path);
-    if (info.st_size == 0) die("%s %s is empty", what, path);
-    if ((uintmax_t)info.st_size > SIZE_MAX) die("%s %s is too large for this machine", what, path);
     f.size = (size_t)info.st_size;
     alloc(0, 1);  // its block holds the mapping
     int fd = open(path, O_RDONLY);
     if (fd < 0) die("cannot open %s %s: %s", what, path, strerror(errno));
-    void *map = mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *map = f.size ? mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
     close(fd);
-    if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
+    if (map == MAP_FAILED || (uintmax_t)info.st_size > SIZE_MAX)
+        die("cannot map %s %s: it has %llu bytes", what, path, (unsigned long long)info.st_size);
     blocks->map = map;
     blocks->map_size = f.size;
     f.data = map;
 #endif
+    if (!f.size) die("%s %s is empty", what, path);
     return f;
 }
 
@@ -175,18 +174,15 @@ static double seconds(void) {
 #endif
 }
 
-// What a thread does while it waits for another: first next to nothing, then it lets others run.
-static void pause_briefly(void) {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static void let_others_run(void) {
+// What a thread does while it waits: at first next to nothing, later it lets others run.
+static void wait_a_little(bool is_later) {
 #if !defined(_WIN32)
-    nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+    if (is_later) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+#endif
+#if defined(__x86_64__)
+    if (!is_later) _mm_pause();
+#elif defined(__aarch64__)
+    if (!is_later) __asm__ volatile("yield");
 #endif
 }
 
@@ -302,22 +298,20 @@ TARGET_POP
 // The best kernels that this machine can run; those of the name RUN_KERNELS where it is set, for
 // tests.
 static const Kernels *pick_kernels(void) {
-    const Kernels *all[3] = {0};
-    size_t n = 0;
+    const Kernels *best = &kernels_portable, *all[3] = {best};
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) best = all[1] = &kernels_avx2;
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        all[n++] = &kernels_avx512;
-    if (__builtin_cpu_supports("avx2")) all[n++] = &kernels_avx2;
+        best = all[2] = &kernels_avx512;
 #elif defined(__ARM_FEATURE_DOTPROD)
-    all[n++] = &kernels_dotprod;
+    best = all[1] = &kernels_dotprod;
 #endif
-    all[n++] = &kernels_portable;
     const char *wanted = getenv("RUN_KERNELS");
-    for (size_t i = 0; wanted && i < n; i++)
-        if (!strcmp(all[i]->name, wanted)) return all[i];
-    return all[0];
+    for (size_t i = 0; wanted && i < 3; i++)
+        if (all[i] && !strcmp(all[i]->name, wanted)) best = all[i];
+    return best;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -361,13 +355,13 @@ enum {  // bits of Config.options
 
 enum {
     MAGIC = 0x616b3432,
-    V0_HEADER_BYTES = 7 * 4,
-    V1_HEADER_BYTES = 256,  // of version 2 as well
     HEADER_BYTES = offsetof(Config, group),
-    ALIGNMENT = 64,         // of the tensors of version 3
+    ALIGNMENT = 64,  // of the tensors of version 3
     MAX_CONTEXT = 1 << 24,
-    MAX_GROUP = 256,
+    MAX_GROUP = 256,  // the sum of a larger one might not fit 32 bits
 };
+
+static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, HEADER_BYTES};  // by version
 
 _Static_assert(HEADER_BYTES == 80, "the header has no gaps");
 
@@ -384,7 +378,7 @@ typedef struct {
     const float *ffn_norm;          // (dim)
     const float *q_norm, *k_norm;   // (head_dim)
     const float *kept, *added;      // the layer begins with kept * x + added * x0
-    int window;  // a position sees this many, itself included; 0: all
+    int32_t window;  // a position sees this many, itself included; 0: all
 } Layer;
 
 typedef struct {
@@ -397,11 +391,52 @@ typedef struct {
     const float *smear_gate;      // (dim)
 } Weights;
 
+// The header of a file of any version, unchecked.
+static Config read_header(const File *f) {
+    uint32_t words[2] = {0};
+    memcpy(words, f->data, f->size < sizeof words ? f->size : sizeof words);
+    if (!memcmp(words, "GGUF", 4))
+        die("%s is a GGUF file; this engine reads model.bin as export.py writes it", f->path);
+    if (!memcmp(words, "PK\3\4", 4))
+        die("%s is a checkpoint or zip file; make a model.bin of it: "
+            "python export.py model.bin --checkpoint=%s", f->path, f->path);
+    int version = words[0] == MAGIC && words[1] ? (int)words[1] : 0;
+    if (version < 0 || version > 3)
+        die("%s is a version %u model file, and this engine reads versions 0 to 3: "
+            "make one with export.py", f->path, words[1]);
+    if (f->size < HEADER_SIZES[version])
+        die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
+            version);
+    Config c = {0};
+    if (version == 3) {
+        memcpy(&c, f->data, HEADER_BYTES);
+        return c;
+    }
+    int32_t h[7];
+    const uint8_t *at = f->data + (version ? 8 : 0);
+    memcpy(h, at, sizeof h);
+    // version 0 has a negative vocab_size where the head is a matrix of its own
+    bool is_tied = version ? at[sizeof h] : h[5] > 0;
+    if (version == 2) memcpy(&c.group, at + sizeof h + 1, sizeof c.group);
+    return (Config){
+        .version = version, .file_size = f->size, .header_size = HEADER_SIZES[version],
+        .options = NORM_GAINS | (is_tied ? TIE_EMBEDDINGS : 0),
+        .format = version == 2 ? INT8 : FP32,
+        .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3], .n_kv_heads = h[4],
+        .vocab_size = version || is_tied || h[5] == INT32_MIN ? h[5] : -h[5], .seq_len = h[6],
+        .norm_eps = 1e-5f, .rope_theta = 10000.0f, .group = c.group,
+    };
+}
+
 static void check_config(const Config *c, const char *path) {
     struct {
         const char *name;
         double value, min, max;
     } ranges[] = {
+        {"header_size", c->header_size, HEADER_SIZES[c->version], HEADER_SIZES[c->version]},
+        {"options", c->options, 0, KNOWN_OPTIONS},
+        {"dtype", c->format, 0, N_FORMATS - 1},
+        {"activation", c->activation, 0, N_ACTIVATIONS - 1},
         {"dim", c->dim, 1, 1 << 16},
         {"hidden_dim", c->hidden_dim, 1, 1 << 20},
         {"n_layers", c->n_layers, 1, 1 << 12},
@@ -409,95 +444,26 @@ static void check_config(const Config *c, const char *path) {
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 12},
         {"vocab_size", c->vocab_size, 3, 1 << 24},  // unk, BOS and EOS at the least
         {"max_seq_len", c->seq_len, 1, MAX_CONTEXT},
-        {"value_embeddings", c->value_embeddings, 0, 1 << 12},
-        {"bigram_rows", c->bigram_rows, 0, 1 << 28},
+        {"value_embeddings", c->value_embeddings, 0, c->n_layers},
+        {"bigram_rows", c->bigram_rows, c->bigram_rows ? 2 : 0, 1 << 28},
         {"norm_eps", c->norm_eps, 0, 1},
         {"rope_theta", c->rope_theta, 1, 1e12},
         {"logit_softcap", c->logit_softcap, 0, 1e6},
     };
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].min && ranges[i].value <= ranges[i].max))
-            die("%s is not a version %d model file: its header says %s = %.10g, expected %.10g to "
-                "%.10g", path, c->version, ranges[i].name, ranges[i].value, ranges[i].min,
+            die("%s is not a version %d model file that this engine knows: its header says "
+                "%s = %.10g, expected %.10g to %.10g; export it again, or build the run.c of those "
+                "who wrote it", path, c->version, ranges[i].name, ranges[i].value, ranges[i].min,
                 ranges[i].max);
-    }
     if (c->dim % c->n_heads || (c->dim / c->n_heads) % 2 || c->n_heads % c->n_kv_heads)
         die("%s is not a version %d model file: dim %d, %d heads and %d key/value heads do not fit",
             path, c->version, c->dim, c->n_heads, c->n_kv_heads);
-    if (c->value_embeddings > c->n_layers)
-        die("%s is not a version %d model file: value_embeddings = %d do not fit %d layers",
-            path, c->version, c->value_embeddings, c->n_layers);
-    if (c->bigram_rows == 1)
-        die("%s is not a version %d model file: bigram_rows = 1, expected 0, or 2 or more",
-            path, c->version);
-    // the sum of a larger group might not fit 32 bits
     if (c->version == 2 && (c->group < LANES || c->group > MAX_GROUP || c->group % LANES ||
                             c->dim % c->group || c->hidden_dim % c->group))
         die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are no multiple "
             "of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
             c->group, c->dim, c->hidden_dim, LANES, MAX_GROUP);
-}
-
-// The version of the file; what it is if it is a well-known other kind is said.
-static int find_version(const File *f) {
-    uint32_t words[2] = {0};
-    if (f->size < sizeof words)
-        die("%s has %zu bytes, less than the header of any model file", f->path, f->size);
-    memcpy(words, f->data, sizeof words);
-    if (words[0] == MAGIC && (words[1] < 1 || words[1] > 3))
-        die("%s is a version %u model file, and this engine reads versions 0 to 3: "
-            "make one with export.py", f->path, words[1]);
-    if (!memcmp(words, "GGUF", 4))
-        die("%s is a GGUF file; this engine reads model.bin as export.py writes it", f->path);
-    if (!memcmp(words, "PK\3\4", 4))
-        die("%s is a checkpoint or zip file; make a model.bin of it: "
-            "python export.py model.bin --checkpoint=%s", f->path, f->path);
-    int version = words[0] == MAGIC ? (int)words[1] : 0;
-    size_t bytes[] = {V0_HEADER_BYTES, V1_HEADER_BYTES, V1_HEADER_BYTES, HEADER_BYTES};
-    if (f->size < bytes[version])
-        die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
-            version);
-    return version;
-}
-
-static Config read_llama2c(const File *f, int version) {
-    int32_t h[9] = {0};  // version 1 and 2 have 7 numbers behind magic and version, and then these:
-    uint8_t tied = 0;
-    memcpy(h, f->data + (version ? 8 : 0), 7 * sizeof *h);
-    if (version) tied = f->data[8 + 7 * 4];
-    if (version == 2) memcpy(&h[8], f->data + 8 + 7 * 4 + 1, sizeof *h);
-    if (!version) tied = h[5] > 0;  // vocab_size is negative where the head has its own matrix
-    return (Config){
-        .version = version, .options = NORM_GAINS | (tied ? TIE_EMBEDDINGS : 0),
-        .format = version == 2 ? INT8 : FP32,
-        .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3], .n_kv_heads = h[4],
-        .vocab_size = version || tied || h[5] == INT32_MIN ? h[5] : -h[5], .seq_len = h[6],
-        .norm_eps = 1e-5f, .rope_theta = 10000.0f, .group = h[8],
-    };
-}
-
-static Config read_v3(const File *f) {
-    static const char *remedy = "build run.c of the version that wrote it, or export it again";
-    Config c = {0};
-    memcpy(&c, f->data, HEADER_BYTES);
-    uint32_t unknown = c.options & ~(uint32_t)KNOWN_OPTIONS;
-    if (c.file_size != f->size)
-        die("%s has %zu bytes where its header says %llu: it is %s; copy or export it again",
-            f->path, f->size, (unsigned long long)c.file_size,
-            f->size < c.file_size ? "truncated" : "too long");
-    if (c.header_size != HEADER_BYTES)
-        die("%s has a header of %u bytes, and this engine knows one of %d: %s", f->path,
-            c.header_size, HEADER_BYTES, remedy);
-    if (unknown)
-        die("%s has the options 0x%x, which this engine does not know: %s", f->path, unknown,
-            remedy);
-    if (c.format >= N_FORMATS)
-        die("%s has number format %u, and this engine reads 0 to %d: %s", f->path, c.format,
-            N_FORMATS - 1, remedy);
-    if (c.activation >= N_ACTIVATIONS)
-        die("%s has activation %u, and this engine knows 0 (swiglu) and 1 (relu2): %s", f->path,
-            c.activation, remedy);
-    return c;
 }
 
 static float bf16_at(const void *p, size_t i) {
@@ -509,14 +475,10 @@ static float bf16_at(const void *p, size_t i) {
 
 // out = row r of any tensor; there is room for whole vectors behind its columns
 static void read_row(float *out, const Tensor *t, size_t r) {
-    if (t->format == FP32) {
-        memcpy(out, t->data + r * t->cols * sizeof(float), t->cols * sizeof(float));
-        return;
-    }
-    if (t->format == BF16) {
+    if (t->format == FP32) memcpy(out, t->data + r * t->cols * sizeof *out, t->cols * sizeof *out);
+    if (t->format == BF16)
         for (size_t c = 0; c < t->cols; c++) out[c] = bf16_at(t->data, r * t->cols + c);
-        return;
-    }
+    if (!t->group) return;
     size_t per_code = FORMATS[t->format].per_code, groups = (t->cols + t->group - 1) / t->group;
     size_t steps = (t->cols + per_code - 1) / per_code, block = r / t->lanes, lane = r % t->lanes;
     int zero = (int)FORMATS[t->format].zero;
@@ -524,10 +486,9 @@ static void read_row(float *out, const Tensor *t, size_t r) {
     for (size_t c = 0; c < t->cols; c += per_code, codes += 4 * t->lanes) {
         size_t at = (block * groups + c / t->group) * t->lanes + lane;
         float scale = t->wide_scales ? ((const float *)t->scales)[at] : bf16_at(t->scales, at);
-        for (int i = 0; i < 4; i++) {
-            int low = per_code == 8 ? codes[i] & 15 : codes[i];
-            out[c + i] = (float)(low - zero) * scale;
-            if (per_code == 8) out[c + 4 + i] = (float)((codes[i] >> 4) - zero) * scale;
+        for (size_t i = 0; i < per_code; i++) {
+            int code = per_code == 4 ? codes[i] : codes[i % 4] >> i / 4 * 4 & 15;
+            out[c + i] = (float)(code - zero) * scale;
         }
     }
 }
@@ -535,7 +496,7 @@ static void read_row(float *out, const Tensor *t, size_t r) {
 // Lay a row-major int8 matrix of version 2 out as a Tensor does: -127 to 127 become 1 to 255.
 static void repack(Tensor *t) {
     const float *from = t->scales;
-    size_t padded = ROUND_UP(t->rows, t->lanes), groups = t->cols / t->group, lanes = t->lanes;
+    size_t groups = t->cols / t->group, lanes = t->lanes, padded = ROUND_UP(t->rows, lanes);
     uint8_t *codes = alloc((uint64_t)padded * t->cols, 1);
     float *scales = alloc((uint64_t)padded * groups, sizeof(float));
     memset(codes, (int)FORMATS[INT8].zero, padded * t->cols);
@@ -564,7 +525,7 @@ typedef struct {
 // Pass n bytes; where they are, or NULL. Within the ranges of check_config() no sum overflows.
 static const uint8_t *skip(Walk *w, uint64_t n) {
     if (!n) return NULL;
-    uint64_t at = (w->at + w->alignment - 1) / w->alignment * w->alignment;
+    uint64_t at = ROUND_UP(w->at, w->alignment);
     w->at = at + n;
     return w->data ? w->data + at : NULL;
 }
@@ -579,11 +540,11 @@ static void walk_vectors(Walk *w, const float **places, size_t n, uint64_t size)
 // n matrices of one shape, one a layer, whose rows are multiplied (lanes 16) or looked up (1).
 static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint64_t cols,
                          size_t lanes) {
-    const Config *c = w->config;
-    Format f = c->format;
-    size_t group = c->version == 2 ? (size_t)c->group : FORMATS[f].group;
+    Format f = w->config->format;
+    bool is_v2 = w->config->version == 2;
+    size_t group = is_v2 ? (size_t)w->config->group : FORMATS[f].group;
     uint64_t data_bytes = rows * cols * FORMATS[f].bits / 8, scale_bytes = 0, at_once = n;
-    if (c->version == 2) {  // row-major and, unlike later, each matrix with its scales behind it
+    if (is_v2) {  // row-major and, unlike later, each matrix with its scales behind it
         scale_bytes = rows * cols / group * sizeof(float);
         at_once = 1;
     } else if (group) {
@@ -596,9 +557,9 @@ static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint6
         const uint8_t *data = skip(w, at_once * data_bytes);
         const uint8_t *scales = skip(w, at_once * scale_bytes);
         for (size_t i = 0; data && i < at_once; i++) {
-            Tensor t = {f, rows, cols, lanes, group, data + i * data_bytes, NULL, c->version == 2};
+            Tensor t = {f, rows, cols, lanes, group, data + i * data_bytes, NULL, is_v2};
             if (scales) t.scales = scales + i * scale_bytes;
-            if (c->version == 2) repack(&t);
+            if (is_v2) repack(&t);
             *(Tensor *)((char *)places + (first + i) * sizeof(Layer)) = t;
         }
     }
@@ -608,41 +569,35 @@ static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint6
 static uint64_t lay_out(Weights *m, Walk *w) {
     const Config *c = w->config;
     Layer *l = m->layers;
-    size_t layers = c->n_layers;
-    uint64_t dim = c->dim, hidden = c->hidden_dim, vocab = c->vocab_size;
+    uint64_t dim = c->dim, hidden = c->hidden_dim, vocab = c->vocab_size, layers = c->n_layers;
     uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    bool llama2c = c->version == 1 || c->version == 2;  // vectors first
-    if (llama2c) {
-        walk_vectors(w, &l->attention_norm, layers, dim);
-        walk_vectors(w, &l->ffn_norm, layers, dim);
-        walk_vectors(w, &m->norm, 1, dim);
-    }
+    bool is_early = c->version == 1 || c->version == 2;  // which have the gains in front
+    uint64_t early_gains = is_early ? layers : 0, gains = has(c, NORM_GAINS) ? layers : 0;
+    uint64_t late_gains = gains - early_gains;
+    walk_vectors(w, &l->attention_norm, early_gains, dim);
+    walk_vectors(w, &l->ffn_norm, early_gains, dim);
+    walk_vectors(w, &m->norm, early_gains > 0, dim);
     walk_tensors(w, &m->tok_embeddings, 1, vocab, dim, has(c, TIE_EMBEDDINGS) ? LANES : 1);
-    if (has(c, NORM_GAINS) && !llama2c) walk_vectors(w, &l->attention_norm, layers, dim);
+    walk_vectors(w, &l->attention_norm, late_gains, dim);
     walk_tensors(w, &l->wq, layers, dim, dim, LANES);
     walk_tensors(w, &l->wk, layers, kv_dim, dim, LANES);
     walk_tensors(w, &l->wv, layers, kv_dim, dim, LANES);
     walk_tensors(w, &l->wo, layers, dim, dim, LANES);
-    if (has(c, NORM_GAINS) && !llama2c) walk_vectors(w, &l->ffn_norm, layers, dim);
+    walk_vectors(w, &l->ffn_norm, late_gains, dim);
     walk_tensors(w, &l->w1, layers, hidden, dim, LANES);
     walk_tensors(w, &l->w2, layers, dim, hidden, LANES);
-    if (c->activation == SWIGLU) walk_tensors(w, &l->w3, layers, hidden, dim, LANES);
-    if (has(c, NORM_GAINS) && !llama2c) walk_vectors(w, &m->norm, 1, dim);
-    if (c->version == 0)  // rotary tables, which are computed here instead
-        skip(w, (uint64_t)c->seq_len * head_dim * sizeof(float));
-    if (!has(c, TIE_EMBEDDINGS)) walk_tensors(w, &m->output, 1, vocab, dim, LANES);
-    if (has(c, QK_NORM) && has(c, NORM_GAINS)) {
-        walk_vectors(w, &l->q_norm, layers, head_dim);
-        walk_vectors(w, &l->k_norm, layers, head_dim);
-    }
-    if (has(c, EMBEDDING_NORM) && has(c, NORM_GAINS)) walk_vectors(w, &m->embedding_norm, 1, dim);
-    if (has(c, RESIDUAL_SCALARS)) {
-        walk_vectors(w, &l->kept, layers, 1);
-        walk_vectors(w, &l->added, layers, 1);
-    }
+    walk_tensors(w, &l->w3, c->activation == SWIGLU ? layers : 0, hidden, dim, LANES);
+    walk_vectors(w, &m->norm, late_gains > 0, dim);
+    if (c->version == 0) skip(w, c->seq_len * head_dim * sizeof(float));  // RoPE's tables
+    walk_tensors(w, &m->output, !has(c, TIE_EMBEDDINGS), vocab, dim, LANES);
+    walk_vectors(w, &l->q_norm, has(c, QK_NORM) ? gains : 0, head_dim);
+    walk_vectors(w, &l->k_norm, has(c, QK_NORM) ? gains : 0, head_dim);
+    walk_vectors(w, &m->embedding_norm, has(c, EMBEDDING_NORM) && gains, dim);
+    walk_vectors(w, &l->kept, has(c, RESIDUAL_SCALARS) ? layers : 0, 1);
+    walk_vectors(w, &l->added, has(c, RESIDUAL_SCALARS) ? layers : 0, 1);
     walk_tensors(w, &l->value_embeddings, c->value_embeddings, vocab, kv_dim, 1);
-    if (c->bigram_rows) walk_tensors(w, &m->bigram, 1, c->bigram_rows, dim, 1);
-    if (has(c, SMEAR)) walk_vectors(w, &m->smear_gate, 1, dim);
+    walk_tensors(w, &m->bigram, c->bigram_rows > 0, c->bigram_rows, dim, 1);
+    walk_vectors(w, &m->smear_gate, has(c, SMEAR), dim);
     if (has(c, TIE_EMBEDDINGS)) m->output = m->tok_embeddings;
     return w->at;
 }
@@ -743,12 +698,9 @@ static bool arrive(Pass *p) {
         return true;
     double start = 0.0;
     for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round;) {
-        if (spins < 10000) {
-            pause_briefly();
-            if (++spins == 10000) start = seconds();
-        } else {  // another program has the core of the thread that is waited for
-            let_others_run();
-        }
+        // later: another program has the core of the thread that is waited for
+        wait_a_little(spins >= 10000);
+        if (spins < 10000 && ++spins == 10000) start = seconds();
     }
     if (start > 0.0) p->lost += seconds() - start;
     return false;
@@ -765,21 +717,18 @@ static void wait_for_all(Pass *p) {
 
 // Do work(p, layer, i) for each token i, between what all threads did before and do next.
 static void each_token(Pass *p, size_t layer, void (*work)(Pass *p, size_t layer, size_t i)) {
-    if (p->n_threads == 1) {
-        for (size_t i = 0; i < p->n; i++) work(p, layer, i);
-    } else if (p->n == 1) {  // the last to come does it: the others would have to wait for it
-        if (arrive(p)) {
-            work(p, layer, 0);
-            let_go(p->m);
-        }
-    } else {
-        // whole tiles, so that no two threads write to one cache line
-        size_t tiles = (p->n + TILE - 1) / TILE, first = tiles * p->thread / p->n_threads * TILE;
-        size_t end = tiles * (p->thread + 1) / p->n_threads * TILE;
-        wait_for_all(p);
-        for (size_t i = first; i < end && i < p->n; i++) work(p, layer, i);
-        wait_for_all(p);
+    if (p->n == 1 && p->n_threads > 1) {  // the last to come does it, others had to wait for it
+        if (!arrive(p)) return;
+        work(p, layer, 0);
+        let_go(p->m);
+        return;
     }
+    // whole tiles, so that no two threads write to one cache line
+    size_t tiles = (p->n + TILE - 1) / TILE, first = tiles * p->thread / p->n_threads * TILE;
+    size_t end = tiles * (p->thread + 1) / p->n_threads * TILE;
+    wait_for_all(p);
+    for (size_t i = first; i < end && i < p->n; i++) work(p, layer, i);
+    wait_for_all(p);
 }
 
 // This thread's share of the rows of some products.
@@ -789,11 +738,10 @@ static void multiply(Pass *p, const Product *products, size_t n) {
     size_t first = total * p->thread / threads, last = total * (p->thread + 1) / threads;
     for (size_t i = 0; i < n; i++) {
         size_t count = (products[i].w->rows + LANES - 1) / LANES;
-        size_t from = first > before ? first - before : 0;
-        size_t to = last > before ? last - before : 0;
-        if (to > count) to = count;
-        if (from < to) p->m->kernels->matmul(&products[i], from, to);
-        before += count;
+        size_t end = before + count, from = first > before ? first : before;
+        size_t to = last < end ? last : end;
+        if (from < to) p->m->kernels->matmul(&products[i], from - before, to - before);
+        before = end;
     }
 }
 
@@ -803,16 +751,19 @@ static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
+static void norm(const Model *m, float *out, const float *x, const float *gain, size_t n) {
+    m->kernels->rmsnorm(out, x, gain, n, m->config.norm_eps);
+}
+
 // Row i of an input is complete: quantize it if the matrix that it goes to is.
 static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
     if (w->group) m->kernels->quantize(in, i, w->cols, w->group, (int)FORMATS[w->format].zero);
 }
 
 static void embedding_of(const Model *m, float *out, int token) {
-    const Config *c = &m->config;
     read_row(out, &m->weights.tok_embeddings, (size_t)token);
-    if (has(c, EMBEDDING_NORM))
-        m->kernels->rmsnorm(out, out, m->weights.embedding_norm, c->dim, c->norm_eps);
+    if (has(&m->config, EMBEDDING_NORM))
+        norm(m, out, out, m->weights.embedding_norm, m->config.dim);
 }
 
 // The row of the bigram table for a token and the one before it, as bigram_hash() in model.py.
@@ -851,14 +802,14 @@ static void enter_layer(Pass *p, size_t layer, size_t i) {
         if (!p->steps[i].wants_logits) return;
         size_t row = 0;  // of the head's input, which has wanted rows alone
         for (size_t j = 0; j < i; j++) row += p->steps[j].wants_logits;
-        m->kernels->rmsnorm(m->wanted.x + row * m->width, x, m->weights.norm, c->dim, c->norm_eps);
+        norm(m, m->wanted.x + row * m->width, x, m->weights.norm, c->dim);
         finish_input(m, &m->wanted, &m->weights.output, row);
         return;
     }
     const Layer *l = &m->weights.layers[layer];
     if (has(c, RESIDUAL_SCALARS))
         for (int d = 0; d < c->dim; d++) x[d] = *l->kept * x[d] + *l->added * x0[d];
-    m->kernels->rmsnorm(m->normed.x + i * m->width, x, l->attention_norm, c->dim, c->norm_eps);
+    norm(m, m->normed.x + i * m->width, x, l->attention_norm, c->dim);
     finish_input(m, &m->normed, &l->wq, i);
 }
 
@@ -866,8 +817,7 @@ static void enter_layer(Pass *p, size_t layer, size_t i) {
 static void norm_and_turn(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
-    if (has(&m->config, QK_NORM))
-        m->kernels->rmsnorm(head, head, gain, 2 * half, m->config.norm_eps);
+    if (has(&m->config, QK_NORM)) norm(m, head, head, gain, 2 * half);
     for (int i = 0; i < half; i++) {
         float a = head[2 * i], b = head[2 * i + 1];
         head[2 * i] = a * cos[i] - b * sin[i];
@@ -878,13 +828,9 @@ static void norm_and_turn(const Model *m, float *head, const float *gain, int po
 static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    if (m->bf16_cache) {  // to the nearest, ties to even; what is no number stays none
-        if ((bits & 0x7FFFFFFF) > 0x7F800000) bits |= 1 << 22;
-        else bits += 0x7FFF + (bits >> 16 & 1);
-        ((uint16_t *)cache)[at] = (uint16_t)(bits >> 16);
-    } else {
-        ((float *)cache)[at] = x;
-    }
+    bits = isnan(x) ? bits | 1 << 22 : bits + 0x7FFF + (bits >> 16 & 1);  // ties to even
+    if (m->bf16_cache) ((uint16_t *)cache)[at] = (uint16_t)(bits >> 16);
+    else ((float *)cache)[at] = x;
 }
 
 // Attention of one key/value head and the query heads it serves, for the tokens first to last, all
@@ -905,6 +851,10 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
         size_t at = i * m->width + head * head_dim;
         float *k = m->k + at, *v = m->v + at;
         norm_and_turn(m, k, l->k_norm, (int)pos);
+        if (pos % LANES == 0) {  // written before it is read, which costs a page fault less
+            memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
+            memset(values + pos * wide * size, 0, LANES * wide * size);
+        }
         for (size_t d = 0; d < head_dim; d++) {
             cache_at(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
             cache_at(m, values, pos * wide + d, v[d]);
@@ -943,8 +893,7 @@ static void enter_feed_forward(Pass *p, size_t layer, size_t i) {
     const Layer *l = &m->weights.layers[layer];
     float *x = m->x + i * m->width;
     add(x, m->added + i * m->width, m->config.dim);
-    m->kernels->rmsnorm(m->normed.x + i * m->width, x, l->ffn_norm, m->config.dim,
-                        m->config.norm_eps);
+    norm(m, m->normed.x + i * m->width, x, l->ffn_norm, m->config.dim);
     finish_input(m, &m->normed, &l->w1, i);
 }
 
@@ -1051,15 +1000,6 @@ static void forward(Model *m, const Step *steps, size_t n) {
     adjust_threads(m, now - start, lost);
 }
 
-// Read bytes with all threads and do next to nothing with them: what the memory gives.
-static void read_all(const Model *m, const uint8_t *data, size_t n) {
-    OMP(parallel num_threads(m->n_threads))
-    {
-        size_t share = n / omp_get_num_threads();  // but for a few bytes
-        m->kernels->read(data + share * omp_get_thread_num(), share);
-    }
-}
-
 // As many threads as the caller wants; 0: as many as the machine has, as long as each has at least
 // MIN_WORK products to do for a token: waiting for one another costs more than less work saves.
 static int pick_threads(const Config *c, int wanted) {
@@ -1076,57 +1016,52 @@ static int pick_threads(const Config *c, int wanted) {
 // A model of its file, with room for n_stories of n_positions (0: the whole context) each.
 static Model load_model(File file, int n_positions, int n_stories, int n_threads,
                         bool bf16_cache, bool is_fast) {
-    Model m = {.file = file, .kernels = pick_kernels(), .bf16_cache = bf16_cache,
-               .is_fast = is_fast, .n_stories = (size_t)n_stories};
+    Model m = {.file = file, .config = read_header(&file), .kernels = pick_kernels(),
+               .bf16_cache = bf16_cache, .is_fast = is_fast, .n_stories = (size_t)n_stories};
     Config *c = &m.config;
-    const char *path = file.path;
-    int version = find_version(&m.file);
-    *c = version == 3 ? read_v3(&m.file) : read_llama2c(&m.file, version);
-    check_config(c, path);
-
-    size_t layers = c->n_layers, windows_at = HEADER_BYTES;
+    check_config(c, file.path);
+    size_t layers = c->n_layers, dim = c->dim, head_dim = dim / c->n_heads;
     m.weights.layers = alloc(layers, sizeof(Layer));
-    uint64_t header_bytes = version == 0 ? V0_HEADER_BYTES : version < 3 ? V1_HEADER_BYTES
-                          : windows_at + layers * sizeof(int32_t);
-    Walk walk = {.config = c, .at = header_bytes, .alignment = version == 3 ? ALIGNMENT : 1};
-    uint64_t end = lay_out(&m.weights, &walk);
-    m.matrix_bytes = walk.matrix_bytes;
-    if (end != m.file.size)
+    Walk walk = {.config = c, .at = c->header_size, .alignment = 1};
+    if (c->version == 3) walk.at += layers * sizeof(int32_t), walk.alignment = ALIGNMENT;
+    Walk measure = walk;
+    uint64_t needs = lay_out(&m.weights, &measure);
+    if (c->file_size != file.size) needs = c->file_size;
+    if (needs != file.size)
         die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
-            "it is %s, or no version %d model file", path, m.file.size, c->dim, c->n_layers,
-            c->vocab_size, (unsigned long long)end, m.file.size < end ? "truncated" : "too long",
-            version);
-    walk.data = m.file.data;
-    walk.at = header_bytes;
+            "it is %s, or no version %d model file; copy or export it again", file.path, file.size,
+            c->dim, c->n_layers, c->vocab_size, (unsigned long long)needs,
+            file.size < needs ? "truncated" : "too long", c->version);
+    walk.data = file.data;
     lay_out(&m.weights, &walk);
-    for (size_t l = 0; version == 3 && l < layers; l++) {
-        int32_t window;
-        memcpy(&window, m.file.data + windows_at + l * sizeof window, sizeof window);
-        if (window < 0 || window > MAX_CONTEXT)
+    m.matrix_bytes = walk.matrix_bytes;
+    for (size_t l = 0; c->version == 3 && l < layers; l++) {
+        int32_t *window = &m.weights.layers[l].window;
+        memcpy(window, file.data + HEADER_BYTES + l * sizeof *window, sizeof *window);
+        if (*window < 0 || *window > MAX_CONTEXT)
             die("%s is not a version 3 model file: its header says that layer %zu has a window of "
-                "%d, expected 0 to %d", path, l, window, MAX_CONTEXT);
-        m.weights.layers[l].window = window;
+                "%d, expected 0 to %d", file.path, l, *window, MAX_CONTEXT);
     }
 
-    size_t dim = c->dim, head_dim = dim / c->n_heads, kv_heads = c->n_kv_heads;
     m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
     m.max_batch = m.n_positions < MAX_BATCH ? m.n_positions : MAX_BATCH;
     if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
     m.width = ROUND_UP(dim, LANES);
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
-    m.n_threads = m.n_active = n_threads = pick_threads(c, n_threads);
+    m.n_threads = m.n_active = pick_threads(c, n_threads);
     m.patience = MIN_PATIENCE;
     float **buffers[] = {&m.x, &m.x0, &m.added, &m.q, &m.k, &m.v};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         *buffers[i] = alloc(m.max_batch * m.width, sizeof(float));
     m.gate = alloc(m.max_batch * m.hidden, sizeof(float));
-    m.scratch = alloc((size_t)n_threads * m.width, sizeof(float));
+    m.scratch = alloc(m.n_threads * m.width, sizeof(float));
     m.normed = new_input(&m, m.width);
     m.wanted = new_input(&m, m.width);
     m.mixed = new_input(&m, m.width);
     m.inner = new_input(&m, m.hidden);
     m.logits = alloc(m.max_batch, ROUND_UP((uint64_t)c->vocab_size, LANES) * sizeof(float));
-    uint64_t places = ROUND_UP((uint64_t)m.n_positions, LANES) * m.n_stories * layers * kv_heads;
+    uint64_t heads = (uint64_t)m.n_stories * layers * c->n_kv_heads;
+    uint64_t places = heads * ROUND_UP(m.n_positions, LANES);
     size_t number = bf16_cache ? sizeof(uint16_t) : sizeof(float);
     m.keys = alloc(places, head_dim * number);
     m.values = alloc(places, ROUND_UP(head_dim, LANES) * number);
@@ -1211,34 +1146,26 @@ static void check_n_pieces(const Tokenizer *t, size_t n) {
 }
 
 static void make_table(Tokenizer *t, size_t n) {
-    t->table_size = 4;
-    while (t->table_size < 2 * n) t->table_size *= 2;
+    for (t->table_size = 4; t->table_size < 2 * n;) t->table_size *= 2;
     t->table = alloc(t->table_size, sizeof *t->table);
-}
-
-static size_t hash_bytes(const uint8_t *bytes, size_t n) {  // FNV-1a
-    uint64_t h = 1469598103934665603u;
-    for (size_t i = 0; i < n; i++) h = (h ^ bytes[i]) * 1099511628211u;
-    return (size_t)(h ^ (h >> 32));
 }
 
 // The slot of bytes in the table: the one that holds them, or the free one where they belong.
 static const Piece **find_slot(const Tokenizer *t, const void *bytes, size_t n) {
-    size_t slot = hash_bytes(bytes, n) & (t->table_size - 1);
+    uint64_t hash = 1469598103934665603u;  // FNV-1a
+    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 1099511628211u;
+    size_t slot = (hash ^ (hash >> 32)) & (t->table_size - 1);
     for (const Piece *p; (p = t->table[slot]); slot = (slot + 1) & (t->table_size - 1))
         if (p->length == n && !memcmp(p->bytes, bytes, n)) break;
     return &t->table[slot];
 }
 
-static int hex_digit(uint8_t c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
 // The byte that a piece of the form <0xNN> stands for, or -1.
 static int byte_of_piece(const Piece *p) {
+    static const char digits[] = "0123456789ABCDEF";
     if (p->length != 6 || memcmp(p->bytes, "<0x", 3) || p->bytes[5] != '>') return -1;
-    int high = hex_digit(p->bytes[3]), low = hex_digit(p->bytes[4]);
-    return high < 0 || low < 0 ? -1 : 16 * high + low;
+    const char *high = memchr(digits, p->bytes[3], 16), *low = memchr(digits, p->bytes[4], 16);
+    return high && low ? (int)(16 * (high - digits) + (low - digits)) : -1;
 }
 
 static void load_sentencepiece(Tokenizer *t, Cursor *c) {
@@ -1278,10 +1205,8 @@ static size_t utf8_length(const uint8_t *p, size_t n) {
 
 // Whether n bytes, no whole character, could start one: then more may follow.
 static bool utf8_may_continue(const uint8_t *p, size_t n) {
-    uint8_t fill[4] = {p[0], 0x80, 0x80, 0x80};
-    if (p[0] == 0xE0) fill[1] = 0xA0;
-    if (p[0] == 0xF0) fill[1] = 0x90;
-    for (size_t i = 1; i < n; i++) fill[i] = p[i];
+    uint8_t fill[4] = {p[0], p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80, 0x80, 0x80};
+    memcpy(fill, p, n < 4 ? n : 4);
     return utf8_length(fill, 4) > n;
 }
 
@@ -1355,62 +1280,19 @@ static Tokenizer load_tokenizer(File file, int vocab_size) {
     t.pieces = alloc(vocab_size, sizeof(Piece));
     for (int b = 0; b < 256; b++) t.byte_id[b] = -1;
     // SentencePiece has its longest piece there, which is not needed
-    if (!memcmp(take(&cursor, 4), "bpe1", 4)) load_byte_level(&t, &cursor);
-    else load_sentencepiece(&t, &cursor);
+    bool is_byte_level = !memcmp(take(&cursor, 4), "bpe1", 4);
+    (is_byte_level ? load_byte_level : load_sentencepiece)(&t, &cursor);
     for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
     return t;
 }
 
 typedef struct {
     const uint8_t *bytes;
-    size_t length;   // 0 once it is merged into its left neighbour
-    ptrdiff_t prev, next;  // neighbours, -1 at the ends
-    int id;          // of the piece, -1 where the vocabulary lacks it
+    size_t length;  // 0 once it is merged into its left neighbour
+    int prev, next;  // neighbours, -1 at the ends
+    int id;         // of the piece, -1 where the vocabulary lacks it
+    const Piece *merged;  // what it and the next one make, or NULL
 } Symbol;
-
-typedef struct {
-    float score;
-    int id;  // of what merging makes
-    size_t left, right;
-    size_t length;  // of both together when it was found; a pair that has changed since is void
-} Pair;
-
-typedef struct {
-    Pair *pairs;  // a binary heap, the best pair first
-    size_t n;
-} Heap;
-
-static bool better(const Pair *a, const Pair *b) {
-    return a->score > b->score || (a->score == b->score && a->left < b->left);
-}
-
-static void push(Heap *h, Pair pair) {
-    size_t i = h->n++;
-    for (; i > 0 && better(&pair, &h->pairs[(i - 1) / 2]); i = (i - 1) / 2)
-        h->pairs[i] = h->pairs[(i - 1) / 2];
-    h->pairs[i] = pair;
-}
-
-static Pair pop(Heap *h) {
-    Pair top = h->pairs[0], last = h->pairs[--h->n];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < h->n; i = child) {
-        if (child + 1 < h->n && better(&h->pairs[child + 1], &h->pairs[child])) child++;
-        if (!better(&h->pairs[child], &last)) break;
-        h->pairs[i] = h->pairs[child];
-    }
-    h->pairs[i] = last;
-    return top;
-}
-
-static void push_if_merged(const Tokenizer *t, Heap *h, const Symbol *s, ptrdiff_t left,
-                           ptrdiff_t right) {
-    if (left < 0 || right < 0) return;
-    size_t length = s[left].length + s[right].length;  // the two are neighbours in memory
-    const Piece *p = t->is_byte_level ? *find_slot(t, (int[]){s[left].id, s[right].id}, 8)
-                                      : *find_slot(t, s[left].bytes, length);
-    if (p) push(h, (Pair){p->score, p->id, (size_t)left, (size_t)right, length});
-}
 
 // Text as it is cut: what is no UTF-8 becomes U+FFFD, one for each longest broken start as in
 // Python, or, as in SentencePiece, for each byte; that also has a space in front, and takes U+2581
@@ -1420,9 +1302,9 @@ static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, siz
     size_t at = 0;
     uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // a broken byte grows to three
     if (left && !t->is_byte_level) out[at++] = ' ';
-    while (left) {
-        size_t length = utf8_length(in, left), size = length;
+    for (size_t length; left; in += length, left -= length) {
         const void *from = in;
+        size_t size = length = utf8_length(in, left);
         if (!length) {
             from = "\xEF\xBF\xBD", size = 3, length = 1;
             while (t->is_byte_level && length < left && utf8_may_continue(in, length + 1)) length++;
@@ -1431,8 +1313,6 @@ static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, siz
         }
         memcpy(out + at, from, size);
         at += size;
-        in += length;
-        left -= length;
     }
     *n = at;
     return out;
@@ -1444,7 +1324,7 @@ static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_byte
     for (size_t at = 0; at < n_bytes; at += s[n++].length) {
         size_t size = utf8_length(p + at, n_bytes - at);
         const Piece *piece = *find_slot(t, p + at, size);
-        s[n] = (Symbol){p + at, size, (ptrdiff_t)n - 1, (ptrdiff_t)n + 1, piece ? piece->id : -1};
+        s[n] = (Symbol){p + at, size, (int)n - 1, (int)n + 1, piece ? piece->id : -1, NULL};
     }
     if (n) s[n - 1].next = -1;
     return n;
@@ -1503,8 +1383,8 @@ static const Piece *special_at(const Tokenizer *t, const uint8_t *p, size_t n) {
     const Piece *best = NULL;
     for (size_t i = 0; t->starts_special[*p] && i < t->n_special; i++) {
         const Piece *s = t->special[i];
-        bool is_longer = !best || s->length > best->length;
-        if (is_longer && s->length <= n && !memcmp(s->bytes, p, s->length)) best = s;
+        if (best && s->length <= best->length) continue;
+        if (s->length <= n && !memcmp(s->bytes, p, s->length)) best = s;
     }
     return best;
 }
@@ -1519,14 +1399,56 @@ static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Sy
         for (size_t size; at < end; at += size) {
             size = pretoken(t, p + at, end - at);
             for (size_t i = 0; i < size; i++, n++)
-                s[n] = (Symbol){p + at + i, 1, i ? (ptrdiff_t)n - 1 : -1,
-                                i + 1 < size ? (ptrdiff_t)n + 1 : -1, t->byte_id[p[at + i]]};
+                s[n] = (Symbol){p + at + i, 1, i ? (int)n - 1 : -1, i + 1 < size ? (int)n + 1 : -1,
+                                t->byte_id[p[at + i]], NULL};
         }
         if (!special) break;
-        s[n++] = (Symbol){p + end, special->length, -1, -1, special->id};
+        s[n++] = (Symbol){p + end, special->length, -1, -1, special->id, NULL};
         end += special->length;
     }
     return n;
+}
+
+// A pair that may be merged, by its left symbol; or a token that may be drawn.
+typedef struct {
+    float score;
+    int index;
+} Candidate;
+
+static bool comes_first(Candidate a, Candidate b) {
+    return a.score > b.score || (a.score == b.score && a.index < b.index);
+}
+
+// Into and out of a binary heap of n, from which the first comes first.
+static void push(Candidate *heap, size_t *n, Candidate own) {
+    size_t i = (*n)++;
+    for (; i > 0 && comes_first(own, heap[(i - 1) / 2]); i = (i - 1) / 2)
+        heap[i] = heap[(i - 1) / 2];
+    heap[i] = own;
+}
+
+static Candidate pop(Candidate *heap, size_t *n) {
+    Candidate first = heap[0], own = heap[--*n];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < *n; i = child) {
+        if (child + 1 < *n && comes_first(heap[child + 1], heap[child])) child++;
+        if (!comes_first(heap[child], own)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = own;
+    return first;
+}
+
+// Find what symbol i makes with the next one, and have it tried.
+static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, size_t *n) {
+    if (i < 0) return;
+    Symbol *l = &s[i];
+    l->merged = NULL;
+    if (l->next < 0) return;
+    const Symbol *r = &s[l->next];
+    if (t->is_byte_level) l->merged = *find_slot(t, (int[]){l->id, r->id}, 8);
+    else l->merged = *find_slot(t, l->bytes, l->length + r->length);  // neighbours in memory
+    if (l->merged) push(heap, n, (Candidate){l->merged->score, i});
 }
 
 enum { MOST_TOKENS = 3, AND_MORE = 2 };  // of a text: so many a byte, a space and a BOS
@@ -1537,27 +1459,27 @@ enum { MOST_TOKENS = 3, AND_MORE = 2 };  // of a text: so many a byte, a space a
 static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
     int *tokens = alloc(MOST_TOKENS * (uint64_t)length + AND_MORE, sizeof(int));
     const Block *kept = blocks;
-    size_t n_bytes;
+    size_t n_bytes, n_pairs = 0, n_out = 0;
     uint8_t *bytes = normalize(t, text, length, &n_bytes);
+    if (n_bytes > INT_MAX) die("a text of %zu bytes is too long: at most 700 MB", length);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
-    Heap heap = {.pairs = alloc(n_bytes, 3 * sizeof(Pair))};  // one a neighbour, two a merge
+    Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // one a neighbour, two a merge
     size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);
-    for (size_t i = 0; i < n; i++)
-        push_if_merged(t, &heap, symbols, (ptrdiff_t)i, symbols[i].next);
-    while (heap.n) {
-        Pair pair = pop(&heap);
-        Symbol *l = &symbols[pair.left], *r = &symbols[pair.right];
-        if (!l->length || !r->length || l->length + r->length != pair.length) continue;
+    for (size_t i = 0; i < n; i++) find_merge(t, symbols, (int)i, heap, &n_pairs);
+    while (n_pairs) {
+        Candidate best = pop(heap, &n_pairs);
+        Symbol *l = &symbols[best.index];
+        if (!l->merged || l->merged->score != best.score) continue;  // it has merged otherwise
+        Symbol *r = &symbols[l->next];
         l->length += r->length;
-        l->id = pair.id;
+        l->id = l->merged->id;
         l->next = r->next;
-        r->length = 0;
-        if (l->next >= 0) symbols[l->next].prev = (ptrdiff_t)pair.left;
-        push_if_merged(t, &heap, symbols, l->prev, (ptrdiff_t)pair.left);
-        push_if_merged(t, &heap, symbols, (ptrdiff_t)pair.left, l->next);
+        *r = (Symbol){0};
+        if (l->next >= 0) symbols[l->next].prev = best.index;
+        find_merge(t, symbols, l->prev, heap, &n_pairs);
+        find_merge(t, symbols, best.index, heap, &n_pairs);
     }
 
-    size_t n_out = 0;
     tokens[n_out++] = t->bos;
     for (const Symbol *s = symbols; s < symbols + n; s++) {
         if (!s->length) continue;
@@ -1587,34 +1509,27 @@ typedef struct {
 } Printer;
 
 static void put(Printer *p, const void *bytes, size_t n) {
-    if (p->out) {
-        fwrite(bytes, 1, n, p->out);
-        return;
-    }
+    if (p->out) fwrite(bytes, 1, n, p->out);
     for (size_t i = 0; i < n; i++, p->n_text++)
         if (p->n_text < p->room) p->text[p->n_text] = ((const char *)bytes)[i];
 }
 
-static void print_character(Printer *p) {
-    uint8_t c = p->pending[0];
-    bool is_c1 = p->n == 2 && c == 0xC2 && p->pending[1] < 0xA0;
-    bool is_control = c < 0x20 || c == 0x7F || is_c1, is_plain = c == '\n' || c == '\t';
-    if (p->is_json && (c < 0x20 || c == '"' || c == '\\')) fprintf(p->out, "\\u%04x", c);
-    else if (!p->is_terminal || !is_control || is_plain) put(p, p->pending, p->n);
-}
-
 static void print_bytes(Printer *p, const uint8_t *bytes, size_t n) {
+    uint8_t *c = p->pending;
     for (size_t i = 0; i < n; i++) {
-        p->pending[p->n++] = bytes[i];
-        if (utf8_length(p->pending, p->n)) {
-            print_character(p);
-            p->n = 0;
-        } else if (!utf8_may_continue(p->pending, p->n)) {
+        c[p->n++] = bytes[i];
+        bool is_whole = utf8_length(c, p->n), is_c1 = p->n == 2 && *c == 0xC2 && c[1] < 0xA0;
+        bool is_control = is_c1 || *c == 0x7F || (*c < 0x20 && *c != '\n' && *c != '\t');
+        if (!is_whole && utf8_may_continue(c, p->n)) continue;
+        if (!is_whole) {
             put(p, "\xEF\xBF\xBD", 3);
-            bool again = p->n > 1;  // the byte that broke it may start the next character
-            p->n = 0;
-            if (again) i--;
+            i -= p->n > 1;  // the byte that broke it may start the next character
+        } else if (p->is_json && (*c < 0x20 || *c == '"' || *c == '\\')) {
+            fprintf(p->out, "\\u%04x", *c);
+        } else if (!p->is_terminal || !is_control) {
+            put(p, c, p->n);
         }
+        p->n = 0;
     }
 }
 
@@ -1641,11 +1556,6 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
 
 // ------------------------------------------------------------------------------------------------
 // Drawing the next token
-
-typedef struct {
-    float p;
-    int token;
-} Candidate;
 
 typedef struct {
     float temperature;     // 0: the likeliest token
@@ -1675,87 +1585,83 @@ static uint64_t random_state(uint64_t seed) {
     return seed ? seed : 1;  // 0 is the one state that xorshift never leaves
 }
 
-static bool is_likelier(const Candidate *a, const Candidate *b) {
-    return a->p > b->p || (a->p == b->p && a->token < b->token);
+// Bring those of n candidates to the front that are kept: in the order of their probabilities, the
+// first `most` before which there is no more than `mass`. Returns how many, the least likely last,
+// and the sum of them. Quickselect (Hoare 1961): only parts with a border between them are sorted.
+static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float *sum) {
+    size_t kept = 0;
+    for (*sum = 0.0f; kept < n;) {
+        size_t middle = kept + (n - kept) / 2, at = kept;
+        Candidate pivot = c[middle];
+        float before = *sum;
+        c[middle] = c[n - 1];
+        for (size_t i = kept; i < n - 1; i++) {  // without branches, which nobody could predict
+            Candidate own = c[i];
+            bool is_first = comes_first(own, pivot);
+            c[i] = c[at];
+            c[at] = own;
+            at += is_first;
+            before += is_first ? own.score : 0.0f;
+        }
+        c[n - 1] = c[at];
+        c[at] = pivot;
+        if (at < most && before <= mass) kept = at + 1, *sum = before + pivot.score;
+        else n = at;
+    }
+    return kept;
 }
 
-// Let candidate i of n sink in a binary heap with the likeliest on top.
-static void sink(Candidate *c, int n, int i) {
-    Candidate own = c[i];
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && is_likelier(&c[child + 1], &c[child])) child++;
-        if (!is_likelier(&c[child], &own)) break;
-        c[i] = c[child];
-    }
-    c[i] = own;
+// A bound below which no token has to be looked at, for speed: top_p keeps one of less than this
+// after all others; and with the tokens dealt out to columns, so many of these have one of this.
+static float least_likely(const Sampler *s, const float *probs, int n, float top_p) {
+    enum { COLUMNS = 1024 };
+    Candidate *c = s->candidates;
+    float most[COLUMNS] = {0}, sum;
+    if (!s->top_k) return (1.0f - top_p) / (float)n;
+    if (s->top_k >= COLUMNS || n <= COLUMNS) return 0.0f;
+    for (int i = 0; i < n; i += COLUMNS)
+        for (int j = 0; j < COLUMNS && j < n - i; j++)
+            most[j] = probs[i + j] > most[j] ? probs[i + j] : most[j];
+    for (int j = 0; j < COLUMNS; j++) c[j] = (Candidate){most[j], j};
+    return c[keep_likeliest(c, COLUMNS, (size_t)s->top_k, INFINITY, &sum) - 1].score;
 }
 
 // A token drawn among those no less likely than min_p times the likeliest (Nguyen et al. 2024), of
 // these the first top_k, and of these the first that have a share of top_p (Holtzman et al. 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
-    size_t likeliest = s->kernels->argmax(probs, n);
-    float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, least = s->min_p * probs[likeliest];
-    // with top_p, one below this bound is only kept after all others, and not worth sorting
-    float bound = n > 1 && !s->top_k ? (1.0f - top_p) / (float)(n - 1) : 0.0f;
-    if (s->top_k && s->top_k < n) {  // of top_k parts each has one that is no less than this:
-        bound = 1.0f;
-        for (int64_t k = s->top_k, part = 0; part < k; part++) {
-            float largest = 0.0f;
-            for (int i = (int)(n * part / k); i < (int)(n * (part + 1) / k); i++)
-                largest = probs[i] > largest ? probs[i] : largest;
-            bound = largest < bound ? largest : bound;
-        }
-    }
+    size_t likeliest = s->kernels->argmax(probs, n), left = 0;
+    float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
+    float bound = least_likely(s, probs, n, top_p), least = s->min_p * probs[likeliest];
     if (bound < least) bound = least;
-    int kept = 0;
+    Candidate *c = s->candidates;
     for (int first = 0; first < n; first += LANES) {  // most have none
         int last = n - first < LANES ? n : first + LANES, found = 0;
         for (int i = first; i < last; i++) found |= probs[i] >= bound;
         for (int i = first; found && i < last; i++)
-            if (probs[i] >= bound) s->candidates[kept++] = (Candidate){probs[i], i};
+            if (probs[i] >= bound) c[left++] = (Candidate){probs[i], i};
     }
-    if (!kept) return (int)likeliest;  // only where the weights gave no numbers
-    Candidate *c = s->candidates, *end = c + kept;  // from the end on downwards: the likeliest
-    float sum = 0.0f, limit = s->top_k ? INFINITY : top_p;
-    int most = s->top_k && s->top_k < kept ? s->top_k : kept, taken = 0;
-    for (int i = kept / 2; i-- > 0;) sink(c, kept, i);
-    for (; taken < most && sum <= limit; taken++) {
-        Candidate top = c[0];
-        c[0] = end[-1 - taken];
-        sink(c, kept - 1 - taken, 0);
-        end[-1 - taken] = top;
-        sum += top.p;
-    }
-    if (s->top_k) {
-        limit = top_p * sum;
-        for (sum = 0.0f, taken = 0; taken < most && sum <= limit; taken++) sum += end[-1 - taken].p;
-    }
-    float target = coin * sum, cumulative = 0.0f;
-    for (int i = 0; i + 1 < taken; i++) {
-        cumulative += end[-1 - i].p;
-        if (target < cumulative) return end[-1 - i].token;
-    }
-    return end[-taken].token;
+    if (!left) return (int)likeliest;  // only where the weights gave no numbers
+    if (s->top_k) left = keep_likeliest(c, left, (size_t)s->top_k, INFINITY, &sum);
+    left = keep_likeliest(c, left, left, top_p * sum, &sum);
+    left = keep_likeliest(c, left, left, coin * sum, &sum);
+    return c[left - 1].index;
 }
 
 // The next token from logits (n), which are overwritten, behind the tokens told so far.
 static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *told,
                   size_t n_told) {
-    if (s->repeat_penalty != 1.0f) {  // Keskar et al. 2019, once for each token
-        size_t first = n_told > PENALTY_WINDOW ? n_told - PENALTY_WINDOW : 0;
-        for (size_t i = first; i < n_told; i++) {
-            size_t j = first;
-            while (told[j] != told[i]) j++;
-            float *logit = &logits[told[i]];
-            if (j == i) *logit *= *logit > 0 ? 1.0f / s->repeat_penalty : s->repeat_penalty;
-        }
+    size_t first = n_told > PENALTY_WINDOW ? n_told - PENALTY_WINDOW : 0;
+    for (size_t i = first; s->repeat_penalty != 1.0f && i < n_told; i++) {
+        size_t j = first;  // Keskar et al. 2019, once for each token
+        while (told[j] != told[i]) j++;
+        float *logit = &logits[told[i]];
+        if (j == i) *logit *= *logit > 0 ? 1.0f / s->repeat_penalty : s->repeat_penalty;
     }
     if (s->temperature == 0.0f) return (int)s->kernels->argmax(logits, n);
     s->kernels->softmax(logits, n, s->temperature);
-    float coin = random_float(state);
+    float coin = random_float(state), cumulative = 0.0f;
     if ((s->top_p > 0.0f && s->top_p < 1.0f) || s->top_k || s->min_p > 0.0f)
         return sample_likeliest(s, logits, n, coin);
-    float cumulative = 0.0f;
     for (int i = 0; i < n; i++) {
         cumulative += logits[i];
         if (coin < cumulative) return i;
@@ -1810,8 +1716,8 @@ static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler
     Sampler own = *sampler;
     own.candidates += (size_t)omp_get_thread_num() * m->config.vocab_size;
     int token = sample(&own, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
-    if (token == t->bos || token == t->eos) s->is_done = true;
-    else s->tokens[s->n++] = token;
+    s->is_done = token == t->bos || token == t->eos;
+    if (!s->is_done) s->tokens[s->n++] = token;
     if (s->n > m->n_positions) s->is_done = true;
 }
 
@@ -1832,9 +1738,9 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
 
 // Print the prompt and what the model makes of it, once for each story. One alone is printed as it
 // comes, several one after another. Seed and speed go to stderr.
-static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, const char *prompt,
-                     uint64_t seed, bool as_json) {
-    size_t n_prompt, n_stories = m->n_stories, n_told = 0, printed = 0;
+static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
+                     const char *prompt, uint64_t seed, bool as_json) {
+    size_t n_prompt, n_stories = m->n_stories, n_told = 0;
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
     if (n_prompt > (size_t)m->config.seq_len)
         die("the prompt has %zu tokens, and the model's context %d: shorten the prompt", n_prompt,
@@ -1848,27 +1754,22 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
     Step *steps = alloc(n_stories, sizeof(Step));
 
     double start = seconds();
-    prefill(m, tokens, 0, n_prompt);
+    float *logits = prefill(m, tokens, 0, n_prompt);
     double prefilled = seconds();
     for (size_t i = 0; i < n_stories; i++) {
-        Story *s = &stories[i];
-        *s = (Story){.seed = seed + i, .state = random_state(seed + i), .n = n_prompt};
-        s->tokens = alloc(m->n_positions + 1, sizeof(int));
-        memcpy(s->tokens, tokens, n_prompt * sizeof *tokens);
+        stories[i] = (Story){alloc(m->n_positions + 1, sizeof(int)), n_prompt, 0, seed + i,
+                             random_state(seed + i), false};
+        memcpy(stories[i].tokens, tokens, n_prompt * sizeof *tokens);
         steps[i].story = (int)i;
         if (!i) continue;
         copy_first_story(m, i, n_prompt);
-        memcpy(logits_of(m, i), logits_of(m, 0), m->config.vocab_size * sizeof(float));
+        memcpy(logits_of(m, i), logits, m->config.vocab_size * sizeof *logits);
     }
-    for (size_t n = n_stories;;) {
-        if (n_stories == 1) {
-            draw_next(m, tokenizer, sampler, stories, logits_of(m, 0));
-            print_story(tokenizer, &printer, stories);
-        } else {
-            OMP(parallel for num_threads(m->n_active))
-            for (size_t i = 0; i < n; i++)
-                draw_next(m, tokenizer, sampler, &stories[steps[i].story], logits_of(m, i));
-        }
+    for (size_t n = n_stories; n; n_told += n) {
+        OMP(parallel for num_threads(m->n_active) if (n > 1))
+        for (size_t i = 0; i < n; i++)
+            draw_next(m, tokenizer, sampler, &stories[steps[i].story], logits_of(m, i));
+        if (n_stories == 1) print_story(tokenizer, &printer, stories);
         n = 0;
         for (size_t i = 0; i < n_stories; i++) {
             const Story *s = &stories[i];
@@ -1876,13 +1777,11 @@ static void generate(Model *m, const Tokenizer *tokenizer, Sampler *sampler, con
                 steps[n++] = (Step){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
                                     (int)i, true};
         }
-        if (!n) break;
-        forward(m, steps, n);
-        n_told += n;
+        if (n) forward(m, steps, n);
     }
     double end = seconds();
-    for (; n_stories > 1 && printed < n_stories; printed++)
-        print_story(tokenizer, &printer, &stories[printed]);
+    for (size_t i = 0; n_stories > 1 && i < n_stories; i++)
+        print_story(tokenizer, &printer, &stories[i]);
     if (fflush(stdout) || ferror(stdout)) die("cannot write the story: %s", strerror(errno));
     fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt,
             (double)n_prompt / (prefilled - start));
@@ -1898,12 +1797,12 @@ static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 // next one from *at on, or NULL; not NUL-terminated, its length in *n.
 static const char *next_document(const File *f, size_t *at, size_t *n) {
     static const char mark[] = "<|endoftext|>";
+    const size_t length = sizeof mark - 1;
     while (*at < f->size) {
-        const char *start = (const char *)f->data + *at, *end = start;
-        const char *limit = (const char *)f->data + f->size;
-        size_t length = sizeof mark - 1;
+        const char *start = (const char *)f->data + *at, *limit = start + (f->size - *at);
+        const char *end = start;
         while (end < limit && ((size_t)(limit - end) < length || memcmp(end, mark, length))) end++;
-        *at += (size_t)(end - start) + (end < limit ? length : 0);
+        *at += (size_t)(end - start) + length;
         while (start < end && is_space(*start)) start++;
         while (end > start && is_space(end[-1])) end--;
         *n = (size_t)(end - start);
@@ -1952,8 +1851,7 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
         bytes += length;
     }
     if (n < 2) die("%s has no text to evaluate", path);
-    double start = seconds(), loss = loss_of(m, tokens, n);
-    double elapsed = seconds() - start;
+    double start = seconds(), loss = loss_of(m, tokens, n), elapsed = seconds() - start;
     if (!isfinite(loss)) die("the loss on %s is no number: the model is damaged", path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
@@ -1971,47 +1869,52 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-enum { ROUNDS = 7, BENCH_TOKENS = 128 };
+enum { PREFILL, DECODE, READ, ROUNDS = 7, BENCH_TOKENS = 128 };
 
 // Prefill and decode of as many tokens as there are positions, both from the first one on and the
-// latter of all stories at once, and reading as many bytes as the matrices have, in turn; medians.
+// latter of all stories at once, and reading as many bytes as the matrices have with all threads,
+// which do next to nothing with them, in turn; medians.
 static void bench(Model *m) {
     uint64_t bytes = m->matrix_bytes;
-    int n = (int)m->n_positions;
+    int n = (int)m->n_positions, times_read = 1 + (int)(200000000 / bytes);
     uint8_t *memory = alloc(bytes, 1);
     memset(memory, 1, bytes);
     int *tokens = alloc(n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
     Step *steps = alloc(m->n_stories, sizeof(Step));
-    double rates[3][ROUNDS];
-    for (int round = -1; round < ROUNDS; round++) {  // the first one pages the weights in
-        double times[4] = {seconds()};
+    double rates[3][ROUNDS + 1];
+    for (int round = ROUNDS; round >= 0; round--) {  // the first one pages the weights in
+        double start = seconds();
         prefill(m, tokens, 0, n);
-        times[1] = seconds();
+        double prefilled = seconds();
         for (int i = 0; i < n; i++) {
             for (size_t s = 0; s < m->n_stories; s++)
                 steps[s] = (Step){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
             forward(m, steps, m->n_stories);
         }
-        times[2] = seconds();
-        int times_read = 1 + (int)(200000000 / bytes);
-        for (int i = 0; i < times_read; i++) read_all(m, memory, bytes);
-        times[3] = seconds();
-        if (round < 0) continue;
-        rates[0][round] = n / (times[1] - times[0]);
-        rates[1][round] = n * (double)m->n_stories / (times[2] - times[1]);
-        rates[2][round] = (double)bytes * times_read / (times[3] - times[2]);
+        double decoded = seconds();
+        for (int i = 0; i < times_read; i++) {
+            OMP(parallel num_threads(m->n_threads))
+            {
+                size_t share = bytes / omp_get_num_threads();  // but for a few bytes
+                m->kernels->read(memory + share * omp_get_thread_num(), share);
+            }
+        }
+        rates[PREFILL][round] = n / (prefilled - start);
+        rates[DECODE][round] = n * (double)m->n_stories / (decoded - prefilled);
+        rates[READ][round] = (double)bytes * times_read / (seconds() - decoded);
     }
     for (int i = 0; i < 3; i++) qsort(rates[i], ROUNDS, sizeof(double), by_value);
-    double decode = rates[1][ROUNDS / 2], read = rates[2][ROUNDS / 2];
+    double decode = rates[DECODE][ROUNDS / 2], read = rates[READ][ROUNDS / 2];
     double by_decode = decode / (double)m->n_stories * (double)bytes;
-    printf("kernels: %s, %d threads, %s\n", m->kernels->name, m->n_threads,
-           FORMATS[m->config.format].name);
-    printf("matrices: %.1f MB, of a file of %.1f MB\n", (double)bytes / 1e6,
-           (double)m->file.size / 1e6);
-    printf("prefill: %.1f tok/s\ndecode: %.1f tok/s\n", rates[0][ROUNDS / 2], decode);
-    printf("memory: %.1f GB/s read, %.1f GB/s by decode, %.0f %%\n", read / 1e9, by_decode / 1e9,
-           100 * by_decode / read);
+    printf("kernels: %s, %d threads, %s\n"
+           "matrices: %.1f MB, of a file of %.1f MB\n"
+           "prefill: %.1f tok/s\n"
+           "decode: %.1f tok/s\n"
+           "memory: %.1f GB/s read, %.1f GB/s by decode, %.0f %%\n",
+           m->kernels->name, m->n_threads, FORMATS[m->config.format].name, (double)bytes / 1e6,
+           (double)m->file.size / 1e6, rates[PREFILL][ROUNDS / 2], decode, read / 1e9,
+           by_decode / 1e9, 100 * by_decode / read);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2062,11 +1965,11 @@ static uint64_t parse_integer(const char *flag, const char *text, uint64_t min, 
     return value;
 }
 
-// Which of `choices`, a list that ends with NULL, a word is.
-static int parse_choice(const char *flag, const char *text, const char *const *choices) {
-    for (int i = 0; choices[i]; i++)
-        if (!strcmp(text, choices[i])) return i;
-    die("%s %s: expected %s or %s", flag, text, choices[0], choices[1]);
+// Whether a word is the other one of two.
+static bool parse_choice(const char *flag, const char *text, const char *one, const char *other) {
+    bool is_other = !strcmp(text, other);
+    if (!is_other && strcmp(text, one)) die("%s %s: expected %s or %s", flag, text, one, other);
+    return is_other;
 }
 
 // tokenizer.bin in the model's folder if it is there, else in this one.
@@ -2124,31 +2027,28 @@ int main(int argc, char **argv) {
         size_t o = 0, n_options = sizeof options / sizeof *options;
         while (o < n_options && strcmp(flag, options[o].flag)) o++;
         if (o == n_options) die("unknown option %s; ./run -h lists them all", flag);
+        if (options[o].kind != SWITCH && ++i == argc)
+            die("%s needs a value; ./run -h says which", flag);
         void *place = options[o].place;
         double min = options[o].min, max = options[o].max;
-        if (options[o].kind == SWITCH) {
-            *(bool *)place = true;
-            continue;
-        }
-        if (++i == argc) die("%s needs a value; ./run -h says which", flag);
         switch (options[o].kind) {
+        case SWITCH: *(bool *)place = true; break;
         case INTEGER: *(int *)place = (int)parse_integer(flag, argv[i], min, max); break;
         case SEED: *(uint64_t *)place = parse_integer(flag, argv[i], 0, UINT64_MAX); break;
         case NUMBER: *(float *)place = (float)parse_number(flag, argv[i], min, max); break;
-        default: *(const char **)place = argv[i];
+        case TEXT: *(const char **)place = argv[i]; break;
         }
     }
-    bool is_eval = parse_choice("-m", mode, (const char *[]){"generate", "eval", NULL});
-    bool bf16_cache = parse_choice("--kv", cache, (const char *[]){"fp32", "bf16", NULL});
+    bool is_eval = parse_choice("-m", mode, "generate", "eval");
+    bool bf16_cache = parse_choice("--kv", cache, "fp32", "bf16");
     if (!model_path || wants_help) {
         print_usage(wants_help ? stdout : stderr);
         return wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
     }
     if (is_eval && !text) die("-m eval needs a text file: -i FILE");
-    if (is_eval) n_stories = 1;
     if (n_positions < 0) n_positions = is_eval ? 0 : is_bench ? BENCH_TOKENS : 256;
-    Model model = load_model(open_file(model_path, "model file"), n_positions, n_stories,
-                             n_threads, bf16_cache, is_fast);
+    Model model = load_model(open_file(model_path, "model file"), n_positions,
+                             is_eval ? 1 : n_stories, n_threads, bf16_cache, is_fast);
     sampler.kernels = model.kernels;
     if (is_bench) {
         bench(&model);
@@ -2356,8 +2256,8 @@ static void KERNEL(softmax)(float *x, size_t n, float temperature) {
     Floats sums = {0};
     for (size_t i = 0; i < n; i += LANES) {
         Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
-        memcpy(x + i, &v, (n - i < LANES ? n - i : LANES) * sizeof *x);
-        sums += KERNEL(load_row)(x, i, n);
+        if (i + LANES <= n) KERNEL(store)(x + i, v), sums += v;
+        else memcpy(x + i, &v, (n - i) * sizeof *x), sums += KERNEL(load_row)(x, i, n);
     }
     float share = 1.0f / KERNEL(sum)(sums);
     for (size_t i = 0; i < n; i++) x[i] *= share;

@@ -471,8 +471,8 @@ def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32)
     "data, part",
     [
         (b"", "is empty"),
-        (b"abc", "less than the header of any"),
-        (b"24ka", "less than the header of any"),
+        (b"abc", "has 3 bytes, less than the header"),
+        (b"24ka", "has 4 bytes, less than the header"),
         (bytes(12), "less than the header"),
         (header(), "truncated"),
         (b"0" * 4096, "its header says dim"),
@@ -550,7 +550,7 @@ def test_truncated_and_padded_version_3_files(modded, load):
         if size >= 80:  # one that says so itself is told from what its tensors need
             lying = changed(whole[:size], file_size=size)
             refused_by(load(lying), f"needs {len(whole)}: it is truncated")
-    refused_by(load(whole + b"\0"), f"its header says {len(whole)}: it is too long")
+    refused_by(load(whole + b"\0"), f"needs {len(whole)}: it is too long")
     longer = changed(whole + b"\0", file_size=len(whole) + 1)
     refused_by(load(longer), f"needs {len(whole)}: it is too long, or no version 3")
 
@@ -563,25 +563,23 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, least, m
     if code != "f":
         wrong = [most + 1, 2**31 - 1, *([least - 1, -(2**31)] if code == "i" else [2**32 - 1])]
     for value in wrong:
-        # the whole sentence about ranges names the field; those about ids and bits the kind
-        name = {"options": "options 0x", "dtype": "number format"}.get(field, field)
-        refused_by(load(changed(whole, **{field: value})), name)
+        refused_by(load(changed(whole, **{field: value})), f"its header says {field} = ")
 
 
 @pytest.mark.parametrize(
     "values, part",
     [
         ({"version": 4}, "version 4 model file, and this engine reads versions 0 to 3"),
-        ({"header_size": 84}, "a header of 84 bytes, and this engine knows one of 80"),
-        ({"options": 1 << 6}, "the options 0x40, which this engine does not know"),
-        ({"dtype": 4}, "number format 4, and this engine reads 0 to 3"),
-        ({"activation": 2}, "activation 2, and this engine knows 0 (swiglu) and 1 (relu2)"),
+        ({"header_size": 84}, "header_size = 84, expected 80 to 80"),
+        ({"options": 1 << 6}, "options = 64, expected 0 to 63"),
+        ({"dtype": 4}, "dtype = 4, expected 0 to 3"),
+        ({"activation": 2}, "activation = 2, expected 0 to 1; export it again, or build the run.c"),
         ({"activation": 0}, "truncated"),
         ({"n_heads": 5}, "do not fit"),
         ({"n_heads": 16}, "do not fit"),
         ({"n_kv_heads": 3}, "do not fit"),
-        ({"value_embeddings": 6}, "value_embeddings = 6 do not fit 5 layers"),
-        ({"bigram_rows": 1}, "bigram_rows = 1, expected 0, or 2 or more"),
+        ({"value_embeddings": 6}, "value_embeddings = 6, expected 0 to 5"),
+        ({"bigram_rows": 1}, "bigram_rows = 1, expected 2 to"),
         ({"n_layers": 4}, "too long"),
         ({"n_layers": 4096}, "truncated"),
         ({"n_layers": 4096, "hidden_dim": 1 << 20, "dim": 1 << 16, "n_heads": 4}, "truncated"),
