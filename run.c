@@ -357,6 +357,7 @@ enum {
     MAGIC = 0x616b3432,
     HEADER_BYTES = offsetof(Config, group),
     ALIGNMENT = 64,  // of the tensors of version 3
+    MAX_COPY = 1 << 22,  // bytes of a file whose weights the inner caches hold
     MAX_CONTEXT = 1 << 24,
     MAX_GROUP = 256,  // the sum of a larger one might not fit 32 bits
 };
@@ -486,9 +487,10 @@ static void read_row(float *out, const Tensor *t, size_t r) {
     for (size_t c = 0; c < t->cols; c += per_code, codes += 4 * t->lanes) {
         size_t at = (block * groups + c / t->group) * t->lanes + lane;
         float scale = t->wide_scales ? ((const float *)t->scales)[at] : bf16_at(t->scales, at);
-        for (size_t i = 0; i < per_code; i++) {
-            int code = per_code == 4 ? codes[i] : codes[i % 4] >> i / 4 * 4 & 15;
-            out[c + i] = (float)(code - zero) * scale;
+        for (int i = 0; i < 4; i++) {
+            int low = per_code == 8 ? codes[i] & 15 : codes[i];
+            out[c + i] = (float)(low - zero) * scale;
+            if (per_code == 8) out[c + 4 + i] = (float)((codes[i] >> 4) - zero) * scale;
         }
     }
 }
@@ -1033,6 +1035,10 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
             c->dim, c->n_layers, c->vocab_size, (unsigned long long)needs,
             file.size < needs ? "truncated" : "too long", c->version);
     walk.data = file.data;
+    if (c->version == 0 && file.size <= MAX_COPY) {  // behind its short header all weights would lie
+        size_t shift = ALIGNMENT - c->header_size;   // across two cache lines, which costs a quarter
+        walk.data = memcpy((uint8_t *)alloc(file.size + shift, 1) + shift, file.data, file.size);
+    }
     lay_out(&m.weights, &walk);
     m.matrix_bytes = walk.matrix_bytes;
     for (size_t l = 0; c->version == 3 && l < layers; l++) {
@@ -1506,6 +1512,7 @@ typedef struct {
     bool is_terminal, is_json;
     uint8_t pending[4];
     size_t n;
+    double flushed;           // when, in seconds
 } Printer;
 
 static void put(Printer *p, const void *bytes, size_t n) {
@@ -1733,7 +1740,11 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
         if (printer->is_json) fprintf(printer->out, "\", \"tokens\": %zu}", s->n - 1);
         fputc('\n', printer->out);
     }
-    fflush(printer->out);
+    double now = seconds();
+    if (s->is_done || now - printer->flushed > 0.02) {  // more often is work for who reads it
+        fflush(printer->out);
+        printer->flushed = now;
+    }
 }
 
 // Print the prompt and what the model makes of it, once for each story. One alone is printed as it
