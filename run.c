@@ -1035,8 +1035,9 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
             c->dim, c->n_layers, c->vocab_size, (unsigned long long)needs,
             file.size < needs ? "truncated" : "too long", c->version);
     walk.data = file.data;
-    if (c->version == 0 && file.size <= MAX_COPY) {  // behind its short header all weights would lie
-        size_t shift = ALIGNMENT - c->header_size;   // across two cache lines, which costs a quarter
+    if (c->version == 0 && file.size <= MAX_COPY) {
+        // behind its short header every vector would lie across two cache lines
+        size_t shift = ALIGNMENT - c->header_size;
         walk.data = memcpy((uint8_t *)alloc(file.size + shift, 1) + shift, file.data, file.size);
     }
     lay_out(&m.weights, &walk);
