@@ -89,7 +89,7 @@ peer = ""  # llama.cpp's llama-bench
 cases = ""  # numbers of rows of CASES, with commas; empty: all
 infer_rounds = 3  # in which ours and the peer alternate
 threads = 2  # or processes, of tokenizer
-models = "out/infer"  # folder of the random models, which are kept
+models = "out/random"  # folder of the random models, which are kept
 # tokenizer
 source = ""  # a .txt file with <|endoftext|> between documents
 tokenizer_rounds = 5  # in which the ways alternate
@@ -555,7 +555,7 @@ def random_transformer(name):
         for layer in model.layers:  # or the tied head would always repeat the token before
             layer.attention.wo.weight *= 30
             layer.feed_forward.w2.weight *= 30
-        # logits then deviate by 5: of 32,000 tokens 9 to 50 have 0.9 of the probability
+        # logits then deviate by 5: of 32,000 tokens some 10 to 100 have 0.9 of it all
         model.norm.weight *= 5 / (model.tok_embeddings.weight.std() * args.dim**0.5)
     return model
 

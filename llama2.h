@@ -38,7 +38,7 @@ LLAMA2_API int llama_bos(const Llama *llama);
 LLAMA2_API int llama_eos(const Llama *llama);
 
 // The tokens of a text (n bytes of UTF-8), behind a BOS. Returns how many there are, and writes as
-// many of them as there is room for. -1: out of memory.
+// many of them as there is room for. -1: out of memory, or more than 700 MB of text.
 LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *tokens, int room);
 
 // The text of n tokens, from a BOS on or from within. Returns its bytes, and writes as many of them

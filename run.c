@@ -22,6 +22,7 @@
 #define _POSIX_C_SOURCE 200809L
 #define __USE_MINGW_ANSI_STDIO 1  // printf() as elsewhere
 #include <errno.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <setjmp.h>
@@ -148,14 +149,14 @@ static File open_file(const char *path, const char *what) {
     struct stat info;
     if (stat(path, &info)) die("cannot open %s %s: %s", what, path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s %s is not a regular file", what, path);
+    if ((uintmax_t)info.st_size > SIZE_MAX) die("%s %s is too large for this machine", what, path);
     f.size = (size_t)info.st_size;
     alloc(0, 1);  // its block holds the mapping
     int fd = open(path, O_RDONLY);
     if (fd < 0) die("cannot open %s %s: %s", what, path, strerror(errno));
     void *map = f.size ? mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
     close(fd);
-    if (map == MAP_FAILED || (uintmax_t)info.st_size > SIZE_MAX)
-        die("cannot map %s %s: it has %llu bytes", what, path, (unsigned long long)info.st_size);
+    if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
     blocks->map = map;
     blocks->map_size = f.size;
     f.data = map;
@@ -176,6 +177,7 @@ static double seconds(void) {
 
 // What a thread does while it waits: at first next to nothing, later it lets others run.
 static void wait_a_little(bool is_later) {
+    (void)is_later;  // where neither is known
 #if !defined(_WIN32)
     if (is_later) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 #endif
@@ -401,10 +403,11 @@ static Config read_header(const File *f) {
     if (!memcmp(words, "PK\3\4", 4))
         die("%s is a checkpoint or zip file; make a model.bin of it: "
             "python export.py model.bin --checkpoint=%s", f->path, f->path);
-    int version = words[0] == MAGIC && words[1] ? (int)words[1] : 0;
-    if (version < 0 || version > 3)
+    bool has_magic = f->size >= sizeof words && words[0] == MAGIC;
+    if (has_magic && (words[1] < 1 || words[1] > 3))
         die("%s is a version %u model file, and this engine reads versions 0 to 3: "
             "make one with export.py", f->path, words[1]);
+    int version = has_magic ? (int)words[1] : 0;
     if (f->size < HEADER_SIZES[version])
         die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
             version);
@@ -446,17 +449,16 @@ static void check_config(const Config *c, const char *path) {
         {"vocab_size", c->vocab_size, 3, 1 << 24},  // unk, BOS and EOS at the least
         {"max_seq_len", c->seq_len, 1, MAX_CONTEXT},
         {"value_embeddings", c->value_embeddings, 0, c->n_layers},
-        {"bigram_rows", c->bigram_rows, c->bigram_rows ? 2 : 0, 1 << 28},
+        {"bigram_rows", c->bigram_rows, c->bigram_rows == 1 ? 2 : 0, 1 << 28},
         {"norm_eps", c->norm_eps, 0, 1},
         {"rope_theta", c->rope_theta, 1, 1e12},
         {"logit_softcap", c->logit_softcap, 0, 1e6},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].min && ranges[i].value <= ranges[i].max))
-            die("%s is not a version %d model file that this engine knows: its header says "
-                "%s = %.10g, expected %.10g to %.10g; export it again, or build the run.c of those "
-                "who wrote it", path, c->version, ranges[i].name, ranges[i].value, ranges[i].min,
-                ranges[i].max);
+            die("%s is not a version %d model file: its header says %s = %.10g, expected %.10g to "
+                "%.10g; it is something else, damaged, or for a later run.c: export it again", path,
+                c->version, ranges[i].name, ranges[i].value, ranges[i].min, ranges[i].max);
     if (c->dim % c->n_heads || (c->dim / c->n_heads) % 2 || c->n_heads % c->n_kv_heads)
         die("%s is not a version %d model file: dim %d, %d heads and %d key/value heads do not fit",
             path, c->version, c->dim, c->n_heads, c->n_kv_heads);
@@ -1030,10 +1032,10 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     uint64_t needs = lay_out(&m.weights, &measure);
     if (c->file_size != file.size) needs = c->file_size;
     if (needs != file.size)
-        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) needs %llu: "
+        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) %s %llu: "
             "it is %s, or no version %d model file; copy or export it again", file.path, file.size,
-            c->dim, c->n_layers, c->vocab_size, (unsigned long long)needs,
-            file.size < needs ? "truncated" : "too long", c->version);
+            c->dim, c->n_layers, c->vocab_size, c->file_size != file.size ? "says" : "needs",
+            (unsigned long long)needs, file.size < needs ? "truncated" : "too long", c->version);
     walk.data = file.data;
     if (c->version == 0 && file.size <= MAX_COPY) {
         // behind its short header every vector would lie across two cache lines
@@ -1184,6 +1186,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
         memcpy(&p.score, take(c, 4), 4);
         p.length = take_number(c, "length", 0, UINT32_MAX);
         p.bytes = take(c, p.length);
+        if (isnan(p.score)) die_damaged(t, "the score is no number, of piece", n);
         if (n < (size_t)t->vocab_size) t->pieces[n] = p;
     }
     check_n_pieces(t, n);
@@ -1468,7 +1471,7 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     const Block *kept = blocks;
     size_t n_bytes, n_pairs = 0, n_out = 0;
     uint8_t *bytes = normalize(t, text, length, &n_bytes);
-    if (n_bytes > INT_MAX) die("a text of %zu bytes is too long: at most 700 MB", length);
+    if (n_bytes > INT_MAX) die("a text of %zu bytes is too long: give less than 700 MB", length);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
     Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // one a neighbour, two a merge
     size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);
@@ -1595,14 +1598,16 @@ static uint64_t random_state(uint64_t seed) {
 
 // Bring those of n candidates to the front that are kept: in the order of their probabilities, the
 // first `most` before which there is no more than `mass`. Returns how many, the least likely last,
-// and the sum of them. Quickselect (Hoare 1961): only parts with a border between them are sorted.
+// and the sum of them. Quickselect (Hoare 1961): only the part with the border is split again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float *sum) {
     size_t kept = 0;
+    uint32_t turn = 1;
     for (*sum = 0.0f; kept < n;) {
-        size_t middle = kept + (n - kept) / 2, at = kept;
-        Candidate pivot = c[middle];
+        turn = turn * 1664525u + 1013904223u;  // anywhere: the middle one may always be the largest
+        size_t place = kept + (size_t)((uint64_t)turn * (n - kept) >> 32), at = kept;
+        Candidate pivot = c[place];
         float before = *sum;
-        c[middle] = c[n - 1];
+        c[place] = c[n - 1];
         for (size_t i = kept; i < n - 1; i++) {  // without branches, which nobody could predict
             Candidate own = c[i];
             bool is_first = comes_first(own, pivot);
@@ -1613,14 +1618,15 @@ static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, fl
         }
         c[n - 1] = c[at];
         c[at] = pivot;
-        if (at < most && before <= mass) kept = at + 1, *sum = before + pivot.score;
+        if (at < most && !(before > mass)) kept = at + 1, *sum = before + pivot.score;
         else n = at;
     }
     return kept;
 }
 
-// A bound below which no token has to be looked at, for speed: top_p keeps one of less than this
-// after all others; and with the tokens dealt out to columns, so many of these have one of this.
+// A bound below which no token is kept, so that few have to be looked at. top_p: all that are less
+// likely have less than 1 - top_p together. top_k: of the columns that the tokens are dealt out to,
+// so many have one that is at least as likely.
 static float least_likely(const Sampler *s, const float *probs, int n, float top_p) {
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;
@@ -1641,6 +1647,7 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
     float bound = least_likely(s, probs, n, top_p), least = s->min_p * probs[likeliest];
     if (bound < least) bound = least;
+    if (!(bound > 0.0f)) bound = FLT_MIN;  // what has no probability is never drawn
     Candidate *c = s->candidates;
     for (int first = 0; first < n; first += LANES) {  // most have none
         int last = n - first < LANES ? n : first + LANES, found = 0;
@@ -1831,14 +1838,17 @@ static double loss_of(Model *m, const int *tokens, size_t n) {
     for (size_t start = 0, window; start + 1 < n; start += window) {
         window = n - 1 - start < m->n_positions ? n - 1 - start : m->n_positions;
         for (size_t first = 0, count; first < window; first += count) {
+            double losses[MAX_BATCH];
             count = feed(m, tokens + start, first, window, true);
+            OMP(parallel for num_threads(m->n_active))
             for (size_t i = 0; i < count; i++) {
                 float *logits = logits_of(m, i), own = logits[tokens[start + first + i + 1]];
                 size_t best = m->kernels->argmax(logits, vocab);
                 float most = logits[best];
                 m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest has 1 / sum
-                total += (double)most - log(logits[best]) - (double)own;
+                losses[i] = (double)most - log(logits[best]) - (double)own;
             }
+            for (size_t i = 0; i < count; i++) total += losses[i];
         }
     }
     return total / (double)(n - 1);
@@ -2307,6 +2317,9 @@ static void KERNEL(read)(const uint8_t *data, size_t n) {
 // the last column there are zeros, to a whole vector. What is no number becomes 0.
 static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
     const float magic = 12582912.0f, *x = in->x + row * in->stride;
+    const size_t step = 8 * in->tile;
+    const bool is_8bit = in->is_8bit;
+    int8_t *at = codes_at(in, row, 0);
     for (size_t g = 0; g * group < n; g++) {
         size_t end = (g + 1) * group < n ? (g + 1) * group : n;
         Floats most = {0};
@@ -2322,11 +2335,10 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
             Ints is_number = (scaled > -32768.0f) & (scaled < 32768.0f);
             scaled = KERNEL(choose)(is_number, scaled, KERNEL(splat)(0.0f));
             Ints v = (Ints)(scaled + magic) - (Ints)KERNEL(splat)(magic);
-            if (in->is_8bit) v = (v + 128) & -256;
+            if (is_8bit) v = (v + 128) & -256;
             Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
             Bytes low = __builtin_convertvector(v, Bytes);
-            for (size_t four = 0; four < LANES / 4; four++) {
-                int8_t *at = codes_at(in, row, i / 4 + four);
+            for (size_t four = 0; four < LANES / 4; four++, at += step) {
                 memcpy(at, (char *)&high + 4 * four, 4);
                 memcpy(at + 4, (char *)&low + 4 * four, 4);
             }

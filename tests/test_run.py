@@ -426,6 +426,12 @@ def test_sampling_follows_the_probabilities(builds):
     assert set(drawn(0, 1, 5, penalty=2)) == {2}  # 0 and 3 were told: 3.0 / 2 is less than 2.0
     for temperature in (0.01, 1e-30, 1e-44):
         assert set(drawn(temperature, 1, 500)) == {0}
+    rising_and_falling = [-abs(i - 150) / 50 for i in range(300)]
+    order = sorted(range(300), key=lambda i: -rising_and_falling[i])
+    assert set(drawn(1.0, 1, top_k=31, logits=rising_and_falling)) == set(order[:31])
+    masked = [1.0, -math.inf, 2.0, -math.inf, 0.0, -math.inf]
+    for top_p, top_k in ((1, 6), (0.999, 6), (0.999, 0), (1, 5)):
+        assert set(drawn(1.0, top_p, top_k=top_k, logits=masked)) == {0, 2, 4}
 
 
 PROMPTS = [
@@ -473,6 +479,7 @@ def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32)
         (b"", "is empty"),
         (b"abc", "has 3 bytes, less than the header"),
         (b"24ka", "has 4 bytes, less than the header"),
+        (b"24ka" + bytes(300), "version 0 model file, and this engine reads"),
         (bytes(12), "less than the header"),
         (header(), "truncated"),
         (b"0" * 4096, "its header says dim"),
@@ -550,7 +557,7 @@ def test_truncated_and_padded_version_3_files(modded, load):
         if size >= 80:  # one that says so itself is told from what its tensors need
             lying = changed(whole[:size], file_size=size)
             refused_by(load(lying), f"needs {len(whole)}: it is truncated")
-    refused_by(load(whole + b"\0"), f"needs {len(whole)}: it is too long")
+    refused_by(load(whole + b"\0"), f"says {len(whole)}: it is too long")
     longer = changed(whole + b"\0", file_size=len(whole) + 1)
     refused_by(load(longer), f"needs {len(whole)}: it is too long, or no version 3")
 
@@ -573,7 +580,10 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, least, m
         ({"header_size": 84}, "header_size = 84, expected 80 to 80"),
         ({"options": 1 << 6}, "options = 64, expected 0 to 63"),
         ({"dtype": 4}, "dtype = 4, expected 0 to 3"),
-        ({"activation": 2}, "activation = 2, expected 0 to 1; export it again, or build the run.c"),
+        (
+            {"activation": 2},
+            "activation = 2, expected 0 to 1; it is something else, damaged, or for",
+        ),
         ({"activation": 0}, "truncated"),
         ({"n_heads": 5}, "do not fit"),
         ({"n_heads": 16}, "do not fit"),
@@ -664,10 +674,12 @@ def test_broken_tokenizer_files(run, small, tokenizers, tmp_path):
     path.write_bytes(b"\xff" * len(whole))
     refused_by(run(small), "is truncated, or no tokenizer file")
     refused_by(run(small, "-z", bin_of(tokenizers[512])), "512 pieces", "has 105")
-    # pieces of no bytes, all alike, with scores that are no numbers: strange, but well-formed
     path.write_bytes(whole[:4] + struct.pack("<fI", math.nan, 0) * 105)
+    refused_by(run(small), "the score is no number, of piece 0")
+    # pieces of no bytes, or all alike, with scores of infinity: strange, but well-formed
+    path.write_bytes(whole[:4] + struct.pack("<fI", -math.inf, 0) * 105)
     assert run(small, "-i", "Once upon", "-n", "20").returncode == 0
-    one = struct.pack("<fI", math.nan, 1) + b"a"
+    one = struct.pack("<fI", math.inf, 1) + b"a"
     path.write_bytes(whole[:4] + one * 105)
     assert run(small, "-i", "aaaa", "-n", "20").returncode == 0
 
