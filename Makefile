@@ -1,7 +1,7 @@
 # make story   from nothing to a story: environment, practice corpus, vocabulary, training, text
 # make test    all tests
 # make run     the C engine; make debug: run_debug, the same with sanitizers; make libllama2: the
-#              engine as a shared library, see llama2.h and examples/llama2.py
+#              engine as a shared library, see lib/llama2.h and examples/llama2.py
 # make test-peers   the GGUF files that export.py writes, run by llama.cpp (llama-cpp-python)
 # make fuzz    wrong files and texts at random for the engine, with clang; FUZZ_SECONDS=60 for each
 # make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
@@ -39,15 +39,15 @@ run_debug: run.c
 	$(CC) $(SANITIZE) run.c -o run_debug -lm
 
 libllama2: libllama2.so
-libllama2.so: libllama2.c llama2.h run.c
-	$(CC) $(CFLAGS) -shared -fPIC -fvisibility=hidden libllama2.c -o libllama2.so -lm
+libllama2.so: lib/libllama2.c lib/llama2.h run.c
+	$(CC) $(CFLAGS) -shared -fPIC -fvisibility=hidden lib/libllama2.c -o libllama2.so -lm
 
 story:
-	@$(PYTHON) bootstrap.py story
+	@$(PYTHON) system/bootstrap.py story
 
 dev:
 	@echo "Python environment in .venv"
-	@$(PYTHON) bootstrap.py venv requirements-dev.txt
+	@$(PYTHON) system/bootstrap.py venv requirements-dev.txt
 
 test: dev
 	.venv/bin/python -m pytest

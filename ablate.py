@@ -23,7 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 
-from memory import tune_malloc
+from system.memory import tune_malloc
 
 tune_malloc()  # as train.py does
 
@@ -32,10 +32,10 @@ from tqdm import tqdm  # noqa: E402
 
 from configurator import UserError, configure  # noqa: E402
 from dataset import DataPaths, read_sidecar  # noqa: E402
-from files import atomic_write  # noqa: E402
-from hardware import describe, git_commit, pick_device  # noqa: E402
 from model import ModelArgs  # noqa: E402
-from trials import (  # noqa: E402
+from system.files import atomic_write  # noqa: E402
+from system.hardware import describe, git_commit, pick_device  # noqa: E402
+from training.runs import (  # noqa: E402
     SAME_WORK,
     compare,
     pooled_sd,

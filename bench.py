@@ -35,20 +35,29 @@ import numpy as np
 import torch
 
 from bpe import BPETokenizer, train_bpe
-from checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from configurator import UserError, configure
-from corpus import SEPARATOR
 from dataset import DataPaths, TrainBatches, ahead, write_npy
-from files import write_json
-from gguffile import write_gguf
-from hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
-from hftokenizer import tokenizer_json
-from memory import tune_malloc
+from formats.gguf import write_gguf
+from formats.hftokenizer import tokenizer_json
+from formats.modelbin import DTYPES, export_model
 from model import ARCHS, ModelArgs, Transformer
-from modelbin import DTYPES, export_model
 from optim import make_optimizer
+from system.files import write_json
+from system.hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
+from system.memory import tune_malloc
+from text.corpus import SEPARATOR
 from tokenizer import ByteLevel, SentencePiece, sentencepiece_model, train_sentencepiece
-from trials import TRAIN, race, read_run, same_run, shards_hint, start, train_settings, value_at
+from training.checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
+from training.runs import (
+    TRAIN,
+    race,
+    read_run,
+    same_run,
+    shards_hint,
+    start,
+    train_settings,
+    value_at,
+)
 
 # -----------------------------------------------------------------------------
 what = ""  # train, speedrun, loader, checkpoint, infer, tokenizer or scaling

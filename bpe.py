@@ -39,9 +39,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure
-from corpus import Span, cut_points, plan_shards, read_documents, text_files
-from files import atomic_write
-from workers import over_spans, worker_count
+from system.files import atomic_write
+from system.workers import over_spans, worker_count
+from text.corpus import Span, cut_points, plan_shards, read_documents, text_files
 
 TYPE = "byte-level BPE"  # of a file of save()
 PIECE = 1 << 22  # bytes of a file that are counted at a time
@@ -636,7 +636,7 @@ def train_stage():
 
 
 def import_stage():
-    from hftokenizer import byte_level_from_json  # which imports this file
+    from formats.hftokenizer import byte_level_from_json  # which imports this file
 
     if tokenizer_json:
         check_model()
@@ -683,7 +683,7 @@ def outputs():
 
 
 def save_stage(tokenizer):
-    from hftokenizer import byte_level_json  # which imports this file
+    from formats.hftokenizer import byte_level_json  # which imports this file
 
     paths = outputs()
     tokenizer.save(model)

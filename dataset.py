@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from bpe import all_pieces, is_plain, texts_of
 from configurator import UserError
-from corpus import SIDECAR, Span, read_documents
-from files import atomic_write, checksum, write_json
+from system.files import atomic_write, checksum, write_json
+from system.workers import leave_ctrl_c, over_spans
+from text.corpus import SIDECAR, Span, read_documents
 from tokenizer import open_tokenizer
-from workers import leave_ctrl_c, over_spans
 
 SIDECAR_FORMAT = 2
 TINYSTORIES = "TinyStories_all_data"

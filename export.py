@@ -7,7 +7,8 @@ A model from any format into any other: checkpoint, model.bin, Hugging Face, GGU
     python export.py imported/ckpt.pt --from-hf=PATH                # to sample, and to train on
 
 The model is that of --checkpoint, which may be in any of these formats too, or of one --from-...
-What a format cannot carry is refused by name, and nothing is written. formats.py has the tables.
+What a format cannot carry is refused by name, and nothing is written; formats/table.py has the
+tables.
 """
 
 import argparse
@@ -15,10 +16,10 @@ import os
 from functools import partial
 
 from configurator import UserError, one_sentence_errors
-from formats import FORMATS, SOURCES, format_of, load, recognize
-from huggingface import FastTokenizer
-from modelbin import VERSIONS
-from remote import check_push, push, reason
+from formats.huggingface import FastTokenizer
+from formats.modelbin import VERSIONS
+from formats.table import FORMATS, SOURCES, format_of, load, recognize
+from system.remote import check_push, push, reason
 
 one_sentence_errors()
 table = "\n".join(

@@ -16,13 +16,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import RUN_FILE, load_checkpoint
 from configurator import UserError, configure, settings_of
-from corpus import stream_documents, text_files
 from dataset import DataPaths, TokenData
-from formats import HUB, load_teller, recognize
-from hardware import pick_device, pick_dtype
-from stories import (
+from formats.table import HUB, load_teller, recognize
+from report.stories import (
     Overlap,
     Story,
     check_sampling,
@@ -36,8 +33,11 @@ from stories import (
     stream_past,
     write_lines,
 )
-from storypage import write_page
-from trials import read_log
+from report.storypage import write_page
+from system.hardware import pick_device, pick_dtype
+from text.corpus import stream_documents, text_files
+from training.checkpoint import RUN_FILE, load_checkpoint
+from training.runs import read_log
 
 # -----------------------------------------------------------------------------
 models = "out"  # folders of runs, or anything that export.py reads, with commas between them

@@ -37,8 +37,8 @@ except ImportError:
     sys.exit("error: modal is not installed here: pip install .[modal]")
 
 from configurator import UserError, one_sentence_errors
-from files import atomic_write
-from remote import secret
+from system.files import atomic_write
+from system.remote import secret
 
 HERE = Path(__file__).resolve().parent
 APP_DIR = "/app"  # this folder, in the container
@@ -173,7 +173,7 @@ def prepare_for(words, source, machines):
     before a GPU waits for it.
     """
     from dataset import DataPaths
-    from trials import train_settings
+    from training.runs import train_settings
 
     reload()
     settings = train_settings(words)

@@ -7,8 +7,8 @@ options. Every number of the architecture is a field of ModelArgs; it is saved i
 carried by export.py, and read by run.c. Parameter names are those of llama2.c and Meta's release.
 
 To add an option: a field in ModelArgs whose default leaves plain Llama unchanged, its use below, a
-line in doc/format.md, modelbin.py and run.c, its place in huggingface.py and in the modelling file
-of hub/, a role in optim.py for its parameters, and a row in ablate.py.
+line in doc/format.md, formats/modelbin.py and run.c, its place in formats/huggingface.py and
+modeling_modded_llama.py, a role in optim.py for its parameters, and a row in ablate.py.
 """
 
 import math

@@ -125,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         scale = group["lr"] * max(1, rows / columns) ** 0.5
         is_spread = hasattr(nesterov[0], "full_tensor")
         if is_spread:  # FSDP: every rank works on the whole, and keeps its part of it
-            from sharded import part_for
+            from training.sharded import part_for
 
             nesterov = [u.full_tensor() for u in nesterov]
         whole = torch.stack(nesterov).to(group["product_dtype"])

@@ -13,8 +13,17 @@ not: `pip install .[plot]`.
 import os
 
 from configurator import UserError, configure
-from curves import AXES, find_runs, mean_and_sd, read_sweep, show, summarize, sweep_axes, value_of
-from pictures import ENDINGS, PANELS, THEMES, draw_runs, draw_sweep
+from report.curves import (
+    AXES,
+    find_runs,
+    mean_and_sd,
+    read_sweep,
+    show,
+    summarize,
+    sweep_axes,
+    value_of,
+)
+from report.pictures import ENDINGS, PANELS, THEMES, draw_runs, draw_sweep
 
 # -----------------------------------------------------------------------------
 what = ""  # folders of runs or results.jsonl of sweeps, with commas between them; empty: out_dir
@@ -82,7 +91,7 @@ sweeps = [
     name for name in named if name.endswith(".jsonl") and os.path.basename(name) != "log.jsonl"
 ]
 if serve:
-    from live import serve_runs
+    from report.live import serve_runs
 
     if sweeps:
         raise UserError("--serve follows runs: name their folders, or the folder of the sweep")

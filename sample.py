@@ -12,9 +12,9 @@ import sys
 import torch
 
 from configurator import configure
-from formats import load_teller
-from hardware import pick_device, pick_dtype
-from stories import check_sampling, read_prompt
+from formats.table import load_teller
+from report.stories import check_sampling, read_prompt
+from system.hardware import pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a training run

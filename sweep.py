@@ -34,7 +34,7 @@ import time
 from dataclasses import fields
 from itertools import product
 
-from memory import tune_malloc
+from system.memory import tune_malloc
 
 tune_malloc()  # as train.py does
 
@@ -43,12 +43,12 @@ from tqdm import tqdm  # noqa: E402
 
 from configurator import UserError, configure  # noqa: E402
 from dataset import DataPaths, read_sidecar  # noqa: E402
-from files import atomic_write, read_json, remove, write_json  # noqa: E402
-from hardware import pick_device  # noqa: E402
 from model import ModelArgs  # noqa: E402
 from optim import OPTIMIZERS  # noqa: E402
-from rundir import WORTH_KEEPING, FolderInUse, RunDir  # noqa: E402
-from trials import (  # noqa: E402
+from system.files import atomic_write, read_json, remove, write_json  # noqa: E402
+from system.hardware import pick_device  # noqa: E402
+from training.rundir import WORTH_KEEPING, FolderInUse, RunDir  # noqa: E402
+from training.runs import (  # noqa: E402
     OF_THE_START,
     SAME_WORK,
     TRAIN,

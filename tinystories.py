@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from bpe import BPETokenizer, train_on
 from configurator import UserError, configure
-from corpus import SEPARATOR, plan_shards, read_documents, text_files
 from dataset import DataPaths, cached_tokenizer, report, write_shards
-from files import atomic_write, download, unpack
-from synth import make_stories
+from system.files import atomic_write, download, unpack
+from system.workers import worker_count
+from text.corpus import SEPARATOR, plan_shards, read_documents, text_files
+from text.synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
-from workers import worker_count
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize

@@ -27,7 +27,7 @@ import sentencepiece
 
 from bpe import PATTERNS, BPETokenizer
 from configurator import UserError, one_sentence_errors
-from files import atomic_write
+from system.files import atomic_write
 
 SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
@@ -302,7 +302,7 @@ class ByteLevel(Tokenizer):
     def by_gigatoken(self):
         import gigatoken
 
-        from hftokenizer import byte_level_json  # which imports this file
+        from formats.hftokenizer import byte_level_json  # which imports this file
 
         encode = gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(self.bpe))).encode
         return lambda texts: flattened(list(map(encode, texts)))

@@ -27,15 +27,34 @@ from importlib.util import find_spec
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins Ctrl-C just ends this
 
-from memory import tune_malloc  # noqa: E402
+from system.memory import tune_malloc  # noqa: E402
 
 tune_malloc()
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import parallel  # noqa: E402
-from checkpoint import (  # noqa: E402
+from configurator import UserError, configure, settings_of  # noqa: E402
+from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
+from formats.modelbin import export_model  # noqa: E402
+from model import ACTIVATION_CHECKPOINTING, ARCHS, KERNELS, ModelArgs, Transformer  # noqa: E402
+from optim import (  # noqa: E402
+    DECAYS,
+    OPTIMIZERS,
+    SHAPES,
+    decay_factor,
+    make_optimizer,
+    momentum_at,
+    rate_factor,
+    table,
+)
+from report.curves import find_runs  # noqa: E402
+from system.files import atomic_write  # noqa: E402
+from system.hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
+from system.remote import Metrics, Uploads, fetch_latest  # noqa: E402
+from tokenizer import open_tokenizer  # noqa: E402
+from training import parallel  # noqa: E402
+from training.checkpoint import (  # noqa: E402
     FORMAT,
     CheckpointWriter,
     has_checkpoint,
@@ -51,27 +70,8 @@ from checkpoint import (  # noqa: E402
     set_rng_states,
     versions,
 )
-from configurator import UserError, configure, settings_of  # noqa: E402
-from curves import find_runs  # noqa: E402
-from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches  # noqa: E402
-from files import atomic_write  # noqa: E402
-from hardware import describe, git_commit, peak_flops, pick_dtype  # noqa: E402
-from model import ACTIVATION_CHECKPOINTING, ARCHS, KERNELS, ModelArgs, Transformer  # noqa: E402
-from modelbin import export_model  # noqa: E402
-from optim import (  # noqa: E402
-    DECAYS,
-    OPTIMIZERS,
-    SHAPES,
-    decay_factor,
-    make_optimizer,
-    momentum_at,
-    rate_factor,
-    table,
-)
-from parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
-from remote import Metrics, Uploads, fetch_latest  # noqa: E402
-from rundir import RunDir  # noqa: E402
-from tokenizer import open_tokenizer  # noqa: E402
+from training.parallel import FIRST, RANK, WORLD_SIZE, say  # noqa: E402
+from training.rundir import RunDir  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # output
@@ -332,7 +332,7 @@ except ValueError as e:
     raise UserError(str(e)) from None
 step_size = batch_size * gradient_accumulation_steps  # sequences, of all ranks together
 if estimate:
-    from estimate import report
+    from training.estimate import report
 
     for line in report(args, config, step_size * max_seq_len):
         say(line)
@@ -782,7 +782,7 @@ def draw():
     """loss.png of the run, where matplotlib is installed; a failure is said and costs no more."""
     if not FIRST or not picture or find_spec("matplotlib") is None:
         return
-    from pictures import draw_runs
+    from report.pictures import draw_runs
 
     try:
         draw_runs(find_runs([out_dir]), os.path.join(out_dir, "loss.png"))

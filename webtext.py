@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from bpe import PATTERNS, BPETokenizer, train_on
 from configurator import UserError, configure
-from corpus import SEPARATOR, STREAMS, Span, stream_documents, stream_ending
 from dataset import (
     CHUNK,
     SIDECAR,
@@ -49,9 +48,12 @@ from dataset import (
     report,
     shard_is_whole,
 )
-from files import atomic_write, download, remove, write_json
-from hftokenizer import byte_level_from_json
-from parts import (
+from formats.hftokenizer import byte_level_from_json
+from system.files import atomic_write, download, remove, write_json
+from system.remote import need, reason, secret
+from system.workers import in_order, worker_count
+from text.corpus import SEPARATOR, STREAMS, Span, stream_documents, stream_ending
+from text.pieces import (
     COUNTS,
     MTIME,
     File,
@@ -63,9 +65,7 @@ from parts import (
     merge,
     saved_at_end,
 )
-from remote import need, reason, secret
 from tokenizer import open_tokenizer
-from workers import in_order, worker_count
 
 # -----------------------------------------------------------------------------
 stage = ""  # train_vocab, prepare or merge

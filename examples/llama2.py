@@ -13,7 +13,7 @@ FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Sampling(ctypes.Structure):
-    """LlamaSampling of llama2.h."""
+    """LlamaSampling of lib/llama2.h."""
 
     _fields_ = [
         ("temperature", ctypes.c_float),
@@ -41,7 +41,7 @@ ARGUMENTS = {
 
 
 class Llama:
-    """A model with its tokenizer; llama2.h says what each call does."""
+    """A model with its tokenizer; lib/llama2.h says what each call does."""
 
     def __init__(self, model, tokenizer=None, n_positions=0, n_threads=0, library=None):
         """Raises ValueError with the engine's sentence where the files do not fit."""

@@ -18,8 +18,8 @@ from pathlib import Path
 from conftest import EVERYTHING, REPO, random_model
 
 from bpe import PATTERNS, BPETokenizer, train_bpe
-from modelbin import DTYPES, export_model
-from synth import make_stories
+from formats.modelbin import DTYPES, export_model
+from text.synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
 
 TARGETS = ("model", "tokenizer", "text")

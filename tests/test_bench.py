@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import TINY, refused, script
 
-import trials
+from training import runs as trials
 
 
 def line(minutes, bpb, **more):

@@ -17,9 +17,9 @@ from test_tokenizer import generated_texts
 import bpe
 from bpe import BPETokenizer, train_bpe
 from configurator import UserError
-from corpus import Span
+from system.workers import over_spans
+from text.corpus import Span
 from tokenizer import open_tokenizer
-from workers import over_spans
 
 END = "<|endoftext|>"
 HARD = (

@@ -12,9 +12,9 @@ import pytest
 from conftest import bin_of, refused, script
 
 from configurator import UserError
-from corpus import plan_shards, read_documents
 from dataset import DataPaths, TokenData
-from synth import make_stories
+from text.corpus import plan_shards, read_documents
+from text.synth import make_stories
 from tokenizer import open_tokenizer
 
 # ---- the practice corpus

@@ -8,10 +8,9 @@ import pytest
 import torch
 from conftest import EVERYTHING, random_model, refused, script
 
-import modelbin
-from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
-from modelbin import (
+from formats import modelbin
+from formats.modelbin import (
     DTYPES,
     MAGIC,
     V3_HEADER,
@@ -21,6 +20,7 @@ from modelbin import (
     quantized,
     tensors,
 )
+from training.checkpoint import load_checkpoint, load_model, save_file
 
 
 def save(model, path):

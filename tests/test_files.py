@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from configurator import UserError
-from files import atomic_write, download, unpack
+from system.files import atomic_write, download, unpack
 
 BODY = os.urandom(1 << 16) * 12  # 768 KiB
 

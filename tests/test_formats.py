@@ -15,15 +15,15 @@ from conftest import EVERYTHING, REPO, bin_of, logits_of, random_model, refused,
 from local_hub import Hub
 from test_tokenizer import generated_texts
 
-import formats
-import gguffile
-import huggingface
-from checkpoint import save_file
 from configurator import UserError
-from formats import FORMATS, load, recognize
-from modelbin import export_model, read_bin, windows
-from remote import need
+from formats import gguf as gguffile
+from formats import huggingface
+from formats import table as formats
+from formats.modelbin import export_model, read_bin, windows
+from formats.table import FORMATS, load, recognize
+from system.remote import need
 from tokenizer import open_tokenizer
+from training.checkpoint import save_file
 
 # name: options, the class of transformers that loads it
 CASES = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import EVERYTHING, random_model, refused, script
 
-import stories as stories_module
 from dataset import DataPaths, TokenData
 from model import draw_tokens
-from stories import (
+from report import stories as stories_module
+from report.stories import (
     BREAK,
     Overlap,
     Story,
@@ -26,7 +26,7 @@ from stories import (
     some_of,
     words_of,
 )
-from storypage import marked, write_page
+from report.storypage import marked, write_page
 from tokenizer import open_tokenizer
 
 

@@ -10,7 +10,6 @@ import pytest
 from conftest import script
 
 from configurator import UserError
-from corpus import plan_shards, read_documents
 from dataset import (
     DataPaths,
     TokenData,
@@ -22,6 +21,7 @@ from dataset import (
     valid_windows,
     write_shards,
 )
+from text.corpus import plan_shards, read_documents
 
 CASES = range(25)
 

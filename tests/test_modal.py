@@ -554,5 +554,7 @@ def test_only_code_goes_along():
         *"__pycache__/a.pyc tests/__pycache__/a.pyc mine/ckpt.pt mine/model.bin a.part".split(),
     ):
         assert ignored(Path(path)), path
-    for path in "train.py run.c Makefile config/tok105.py hub/__init__.py requirements.txt".split():
+    for (
+        path
+    ) in "train.py run.c Makefile config/tok105.py formats/__init__.py requirements.txt".split():
         assert not ignored(Path(path)), path

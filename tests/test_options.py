@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import TINY, random_model, read_log, script
 from test_parallel import train_with
 
-from checkpoint import load_checkpoint
 from model import ARCHS, CrossEntropy, KVCache, ModelArgs
+from training.checkpoint import load_checkpoint
 
 STEPS, HALF = 12, 6
 WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]

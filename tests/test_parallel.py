@@ -16,11 +16,10 @@ import torch
 from conftest import REPO, TINY, read_log, script, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-import parallel
-import sharded
-from checkpoint import load_checkpoint, load_model
 from configurator import UserError
-from files import checksum
+from system.files import checksum
+from training import parallel, sharded
+from training.checkpoint import load_checkpoint, load_model
 
 STEPS, HALF = 20, 10
 WORDS = [f"--max_iters={STEPS}", f"--eval_interval={HALF}", "--log_interval=1", "--keep_last=3"]

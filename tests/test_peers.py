@@ -7,8 +7,8 @@ from conftest import random_model
 from test_formats import CASES, IN_GGUF, close, sized
 from test_tokenizer import c_ids, generated_texts
 
-import gguffile
-import huggingface
+from formats import gguf as gguffile
+from formats import huggingface
 
 pytestmark = pytest.mark.slow
 F32 = 0  # GGML's number of the number format, for the cache of keys and values

@@ -12,8 +12,8 @@ import time
 import pytest
 from conftest import REPO, TINY, refused, script
 
-import curves
-from curves import find_runs, in_order, smooth, summarize, sweep_axes, thinned
+from report import curves
+from report.curves import find_runs, in_order, smooth, summarize, sweep_axes, thinned
 
 needs_matplotlib = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("matplotlib"), reason="needs matplotlib"

@@ -16,12 +16,12 @@ import torch
 from conftest import REPO, read_log, refused, script, train
 from local_hub import Hub
 
-import remote
 from bpe import BPETokenizer
 from configurator import UserError
-from estimate import kept_bytes, memory_of
-from hftokenizer import byte_level_json
+from formats.hftokenizer import byte_level_json
 from model import ModelArgs, Transformer
+from system import remote
+from training.estimate import kept_bytes, memory_of
 
 constants = pytest.importorskip("huggingface_hub.constants")
 NAME = "me/run"

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import REPO, TINY, read_log, refused, script, train
 
-import checkpoint
-from checkpoint import CheckpointWriter, load_checkpoint, load_latest
 from configurator import UserError
-from rundir import RunDir
+from training import checkpoint
+from training.checkpoint import CheckpointWriter, load_checkpoint, load_latest
+from training.rundir import RunDir
 
 STEPS = 120
 WORDS = [f"--max_iters={STEPS}", "--save_interval=1", "--log_interval=1", "--keep_last=3"]

@@ -27,8 +27,7 @@ from conftest import (
     supports,
 )
 
-from model import ARCHS
-from modelbin import (
+from formats.modelbin import (
     DTYPES,
     MAGIC,
     V0_HEADER,
@@ -39,6 +38,7 @@ from modelbin import (
     quantized,
     read_bin,
 )
+from model import ARCHS
 
 PARITY = {
     "plain": {},
@@ -357,7 +357,9 @@ def test_bench_prints_its_figures(run, small):
 
 
 def test_the_library_tells_what_the_engine_tells(builds, small, tmp_path):
-    library = compile_c(REPO / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC")
+    library = compile_c(
+        REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"
+    )
     words = ["-s", "1", "-t", "0.8", "-n", "0", "-i", "Once upon"]
     expected = subprocess.run([builds["run", "fast"], small, *words], capture_output=True).stdout
     code = f"""

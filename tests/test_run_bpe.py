@@ -17,7 +17,7 @@ from test_tokenizer import broken_bytes, generated_texts
 
 import bpe
 from bpe import BPETokenizer, train_bpe
-from modelbin import export_model, read_bin
+from formats.modelbin import export_model, read_bin
 
 SPECIAL = [END, END * 2, "<|end", "<|", "|>", "日"]  # they overlap, and contain each other
 NASTY = [*" \n\r\t'\"sSſkKaé1²½Ⅷ٣日ªǅ〇.!_\x01\x0b\x1c\x1f\x7f\x85\xa0\u0301\u180e\u2003\u2028"]
@@ -291,7 +291,9 @@ def test_eval_counts_the_tokens_of_python(run, small, tokenizer, stories, tmp_pa
 
 
 def test_the_library_takes_it(builds, small, tokenizer, tmp_path):
-    library = compile_c(REPO / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC")
+    library = compile_c(
+        REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"
+    )
     path, prompt, story = small
     eos = story[9]
     path.with_name("tokenizer.bin").write_bytes(tokenizer.c_file(prompt[0], eos))

@@ -14,8 +14,8 @@ from conftest import REPO, bin_of, refused, script
 
 from bpe import BPETokenizer
 from configurator import UserError
-from hftokenizer import byte_level_json
-from synth import make_stories
+from formats.hftokenizer import byte_level_json
+from text.synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
 
 WORDS = (

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import REPO, TINY, read_log, refused, script, train
 
-import hardware
-from checkpoint import load_checkpoint
-from formats import load, write_checkpoint
-from huggingface import write_folder
+from formats.huggingface import write_folder
+from formats.table import load, write_checkpoint
+from system import hardware
+from training.checkpoint import load_checkpoint
 
 
 def test_a_run_leaves_what_it_promises(trained):

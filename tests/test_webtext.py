@@ -16,9 +16,9 @@ from local_hub import Hub
 
 from bpe import BPETokenizer, train_bpe
 from configurator import UserError
-from corpus import stream_documents
 from dataset import DataPaths, TokenData
-from hftokenizer import byte_level_from_json, byte_level_json
+from formats.hftokenizer import byte_level_from_json, byte_level_json
+from text.corpus import stream_documents
 from tokenizer import ByteLevel
 
 pq = pytest.importorskip("pyarrow.parquet")

@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from corpus import stream_documents
 from dataset import CHUNK, mixed
-from files import atomic_write
+from system.files import atomic_write
+from text.corpus import stream_documents
 
 BREAK = "\0"  # between documents: a word that no story has, so that no n-gram goes across
 WORD = re.compile(rf"{BREAK}|[^\W_]+(?:'[^\W_]+)*")

@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from hardware import GPUS
 from model import ACTIVATION_CHECKPOINTING, PRODUCTS, Transformer
 from optim import by_role
+from system.hardware import GPUS
 
 SHOWN = ("4090", "A100", "H100 PCIe", "H100", "H200", "B200")
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and lost between tensors

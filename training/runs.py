@@ -22,11 +22,12 @@ import torch
 
 from configurator import apply, settings_of
 from dataset import DataPaths
-from hardware import pick_dtype
 from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer
 from optim import make_optimizer
+from system.hardware import pick_dtype
 
-TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TRAIN = os.path.join(REPO, "train.py")
 # settings that leave what a run computes as it is
 OF_THE_START = "out_dir resume on_finish picture".split()
 # settings that leave the work of a step as it is

@@ -16,9 +16,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from configurator import UserError
-from curves import Run, find_folders, short_names, thinned
+from report.curves import Run, find_folders, short_names, thinned
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = os.path.dirname(HERE)
 HOSTS = ("127.0.0.1", "localhost")
 N_POINTS = 600  # of a curve that are sent, where there is one run
 MOST_RUNS = 60  # that a page shows
@@ -80,7 +81,7 @@ class Watcher:
 
     def __init__(self, paths, start, engine):
         self.paths, self.start, self.lock = paths, start, threading.Lock()
-        self.engine = os.path.abspath(engine) if engine else os.path.join(HERE, "run")
+        self.engine = os.path.abspath(engine) if engine else os.path.join(REPO, "run")
         self.runs, self.story, self.told = {}, None, None
         self.problem = ""
 
@@ -133,7 +134,7 @@ class Watcher:
             words = [self.engine, model, "-i", self.start, "-t", "0.8", "-s", "1", "-n", "256"]
         else:
             words = [
-                *(sys.executable, os.path.join(HERE, "sample.py"), f"--checkpoint={model}"),
+                *(sys.executable, os.path.join(REPO, "sample.py"), f"--checkpoint={model}"),
                 *(f"--start={self.start}", "--temperature=0.8", "--seed=1"),
             ]
         # training wants the cores

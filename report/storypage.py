@@ -5,8 +5,8 @@ no script; it has a dark form, and one for paper.
 
 import html
 
-from files import atomic_write
-from stories import rows_of
+from report.stories import rows_of
+from system.files import atomic_write
 
 # what a model or a path says cannot load or run anything, even if it were not escaped
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

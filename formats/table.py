@@ -14,17 +14,16 @@ from typing import NamedTuple
 
 import torch
 
-import gguffile
-import huggingface
-import modelbin
-from checkpoint import load_checkpoint, load_model, save_file
 from configurator import UserError
-from files import atomic_write, read_json
-from huggingface import FastTokenizer, filled
+from formats import gguf as gguffile
+from formats import huggingface, modelbin
+from formats.huggingface import FastTokenizer, filled
+from formats.modelbin import export_model, skeleton
 from model import ModelArgs, Transformer
-from modelbin import export_model, skeleton
-from remote import fetch_model, reason
+from system.files import atomic_write, read_json
+from system.remote import fetch_model, reason
 from tokenizer import Tokenizer, open_tokenizer
+from training.checkpoint import load_checkpoint, load_model, save_file
 
 HUB = "hf:"  # before the name of a model of the hub
 

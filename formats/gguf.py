@@ -15,12 +15,12 @@ import torch
 
 from bpe import BPETokenizer, as_visible, from_visible
 from configurator import UserError
-from files import flush_folder, remove
-from hftokenizer import check_names
-from huggingface import check_range, exported, filled, renamed
+from formats.hftokenizer import check_names
+from formats.huggingface import check_range, exported, filled, renamed
+from formats.modelbin import Bytes, not_carried, shortest
 from model import ModelArgs
-from modelbin import Bytes, not_carried, shortest
-from remote import need, reason
+from system.files import flush_folder, remove
+from system.remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
 
 # Our names of tensors and theirs; {} stands for the layer

@@ -1,8 +1,8 @@
 """
 From a fresh clone to a story, with the standard library alone; what `make` calls.
 
-    python bootstrap.py story                      # environment, engine, corpus, training, a story
-    python bootstrap.py venv requirements-dev.txt  # the environment in .venv alone
+    python system/bootstrap.py story  # environment, engine, corpus, training, a story
+    python system/bootstrap.py venv requirements-dev.txt  # the environment in .venv alone
 
 Each step is skipped where its result is there already. The Python that runs this file is the one
 .venv is made from; if it has a torch that fits the pin, .venv uses that instead of a new download.
@@ -220,7 +220,7 @@ Three commands to try next:
 
 
 def main(words):
-    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     try:
         if words == ["story"]:
             story()

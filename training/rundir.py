@@ -15,7 +15,7 @@ import sys
 from tqdm import tqdm
 
 from configurator import UserError
-from files import atomic_write, remove
+from system.files import atomic_write, remove
 
 LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")

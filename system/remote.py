@@ -17,7 +17,7 @@ import time
 from tqdm import tqdm
 
 from configurator import UserError
-from files import link_or_copy, remove, replace
+from system.files import link_or_copy, remove, replace
 
 UPLOADS = "uploads"  # folder in out_dir of what is on its way
 TIMEOUT_S = 300  # without an answer of the hub, which by itself would be waited for for ever

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from files import atomic_write
 from model import ACTIVATIONS, ModelArgs, Transformer
+from system.files import atomic_write
 
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 V0_CARRIED = {*V0_HEADER, "tie_embeddings"}

@@ -7,7 +7,7 @@ that transformers loads them without further code. What no stock architecture ca
 ModdedLlamaForCausalLM with the file modeling_modded_llama.py, for trust_remote_code=True.
 
 To add an option: its field in EXTRAS and its tensor in NAMES, both used in
-hub/modeling_modded_llama.py. To read another architecture of transformers: its row in DEFAULTS.
+modeling_modded_llama.py. To read another architecture of transformers: its row in DEFAULTS.
 """
 
 import json
@@ -18,11 +18,11 @@ import re
 import torch
 
 from configurator import UserError
-from files import atomic_write, flush_folder, read_json, remove, replace
-from hftokenizer import tokenizer_config, tokenizer_json
+from formats.hftokenizer import tokenizer_config, tokenizer_json
+from formats.modelbin import PADDED, not_carried, skeleton, window_settings, windows
 from model import ModelArgs, Transformer, pairs_to_halves
-from modelbin import PADDED, not_carried, skeleton, window_settings, windows
-from remote import need, reason
+from system.files import atomic_write, flush_folder, read_json, remove, replace
+from system.remote import need, reason
 
 # Number formats of the tensors, by --dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -433,8 +433,7 @@ def write_folder(model, folder, dtype, tokenizer, facts):
         files["tokenizer_config.json"] = tokenizer_config(tokenizer, model.args.max_seq_len)
         files["tokenizer.model"] = tokenizer.proto
     if "auto_map" in files["config.json"]:
-        hub = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hub")
-        with open(os.path.join(hub, MODELING), "rb") as f:
+        with open(os.path.join(os.path.dirname(__file__), MODELING), "rb") as f:
             files[MODELING] = f.read()
     tensors = {their_name(n): converted(n, t, dtype) for n, t in exported(model, in_halves=True)}
     target = os.path.realpath(folder)

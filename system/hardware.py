@@ -144,7 +144,7 @@ def describe(device):
 
 def git_commit():
     """The commit of this repository, with "+" where files were changed since; "" outside git."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent.parent
 
     def git(*words):
         return subprocess.run(

@@ -1,6 +1,6 @@
 // The engine as a library, see llama2.h: run.c with these functions instead of its main().
 #define main run_main
-#include "run.c"
+#include "../run.c"
 #undef main
 
 #include "llama2.h"

@@ -9,7 +9,7 @@ import contextlib
 import os
 
 from configurator import UserError
-from curves import (
+from report.curves import (
     AXES,
     in_order,
     is_number,
@@ -20,7 +20,7 @@ from curves import (
     sweep_axes,
     value_of,
 )
-from files import atomic_write
+from system.files import atomic_write
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))

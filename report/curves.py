@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from configurator import UserError
-from rundir import LOG
+from training.rundir import LOG
 
 # what curves are drawn against: name -> (field of a log's line, label, divisor)
 AXES = {

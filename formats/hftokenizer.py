@@ -5,7 +5,7 @@ the same ids for every text.
 
 from bpe import PATTERNS, BPETokenizer, as_visible, from_visible
 from configurator import UserError
-from files import read_json
+from system.files import read_json
 from tokenizer import SPACE, ByteLevel
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

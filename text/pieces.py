@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import UserError
-from corpus import SEPARATOR, stream_documents
 from dataset import (
     SAVE_INTERVAL,
     SIDECAR_FORMAT,
@@ -27,7 +26,8 @@ from dataset import (
     shard_is_whole,
     shard_size_fits,
 )
-from files import atomic_write, read_json, write_json
+from system.files import atomic_write, read_json, write_json
+from text.corpus import SEPARATOR, stream_documents
 
 MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
 PIECE = 1 << 27  # characters of text, at least, in a shard, but for the last of a file

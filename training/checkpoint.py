@@ -44,10 +44,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
 from configurator import UserError
-from files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
 from model import ModelArgs, Transformer
+from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
+from training import parallel
 
 FORMAT = 2
 MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
@@ -222,7 +222,7 @@ class CheckpointWriter:
                 os.makedirs(part)
 
         def write_tensors():
-            import sharded
+            from training import sharded
 
             sharded.write(part, tensors_of(model, optimizer))
 
@@ -452,7 +452,7 @@ def restore(model, optimizer, checkpoint, path):
     try:
         targets = tensors_of(model, optimizer)
         if os.path.isdir(path):
-            import sharded
+            from training import sharded
 
             sharded.read(path, targets, MAY_BE_NEW)
             return
@@ -469,7 +469,7 @@ def restore(model, optimizer, checkpoint, path):
                         f"{name} is {tuple(value.shape)}, expected {tuple(target.shape)}"
                     )
                 if hasattr(target, "full_tensor"):  # spread over the ranks
-                    import sharded
+                    from training import sharded
 
                     value = sharded.part_for(target, value)
                 target.copy_(value)

@@ -1,0 +1,1 @@
+"""The files a model is kept in: model.bin, Hugging Face, GGUF."""

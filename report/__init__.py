@@ -1,0 +1,1 @@
+"""What is shown to people: curves, pictures, the live page, stories."""

@@ -1,0 +1,1 @@
+"""Text on disk: documents of files, the shards made of them, and the practice corpus."""
