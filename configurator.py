@@ -17,11 +17,13 @@ with its default and its comment.
 
 import ast
 import difflib
+import json
 import os
 import sys
 import tokenize
 
 SETTING_TYPES = (bool, int, float, str)
+PRINT_SETTINGS = "--print-settings"  # for programs that need to know what a command line means
 
 
 class UserError(Exception):
@@ -161,30 +163,42 @@ def read_override_file(path, namespace, settings):
 
 def comments_of(path):
     """
-    {name: comment} for each `name = value  # comment` line of a source file that is at the top
-    level, or in the block of `if __name__ == "__main__"` at its end.
+    What a script's source says of its settings: ({name: comment}, {name: heading}). A comment
+    stands behind `name = value` at the top level, or in the block of `if __name__ == "__main__"` at
+    the end; a heading is a comment on a line of its own before the first setting of a group.
     """
     with open(path, "rb") as f:
         tokens = list(tokenize.tokenize(f.readline))
-    first_on_line, comments, indent = {}, {}, 0
+    first_on_line, comments, headings, indent, heading = {}, {}, {}, 0, None
     for token in tokens:
+        row, column = token.start
         if token.line.startswith("if __name__"):
             indent = 4
-        if token.type == tokenize.NAME and token.start[1] in (0, indent):
-            first_on_line[token.start[0]] = token.string
-        elif token.type == tokenize.COMMENT and token.start[0] in first_on_line:
-            comments[first_on_line[token.start[0]]] = token.string.lstrip("# ")
-    return comments
+        if token.type == tokenize.NAME and column in (0, indent):
+            first_on_line[row] = token.string
+            if heading:
+                headings[token.string], heading = heading, None
+        elif token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ")
+            if row in first_on_line:
+                comments[first_on_line[row]] = text
+            elif column in (0, indent):
+                heading = text.strip("-") and text
+    return comments, headings
 
 
 def print_help(namespace, settings, positional):
     script = os.path.basename(namespace["__file__"])
     print((namespace.get("__doc__") or script).strip() + "\n")
     words = f" {positional.upper()}" if positional else ""
-    print(f"usage: python {script}{words} [--key=value ...] [override_file.py ...]\n")
-    comments = comments_of(namespace["__file__"])
+    print(f"usage: python {script}{words} [--key=value ...] [override_file.py ...]")
+    comments, headings = comments_of(namespace["__file__"])
     width = max(len(f"--{name}={value}") for name, value in settings.items())
+    if next(iter(settings)) not in headings:
+        print()
     for name, value in settings.items():
+        if name in headings:
+            print(f"\n{headings[name]}:")
         if name != positional:
             print(f"  {f'--{name}={value}':<{width}}  {comments.get(name, '')}".rstrip())
 
@@ -221,11 +235,16 @@ def apply(namespace, argv, positional=None):
 def configure(namespace, positional=None, argv=None):
     """
     Override a script's globals in place from the command line; see the top of this file. Prints
-    help and leaves on --help; anything it cannot use, and any later UserError, ends the script
-    with one sentence and status 1. Returns the names of the settings that were given.
+    help and exits on --help; on --print-settings prints all settings as JSON and exits. Anything
+    that it cannot use, and any later UserError, ends the script with one sentence and status 1.
+    Returns the names of the settings that were given.
     """
     one_sentence_errors()
     argv = sys.argv[1:] if argv is None else argv
+    if PRINT_SETTINGS in argv:
+        given = apply(namespace, [word for word in argv if word != PRINT_SETTINGS], positional)
+        print(json.dumps({"settings": settings_of(namespace), "given": sorted(given)}))
+        sys.exit(0)
     if "--help" in argv or "-h" in argv:
         print_help(namespace, settings_of(namespace), positional)
         sys.stdout.flush()  # while a reader who has gone is still no traceback

@@ -19,11 +19,11 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from bpe import PATTERNS, BPETokenizer, train_bpe  # noqa: E402
-from model import ModelArgs, Transformer  # noqa: E402
-from system.memory import SETTINGS  # noqa: E402
-from text.synth import make_stories  # noqa: E402
-from tokenizer import open_tokenizer, train_sentencepiece  # noqa: E402
+from bpe import PATTERNS, BPETokenizer, train_bpe
+from model import ModelArgs, Transformer
+from system.memory import SETTINGS
+from text.synth import make_stories
+from tokenizer import open_tokenizer, train_sentencepiece
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 

@@ -32,6 +32,7 @@ writes them, each process its part, and run.pt with everything else.
 
 import contextlib
 import glob
+import math
 import os
 import pickle
 import random
@@ -39,14 +40,15 @@ import re
 import sys
 import threading
 import zipfile
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from configurator import UserError
 from model import ModelArgs, Transformer
 from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
+from system.progress import say
 from training import parallel
 
 FORMAT = 2
@@ -58,6 +60,21 @@ NEEDED_TO_RESUME = set(
     "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler rng "
     "tokenizer_hash config versions compute_dtype".split()
 )
+
+
+@dataclass
+class RunState:
+    """What a run has reached; each field is an entry of its checkpoints."""
+
+    iter_num: int = 0  # steps done
+    n_sequences: int = 0  # training sequences seen: the loader's position
+    evaluated: int = 0  # step of the last evaluation
+    train_s: float = 0.0  # seconds of training: no start-up, compilation, evaluation or saving
+    best_val_loss: float = math.inf  # lowest validation loss so far, nats a token
+
+    @classmethod
+    def of(cls, checkpoint):
+        return cls(**{name: checkpoint[name] for name in cls.__dataclass_fields__})
 
 
 class Damaged(UserError):
@@ -179,10 +196,9 @@ class CheckpointWriter:
     set, is called with the path and the step of each that is new.
     """
 
-    installed = None
-
-    def __init__(self, folder, keep_last, latest_step=None):
+    def __init__(self, folder, keep_last, latest_step=None, installed=None):
         self.folder, self.keep_last, self.latest_step = folder, keep_last, latest_step
+        self.installed = installed
         self.latest = os.path.join(folder, LATEST)
         self.snapshot, self.thread = Snapshot(), None
         self.error, self.best_failed = None, False
@@ -196,6 +212,12 @@ class CheckpointWriter:
                 target=self.write, args=(copy, is_best), name=parallel.WAITED_FOR
             )
             self.thread.start()
+
+    def lost_best(self):
+        """Whether the best model could not be written in some rank; says so once."""
+        lost = parallel.any_rank(self.best_failed)
+        self.best_failed = False
+        return lost
 
     def wait(self):
         """Return when nothing is being written any more."""
@@ -252,7 +274,7 @@ class CheckpointWriter:
             self.error = f"cannot write {self.latest}: {reason(e)}"
             kept = f"; that of step {self.latest_step} is untouched" if self.latest_step else ""
             advice = "the next save tries again: make room meanwhile"
-            tqdm.write(f"warning: {self.error}{kept}; {advice}", file=sys.stderr)
+            say(f"warning: {self.error}{kept}; {advice}", sys.stderr)
 
     def install(self, part, step, is_best):
         """Make `part` the latest checkpoint; the one before gets its step into its name."""

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from system.hardware import pick_device
+from system.progress import say as print_line
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
@@ -201,3 +203,45 @@ def wait_for_all():
 def say(text):
     if FIRST:
         print(text, flush=WORLD_SIZE > 1)
+
+
+class StopRequest:
+    """
+    Whether this rank was told to stop. The first Ctrl-C or SIGTERM asks for a stop after the
+    current step. A second one ends the process at once, except under torchrun, which passes on
+    to each process what the system may have sent it already.
+    """
+
+    def __init__(self):
+        self.made = False
+
+    def listen(self):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        is_first, self.made = not self.made, True
+        if is_first and FIRST:
+            more = "; once more ends at once, without a checkpoint" if WORLD_SIZE == 1 else ""
+            with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+                print_line(f"stopping after this step{more}")
+        elif not is_first and WORLD_SIZE == 1:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    def in_any_rank(self):
+        return any_rank(self.made)
+
+
+def micro_batch(batches, first, size, n, device, k):
+    """
+    This rank's k-th micro-batch from sequence `first` on: inputs and targets (size, T) of a
+    TrainBatches, where a step has n such micro-batches in each rank.
+    """
+    step, i = divmod(k, n)
+    position = first + (step * n + i) * size * WORLD_SIZE + RANK
+    x, y = batches.at(position, size, stride=WORLD_SIZE)
+    if device.type == "cuda":  # pinned memory is copied while the GPU computes
+        torch.cuda.set_device(device)  # of this thread, which would pin for the first GPU
+        x, y = x.pin_memory(), y.pin_memory()
+    return x, y

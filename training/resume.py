@@ -1,0 +1,181 @@
+"""
+What a run begins from: nothing, the weights of a checkpoint, or the run it belongs to; and
+the settings that follow.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from configurator import UserError
+from dataset import DataPaths
+from model import ModelArgs
+from system.remote import fetch_latest
+from training import parallel
+from training.checkpoint import (
+    RunState,
+    has_checkpoint,
+    load_checkpoint,
+    load_latest,
+    restore,
+    set_rng_states,
+    versions,
+)
+from training.parallel import FIRST, WORLD_SIZE, say
+from training.rundir import RunDir
+from training.settings import FIXED, OF_ONE_START, OPTIONS, beyond_arch, check, with_arch
+
+
+@dataclass
+class Beginning:
+    """What a run begins from."""
+
+    config: dict  # the settings to train with
+    checkpoint: dict | None = None  # its weights, and with is_resumed all that the run has reached
+    path: str | None = None  # of the checkpoint
+    is_resumed: bool = False
+    damaged: list = field(default_factory=list)  # paths of checkpoints that could not be read
+    run: RunDir | None = None  # the run's folder, where it is locked already (first rank)
+
+
+def begin(config, given):
+    """
+    The Beginning that train.py's settings ask for. `given`: names of those from the command line.
+    Raises UserError where a checkpoint is missing or does not fit, or a setting is out of range.
+    """
+    init_from, out_dir = config["init_from"], config["out_dir"]
+    start = Beginning(config)
+    if init_from == "resume" or config["resume"] == "auto":
+        start = latest_of(config, given)
+    if not start.is_resumed and init_from == "resume":
+        raise UserError(
+            f"{os.path.join(out_dir, 'ckpt.pt')} does not exist: name the --out_dir of an earlier "
+            f"run, or start one without --init_from=resume"
+        )
+    if not start.is_resumed and init_from != "scratch":
+        if not os.path.exists(init_from):
+            raise UserError(
+                f"init_from = {init_from!r}: expected scratch, resume, or the path of a checkpoint"
+            )
+        start.checkpoint, start.path = load_checkpoint(init_from), init_from
+        start.config = adopted(config, start.checkpoint["model_args"], given)
+    if not start.checkpoint:
+        if config["eval_only"]:
+            raise UserError(
+                "eval_only needs a model to evaluate: give --init_from=resume or a checkpoint"
+            )
+        start.config = with_arch(config, given)
+    check(start.config)
+    arch, more = start.config["arch"], beyond_arch(start.config)
+    if arch != "modded" and more:
+        names = ", ".join(f"{name} = {start.config[name]}" for name in more)
+        say(f"note: {names}, beyond --arch={arch}")
+    return start
+
+
+def latest_of(config, given):
+    """The Beginning from the latest checkpoint in out_dir or on the hub, where there is one."""
+    out_dir, run = config["out_dir"], None
+    will_train = not config["eval_only"] and not config["estimate"]
+    from_hub = config["hub_repo"] and will_train
+    if FIRST and will_train and (from_hub or os.path.isdir(out_dir)):
+        run = RunDir(out_dir)  # before anything is read: another run may still be writing here
+    if FIRST and from_hub and not has_checkpoint(out_dir):
+        fetch_latest(config["hub_repo"], out_dir)
+    parallel.wait_for_all()
+    checkpoint, path, damaged = load_latest(out_dir)
+    if checkpoint is None:
+        return Beginning(config, run=run)
+    resumed_config = resumed(config, checkpoint, given)
+    if config["init_from"] not in ("scratch", "resume"):
+        say(f"resuming the run in {out_dir}; init_from = {config['init_from']} was for its start")
+    for name, version in versions().items():
+        if (old := checkpoint["versions"][name]) != version:
+            say(f"the checkpoint is of {name} {old}, this is {version}: last digits may differ")
+    return Beginning(resumed_config, checkpoint, path, True, damaged, run)
+
+
+def fits(name, value, model_args):
+    """Whether a setting of the architecture, such as -1 for all layers, means what a model has."""
+    if value == model_args[name]:
+        return True
+    try:
+        return getattr(ModelArgs.from_dict({**model_args, name: value}), name) == model_args[name]
+    except ValueError:
+        return False
+
+
+def resumed(config, checkpoint, given):
+    """Settings to resume with: those of the checkpoint, except for what was given now."""
+    config, old = dict(config), checkpoint["config"]
+    changed = []
+    for name in config.keys() & old.keys() - OF_ONE_START:
+        if name not in given:
+            config[name] = old[name]
+        elif config[name] != old[name]:
+            if name in OPTIONS and fits(name, config[name], checkpoint["model_args"]):
+                config[name] = old[name]
+            else:
+                changed.append(name)
+    for name in FIXED.intersection(changed):
+        raise UserError(
+            f"cannot resume with {name} = {config[name]}: the checkpoint's model has "
+            f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or begin a new run "
+            f"with another --out_dir"
+        )
+    for name in sorted(changed):
+        say(f"resuming with {name} = {config[name]} instead of {old[name]}")
+    return config
+
+
+def adopted(config, model_args, given):
+    """Settings to train the weights of a checkpoint with: the architecture is that of the model."""
+    config, named = dict(config), config
+    for name in config.keys() & model_args.keys() - {"dropout"}:
+        if model_args[name] is None:  # llama2.c's way to leave it to the default
+            continue
+        if name == "max_seq_len" and name in given:  # no weight depends on it
+            continue
+        if name == "vocab_size" and DataPaths("", named["vocab_source"], config[name]).is_llama2:
+            continue
+        is_derived = config[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")
+        if name in given and not is_derived and not fits(name, config[name], model_args):
+            raise UserError(
+                f"cannot start from {config['init_from']} with {name} = {config[name]}: "
+                f"its model has {model_args[name]}"
+            )
+        config[name] = model_args[name]
+    return config
+
+
+def check_machines(start, out_dir):
+    """Raise UserError where the ranks of a run do not see the same checkpoint."""
+    step = start.checkpoint["iter_num"] if start.is_resumed else 0
+    if parallel.total(step) != [step * WORLD_SIZE]:
+        raise UserError(
+            f"the machines find different checkpoints in {out_dir}: "
+            f"put --out_dir on a disk that all of them share"
+        )
+
+
+def restore_run(start, model, optimizer, scaler, dtype, n_windows):
+    """
+    Set a resumed run's weights, optimizer and random numbers; returns its RunState. Says what is
+    different from the run so far: dtype, of the products, and n_windows, sequences of an epoch.
+    """
+    checkpoint = start.checkpoint
+    restore(model, optimizer, checkpoint, start.path)
+    state = RunState.of(checkpoint)
+    if not os.path.exists(os.path.join(start.config["out_dir"], "model.bin")):
+        state.best_val_loss = math.inf  # the run came from the hub, say
+    if checkpoint["compute_dtype"] != str(dtype):
+        say(f"computing in {dtype} from now on, so far in {checkpoint['compute_dtype']}")
+    if checkpoint["n_windows"] != n_windows:
+        say(
+            f"the shards are not those of the run so far: {n_windows:,} sequences instead of "
+            f"{checkpoint['n_windows']:,}; resuming at the same place of another order"
+        )
+    if checkpoint["scaler"]:  # empty where the run so far was not in float16
+        scaler.load_state_dict(checkpoint["scaler"])
+    set_rng_states(checkpoint["rng"])
+    return state

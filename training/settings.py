@@ -1,0 +1,139 @@
+"""
+The settings of train.py in groups, what follows from a setting's group, and their checks.
+
+Every setting of train.py stands in exactly one group, in the order of its settings block.
+"""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+from configurator import PRINT_SETTINGS, UserError
+from model import ACTIVATION_CHECKPOINTING, ARCHS, KERNELS, ModelArgs
+from optim import DECAYS, OPTIMIZERS, SHAPES
+
+TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
+
+GROUPS = {
+    # where the run lives
+    "folder": "out_dir resume picture",
+    # what it begins from, and whether it trains at all
+    "start": "init_from eval_only",
+    # how often it evaluates, logs and saves
+    "intervals": (
+        "eval_interval eval_iters log_interval always_save_checkpoint save_interval keep_last"
+    ),
+    "data": "data_dir vocab_source batch_size gradient_accumulation_steps",
+    "architecture": (
+        "arch vocab_size max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
+        "tie_embeddings qk_norm norm_gains activation logit_softcap sliding_window window_pattern "
+        "embedding_norm residual_scalars value_embeddings bigram_rows smear vocab_multiple dropout"
+    ),
+    # how the weights begin
+    "initialization": "zero_init embedding_std head_std",
+    "length": "max_iters max_minutes",
+    "optimizer": "optimizer neuron_beta grad_clip",
+    "rates": "hidden_lr embedding_lr bigram_lr head_lr scalar_lr base_learning_rate",
+    "moments": "momentum muon_beta1 muon_beta2 beta1 beta2",
+    "decay": "muon_weight_decay weight_decay decay_shape",
+    "schedule": "warmup_iters momentum_warmup cooldown_frac cooldown_shape final_lr_frac",
+    # what changes the last digits
+    "numbers": "seed dtype fp8_head activation_checkpointing",
+    # what changes only the speed
+    "machine": "device attention compile fsdp",
+    # what leaves this machine
+    "away": "hub_repo hub_private hub_keep_local wandb_project wandb_run on_finish",
+    "estimate": "estimate mfu price",
+}
+GROUPS = {group: tuple(names.split()) for group, names in GROUPS.items()}
+
+
+def names_of(*groups):
+    """The settings of some groups, as a set."""
+    return {name for group in groups for name in GROUPS[group]}
+
+
+OPTIONS = tuple(f.name for f in fields(ModelArgs) if f.name in set().union(*GROUPS.values()))
+# a resumed run takes these from its own command line, all others from its checkpoint
+OF_ONE_START = names_of("folder", "start", "machine", "away", "estimate")
+# a resumed run cannot change these
+FIXED = {*OPTIONS, "arch", "vocab_source", "optimizer"} - {"dropout"}
+# two finished runs that differ only in these have computed the same
+SAME_RESULT = names_of("folder", "away", "estimate")
+# a step takes the same time whatever these are
+SAME_WORK = names_of("initialization", "rates", "moments", "decay", "schedule")
+SECRET = {"on_finish"}  # which may hold a token, and checkpoints and logs are shown around
+
+
+@functools.cache
+def resolved(words=()):
+    """
+    {name: value} of every setting of train.py as a tuple of its command-line words leaves them,
+    those that --arch sets included. Raises UserError for words that train.py would refuse.
+    """
+    command = [sys.executable, TRAIN, *words, PRINT_SETTINGS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip().removeprefix("error: "))
+    answer = json.loads(done.stdout)
+    return with_arch(answer["settings"], answer["given"])
+
+
+def with_arch(config, given):
+    """Settings with those options of their architecture (--arch) that were not given."""
+    return config | {k: v for k, v in ARCHS.get(config["arch"], {}).items() if k not in given}
+
+
+def beyond_arch(config):
+    """Names of options that differ from what the architecture's name stands for."""
+    plain = {name: f.default for f in fields(ModelArgs) if (name := f.name) in ARCHS["modded"]}
+    plain |= ARCHS[config["arch"]]
+    return [name for name in plain if config[name] != plain[name]]
+
+
+CHOICES = {
+    "arch": ARCHS,
+    "optimizer": OPTIMIZERS,
+    "cooldown_shape": SHAPES,
+    "decay_shape": DECAYS,
+    "activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    "attention": KERNELS,
+    "compile": ("auto", "True", "False"),
+    "resume": ("auto", "no"),
+}
+# name: (smallest, largest, how a message says it)
+INTEGERS = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval keep_last"
+RANGES = {
+    **dict.fromkeys(INTEGERS.split(), (1, math.inf, "at least 1")),
+    "max_iters": (1, 10**12, "a number from 1 to 10 ** 12"),
+    "max_minutes": (0, 1e7, "a number from 0 (no limit) to 1e7"),
+    "save_interval": (0, math.inf, "a number 0 (none) or above"),
+    "warmup_iters": (0, math.inf, "a number 0 or above"),
+    "momentum_warmup": (0, math.inf, "a number 0 or above"),
+    "cooldown_frac": (0, 1, "a number from 0 to 1"),
+    "final_lr_frac": (0, 1, "a number from 0 to 1"),
+    **dict.fromkeys(GROUPS["rates"], (math.ulp(0), 1e30, "a number above 0, at most 1e30")),
+    **dict.fromkeys(
+        [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "a number from 0 to below 1")
+    ),
+    "weight_decay": (0, sys.float_info.max, "a number 0 or above"),
+    "muon_weight_decay": (0, sys.float_info.max, "a number 0 or above"),
+    "grad_clip": (0, sys.float_info.max, "a number 0 (no limit) or above"),
+    "mfu": (math.ulp(0), 1, "a number above 0, at most 1"),
+    "price": (0, sys.float_info.max, "a number 0 or above"),
+    "seed": (0, 2**63 - 1, "a number from 0 to 2 ** 63 - 1"),
+}
+
+
+def check(config):
+    """Raise UserError, in one sentence, for a setting out of its range."""
+    for name, choices in CHOICES.items():
+        if config[name] not in choices:
+            raise UserError(f"{name} = {config[name]!r}: expected one of {', '.join(choices)}")
+    for name, (least, most, expected) in RANGES.items():
+        if not least <= config[name] <= most:
+            raise UserError(f"{name} = {config[name]}: expected {expected}")
