@@ -280,3 +280,22 @@ DECAYS = ("constant", "linear")
 def decay_factor(progress, shape):
     """What weight decay is multiplied with: 1, or linear from 1 at the start to 0 at the end."""
     return 1.0 if shape == "constant" else min(max(1.0 - progress, 0.0), 1.0)
+
+
+def warmup_steps(s):
+    """Steps of the warm-up: warmup_iters, at most half of the run."""
+    return min(s.warmup_iters, s.max_iters // 2)
+
+
+def set_rates(optimizer, s, step, done):
+    """
+    Set learning rates, weight decay and momentum of every group for a step. s: train.py's settings;
+    done: part of the run that is done, as rate_factor() takes it.
+    """
+    schedule = s.cooldown_frac, s.cooldown_shape, s.final_lr_frac
+    factor = rate_factor(done, step, warmup_steps(s), *schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
+        group["weight_decay"] = group["initial_weight_decay"] * decay_factor(done, s.decay_shape)
+        if "momentum" in group:
+            group["momentum"] = momentum_at(step, s.momentum, s.momentum_warmup)

@@ -144,12 +144,11 @@ import torch
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches
 from formats.modelbin import export_model
 from model import ACTIVATION_CHECKPOINTING, ModelArgs, Transformer
-from optim import decay_factor, make_optimizer, momentum_at, rate_factor, table
+from optim import make_optimizer, set_rates, table, warmup_steps
 from report.curves import find_runs
 from system.files import atomic_write
 from system.hardware import describe, git_commit, peak_flops, pick_dtype
-from system.progress import progress
-from system.progress import say as print_line
+from system.progress import print_line, progress
 from tokenizer import open_tokenizer
 from training import fit, parallel
 from training.away import Away
@@ -208,20 +207,12 @@ def is_done(s, state, since=None):
     return state.iter_num >= s.max_iters
 
 
-def set_rates(optimizer, s, state, since):
-    """Set learning rates, weight decay and momentum for the next step."""
-    warmup = min(s.warmup_iters, s.max_iters // 2)
+def part_done(s, state, since):
+    """How much of the run is done, 0 to 1: of its minutes, or of its steps after the warm-up."""
     if s.max_minutes:
-        done = seconds_trained(state, since) / (60 * s.max_minutes)
-    else:
-        done = (state.iter_num - warmup) / (s.max_iters - warmup)
-    schedule = s.cooldown_frac, s.cooldown_shape, s.final_lr_frac
-    factor = rate_factor(done, state.iter_num, warmup, *schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["initial_lr"]
-        group["weight_decay"] = group["initial_weight_decay"] * decay_factor(done, s.decay_shape)
-        if "momentum" in group:
-            group["momentum"] = momentum_at(state.iter_num, s.momentum, s.momentum_warmup)
+        return seconds_trained(state, since) / (60 * s.max_minutes)
+    warmup = warmup_steps(s)
+    return (state.iter_num - warmup) / (s.max_iters - warmup)
 
 
 def export_best(model, path, is_sharded):
@@ -241,12 +232,12 @@ def export_best(model, path, is_sharded):
     return not parallel.any_rank(failed)
 
 
-def draw_losses(out_dir):
+def draw_losses(folder):
     """Draw loss.png; on failure, warn and continue."""
     from report.pictures import draw_runs
 
     try:
-        draw_runs(find_runs([out_dir]), os.path.join(out_dir, "loss.png"))
+        draw_runs(find_runs([folder]), os.path.join(folder, "loss.png"))
     except Exception as e:
         print(f"warning: no loss.png ({type(e).__name__}: {e})", file=sys.stderr)
 
@@ -349,11 +340,11 @@ if is_compiled:  # kept with the run; before torch.optim, which chooses a place 
 
 # ---- optimizer, and what a resumed run has reached
 
-optimizer = make_optimizer(model, s.optimizer, start.config)
+opt = make_optimizer(model, s.optimizer, start.config)
 scaler = torch.amp.GradScaler(this_device.type, enabled=compute_dtype is torch.float16)
 state = RunState()
 if start.is_resumed:
-    state = restore_run(start, model, optimizer, scaler, compute_dtype, batches.n_windows)
+    state = restore_run(start, model, opt, scaler, compute_dtype, batches.n_windows)
 start.checkpoint = None  # its memory is not needed any more
 first_step = state.iter_num
 
@@ -375,7 +366,7 @@ if is_done(s, state) and state.evaluated == state.iter_num:
 # ---- fitting the step to the machine
 
 if this_device.type == "cuda" and not is_sharded:  # whose ranks would wait for the one without room
-    micro_size, n_micro = fit.fit_micro_batch(model, optimizer, micro_size, n_micro, this_device)
+    micro_size, n_micro = fit.fit_micro_batch(model, opt, micro_size, n_micro, this_device)
 if s.attention != "sdpa" or is_compiled:
     x, y = to_device(*batches.at(0, micro_size))
 if s.attention != "sdpa":
@@ -430,13 +421,13 @@ def save(is_best=False):
     """Begin to write a checkpoint; training continues meanwhile, except under FSDP."""
     checkpoint = {**facts, **asdict(state), "scaler": scaler.state_dict(), "rng": rng_states()}
     if is_sharded:
-        writer.save_sharded(checkpoint, model, optimizer, is_best)
+        writer.save_sharded(checkpoint, model, opt, is_best)
     elif FIRST:
-        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, opt)}
         writer.save(checkpoint | tensors, is_best)
 
 
-say(table(optimizer))
+say(table(opt))
 length = f"{s.max_minutes:g} minutes of" if s.max_minutes else s.max_iters
 say(
     f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
@@ -456,7 +447,7 @@ log(
     compute_dtype=str(compute_dtype).removeprefix("torch."),
     flops_per_token=model.flops_per_token(),
     peak_flops=peak,
-    rates={group["role"]: group["initial_lr"] for group in optimizer.param_groups},
+    rates={group["role"]: group["initial_lr"] for group in opt.param_groups},
     commit=git_commit(),
     **describe(this_device),
 )
@@ -510,7 +501,7 @@ while True:
     # ---- one step of the optimizer
     if s.dropout:  # the same in a resumed run, and another in each rank
         torch.manual_seed(hash((s.seed, state.iter_num, RANK)))
-    set_rates(optimizer, s, state, since)
+    set_rates(opt, s, state.iter_num, part_done(s, state, since))
     loss = 0.0
     for i in range(n_micro):
         x, y = to_device(*next(stream))
@@ -518,11 +509,11 @@ while True:
         micro_loss = net(x, y) / n_micro
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     state.iter_num += 1
     state.n_sequences += step_size
     unlogged_steps += 1
@@ -544,7 +535,7 @@ while True:
         if diverged:
             break
         tok_s = unlogged_steps * step_size * s.max_seq_len / elapsed
-        values = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        values = {"loss": loss, "lr": opt.param_groups[0]["lr"], "grad_norm": grad_norm}
         if peak:
             values["mfu"] = round(tok_s * model.flops_per_token() / (peak * WORLD_SIZE), 4)
         log("train", **values, tok_s=round(tok_s))
@@ -570,7 +561,7 @@ if FIRST and s.picture and find_spec("matplotlib") is not None:
     draw_losses(s.out_dir)
 all_arrived = away.finish()
 if diverged:  # the last good checkpoint is untouched
-    rates = [f"{group['role']}_lr" for group in optimizer.param_groups]
+    rates = [f"{group['role']}_lr" for group in opt.param_groups]
     rates = ["base_learning_rate"] if s.optimizer == "adamw" else rates
     raise UserError(
         f"the {diverged} at step {state.iter_num}: training has diverged; try smaller rates "

@@ -15,9 +15,8 @@ import time
 import zlib
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from configurator import UserError
+from system.progress import progress
 
 TIMEOUT_S = 30  # without a byte from the server
 ADDRESS_HINT = "check the address or give another with --url"
@@ -242,7 +241,7 @@ def save_body(r, part, tag_path, start):
             with open(tag_path, "w", encoding="utf-8") as f:
                 f.write(tag)
     name = os.path.basename(part).removesuffix(".part")
-    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name)
+    bar = progress(total=total, initial=start, unit="B", unit_scale=True, desc=name)
     with bar, open(part, "ab") as f:
         try:
             for chunk in r.iter_content(1 << 18):
@@ -271,7 +270,9 @@ def unpack(archive, folder):
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     size = os.path.getsize(archive)
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"unpack {os.path.basename(archive)}")
+    bar = progress(
+        total=size, unit="B", unit_scale=True, desc=f"unpack {os.path.basename(archive)}"
+    )
     try:
         # opened by hand: the position in the archive is the progress
         with bar, open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:

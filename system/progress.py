@@ -61,6 +61,6 @@ def progress(*args, **options):
     return (tqdm if sys.stderr.isatty() else PlainLines)(*args, **options)
 
 
-def say(text, file=None):
+def print_line(text, file=None):
     """Print a line between bars without breaking one."""
     tqdm.write(text, file=file or sys.stdout)

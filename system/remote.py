@@ -14,10 +14,9 @@ import sys
 import threading
 import time
 
-from tqdm import tqdm
-
 from configurator import UserError
 from system.files import link_or_copy, remove, replace
+from system.progress import print_line
 
 UPLOADS = "uploads"  # folder in out_dir of what is on its way
 TIMEOUT_S = 300  # without an answer of the hub, which by itself would be waited for for ever
@@ -342,4 +341,4 @@ class Metrics:
 
 
 def warn(text):
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    print_line(f"warning: {text}", sys.stderr)

@@ -10,9 +10,8 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from tqdm import tqdm
-
 from configurator import UserError
+from system.progress import progress
 
 
 def worker_count(num_workers):
@@ -66,7 +65,7 @@ def in_order(function, items, arguments, num_workers):
 def over_spans(function, spans, arguments, num_workers, what):
     """The results of in_order() for Spans, behind a progress bar of their bytes called `what`."""
     n_bytes = sum(span.end - span.start for span in spans)
-    with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True) as bar:
+    with progress(total=n_bytes, desc=what, unit="B", unit_scale=True) as bar:
         workers = min(num_workers, len(spans))
         for span, result in in_order(function, spans, arguments, workers):
             yield result

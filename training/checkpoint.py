@@ -48,7 +48,7 @@ import torch
 from configurator import UserError
 from model import ModelArgs, Transformer
 from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
-from system.progress import say
+from system.progress import print_line
 from training import parallel
 
 FORMAT = 2
@@ -274,7 +274,7 @@ class CheckpointWriter:
             self.error = f"cannot write {self.latest}: {reason(e)}"
             kept = f"; that of step {self.latest_step} is untouched" if self.latest_step else ""
             advice = "the next save tries again: make room meanwhile"
-            say(f"warning: {self.error}{kept}; {advice}", sys.stderr)
+            print_line(f"warning: {self.error}{kept}; {advice}", sys.stderr)
 
     def install(self, part, step, is_best):
         """Make `part` the latest checkpoint; the one before gets its step into its name."""

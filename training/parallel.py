@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from system.hardware import pick_device
-from system.progress import say as print_line
+from system.progress import print_line
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine

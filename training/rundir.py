@@ -15,7 +15,7 @@ import time
 
 from configurator import UserError
 from system.files import atomic_write, remove
-from system.progress import say
+from system.progress import print_line
 
 LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")
@@ -122,7 +122,7 @@ class RunDir:
             )
         except OSError as e:
             warning = f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on"
-            say(warning, sys.stderr)
+            print_line(warning, sys.stderr)
 
 
 class Journal:

@@ -1,0 +1,77 @@
+"""Settings of train.py: each in one group, used only as the run has settled on it."""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import REPO, refused, script
+
+from configurator import UserError
+from model import ModelArgs
+from training import settings
+from training.checkpoint import NEEDED_TO_RESUME, RunState
+
+
+def block():
+    """Names of the settings in train.py's block, in order, and what follows the block."""
+    body = ast.parse((REPO / "train.py").read_text()).body
+    end = next(i for i, node in enumerate(body) if "configure(" in ast.unparse(node))
+    assigned = [node for node in body[:end] if isinstance(node, ast.Assign)]
+    names = [node.targets[0].id for node in assigned]
+    return [name for name in names if name.islower()], body[end + 1 :]
+
+
+def test_each_setting_is_in_exactly_one_group_in_the_order_of_the_block():
+    grouped = [name for names in settings.GROUPS.values() for name in names]
+    assert grouped == block()[0]
+    assert len(set(grouped)) == len(grouped)
+
+
+def test_every_option_of_the_model_is_in_a_group_of_the_model():
+    model = settings.names_of("architecture", "initialization")
+    assert set(settings.OPTIONS) | {"arch"} == model
+    assert {f.name for f in fields(ModelArgs)} - model == {"norm_eps", "rope_theta"}
+
+
+def test_below_the_block_a_setting_is_read_from_what_the_run_settled_on():
+    """A bare name would be what the command line said, which a resumed run does not follow."""
+    names, rest = block()
+    bound = {n.arg for top in rest for n in ast.walk(top) if isinstance(n, ast.arg)}
+    assert not bound & set(names), bound
+    used = [n.id for top in rest for n in ast.walk(top) if isinstance(n, ast.Name)]
+    assert [name for name in used if name in names] == ["device"]  # of this start, never resumed
+    source = (REPO / "train.py").read_text()
+    assert "global " not in source and "globals().update" not in source
+
+
+def test_what_a_run_has_reached_is_in_every_checkpoint():
+    assert {f.name for f in fields(RunState)} <= NEEDED_TO_RESUME
+
+
+def test_settings_as_json():
+    words = ["config/story.py", "--dim=64", "--qk_norm=False", "--print-settings"]
+    done = subprocess.run(
+        [sys.executable, REPO / "train.py", *words], cwd=REPO, capture_output=True, check=True
+    )
+    answer = json.loads(done.stdout)
+    assert answer["settings"]["dim"] == 64 and {"dim", "qk_norm"} < set(answer["given"])
+    assert settings.resolved(("--dim=64", "--qk_norm=False"))["qk_norm"] is False
+    assert settings.resolved()["qk_norm"] is True  # of --arch=modded
+    with pytest.raises(UserError, match=r"unknown setting --dimm: did you mean --dim\?"):
+        settings.resolved(("--dimm=64",))
+
+
+@pytest.mark.parametrize("name", ["momentum", "neuron_beta", "beta1"])
+def test_decay_rates_of_moments_are_below_1(name):
+    settings.check(settings.resolved((f"--{name}=0.999999",)))
+    with pytest.raises(UserError, match=f"{name} = 1.0: expected a number from 0 to below 1"):
+        settings.check(settings.resolved((f"--{name}=1",)))
+
+
+def test_help_has_the_groups_as_headings():
+    done = script("train.py", "--help")
+    assert "\nlearning rates:\n  --hidden_lr=0.02" in done.stdout
+    refused(script("train.py", "--hidden_lr"), "--hidden_lr needs a value")
