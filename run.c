@@ -369,29 +369,33 @@ _Static_assert(HEADER_BYTES == 80, "the header has no gaps");
 
 static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
+// The tensors of a model. NULL: the model does not have it. Those of the layers are arrays, of which
+// layer l has the l-th item or row.
 typedef struct {
-    Tensor wq;                      // (n_heads * head_dim, dim)
-    Tensor wk, wv;                  // (n_kv_heads * head_dim, dim)
-    Tensor wo;                      // (dim, n_heads * head_dim)
-    Tensor w1, w3;                  // (hidden_dim, dim); w3 of SwiGLU
-    Tensor w2;                      // (dim, hidden_dim)
-    Tensor value_embeddings;        // (vocab_size, n_kv_heads * head_dim)
-    const float *attention_norm;    // (dim), NULL without gains, as the other norms
-    const float *ffn_norm;          // (dim)
-    const float *q_norm, *k_norm;   // (head_dim)
-    const float *kept, *added;      // the layer begins with kept * x + added * x0
-    int32_t window;  // a position sees this many, itself included; 0: all
-} Layer;
-
-typedef struct {
-    Layer *layers;                // (n_layers)
-    Tensor tok_embeddings;        // (vocab_size, dim)
-    Tensor output;                // (vocab_size, dim), tok_embeddings where tied
-    Tensor bigram;                // (bigram_rows, dim)
-    const float *norm;            // (dim)
-    const float *embedding_norm;  // (dim)
-    const float *smear_gate;      // (dim)
+    const Tensor *tok_embeddings;    // (vocab_size, dim)
+    const Tensor *bigram;            // (bigram_rows, dim)
+    const Tensor *output;            // (vocab_size, dim), tok_embeddings where tied
+    const float *embedding_norm;     // (dim)
+    const float *smear_gate;         // (dim)
+    const float *norm;               // (dim)
+    // each of n_layers matrices
+    const Tensor *wq;                // (n_heads * head_dim, dim)
+    const Tensor *wk, *wv;           // (n_kv_heads * head_dim, dim)
+    const Tensor *wo;                // (dim, n_heads * head_dim)
+    const Tensor *w1, *w3;           // (hidden_dim, dim); w3 only for SwiGLU
+    const Tensor *w2;                // (dim, hidden_dim)
+    const Tensor *value_embeddings;  // (vocab_size, n_kv_heads * head_dim), of the first layers
+    const float *attention_norm;     // (n_layers, dim)
+    const float *ffn_norm;           // (n_layers, dim)
+    const float *q_norm, *k_norm;    // (n_layers, head_dim)
+    const float *kept, *added;       // (n_layers): a layer begins with kept * x + added * x0
+    const int32_t *windows;          // (n_layers): positions that one sees, itself included; 0: all
 } Weights;
+
+// Row l of vectors (n_layers, size), or NULL where the model has none.
+static const float *row_of(const float *vectors, size_t l, size_t size) {
+    return vectors ? vectors + l * size : NULL;
+}
 
 // The header of a file of any version, unchecked.
 static Config read_header(const File *f) {
@@ -533,75 +537,74 @@ static const uint8_t *skip(Walk *w, uint64_t n) {
     return w->data ? w->data + at : NULL;
 }
 
-// n vectors, one a layer: places[0], and so on in steps of a Layer.
-static void walk_vectors(Walk *w, const float **places, size_t n, uint64_t size) {
-    const uint8_t *data = skip(w, n * size * sizeof(float));
-    for (size_t i = 0; data && i < n; i++)
-        *(const float **)((char *)places + i * sizeof(Layer)) = (const float *)data + i * size;
+// The next n vectors: (n, size) in float32.
+static const float *walk_vectors(Walk *w, uint64_t n, uint64_t size) {
+    return (const float *)skip(w, n * size * sizeof(float));
 }
 
-// n matrices of one shape, one a layer, whose rows are multiplied (lanes 16) or looked up (1).
-static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint64_t cols,
-                         size_t lanes) {
+// The next n matrices, all (rows, cols). Their rows are multiplied (lanes 16) or looked up (1).
+static const Tensor *walk_tensors(Walk *w, size_t n, uint64_t rows, uint64_t cols, size_t lanes) {
     Format f = w->config->format;
     bool is_v2 = w->config->version == 2;
     size_t group = is_v2 ? (size_t)w->config->group : FORMATS[f].group;
     uint64_t data_bytes = rows * cols * FORMATS[f].bits / 8, scale_bytes = 0, at_once = n;
-    if (is_v2) {  // row-major and, unlike later, each matrix with its scales behind it
+    if (is_v2) {  // row-major, and each matrix is followed by its scales
         scale_bytes = rows * cols / group * sizeof(float);
         at_once = 1;
-    } else if (group) {
+    } else if (group) {  // all n matrices are followed by the scales of all n
         uint64_t padded = ROUND_UP(rows, lanes), groups = (cols + group - 1) / group;
         data_bytes = padded * ROUND_UP(cols, FORMATS[f].per_code) * FORMATS[f].bits / 8;
         scale_bytes = padded * groups * sizeof(uint16_t);
     }
     if (lanes == LANES) w->matrix_bytes += n * (data_bytes + scale_bytes);
+    Tensor *tensors = w->data && n ? alloc(n, sizeof(Tensor)) : NULL;
     for (size_t first = 0; first < n; first += at_once) {
         const uint8_t *data = skip(w, at_once * data_bytes);
         const uint8_t *scales = skip(w, at_once * scale_bytes);
-        for (size_t i = 0; data && i < at_once; i++) {
-            Tensor t = {f, rows, cols, lanes, group, data + i * data_bytes, NULL, is_v2};
-            if (scales) t.scales = scales + i * scale_bytes;
-            if (is_v2) repack(&t);
-            *(Tensor *)((char *)places + (first + i) * sizeof(Layer)) = t;
+        for (size_t i = 0; tensors && i < at_once; i++) {
+            Tensor *t = &tensors[first + i];
+            *t = (Tensor){f, rows, cols, lanes, group, data + i * data_bytes,
+                          scales ? scales + i * scale_bytes : NULL, is_v2};
+            if (is_v2) repack(t);
         }
     }
+    return tensors;
 }
 
-// The tensors behind the header, in the order of doc/format.md. Returns where the last one ends.
+// The tensors after the header, in the order of doc/format.md. Returns where the last one ends.
 static uint64_t lay_out(Weights *m, Walk *w) {
     const Config *c = w->config;
-    Layer *l = m->layers;
+    const bool is_tied = has(c, TIE_EMBEDDINGS), gains_first = c->version == 1 || c->version == 2;
     uint64_t dim = c->dim, hidden = c->hidden_dim, vocab = c->vocab_size, layers = c->n_layers;
     uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    bool is_early = c->version == 1 || c->version == 2;  // which have the gains in front
-    uint64_t early_gains = is_early ? layers : 0, gains = has(c, NORM_GAINS) ? layers : 0;
-    uint64_t late_gains = gains - early_gains;
-    walk_vectors(w, &l->attention_norm, early_gains, dim);
-    walk_vectors(w, &l->ffn_norm, early_gains, dim);
-    walk_vectors(w, &m->norm, early_gains > 0, dim);
-    walk_tensors(w, &m->tok_embeddings, 1, vocab, dim, has(c, TIE_EMBEDDINGS) ? LANES : 1);
-    walk_vectors(w, &l->attention_norm, late_gains, dim);
-    walk_tensors(w, &l->wq, layers, dim, dim, LANES);
-    walk_tensors(w, &l->wk, layers, kv_dim, dim, LANES);
-    walk_tensors(w, &l->wv, layers, kv_dim, dim, LANES);
-    walk_tensors(w, &l->wo, layers, dim, dim, LANES);
-    walk_vectors(w, &l->ffn_norm, late_gains, dim);
-    walk_tensors(w, &l->w1, layers, hidden, dim, LANES);
-    walk_tensors(w, &l->w2, layers, dim, hidden, LANES);
-    walk_tensors(w, &l->w3, c->activation == SWIGLU ? layers : 0, hidden, dim, LANES);
-    walk_vectors(w, &m->norm, late_gains > 0, dim);
+    uint64_t gains = has(c, NORM_GAINS) ? layers : 0, scalars = has(c, RESIDUAL_SCALARS) ? layers : 0;
+    uint64_t head_gains = has(c, QK_NORM) ? gains : 0;
+    if (gains_first) {
+        m->attention_norm = walk_vectors(w, layers, dim);
+        m->ffn_norm = walk_vectors(w, layers, dim);
+        m->norm = walk_vectors(w, 1, dim);
+    }
+    m->tok_embeddings = walk_tensors(w, 1, vocab, dim, is_tied ? LANES : 1);
+    if (!gains_first) m->attention_norm = walk_vectors(w, gains, dim);
+    m->wq = walk_tensors(w, layers, dim, dim, LANES);
+    m->wk = walk_tensors(w, layers, kv_dim, dim, LANES);
+    m->wv = walk_tensors(w, layers, kv_dim, dim, LANES);
+    m->wo = walk_tensors(w, layers, dim, dim, LANES);
+    if (!gains_first) m->ffn_norm = walk_vectors(w, gains, dim);
+    m->w1 = walk_tensors(w, layers, hidden, dim, LANES);
+    m->w2 = walk_tensors(w, layers, dim, hidden, LANES);
+    m->w3 = walk_tensors(w, c->activation == SWIGLU ? layers : 0, hidden, dim, LANES);
+    if (!gains_first) m->norm = walk_vectors(w, gains > 0, dim);
     if (c->version == 0) skip(w, c->seq_len * head_dim * sizeof(float));  // RoPE's tables
-    walk_tensors(w, &m->output, !has(c, TIE_EMBEDDINGS), vocab, dim, LANES);
-    walk_vectors(w, &l->q_norm, has(c, QK_NORM) ? gains : 0, head_dim);
-    walk_vectors(w, &l->k_norm, has(c, QK_NORM) ? gains : 0, head_dim);
-    walk_vectors(w, &m->embedding_norm, has(c, EMBEDDING_NORM) && gains, dim);
-    walk_vectors(w, &l->kept, has(c, RESIDUAL_SCALARS) ? layers : 0, 1);
-    walk_vectors(w, &l->added, has(c, RESIDUAL_SCALARS) ? layers : 0, 1);
-    walk_tensors(w, &l->value_embeddings, c->value_embeddings, vocab, kv_dim, 1);
-    walk_tensors(w, &m->bigram, c->bigram_rows > 0, c->bigram_rows, dim, 1);
-    walk_vectors(w, &m->smear_gate, has(c, SMEAR), dim);
-    if (has(c, TIE_EMBEDDINGS)) m->output = m->tok_embeddings;
+    m->output = is_tied ? m->tok_embeddings : walk_tensors(w, 1, vocab, dim, LANES);
+    m->q_norm = walk_vectors(w, head_gains, head_dim);
+    m->k_norm = walk_vectors(w, head_gains, head_dim);
+    m->embedding_norm = walk_vectors(w, has(c, EMBEDDING_NORM) && gains, dim);
+    m->kept = walk_vectors(w, scalars, 1);
+    m->added = walk_vectors(w, scalars, 1);
+    m->value_embeddings = walk_tensors(w, c->value_embeddings, vocab, kv_dim, 1);
+    m->bigram = walk_tensors(w, c->bigram_rows > 0, c->bigram_rows, dim, 1);
+    m->smear_gate = walk_vectors(w, has(c, SMEAR), dim);
     return w->at;
 }
 
@@ -615,7 +618,7 @@ typedef struct {
     int pos;            // its position in its story, below n_positions
     int story;          // whose cache it reads and writes, below n_stories
     bool wants_logits;  // of the token behind it
-} Step;
+} BatchToken;
 
 enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16,
        MIN_PATIENCE = 16, MAX_PATIENCE = 2048 };
@@ -675,10 +678,12 @@ static void set_rows(Input *in, size_t n) {
     in->tile = n < TILE ? n : TILE;
 }
 
-// The i-th logits (vocab_size) that the latest batch wanted; they may be overwritten.
-static float *logits_of(const Model *m, size_t i) {
-    return m->logits + i * ROUND_UP((size_t)m->config.vocab_size, LANES);
+static size_t logits_stride(const Model *m) {
+    return ROUND_UP((size_t)m->config.vocab_size, LANES);
 }
+
+// The i-th logits (vocab_size) that the latest batch wanted; they may be overwritten.
+static float *logits_of(const Model *m, size_t i) { return m->logits + i * logits_stride(m); }
 
 // ---- Threads. All of them run pass(); what they share out is one matrix product, or the tokens of
 // the batch, after which they wait for one another. They spin: the next product is microseconds
@@ -686,10 +691,11 @@ static float *logits_of(const Model *m, size_t i) {
 
 typedef struct {
     Model *m;
-    const Step *steps;
-    size_t n;       // tokens
-    size_t n_head;  // tokens whose logits are wanted
+    const BatchToken *batch;  // (n)
+    size_t n;                 // tokens
+    size_t n_wanted;          // tokens whose logits are wanted
     int thread, n_threads;
+    size_t first, end;        // this thread's share of the tokens, from begin_tokens() on
     double lost;    // seconds in which another thread was waited for that does not run
 } Pass;
 
@@ -718,20 +724,26 @@ static void wait_for_all(Pass *p) {
     if (p->n_threads > 1 && arrive(p)) let_go(p->m);
 }
 
-// Do work(p, layer, i) for each token i, between what all threads did before and do next.
-static void each_token(Pass *p, size_t layer, void (*work)(Pass *p, size_t layer, size_t i)) {
-    if (p->n == 1 && p->n_threads > 1) {  // the last to come does it, others had to wait for it
-        if (!arrive(p)) return;
-        work(p, layer, 0);
-        let_go(p->m);
+// Begin what is done for each token: wait until all threads are here, then set first and end to
+// this thread's share of the tokens. A single token is left to the last thread that arrives; the
+// others, which could only wait for it, stay here until it is done.
+static void begin_tokens(Pass *p) {
+    if (p->n == 1 && p->n_threads > 1) {
+        p->first = 0;
+        p->end = arrive(p);
         return;
     }
     // whole tiles, so that no two threads write to one cache line
-    size_t tiles = (p->n + TILE - 1) / TILE, first = tiles * p->thread / p->n_threads * TILE;
-    size_t end = tiles * (p->thread + 1) / p->n_threads * TILE;
+    size_t tiles = (p->n + TILE - 1) / TILE, end = tiles * (p->thread + 1) / p->n_threads * TILE;
+    p->first = tiles * p->thread / p->n_threads * TILE;
+    p->end = end < p->n ? end : p->n;
     wait_for_all(p);
-    for (size_t i = first; i < end && i < p->n; i++) work(p, layer, i);
-    wait_for_all(p);
+}
+
+// End it: wait until all threads are done with their tokens.
+static void end_tokens(Pass *p) {
+    if (p->n > 1 || p->n_threads == 1) wait_for_all(p);
+    else if (p->end) let_go(p->m);
 }
 
 // This thread's share of the rows of some products.
@@ -764,7 +776,7 @@ static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
 }
 
 static void embedding_of(const Model *m, float *out, int token) {
-    read_row(out, &m->weights.tok_embeddings, (size_t)token);
+    read_row(out, m->weights.tok_embeddings, (size_t)token);
     if (has(&m->config, EMBEDDING_NORM))
         norm(m, out, out, m->weights.embedding_norm, m->config.dim);
 }
@@ -776,7 +788,7 @@ static size_t bigram_hash(int before, int token, int rows) {
 }
 
 // x (dim) = what the first layer gets of a token and the one before it; tmp (dim) is overwritten.
-static void embed(const Model *m, float *x, float *tmp, const Step *s) {
+static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
     const Config *c = &m->config;
     embedding_of(m, x, s->token);
     if (has(c, SMEAR) && s->before >= 0) {
@@ -785,35 +797,9 @@ static void embed(const Model *m, float *x, float *tmp, const Step *s) {
         for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
     }
     if (c->bigram_rows) {
-        read_row(tmp, &m->weights.bigram, bigram_hash(s->before, s->token, c->bigram_rows));
+        read_row(tmp, m->weights.bigram, bigram_hash(s->before, s->token, c->bigram_rows));
         add(x, tmp, c->dim);
     }
-}
-
-// The residual stream enters a layer; behind the last one it goes to the output head.
-static void enter_layer(Pass *p, size_t layer, size_t i) {
-    Model *m = p->m;
-    const Config *c = &m->config;
-    float *x = m->x + i * m->width, *x0 = m->x0 + i * m->width, *y = m->added + i * m->width;
-    if (layer == 0) {
-        embed(m, x, y, &p->steps[i]);
-        memcpy(x0, x, c->dim * sizeof *x);
-    } else {
-        add(x, y, c->dim);
-    }
-    if (layer == (size_t)c->n_layers) {
-        if (!p->steps[i].wants_logits) return;
-        size_t row = 0;  // of the head's input, which has wanted rows alone
-        for (size_t j = 0; j < i; j++) row += p->steps[j].wants_logits;
-        norm(m, m->wanted.x + row * m->width, x, m->weights.norm, c->dim);
-        finish_input(m, &m->wanted, &m->weights.output, row);
-        return;
-    }
-    const Layer *l = &m->weights.layers[layer];
-    if (has(c, RESIDUAL_SCALARS))
-        for (int d = 0; d < c->dim; d++) x[d] = *l->kept * x[d] + *l->added * x0[d];
-    norm(m, m->normed.x + i * m->width, x, l->attention_norm, c->dim);
-    finish_input(m, &m->normed, &l->wq, i);
 }
 
 // Norm, where the model does, and turn by the angles of a position: neighbouring pairs of a head
@@ -841,19 +827,19 @@ static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
 static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t last) {
     Model *m = p->m;
     const Config *c = &m->config;
-    const Layer *l = &m->weights.layers[layer];
+    const Weights *w = &m->weights;
     size_t head_dim = c->dim / c->n_heads, group = c->n_heads / c->n_kv_heads;
     size_t wide = ROUND_UP(head_dim, LANES), size = m->bf16_cache ? 2 : 4;
-    size_t index = ((size_t)p->steps[first].story * c->n_layers + layer) * c->n_kv_heads + head;
+    size_t index = ((size_t)p->batch[first].story * c->n_layers + layer) * c->n_kv_heads + head;
     size_t places = ROUND_UP(m->n_positions, LANES);
     uint8_t *keys = m->keys + index * places * head_dim * size;
     uint8_t *values = m->values + index * places * wide * size;
     float *out = m->scratch + p->thread * m->width;
     for (size_t i = first; i < last; i++) {
-        size_t pos = p->steps[i].pos;
+        size_t pos = p->batch[i].pos;
         size_t at = i * m->width + head * head_dim;
         float *k = m->k + at, *v = m->v + at;
-        norm_and_turn(m, k, l->k_norm, (int)pos);
+        norm_and_turn(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
         if (pos % LANES == 0) {  // written before it is read, which costs a page fault less
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
             memset(values + pos * wide * size, 0, LANES * wide * size);
@@ -864,10 +850,10 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
         }
     }
     for (size_t i = first; i < last; i++) {
-        size_t pos = p->steps[i].pos, window = l->window;
+        size_t pos = p->batch[i].pos, window = w->windows[layer];
         for (size_t h = head * group; h < (head + 1) * group; h++) {
             float *q = m->q + i * m->width + h * head_dim;
-            norm_and_turn(m, q, l->q_norm, (int)pos);
+            norm_and_turn(m, q, row_of(w->q_norm, layer, head_dim), (int)pos);
             m->kernels->attend(out, q, keys, values, head_dim,
                                window && window <= pos ? pos + 1 - window : 0, pos, m->bf16_cache);
             memcpy(m->mixed.x + i * m->width + h * head_dim, out, head_dim * sizeof *out);
@@ -880,74 +866,112 @@ static void attention(Pass *p, size_t layer) {
     Model *m = p->m;
     size_t kv_heads = m->config.n_kv_heads, item = 0;
     for (size_t first = 0, last; first < p->n; first = last) {
-        int story = p->steps[first].story;
-        for (last = first + 1; last < p->n && p->steps[last].story == story;) last++;
+        int story = p->batch[first].story;
+        for (last = first + 1; last < p->n && p->batch[last].story == story;) last++;
         for (size_t head = 0; head < kv_heads; head++, item++)
             if (item % p->n_threads == (size_t)p->thread) attend_head(p, layer, head, first, last);
     }
 }
 
-static void leave_attention(Pass *p, size_t layer, size_t i) {
-    finish_input(p->m, &p->m->mixed, &p->m->weights.layers[layer].wo, i);
-}
-
-static void enter_feed_forward(Pass *p, size_t layer, size_t i) {
+// The forward pass of n tokens, as every thread runs it: between two waits, a thread computes its
+// share of the rows of some products, of the heads, or of the tokens. Token i has row i of each
+// buffer (n, ...).
+static void forward(Pass *p) {
     Model *m = p->m;
-    const Layer *l = &m->weights.layers[layer];
-    float *x = m->x + i * m->width;
-    add(x, m->added + i * m->width, m->config.dim);
-    norm(m, m->normed.x + i * m->width, x, l->ffn_norm, m->config.dim);
-    finish_input(m, &m->normed, &l->w1, i);
-}
-
-static void leave_feed_forward(Pass *p, size_t layer, size_t i) {
-    Model *m = p->m;
-    const float *gate = m->config.activation == SWIGLU ? m->gate + i * m->hidden : NULL;
-    m->kernels->activate(m->inner.x + i * m->hidden, gate, m->config.hidden_dim);
-    finish_input(m, &m->inner, &m->weights.layers[layer].w2, i);
-}
-
-static void add_value_embeddings(Pass *p, size_t layer, size_t i) {
-    Model *m = p->m;
-    const Tensor *table = &m->weights.layers[layer].value_embeddings;
-    float *row = m->added + i * m->width;
-    read_row(row, table, (size_t)p->steps[i].token);
-    add(m->v + i * m->width, row, table->cols);
-}
-
-static void cap_logits(Pass *p, size_t layer, size_t i) {
-    (void)layer;
-    const Config *c = &p->m->config;
-    if (i < p->n_head) p->m->kernels->softcap(logits_of(p->m, i), c->vocab_size, c->logit_softcap);
-}
-
-// What each thread does in a forward pass.
-static void pass(Pass *p) {
-    Model *m = p->m;
+    const Config *c = &m->config;
     const Weights *w = &m->weights;
-    for (size_t i = 0; i < (size_t)m->config.n_layers; i++) {
-        const Layer *l = &w->layers[i];
-        each_token(p, i, enter_layer);
-        multiply(p, (Product[]){{&l->wq, &m->normed, m->q, m->width},
-                                {&l->wk, &m->normed, m->k, m->width},
-                                {&l->wv, &m->normed, m->v, m->width}}, 3);
-        if (l->value_embeddings.data) each_token(p, i, add_value_embeddings);
-        else wait_for_all(p);
-        attention(p, i);
-        each_token(p, i, leave_attention);
-        multiply(p, (Product[]){{&l->wo, &m->mixed, m->added, m->width}}, 1);
-        each_token(p, i, enter_feed_forward);
-        multiply(p, (Product[]){{&l->w1, &m->normed, m->inner.x, m->hidden},
-                                {&l->w3, &m->normed, m->gate, m->hidden}},
-                 m->config.activation == SWIGLU ? 2 : 1);
-        each_token(p, i, leave_feed_forward);
-        multiply(p, (Product[]){{&l->w2, &m->inner, m->added, m->width}}, 1);
+    const size_t n_layers = c->n_layers, dim = c->dim, width = m->width, hidden = m->hidden;
+    const bool is_swiglu = c->activation == SWIGLU;
+
+    for (size_t l = 0; l < n_layers; l++) {
+        // x (n, dim): the embedding, or what the layer before ends with; normed (n, dim)
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) {
+            float *x = m->x + i * width, *x0 = m->x0 + i * width, *added = m->added + i * width;
+            if (l == 0) {
+                embed(m, x, added, &p->batch[i]);
+                memcpy(x0, x, dim * sizeof *x);
+            } else {
+                add(x, added, dim);
+            }
+            if (has(c, RESIDUAL_SCALARS))
+                for (size_t d = 0; d < dim; d++) x[d] = w->kept[l] * x[d] + w->added[l] * x0[d];
+            norm(m, m->normed.x + i * width, x, row_of(w->attention_norm, l, dim), dim);
+            finish_input(m, &m->normed, &w->wq[l], i);
+        }
+        end_tokens(p);
+
+        // q (n, n_heads * head_dim); k, v (n, n_kv_heads * head_dim)
+        multiply(p, (Product[]){{&w->wq[l], &m->normed, m->q, width},
+                                {&w->wk[l], &m->normed, m->k, width},
+                                {&w->wv[l], &m->normed, m->v, width}}, 3);
+        if (l < (size_t)c->value_embeddings) {
+            begin_tokens(p);
+            for (size_t i = p->first; i < p->end; i++) {
+                float *row = m->added + i * width;
+                read_row(row, &w->value_embeddings[l], (size_t)p->batch[i].token);
+                add(m->v + i * width, row, w->value_embeddings[l].cols);
+            }
+            end_tokens(p);
+        } else {
+            wait_for_all(p);
+        }
+
+        // mixed (n, n_heads * head_dim): RoPE, the cache, softmax(q k^T / sqrt(head_dim)) v
+        attention(p, l);
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) finish_input(m, &m->mixed, &w->wo[l], i);
+        end_tokens(p);
+        // added (n, dim)
+        multiply(p, (Product[]){{&w->wo[l], &m->mixed, m->added, width}}, 1);
+
+        // the residual connection, x (n, dim); normed (n, dim)
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) {
+            float *x = m->x + i * width;
+            add(x, m->added + i * width, dim);
+            norm(m, m->normed.x + i * width, x, row_of(w->ffn_norm, l, dim), dim);
+            finish_input(m, &m->normed, &w->w1[l], i);
+        }
+        end_tokens(p);
+
+        // inner, gate (n, hidden_dim); inner = silu(inner) * gate, or relu(inner)^2
+        const Tensor *w3 = is_swiglu ? &w->w3[l] : NULL;
+        multiply(p, (Product[]){{&w->w1[l], &m->normed, m->inner.x, hidden},
+                                {w3, &m->normed, m->gate, hidden}}, is_swiglu ? 2 : 1);
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) {
+            const float *gate = is_swiglu ? m->gate + i * hidden : NULL;
+            m->kernels->activate(m->inner.x + i * hidden, gate, c->hidden_dim);
+            finish_input(m, &m->inner, &w->w2[l], i);
+        }
+        end_tokens(p);
+        // added (n, dim), which the next layer begins with
+        multiply(p, (Product[]){{&w->w2[l], &m->inner, m->added, width}}, 1);
     }
-    each_token(p, m->config.n_layers, enter_layer);
-    if (!p->n_head) return;
-    multiply(p, (Product[]){{&w->output, &m->wanted, m->logits,
-                             ROUND_UP((size_t)m->config.vocab_size, LANES)}}, 1);
-    if (m->config.logit_softcap > 0.0f) each_token(p, 0, cap_logits);
+
+    // wanted (n_wanted, dim): the tokens whose logits are wanted
+    begin_tokens(p);
+    for (size_t i = p->first; i < p->end; i++) {
+        float *x = m->x + i * width;
+        add(x, m->added + i * width, dim);
+        if (!p->batch[i].wants_logits) continue;
+        size_t row = 0;
+        for (size_t j = 0; j < i; j++) row += p->batch[j].wants_logits;
+        norm(m, m->wanted.x + row * width, x, w->norm, dim);
+        finish_input(m, &m->wanted, w->output, row);
+    }
+    end_tokens(p);
+    if (!p->n_wanted) return;
+
+    // logits (n_wanted, vocab_size)
+    multiply(p, (Product[]){{w->output, &m->wanted, m->logits, logits_stride(m)}}, 1);
+    if (c->logit_softcap > 0.0f) {
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end && i < p->n_wanted; i++)
+            m->kernels->softcap(logits_of(m, i), c->vocab_size, c->logit_softcap);
+        end_tokens(p);
+    }
 }
 
 // Behind a pass of all active threads: its seconds, and those in which one was waited for that did
@@ -977,16 +1001,16 @@ static void adjust_threads(Model *m, double time, double lost) {
 }
 
 // Run a batch of n <= max_batch tokens through the model, behind those it was given before.
-static void forward(Model *m, const Step *steps, size_t n) {
-    Pass p = {.m = m, .steps = steps, .n = n, .n_threads = 1};
-    for (size_t i = 0; i < n; i++) p.n_head += steps[i].wants_logits;
+static void run_batch(Model *m, const BatchToken *batch, size_t n) {
+    Pass p = {.m = m, .batch = batch, .n = n, .n_threads = 1};
+    for (size_t i = 0; i < n; i++) p.n_wanted += batch[i].wants_logits;
     set_rows(&m->normed, n);
     set_rows(&m->mixed, n);
     set_rows(&m->inner, n);
-    set_rows(&m->wanted, p.n_head);
+    set_rows(&m->wanted, p.n_wanted);
     if (m->n_active == 1) {
         if (m->n_threads > 1) adjust_threads(m, 0.0, 0.0);
-        pass(&p);
+        forward(&p);
         return;
     }
     double start = seconds(), end = start, lost = 0.0;
@@ -994,7 +1018,7 @@ static void forward(Model *m, const Step *steps, size_t n) {
     {
         p.n_threads = omp_get_num_threads();  // which may be fewer
         p.thread = omp_get_thread_num();
-        pass(&p);
+        forward(&p);
         lost = p.lost;
         if (p.thread == 0) end = seconds();
     }
@@ -1016,72 +1040,92 @@ static int pick_threads(const Config *c, int wanted) {
     return (int)(work / MIN_WORK < 1 ? 1 : work / MIN_WORK < most ? work / MIN_WORK : most);
 }
 
-// A model of its file, with room for n_stories of n_positions (0: the whole context) each.
+// Find the weights in the file, which must have exactly the size that its header asks for.
+static void load_weights(Model *m) {
+    const Config *c = &m->config;
+    const File *f = &m->file;
+    Walk walk = {.config = c, .at = c->header_size, .alignment = 1};
+    if (c->version == 3) {
+        walk.at += c->n_layers * sizeof(int32_t);  // the windows
+        walk.alignment = ALIGNMENT;
+    }
+    Walk measure = walk;
+    uint64_t needs = lay_out(&m->weights, &measure);
+    if (c->file_size != f->size) needs = c->file_size;
+    if (needs != f->size)
+        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) %s %llu: "
+            "it is %s, or no version %d model file; copy or export it again", f->path, f->size,
+            c->dim, c->n_layers, c->vocab_size, c->file_size != f->size ? "says" : "needs",
+            (unsigned long long)needs, f->size < needs ? "truncated" : "too long", c->version);
+    walk.data = f->data;
+    if (c->version == 0 && f->size <= MAX_COPY) {
+        // after its short header every vector would lie across two cache lines
+        size_t shift = ALIGNMENT - c->header_size;
+        walk.data = memcpy((uint8_t *)alloc(f->size + shift, 1) + shift, f->data, f->size);
+    }
+    lay_out(&m->weights, &walk);
+    m->matrix_bytes = walk.matrix_bytes;
+
+    int32_t *windows = alloc(c->n_layers, sizeof *windows);
+    m->weights.windows = windows;
+    if (c->version == 3) memcpy(windows, f->data + HEADER_BYTES, c->n_layers * sizeof *windows);
+    for (int l = 0; l < c->n_layers; l++)
+        if (windows[l] < 0 || windows[l] > MAX_CONTEXT)
+            die("%s is not a version 3 model file: its header says that layer %d has a window of "
+                "%d, expected 0 to %d", f->path, l, windows[l], MAX_CONTEXT);
+}
+
+static void alloc_buffers(Model *m) {
+    const Config *c = &m->config;
+    size_t head_dim = c->dim / c->n_heads;
+    float **buffers[] = {&m->x, &m->x0, &m->added, &m->q, &m->k, &m->v};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
+        *buffers[i] = alloc(m->max_batch * m->width, sizeof(float));
+    m->gate = alloc(m->max_batch * m->hidden, sizeof(float));
+    m->scratch = alloc(m->n_threads * m->width, sizeof(float));
+    m->normed = new_input(m, m->width);
+    m->wanted = new_input(m, m->width);
+    m->mixed = new_input(m, m->width);
+    m->inner = new_input(m, m->hidden);
+    m->logits = alloc(m->max_batch, logits_stride(m) * sizeof(float));
+    uint64_t heads = (uint64_t)m->n_stories * c->n_layers * c->n_kv_heads;
+    uint64_t places = heads * ROUND_UP(m->n_positions, LANES);
+    size_t number = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
+    m->keys = alloc(places, head_dim * number);
+    m->values = alloc(places, ROUND_UP(head_dim, LANES) * number);
+}
+
+// The angles of RoPE, computed in double, so that the results of different libms hardly ever differ.
+static void fill_rope(Model *m) {
+    size_t head_dim = m->config.dim / m->config.n_heads, half = head_dim / 2;
+    m->rope_cos = alloc((uint64_t)m->n_positions * half, sizeof(float));
+    m->rope_sin = alloc((uint64_t)m->n_positions * half, sizeof(float));
+    for (size_t i = 0; i < half; i++) {
+        double freq = pow(m->config.rope_theta, -(double)(2 * i) / (double)head_dim);
+        for (size_t pos = 0; pos < m->n_positions; pos++) {
+            m->rope_cos[pos * half + i] = (float)cos((double)pos * freq);
+            m->rope_sin[pos * half + i] = (float)sin((double)pos * freq);
+        }
+    }
+}
+
+// The model in a file, with room for n_stories of n_positions each (0: the whole context).
 static Model load_model(File file, int n_positions, int n_stories, int n_threads,
                         bool bf16_cache, bool is_fast) {
     Model m = {.file = file, .config = read_header(&file), .kernels = pick_kernels(),
                .bf16_cache = bf16_cache, .is_fast = is_fast, .n_stories = (size_t)n_stories};
-    Config *c = &m.config;
+    const Config *c = &m.config;
     check_config(c, file.path);
-    size_t layers = c->n_layers, dim = c->dim, head_dim = dim / c->n_heads;
-    m.weights.layers = alloc(layers, sizeof(Layer));
-    Walk walk = {.config = c, .at = c->header_size, .alignment = 1};
-    if (c->version == 3) walk.at += layers * sizeof(int32_t), walk.alignment = ALIGNMENT;
-    Walk measure = walk;
-    uint64_t needs = lay_out(&m.weights, &measure);
-    if (c->file_size != file.size) needs = c->file_size;
-    if (needs != file.size)
-        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) %s %llu: "
-            "it is %s, or no version %d model file; copy or export it again", file.path, file.size,
-            c->dim, c->n_layers, c->vocab_size, c->file_size != file.size ? "says" : "needs",
-            (unsigned long long)needs, file.size < needs ? "truncated" : "too long", c->version);
-    walk.data = file.data;
-    if (c->version == 0 && file.size <= MAX_COPY) {
-        // behind its short header every vector would lie across two cache lines
-        size_t shift = ALIGNMENT - c->header_size;
-        walk.data = memcpy((uint8_t *)alloc(file.size + shift, 1) + shift, file.data, file.size);
-    }
-    lay_out(&m.weights, &walk);
-    m.matrix_bytes = walk.matrix_bytes;
-    for (size_t l = 0; c->version == 3 && l < layers; l++) {
-        int32_t *window = &m.weights.layers[l].window;
-        memcpy(window, file.data + HEADER_BYTES + l * sizeof *window, sizeof *window);
-        if (*window < 0 || *window > MAX_CONTEXT)
-            die("%s is not a version 3 model file: its header says that layer %zu has a window of "
-                "%d, expected 0 to %d", file.path, l, *window, MAX_CONTEXT);
-    }
-
+    load_weights(&m);
     m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
     m.max_batch = m.n_positions < MAX_BATCH ? m.n_positions : MAX_BATCH;
     if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
-    m.width = ROUND_UP(dim, LANES);
+    m.width = ROUND_UP((size_t)c->dim, LANES);
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
     m.n_threads = m.n_active = pick_threads(c, n_threads);
     m.patience = MIN_PATIENCE;
-    float **buffers[] = {&m.x, &m.x0, &m.added, &m.q, &m.k, &m.v};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
-        *buffers[i] = alloc(m.max_batch * m.width, sizeof(float));
-    m.gate = alloc(m.max_batch * m.hidden, sizeof(float));
-    m.scratch = alloc(m.n_threads * m.width, sizeof(float));
-    m.normed = new_input(&m, m.width);
-    m.wanted = new_input(&m, m.width);
-    m.mixed = new_input(&m, m.width);
-    m.inner = new_input(&m, m.hidden);
-    m.logits = alloc(m.max_batch, ROUND_UP((uint64_t)c->vocab_size, LANES) * sizeof(float));
-    uint64_t heads = (uint64_t)m.n_stories * layers * c->n_kv_heads;
-    uint64_t places = heads * ROUND_UP(m.n_positions, LANES);
-    size_t number = bf16_cache ? sizeof(uint16_t) : sizeof(float);
-    m.keys = alloc(places, head_dim * number);
-    m.values = alloc(places, ROUND_UP(head_dim, LANES) * number);
-    m.rope_cos = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
-    m.rope_sin = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
-    for (size_t i = 0; i < head_dim / 2; i++) {  // in double: libms then differ next to never
-        double freq = pow(c->rope_theta, -(double)(2 * i) / (double)head_dim);
-        for (size_t pos = 0; pos < m.n_positions; pos++) {
-            m.rope_cos[pos * (head_dim / 2) + i] = (float)cos((double)pos * freq);
-            m.rope_sin[pos * (head_dim / 2) + i] = (float)sin((double)pos * freq);
-        }
-    }
+    alloc_buffers(&m);
+    fill_rope(&m);
     return m;
 }
 
@@ -1697,13 +1741,13 @@ typedef struct {
 // can be, through the model; all logits behind them, or those behind token n - 1 alone. Returns how
 // many tokens that were.
 static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wants_all) {
-    Step steps[MAX_BATCH];
+    BatchToken batch[MAX_BATCH];
     size_t count = n - first < m->max_batch ? n - first : m->max_batch;
     if (count > MAX_BATCH) count = MAX_BATCH;
     for (size_t i = 0, pos = first; i < count; i++, pos++)
-        steps[i] = (Step){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
+        batch[i] = (BatchToken){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
                           wants_all || pos + 1 == n};
-    forward(m, steps, count);
+    run_batch(m, batch, count);
     return count;
 }
 
@@ -1769,7 +1813,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
     Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json};
     Story *stories = alloc(n_stories, sizeof(Story));
-    Step *steps = alloc(n_stories, sizeof(Step));
+    BatchToken *batch = alloc(n_stories, sizeof(BatchToken));
 
     double start = seconds();
     float *logits = prefill(m, tokens, 0, n_prompt);
@@ -1778,7 +1822,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
         stories[i] = (Story){alloc(m->n_positions + 1, sizeof(int)), n_prompt, 0, seed + i,
                              random_state(seed + i), false};
         memcpy(stories[i].tokens, tokens, n_prompt * sizeof *tokens);
-        steps[i].story = (int)i;
+        batch[i].story = (int)i;
         if (!i) continue;
         copy_first_story(m, i, n_prompt);
         memcpy(logits_of(m, i), logits, m->config.vocab_size * sizeof *logits);
@@ -1786,16 +1830,16 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     for (size_t n = n_stories; n; n_told += n) {
         OMP(parallel for num_threads(m->n_active) if (n > 1))
         for (size_t i = 0; i < n; i++)
-            draw_next(m, tokenizer, sampler, &stories[steps[i].story], logits_of(m, i));
+            draw_next(m, tokenizer, sampler, &stories[batch[i].story], logits_of(m, i));
         if (n_stories == 1) print_story(tokenizer, &printer, stories);
         n = 0;
         for (size_t i = 0; i < n_stories; i++) {
             const Story *s = &stories[i];
             if (!s->is_done)
-                steps[n++] = (Step){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
+                batch[n++] = (BatchToken){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
                                     (int)i, true};
         }
-        if (n) forward(m, steps, n);
+        if (n) run_batch(m, batch, n);
     }
     double end = seconds();
     for (size_t i = 0; n_stories > 1 && i < n_stories; i++)
@@ -1902,7 +1946,7 @@ static void bench(Model *m) {
     memset(memory, 1, bytes);
     int *tokens = alloc(n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
-    Step *steps = alloc(m->n_stories, sizeof(Step));
+    BatchToken *batch = alloc(m->n_stories, sizeof(BatchToken));
     double rates[3][ROUNDS + 1];
     for (int round = ROUNDS; round >= 0; round--) {  // the first one pages the weights in
         double start = seconds();
@@ -1910,8 +1954,8 @@ static void bench(Model *m) {
         double prefilled = seconds();
         for (int i = 0; i < n; i++) {
             for (size_t s = 0; s < m->n_stories; s++)
-                steps[s] = (Step){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
-            forward(m, steps, m->n_stories);
+                batch[s] = (BatchToken){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
+            run_batch(m, batch, m->n_stories);
         }
         double decoded = seconds();
         for (int i = 0; i < times_read; i++) {
@@ -2006,81 +2050,92 @@ static char *default_tokenizer(const char *model_path) {
     return path;
 }
 
-int main(int argc, char **argv) {
-    const char *model_path = NULL, *text = NULL, *tokenizer_path = NULL;
+typedef struct {
+    const char *model, *text, *tokenizer;  // paths, and the prompt or the path of a text
+    int n_positions, n_stories, n_threads;
+    uint64_t seed;
+    Sampler sampler;
+    bool as_json, is_eval, is_bench, is_fast, bf16_cache, wants_help;
+} Options;
+
+static Options parse_options(int argc, char **argv) {
+    Options o = {.n_positions = -1, .n_stories = 1, .seed = (uint64_t)time(NULL),
+                 .sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f}};
     const char *mode = "generate", *cache = "fp32";
-    int n_positions = -1, n_stories = 1, n_threads = 0;
-    bool as_json = false, is_fast = false, is_bench = false, wants_help = false;
-    uint64_t seed = (uint64_t)time(NULL);
-    Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f};
     const struct {
         const char *flag;
         enum { TEXT, INTEGER, SEED, NUMBER, SWITCH } kind;
         void *place;
         double min, max;
-    } options[] = {
-        {"-i", TEXT, &text, 0, 0},
-        {"-z", TEXT, &tokenizer_path, 0, 0},
-        {"-n", INTEGER, &n_positions, 0, INT_MAX - 1},
-        {"-t", NUMBER, &sampler.temperature, 0, 100},
-        {"-p", NUMBER, &sampler.top_p, 0, 1},
-        {"-k", INTEGER, &sampler.top_k, 0, INT_MAX},
-        {"--min-p", NUMBER, &sampler.min_p, 0, 1},
-        {"--repeat-penalty", NUMBER, &sampler.repeat_penalty, 0.01, 100},
-        {"-s", SEED, &seed, 0, 0},
-        {"-b", INTEGER, &n_stories, 1, MAX_STORIES},
-        {"--json", SWITCH, &as_json, 0, 0},
+    } flags[] = {
+        {"-i", TEXT, &o.text, 0, 0},
+        {"-z", TEXT, &o.tokenizer, 0, 0},
+        {"-n", INTEGER, &o.n_positions, 0, INT_MAX - 1},
+        {"-t", NUMBER, &o.sampler.temperature, 0, 100},
+        {"-p", NUMBER, &o.sampler.top_p, 0, 1},
+        {"-k", INTEGER, &o.sampler.top_k, 0, INT_MAX},
+        {"--min-p", NUMBER, &o.sampler.min_p, 0, 1},
+        {"--repeat-penalty", NUMBER, &o.sampler.repeat_penalty, 0.01, 100},
+        {"-s", SEED, &o.seed, 0, 0},
+        {"-b", INTEGER, &o.n_stories, 1, MAX_STORIES},
+        {"--json", SWITCH, &o.as_json, 0, 0},
         {"-m", TEXT, &mode, 0, 0},
-        {"--bench", SWITCH, &is_bench, 0, 0},
-        {"-j", INTEGER, &n_threads, 1, MAX_THREADS},
-        {"--fast", SWITCH, &is_fast, 0, 0},
+        {"--bench", SWITCH, &o.is_bench, 0, 0},
+        {"-j", INTEGER, &o.n_threads, 1, MAX_THREADS},
+        {"--fast", SWITCH, &o.is_fast, 0, 0},
         {"--kv", TEXT, &cache, 0, 0},
-        {"-h", SWITCH, &wants_help, 0, 0},
-        {"--help", SWITCH, &wants_help, 0, 0},
+        {"-h", SWITCH, &o.wants_help, 0, 0},
+        {"--help", SWITCH, &o.wants_help, 0, 0},
     };
     for (int i = 1; i < argc; i++) {
-        const char *flag = argv[i];
-        if (flag[0] != '-') {
-            if (model_path) die("two model files are given: %s and %s", model_path, flag);
-            model_path = flag;
+        const char *word = argv[i];
+        if (word[0] != '-') {
+            if (o.model) die("two model files are given: %s and %s", o.model, word);
+            o.model = word;
             continue;
         }
-        size_t o = 0, n_options = sizeof options / sizeof *options;
-        while (o < n_options && strcmp(flag, options[o].flag)) o++;
-        if (o == n_options) die("unknown option %s; ./run -h lists them all", flag);
-        if (options[o].kind != SWITCH && ++i == argc)
-            die("%s needs a value; ./run -h says which", flag);
-        void *place = options[o].place;
-        double min = options[o].min, max = options[o].max;
-        switch (options[o].kind) {
+        size_t f = 0, n_flags = sizeof flags / sizeof *flags;
+        while (f < n_flags && strcmp(word, flags[f].flag)) f++;
+        if (f == n_flags) die("unknown option %s; ./run -h lists them all", word);
+        if (flags[f].kind != SWITCH && ++i == argc)
+            die("%s needs a value; ./run -h says which", word);
+        void *place = flags[f].place;
+        double min = flags[f].min, max = flags[f].max;
+        switch (flags[f].kind) {
         case SWITCH: *(bool *)place = true; break;
-        case INTEGER: *(int *)place = (int)parse_integer(flag, argv[i], min, max); break;
-        case SEED: *(uint64_t *)place = parse_integer(flag, argv[i], 0, UINT64_MAX); break;
-        case NUMBER: *(float *)place = (float)parse_number(flag, argv[i], min, max); break;
+        case INTEGER: *(int *)place = (int)parse_integer(word, argv[i], min, max); break;
+        case SEED: *(uint64_t *)place = parse_integer(word, argv[i], 0, UINT64_MAX); break;
+        case NUMBER: *(float *)place = (float)parse_number(word, argv[i], min, max); break;
         case TEXT: *(const char **)place = argv[i]; break;
         }
     }
-    bool is_eval = parse_choice("-m", mode, "generate", "eval");
-    bool bf16_cache = parse_choice("--kv", cache, "fp32", "bf16");
-    if (!model_path || wants_help) {
-        print_usage(wants_help ? stdout : stderr);
-        return wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
+    o.is_eval = parse_choice("-m", mode, "generate", "eval");
+    o.bf16_cache = parse_choice("--kv", cache, "fp32", "bf16");
+    return o;
+}
+
+int main(int argc, char **argv) {
+    Options o = parse_options(argc, argv);
+    if (!o.model || o.wants_help) {
+        print_usage(o.wants_help ? stdout : stderr);
+        return o.wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
     }
-    if (is_eval && !text) die("-m eval needs a text file: -i FILE");
-    if (n_positions < 0) n_positions = is_eval ? 0 : is_bench ? BENCH_TOKENS : 256;
-    Model model = load_model(open_file(model_path, "model file"), n_positions,
-                             is_eval ? 1 : n_stories, n_threads, bf16_cache, is_fast);
-    sampler.kernels = model.kernels;
-    if (is_bench) {
+    if (o.is_eval && !o.text) die("-m eval needs a text file: -i FILE");
+    if (o.n_positions < 0) o.n_positions = o.is_eval ? 0 : o.is_bench ? BENCH_TOKENS : 256;
+    if (o.is_eval) o.n_stories = 1;
+    Model model = load_model(open_file(o.model, "model file"), o.n_positions, o.n_stories,
+                             o.n_threads, o.bf16_cache, o.is_fast);
+    if (o.is_bench) {
         bench(&model);
     } else {
-        if (!tokenizer_path) tokenizer_path = default_tokenizer(model_path);
-        Tokenizer tokenizer = load_tokenizer(open_file(tokenizer_path, "tokenizer file"),
+        if (!o.tokenizer) o.tokenizer = default_tokenizer(o.model);
+        Tokenizer tokenizer = load_tokenizer(open_file(o.tokenizer, "tokenizer file"),
                                              model.config.vocab_size);
-        uint64_t candidates = (uint64_t)model.n_threads * model.config.vocab_size;
-        sampler.candidates = alloc(candidates, sizeof(Candidate));
-        if (is_eval) evaluate(&model, &tokenizer, text, as_json);
-        else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
+        o.sampler.kernels = model.kernels;
+        o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
+                                     sizeof(Candidate));
+        if (o.is_eval) evaluate(&model, &tokenizer, o.text, o.as_json);
+        else generate(&model, &tokenizer, &o.sampler, o.text ? o.text : "", o.seed, o.as_json);
     }
     release_to(NULL);
     return EXIT_SUCCESS;

@@ -6,16 +6,16 @@
 // logits BATCH MODEL ID...: fp32 logits (n ids, vocab_size) of every position, raw on stdout; BATCH
 // tokens go through the model at a time.
 static void write_logits(char **words, int n_words) {
-    int batch = atoi(words[0]), n = n_words - 2;
+    int at_once = atoi(words[0]), n = n_words - 2;
     Model m = load_model(open_file(words[1], "model file"), n, 1, 1, false, false);
-    Step *steps = alloc(n, sizeof(Step));
+    BatchToken *batch = alloc(n, sizeof(BatchToken));
     for (int i = 0; i < n; i++) {
         int id = atoi(words[i + 2]), before = i ? atoi(words[i + 1]) : -1;
-        steps[i] = (Step){id, before, i, 0, true};
+        batch[i] = (BatchToken){id, before, i, 0, true};
     }
-    for (int first = 0; first < n; first += batch) {
-        int count = n - first < batch ? n - first : batch;
-        forward(&m, steps + first, count);
+    for (int first = 0; first < n; first += at_once) {
+        int count = n - first < at_once ? n - first : at_once;
+        run_batch(&m, batch + first, count);
         for (int i = 0; i < count; i++)
             fwrite(logits_of(&m, i), sizeof(float), m.config.vocab_size, stdout);
     }
