@@ -35,7 +35,7 @@ INLINE Floats KERNEL(load)(const float *p) {
 
 INLINE void KERNEL(store)(float *p, Floats v) { memcpy(p, &v, sizeof v); }
 
-// Sixteen weights or cached numbers in bfloat16, the upper halves of float32.
+// Sixteen numbers in bfloat16, the upper halves of float32.
 INLINE Floats KERNEL(widen)(const uint16_t *p) {
     Halves h;
     memcpy(&h, p, sizeof h);
@@ -50,7 +50,7 @@ INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
     return is_bf16 ? KERNEL(widen)((const uint16_t *)p + at) : KERNEL(load)((const float *)p + at);
 }
 
-// The first n of sixteen, zeros behind.
+// The first n of sixteen numbers, followed by zeros.
 INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
 #if defined(KERNEL_AVX512)
     __mmask16 mask = (__mmask16)((1u << n) - 1);
@@ -68,12 +68,12 @@ INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16
 #endif
 }
 
-// Numbers i to i + 15 of a row of n in float32, zeros behind its end.
+// Numbers i to i + 15 of a row (n) in float32, zeros after its end.
 INLINE Floats KERNEL(load_row)(const float *row, size_t i, size_t n) {
     return i + LANES <= n ? KERNEL(load)(row + i) : KERNEL(load_part)(row, i, n - i, false);
 }
 
-// The sum of sixteen: halves of what is left are added.
+// The sum of sixteen numbers: one half is added to the other, until one number is left.
 INLINE float KERNEL(sum)(Floats v) {
 #if defined(KERNEL_AVX512)
     return _mm512_reduce_add_ps((__m512)v);
@@ -86,7 +86,7 @@ INLINE float KERNEL(sum)(Floats v) {
 #endif
 }
 
-// The sums of four times sixteen, in the same order.
+// The sums of four vectors, in the same order as in sum().
 INLINE void KERNEL(sum_four)(float *out, Floats a, Floats b, Floats c, Floats d) {
 #if defined(KERNEL_AVX512)
     __m512 v[] = {(__m512)a, (__m512)b, (__m512)c, (__m512)d};
@@ -121,7 +121,7 @@ INLINE float KERNEL(largest)(Floats v) {
 }
 
 // e^x to about 2 units in the last place; 0 below -87, e^88 above 88. Range reduction by ln 2 in
-// two parts and a polynomial, as in Cephes (Moshier 1992); the same bits anywhere, unlike libm.
+// two parts and a polynomial, as in Cephes (Moshier 1992); unlike libm, the same bits everywhere.
 INLINE Floats KERNEL(exp)(Floats x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     Ints is_tiny = x < -87.0f;
@@ -139,7 +139,7 @@ INLINE Floats KERNEL(exp)(Floats x) {
     return KERNEL(choose)(is_tiny, KERNEL(splat)(0.0f), p * (Floats)power);
 }
 
-// x / rms(x) * gain (n), without the last factor where gain is NULL.
+// out = x / rms(x) * gain (n); NULL: no gain.
 static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps) {
     Floats squares = {0};
     for (size_t i = 0; i < n; i += LANES) {
@@ -154,7 +154,7 @@ static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_
     }
 }
 
-// h = silu(h) * gate (n), or relu(h)² where gate is NULL. Both have room for whole vectors.
+// h = silu(h) * gate (n), or relu(h)^2 if gate is NULL. Both have room for whole vectors.
 static void KERNEL(activate)(float *h, const float *gate, size_t n) {
     for (size_t i = 0; i < n; i += LANES) {
         Floats v = KERNEL(load)(h + i);
@@ -164,7 +164,7 @@ static void KERNEL(activate)(float *h, const float *gate, size_t n) {
     }
 }
 
-// The place of the largest of x (n), the first of several.
+// The index of the largest of x (n), the first of equal ones.
 static size_t KERNEL(argmax)(const float *x, size_t n) {
     Floats most = KERNEL(splat)(-INFINITY);
     Ints here = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = here;
@@ -191,7 +191,7 @@ static size_t KERNEL(argmax)(const float *x, size_t n) {
 // x = softmax(x / temperature) (n)
 static void KERNEL(softmax)(float *x, size_t n, float temperature) {
     float max = x[KERNEL(argmax)(x, n)], inverse = 1.0f / temperature;
-    inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 times infinity would be no number
+    inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 * infinity would be NaN
     Floats sums = {0};
     for (size_t i = 0; i < n; i += LANES) {
         Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
@@ -219,6 +219,7 @@ static float KERNEL(gate)(const float *a, const float *b, size_t n) {
     return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sum)))[0]);
 }
 
+// Read n bytes, to measure the speed of the memory.
 static void KERNEL(read)(const uint8_t *data, size_t n) {
     Words sums[4] = {{0}};
     for (size_t i = 0; i + sizeof sums <= n; i += sizeof sums) {
@@ -230,8 +231,8 @@ static void KERNEL(read)(const uint8_t *data, size_t n) {
     (void)kept;
 }
 
-// A row of an input as whole numbers of 16 bits, in groups of columns that share a scale. Behind
-// the last column there are zeros, to a whole vector. What is no number becomes 0.
+// Quantize a row of an input to integers of 16 bits; a group of columns shares a scale. The last
+// column is followed by zeros up to a whole vector. NaN becomes 0.
 static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
     const float magic = 12582912.0f, *x = in->x + row * in->stride;
     const size_t step = 8 * in->tile;
@@ -268,7 +269,8 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
     }
 }
 
-// sums[lane] += the four products of each lane: weights w, 0 to 255, and the same four x for all.
+// sums[lane] += w[lane] . x, four products a lane: w are weights from 0 to 255, x the same four
+// numbers for all lanes.
 INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
     int32_t x;
     memcpy(&x, four, sizeof x);
@@ -276,7 +278,7 @@ INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
     (void)is_4bit;
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
 #elif defined(KERNEL_AVX2)
-    // pairs of products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with the sign moved
+    // sums of two products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with the sign moved
     __m256i part[2], all[2], xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
     memcpy(part, &w, sizeof part);
     memcpy(all, &sums, sizeof all);
@@ -309,8 +311,8 @@ INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
 #endif
 }
 
-// n_blocks times sixteen rows of int8 or int4 times n inputs from t on; both numbers are constants
-// wherever this is inlined, and the sums stay in registers.
+// The product of n_blocks blocks of sixteen rows of int8 or int4 with n inputs from t on. Both
+// numbers are constants where this is inlined, so that the sums stay in registers.
 INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n_blocks,
                                   const size_t n, const bool is_4bit, const bool has_low) {
     const Tensor *w = p->w;
@@ -321,7 +323,8 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
     const int8_t *x = codes_at(in, t, 0);
     const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
-    // of the next two blocks, tiles of inputs fetch one each in turn, an only tile both
+    // prefetch the next two blocks: tiles of inputs alternate between them, a single tile fetches
+    // both
     const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
     const bool is_only = in->n < 2 * n;
     Floats out[2][TILE];
@@ -375,7 +378,8 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
             KERNEL(store)(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i]);
 }
 
-// n_rows rows of float32 or bfloat16 times n inputs from t on, both constants where inlined.
+// The product of n_rows rows of float32 or bfloat16 with n inputs from t on; both numbers are
+// constants where this is inlined.
 INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const size_t n_rows,
                                    const size_t n, const bool is_bf16) {
     const Tensor *w = p->w;
@@ -400,7 +404,7 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
     }
 }
 
-// Rows of float32 or bfloat16 times all inputs.
+// The product of rows of float32 or bfloat16 with all inputs.
 INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, const bool is_bf16) {
     const size_t n = p->in->n;
     size_t t = 0;
@@ -416,7 +420,7 @@ INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, co
     }
 }
 
-// n_blocks times sixteen rows of int8 or int4 times all inputs.
+// The product of n_blocks blocks of int8 or int4 with all inputs.
 INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t n_blocks,
                                     const bool is_4bit, const bool has_low) {
     const size_t n = p->in->n, tile = n_blocks == 2 && has_low ? KERNEL(TILE) / 2 : KERNEL(TILE);
@@ -428,8 +432,8 @@ INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t
     for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, n_blocks, 1, is_4bit, has_low);
 }
 
-// Blocks from first to last of int8 or int4. Two at a time share each load of an input, where there
-// are registers for it; for a single input the weights are read in the order of memory.
+// Blocks from first up to last (excluded) of int8 or int4. With enough registers, two blocks share
+// each load of an input; with a single input, the weights are read in the order of memory instead.
 INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
                           const bool has_low) {
     const bool in_pairs = KERNEL(TILE) > 2 && p->in->n > 1;
@@ -439,7 +443,7 @@ INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const boo
     for (; block < last; block++) KERNEL(blocks_of_codes)(p, block, 1, is_4bit, has_low);
 }
 
-// Blocks from first to last, of sixteen rows, of a product for all its inputs.
+// Blocks of sixteen rows, from first up to last (excluded), of a product for all its inputs.
 static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
     const Tensor *w = p->w;
     const bool has_low = !p->in->is_8bit;
@@ -454,9 +458,9 @@ static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
     }
 }
 
-// Attention of one query head q (head_dim) over the cached positions from first to last: out
-// (head_dim), with room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), a
-// chunk of positions at a time: what is there is scaled down where a larger score comes.
+// Attention of one query head q (head_dim) over the cached positions from first to last (included).
+// out (head_dim) has room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), a
+// chunk of positions at a time: a larger score scales the sums so far down.
 static void KERNEL(attend)(float *out, const float *q, const void *keys, const void *values,
                            size_t head_dim, size_t first, size_t last, bool is_bf16) {
     enum { CHUNK = 8 };  // vectors of positions
@@ -498,7 +502,7 @@ static void KERNEL(attend)(float *out, const float *q, const void *keys, const v
             KERNEL(store)(weights + b * LANES, p);
             sums += p;
         }
-        for (size_t d = 0; d < width; d += LANES) {  // what is not seen has the weight 0
+        for (size_t d = 0; d < width; d += LANES) {  // masked positions have the weight 0
             Floats y[4] = {{0}};
             size_t at = start * LANES * width + d;
             for (size_t i = 0; i < n * LANES; i += 4, at += 4 * width)

@@ -1,25 +1,40 @@
-// Inference of a Llama model from model.bin in one C file.
+// Inference of a Llama model in plain C: model.bin and a prompt in, a story out.
 //
 //   ./run model.bin -z tok.bin -i "Once upon a time"
 //
-// Read from main() up: the model file is mapped and checked, the prompt is cut into tokens, and
-// forward() takes a batch of tokens (of a prompt, or the next one of several stories) through the
-// layers to the logits from which the next tokens are drawn. Shapes are written as (rows, columns).
-// No input may crash it: every size is checked before it is used, and whatever does not fit ends in
-// die() with one sentence.
+// How a token of the prompt becomes a logit:
 //
-// To add an architecture option: its field or bit in Config, its range in check_config(), its
-// tensor in lay_out(), its use between embed() and pass(), and the same in modelbin.py and
-// doc/format.md. To add a number format: its row in FORMATS, its kernel in kernels.h, and the
-// same two. To add an instruction set: its block where kernels.h is included, its row in
-// pick_kernels(). To add a pattern of pre-tokens: its number in load_byte_level(), its matcher in
-// pretoken(), PATTERNS of bpe.py.
+//   main()         parses the options, calls load_model() and load_tokenizer()
+//   load_model()   maps the file: read_header(), check_config(), lay_out() finds the tensors
+//   generate()     cuts the prompt into tokens with encode() and gives them to prefill()
+//   prefill()      makes batches of up to MAX_BATCH tokens, each with its position
+//   run_batch()    starts the threads, each of which runs
+//   forward()      embedding, layers, output head: the whole model, in order, with all shapes
+//   kernels.h      has the loops over numbers: matmul, attend, rmsnorm, softmax, ...
+//
+// generate() then draws the next token with sample(), runs it as the next batch, and so on. The
+// file has its sections in this order: memory, numbers, the model file, the forward pass, the
+// tokenizer, sampling, and what main() offers: stories, evaluation, speed. Shapes are (rows,
+// columns).
+//
+// No input may crash it: every size is checked before it is used, and errors end in die() with one
+// sentence.
+//
+// To add
+// - an architecture option: its field or bit in Config, its range in check_config(), its tensor in
+//   lay_out(), its use in forward(); also in formats/modelbin.py and doc/format.md
+// - an activation: its name in Activation, its formula in activate() of kernels.h, its use in
+//   forward(); also in the same two
+// - a number format: its row in FORMATS, its product in kernels.h; also in the same two
+// - an instruction set: its block where kernels.h is included, its row in pick_kernels()
+// - a pattern of pre-tokens: its number in load_byte_level(), its matcher in pretoken(); also in
+//   PATTERNS of bpe.py
 
 #if defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to inlined functions
 #endif
 #define _POSIX_C_SOURCE 200809L
-#define __USE_MINGW_ANSI_STDIO 1  // printf() as elsewhere
+#define __USE_MINGW_ANSI_STDIO 1  // a standard printf()
 #include <errno.h>
 #include <float.h>
 #include <limits.h>
@@ -67,7 +82,8 @@ static int omp_get_max_threads(void) { return 1; }
 // ------------------------------------------------------------------------------------------------
 // Errors and memory
 
-// Where an error ends: a library's caller gets it as text, the command line prints it and exits.
+// Where errors go: the library returns the text to its caller, the command line prints it and
+// exits.
 static _Thread_local struct {
     jmp_buf *caller;  // NULL: the command line
     char *text;
@@ -93,17 +109,17 @@ _Noreturn static void die(const char *format, ...) {
 
 #define ROUND_UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
 
-// All memory and all mapped files, the latest first, so that they can be let go together, after an
-// error too.
+// All allocations and mapped files, the latest first, so that they can be released together, also
+// after an error.
 typedef struct Block {
     struct Block *next;
-    void *map;  // of a file that is mapped, or NULL
+    void *map;  // a mapped file, or NULL
     size_t map_size;
 } Block;
 
 static _Thread_local Block *blocks;
 
-// Zeroed memory for n items, from the start of a cache line on; the only place that allocates.
+// Zeroed memory for n items, aligned to a cache line. The only function that allocates.
 static void *alloc(uint64_t n, size_t size) {
     const size_t line = 64, extra = sizeof(Block) + line;
     Block *b = n > (SIZE_MAX - extra) / size ? NULL : calloc((size_t)n * size + extra, 1);
@@ -113,7 +129,7 @@ static void *alloc(uint64_t n, size_t size) {
     return (char *)b + (ROUND_UP((uintptr_t)(b + 1), line) - (uintptr_t)b);
 }
 
-// Free what was allocated after `kept` was the latest block; NULL: everything.
+// Free everything allocated after the block `kept`; NULL: everything.
 static void release_to(const Block *kept) {
     while (blocks != kept) {
         Block *b = blocks;
@@ -125,7 +141,7 @@ static void release_to(const Block *kept) {
     }
 }
 
-// A whole file, read-only. Files are mapped, so that a model is read as its weights are needed.
+// A whole file, read-only. It is mapped, so that weights are read when they are first used.
 typedef struct {
     const char *path;
     const uint8_t *data;
@@ -166,7 +182,7 @@ static File open_file(const char *path, const char *what) {
 
 static double seconds(void) {
 #if defined(_WIN32)
-    return (double)clock() / CLOCKS_PER_SEC;  // elapsed time there, not the processor's
+    return (double)clock() / CLOCKS_PER_SEC;  // wall-clock time on Windows
 #else
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -174,9 +190,9 @@ static double seconds(void) {
 #endif
 }
 
-// What a thread does while it waits: at first next to nothing, later it lets others run.
+// Wait for a moment: first without giving up the core, later by sleeping.
 static void wait_a_little(bool is_later) {
-    (void)is_later;  // where neither is known
+    (void)is_later;  // unused on some platforms
 #if !defined(_WIN32)
     if (is_later) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 #endif
@@ -188,11 +204,11 @@ static void wait_a_little(bool is_later) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Numbers: formats of weights, and the kernels that work on them
+// Numbers: the formats of weights, and the interface of the kernels that multiply them
 
 enum { LANES = 16, TILE = 8, ROWS_AT_ONCE = 8 };
 
-// Sixteen lanes of 32 bits, whatever the machine's registers hold
+// Vectors of sixteen lanes, whatever size the registers of the machine have
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -202,12 +218,11 @@ typedef int8_t Bytes __attribute__((vector_size(16)));
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
 
-// int8 and int4 are whole numbers from 0, `zero` of which is subtracted, times a scale that `group`
-// columns of a row share.
+// int8 and int4: a weight is (code - zero) * scale; `group` columns of a row share a scale.
 static const struct {
     const char *name;
     size_t bits, group, zero;
-    size_t per_code;  // columns of a row that lie together
+    size_t per_code;  // columns of a row that are stored together
 } FORMATS[N_FORMATS] = {
     [FP32] = {"fp32", 32, 0, 0, 1},
     [BF16] = {"bf16", 16, 0, 0, 1},
@@ -215,37 +230,37 @@ static const struct {
     [INT4] = {"int4", 4, 32, 8, 8},
 };
 
-// A matrix (rows, cols) as the model file has it. fp32 and bf16 are row-major. int8 and int4 lie in
-// blocks of `lanes` rows, 16 of a matrix that is multiplied and 1 of a table whose rows are looked
-// up: of each row in turn the first 4 (int4: 8) columns, then of each the next ones; int4 has
-// columns 0 to 3 in the low halves of its bytes and 4 to 7 in the high ones. Rows and columns that
-// fill a block up are zero. Scales are (blocks, groups of columns, lanes).
+// A matrix (rows, cols) as stored in the model file. fp32 and bf16 are row-major. int8 and int4 are
+// stored in blocks of `lanes` rows: 16 for a matrix that is multiplied, 1 for a table for look-ups.
+// A block has the first 4 (int4: 8) columns of each of its rows, then the next columns of each row,
+// and so on. int4 has columns 0 to 3 in the low halves of 4 bytes and columns 4 to 7 in the high
+// halves. Padding is zero. Scales are (blocks, groups of columns, lanes).
 typedef struct {
     Format format;
     size_t rows, cols, lanes, group;
-    const uint8_t *data;  // NULL of one that the model does not have
+    const uint8_t *data;
     const void *scales;   // bfloat16, or float32 in llama2.c's version 2
     bool wide_scales;
 } Tensor;
 
-// What matrices are multiplied with: n rows of activations.
+// n rows of activations, which matrices are multiplied with.
 typedef struct {
     float *x;          // (n, stride)
-    // for products with int8 and int4: x is about (256 * high + low) * the scale of its group
-    int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): of each four columns high and low
+    // for int8 and int4 matrices: x is about (256 * high + low) * scale of its group
+    int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): high and low of four columns each
     float *scales;     // (n, max_groups)
     int32_t *offsets;  // (n, max_groups): -zero times the sum of a group
     size_t stride, max_groups, n;
-    size_t tile;       // so many rows are multiplied at a time: TILE, or n if that is less
+    size_t tile;       // rows that are multiplied at a time: TILE, or n if that is less
     bool is_8bit;      // low is 0
 } Input;
 
-// Where high and low of four columns of a row are.
+// The place of high and low of columns 4 * four to 4 * four + 3 of a row.
 static inline int8_t *codes_at(const Input *in, size_t row, size_t four) {
     return in->codes + ((row / in->tile * (in->stride / 4) + four) * in->tile + row % in->tile) * 8;
 }
 
-// out (n, stride) = in (n, cols) @ w^T; out has room for whole blocks of rows.
+// out (n, stride) = in (n, cols) @ w^T; stride includes padding to whole blocks of 16 columns.
 typedef struct {
     const Tensor *w;
     const Input *in;
@@ -277,6 +292,7 @@ typedef struct {
 #define TARGET_POP _Pragma("GCC pop_options")
 #endif
 
+// The kernels, compiled once for each instruction set: kernels_portable, kernels_avx2, ...
 #define KERNEL(name) name##_portable
 #include "kernels.h"
 #if defined(__x86_64__)
@@ -296,8 +312,7 @@ TARGET_POP
 #include "kernels.h"
 #endif
 
-// The best kernels that this machine can run; those of the name RUN_KERNELS where it is set, for
-// tests.
+// The fastest kernels that this machine can run. For tests, RUN_KERNELS names others.
 static const Kernels *pick_kernels(void) {
     const Kernels *best = &kernels_portable, *all[3] = {best};
 #if defined(__x86_64__)
@@ -316,19 +331,20 @@ static const Kernels *pick_kernels(void) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The model file, see doc/format.md: a header, and the weights
+// The model file: a header and the weights, see doc/format.md
 
 typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
-// Version 3's header, behind which the window of each layer lies, int32 (n_layers). What versions 0
-// to 2 have no field for is that of Llama 2: no option but NORM_GAINS, perhaps TIE_EMBEDDINGS.
+// The header of version 3; the windows follow it, int32 (n_layers). Versions 0 to 2 have fewer
+// fields; the others get the values of Llama 2, with the options NORM_GAINS and, if tied,
+// TIE_EMBEDDINGS.
 typedef struct {
     uint32_t magic;
     int32_t version;
     uint64_t file_size;
     uint32_t header_size;
     uint32_t options;     // those below
-    uint32_t format;      // of matrices and tables; gains and other vectors are fp32
+    uint32_t format;      // of matrices and tables; vectors are fp32
     uint32_t activation;  // of the feed-forward
     int32_t dim;          // width of the residual stream
     int32_t hidden_dim;   // width inside the feed-forward
@@ -337,20 +353,20 @@ typedef struct {
     int32_t n_kv_heads;   // key and value heads; each serves n_heads / n_kv_heads query heads
     int32_t vocab_size;
     int32_t seq_len;           // longest context
-    int32_t value_embeddings;  // so many layers, the first ones, add an embedding to their values
-    int32_t bigram_rows;       // of a hashed table of (token before, token); 0: none
+    int32_t value_embeddings;  // the number of layers, from the first, that add one to their values
+    int32_t bigram_rows;       // of the hashed table of (previous token, token); 0: none
     float norm_eps, rope_theta;
     float logit_softcap;  // c: logits become c * tanh(logits / c); 0: none
-    int32_t group;        // of version 2, where so many numbers share a scale; not in the header
+    int32_t group;        // version 2: how many numbers share a scale; not in version 3's header
 } Config;
 
 enum {  // bits of Config.options
     TIE_EMBEDDINGS = 1,     // the output head is the embedding table
     QK_NORM = 2,            // RMSNorm of each query and key head, before RoPE
     NORM_GAINS = 4,         // RMSNorm has gains
-    EMBEDDING_NORM = 8,     // RMSNorm behind the embedding
+    EMBEDDING_NORM = 8,     // RMSNorm after the embedding
     RESIDUAL_SCALARS = 16,  // a layer begins with a x + b x0; x0 is the embedding
-    SMEAR = 32,             // a gate adds the embedding of the token before
+    SMEAR = 32,             // a gate adds the embedding of the previous token
     KNOWN_OPTIONS = 63,
 };
 
@@ -358,9 +374,9 @@ enum {
     MAGIC = 0x616b3432,
     HEADER_BYTES = offsetof(Config, group),
     ALIGNMENT = 64,  // of the tensors of version 3
-    MAX_COPY = 1 << 22,  // bytes of a file whose weights the inner caches hold
+    MAX_COPY = 1 << 22,  // bytes: smaller files are copied for alignment, see load_weights()
     MAX_CONTEXT = 1 << 24,
-    MAX_GROUP = 256,  // the sum of a larger one might not fit 32 bits
+    MAX_GROUP = 256,  // larger sums might overflow 32 bits
 };
 
 static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, HEADER_BYTES};  // by version
@@ -369,8 +385,8 @@ _Static_assert(HEADER_BYTES == 80, "the header has no gaps");
 
 static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
-// The tensors of a model. NULL: the model does not have it. Those of the layers are arrays, of which
-// layer l has the l-th item or row.
+// The tensors of a model, NULL where it has none. Tensors of the layers are arrays; layer l uses
+// item or row l.
 typedef struct {
     const Tensor *tok_embeddings;    // (vocab_size, dim)
     const Tensor *bigram;            // (bigram_rows, dim)
@@ -378,7 +394,7 @@ typedef struct {
     const float *embedding_norm;     // (dim)
     const float *smear_gate;         // (dim)
     const float *norm;               // (dim)
-    // each of n_layers matrices
+    // one matrix a layer
     const Tensor *wq;                // (n_heads * head_dim, dim)
     const Tensor *wk, *wv;           // (n_kv_heads * head_dim, dim)
     const Tensor *wo;                // (dim, n_heads * head_dim)
@@ -389,7 +405,7 @@ typedef struct {
     const float *ffn_norm;           // (n_layers, dim)
     const float *q_norm, *k_norm;    // (n_layers, head_dim)
     const float *kept, *added;       // (n_layers): a layer begins with kept * x + added * x0
-    const int32_t *windows;          // (n_layers): positions that one sees, itself included; 0: all
+    const int32_t *windows;          // (n_layers): positions attended to, 0: all
 } Weights;
 
 // Row l of vectors (n_layers, size), or NULL where the model has none.
@@ -422,7 +438,7 @@ static Config read_header(const File *f) {
     int32_t h[7];
     const uint8_t *at = f->data + (version ? 8 : 0);
     memcpy(h, at, sizeof h);
-    // version 0 has a negative vocab_size where the head is a matrix of its own
+    // a negative vocab_size marks an untied head in version 0
     bool is_tied = version ? at[sizeof h] : h[5] > 0;
     if (version == 2) memcpy(&c.group, at + sizeof h + 1, sizeof c.group);
     return (Config){
@@ -449,7 +465,7 @@ static void check_config(const Config *c, const char *path) {
         {"n_layers", c->n_layers, 1, 1 << 12},
         {"n_heads", c->n_heads, 1, 1 << 12},
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 12},
-        {"vocab_size", c->vocab_size, 3, 1 << 24},  // unk, BOS and EOS at the least
+        {"vocab_size", c->vocab_size, 3, 1 << 24},  // at least unk, BOS and EOS
         {"max_seq_len", c->seq_len, 1, MAX_CONTEXT},
         {"value_embeddings", c->value_embeddings, 0, c->n_layers},
         {"bigram_rows", c->bigram_rows, c->bigram_rows == 1 ? 2 : 0, 1 << 28},
@@ -467,8 +483,8 @@ static void check_config(const Config *c, const char *path) {
             path, c->version, c->dim, c->n_heads, c->n_kv_heads);
     if (c->version == 2 && (c->group < LANES || c->group > MAX_GROUP || c->group % LANES ||
                             c->dim % c->group || c->hidden_dim % c->group))
-        die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are no multiple "
-            "of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
+        die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are not a "
+            "multiple of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
             c->group, c->dim, c->hidden_dim, LANES, MAX_GROUP);
 }
 
@@ -479,7 +495,7 @@ static float bf16_at(const void *p, size_t i) {
     return x;
 }
 
-// out = row r of any tensor; there is room for whole vectors behind its columns
+// out = row r of a tensor of any format; out has room for whole vectors
 static void read_row(float *out, const Tensor *t, size_t r) {
     if (t->format == FP32) memcpy(out, t->data + r * t->cols * sizeof *out, t->cols * sizeof *out);
     if (t->format == BF16)
@@ -500,7 +516,7 @@ static void read_row(float *out, const Tensor *t, size_t r) {
     }
 }
 
-// Lay a row-major int8 matrix of version 2 out as a Tensor does: -127 to 127 become 1 to 255.
+// Convert a row-major int8 matrix of version 2 to the layout of Tensor: -127..127 become 1..255.
 static void repack(Tensor *t) {
     const float *from = t->scales;
     size_t groups = t->cols / t->group, lanes = t->lanes, padded = ROUND_UP(t->rows, lanes);
@@ -520,16 +536,18 @@ static void repack(Tensor *t) {
     t->scales = scales;
 }
 
-// A walk over the tensors of a file, in its order. Twice: first without data, for the file's size.
+// A walk over the tensors in the order of the file. It is done twice: first without data, to learn
+// the size that the file must have.
 typedef struct {
     const uint8_t *data;  // of the whole file, or NULL
-    uint64_t at;          // the end of what has been passed
+    uint64_t at;          // offset of the next byte
     uint64_t alignment;
-    uint64_t matrix_bytes;  // of what every token reads
+    uint64_t matrix_bytes;  // read for every token
     const Config *config;
 } Walk;
 
-// Pass n bytes; where they are, or NULL. Within the ranges of check_config() no sum overflows.
+// Skip n bytes and return their place, or NULL without data. No sum overflows within the ranges of
+// check_config().
 static const uint8_t *skip(Walk *w, uint64_t n) {
     if (!n) return NULL;
     uint64_t at = ROUND_UP(w->at, w->alignment);
@@ -577,8 +595,8 @@ static uint64_t lay_out(Weights *m, Walk *w) {
     const bool is_tied = has(c, TIE_EMBEDDINGS), gains_first = c->version == 1 || c->version == 2;
     uint64_t dim = c->dim, hidden = c->hidden_dim, vocab = c->vocab_size, layers = c->n_layers;
     uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    uint64_t gains = has(c, NORM_GAINS) ? layers : 0, scalars = has(c, RESIDUAL_SCALARS) ? layers : 0;
-    uint64_t head_gains = has(c, QK_NORM) ? gains : 0;
+    uint64_t gains = has(c, NORM_GAINS) ? layers : 0, head_gains = has(c, QK_NORM) ? gains : 0;
+    uint64_t scalars = has(c, RESIDUAL_SCALARS) ? layers : 0;
     if (gains_first) {
         m->attention_norm = walk_vectors(w, layers, dim);
         m->ffn_norm = walk_vectors(w, layers, dim);
@@ -611,13 +629,13 @@ static uint64_t lay_out(Weights *m, Walk *w) {
 // ------------------------------------------------------------------------------------------------
 // The forward pass
 
-// A token of a batch. Those of one story lie one behind the other, in the order of positions.
+// A token of a batch. The tokens of one story are neighbours, in the order of their positions.
 typedef struct {
     int token;
-    int before;         // the token before it, -1: none
+    int before;         // the previous token, -1: none
     int pos;            // its position in its story, below n_positions
-    int story;          // whose cache it reads and writes, below n_stories
-    bool wants_logits;  // of the token behind it
+    int story;          // the story that it belongs to, below n_stories
+    bool wants_logits;  // for the next token
 } BatchToken;
 
 enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16,
@@ -627,27 +645,28 @@ typedef struct {
     File file;
     Config config;
     Weights weights;
-    uint64_t matrix_bytes;  // of what every token reads
+    uint64_t matrix_bytes;  // read for every token
     const Kernels *kernels;
-    size_t n_positions;  // of a story, as many as the caller asked for, at most seq_len
-    size_t n_stories;    // that are told at once
-    size_t max_batch;    // tokens in a pass
-    // of the tokens in a pass, rows of `width` or `hidden` numbers, whole vectors
+    size_t n_positions;  // room for each story, at most seq_len
+    size_t n_stories;    // generated at once
+    size_t max_batch;    // tokens in a batch
+    // buffers for the tokens of a batch; rows are padded to whole vectors: width for dim, hidden
+    // for hidden_dim
     size_t width, hidden;
     float *x;         // (max_batch, width) the residual stream
-    float *x0;        // (max_batch, width) what the first layer gets
-    float *added;     // (max_batch, width) what a block adds to x
+    float *x0;        // (max_batch, width) the embedding, for RESIDUAL_SCALARS
+    float *added;     // (max_batch, width) the output of a block, to be added to x
     float *q;         // (max_batch, width)
     float *k, *v;     // (max_batch, width)
-    float *gate;      // (max_batch, hidden)
+    float *gate;      // (max_batch, hidden) w3 of SwiGLU
     float *scratch;   // (n_threads, width)
-    float *logits;    // (max_batch, whole vectors of vocab_size)
-    Input normed;     // (max_batch, width) what a layer's matrices get
-    Input wanted;     // (max_batch, width) what the head gets: tokens whose logits are wanted
-    Input mixed;      // (max_batch, width) attention's output
-    Input inner;      // (max_batch, hidden) inside the feed-forward
+    float *logits;    // (max_batch, vocab_size padded)
+    Input normed;     // (max_batch, width) rmsnorm(x), the input of a block
+    Input mixed;      // (max_batch, width) the heads' outputs, the input of wo
+    Input inner;      // (max_batch, hidden) the input of w2
+    Input wanted;     // (max_batch, width) the input of the head: only tokens that want logits
     bool is_fast;     // inputs of int8 and int4 products have 8 bits, not 16
-    // of all positions so far, in whole vectors of positions or numbers, fp32 or bf16
+    // the cache of all positions so far, fp32 or bf16; positions and numbers fill whole vectors
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
@@ -655,15 +674,15 @@ typedef struct {
     float *rope_sin;
     // threads
     int n_threads;   // at most
-    int n_active;    // in use: fewer where other programs have the cores
-    int n_passes;    // since that was changed
-    int patience;    // passes until more are tried
-    double spent, wasted;  // seconds of the latest passes, and what of them was waited in vain
+    int n_active;    // in use: fewer while other programs use the cores
+    int n_passes;    // since n_active changed
+    int patience;    // passes before more threads are tried
+    double spent, wasted;  // seconds of recent passes, and those lost waiting for idle threads
     atomic_int n_arrived, round;
 } Model;
 
 static Input new_input(const Model *m, size_t stride) {
-    size_t groups = stride / LANES + 1;  // no group is smaller than a vector
+    size_t groups = stride / LANES + 1;  // a group has at least one vector
     return (Input){
         .x = alloc(m->max_batch * stride, sizeof(float)),
         .codes = alloc(ROUND_UP(m->max_batch, TILE) * stride, 2),
@@ -682,13 +701,13 @@ static size_t logits_stride(const Model *m) {
     return ROUND_UP((size_t)m->config.vocab_size, LANES);
 }
 
-// The i-th logits (vocab_size) that the latest batch wanted; they may be overwritten.
+// The i-th logits (vocab_size) that the last batch wanted. The caller may overwrite them.
 static float *logits_of(const Model *m, size_t i) { return m->logits + i * logits_stride(m); }
 
-// ---- Threads. All of them run pass(); what they share out is one matrix product, or the tokens of
-// the batch, after which they wait for one another. They spin: the next product is microseconds
-// away.
+// ---- Threads. All of them run forward() and share the rows of a product, or the tokens of the
+// batch; then they wait for each other. They spin, as the next product is only microseconds away.
 
+// A forward pass as one thread sees it
 typedef struct {
     Model *m;
     const BatchToken *batch;  // (n)
@@ -696,10 +715,11 @@ typedef struct {
     size_t n_wanted;          // tokens whose logits are wanted
     int thread, n_threads;
     size_t first, end;        // this thread's share of the tokens, from begin_tokens() on
-    double lost;    // seconds in which another thread was waited for that does not run
+    double lost;              // seconds spent waiting for a thread that does not run
 } Pass;
 
-// Wait until all threads are here. Returns true in the last one, which has to call let_go().
+// Wait until all threads are here and one calls let_go(). Returns true at once in the last thread
+// to arrive, which has to call it.
 static bool arrive(Pass *p) {
     Model *m = p->m;
     int round = atomic_load_explicit(&m->round, memory_order_relaxed);
@@ -707,7 +727,7 @@ static bool arrive(Pass *p) {
         return true;
     double start = 0.0;
     for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round;) {
-        // later: another program has the core of the thread that is waited for
+        // a wait this long means that another program has the core of a missing thread
         wait_a_little(spins >= 10000);
         if (spins < 10000 && ++spins == 10000) start = seconds();
     }
@@ -760,7 +780,7 @@ static void multiply(Pass *p, const Product *products, size_t n) {
     }
 }
 
-// ---- The steps of a layer
+// ---- What is done for a token
 
 static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
@@ -770,7 +790,7 @@ static void norm(const Model *m, float *out, const float *x, const float *gain, 
     m->kernels->rmsnorm(out, x, gain, n, m->config.norm_eps);
 }
 
-// Row i of an input is complete: quantize it if the matrix that it goes to is.
+// Row i of an input is complete: quantize it if the matrix that it is multiplied with is quantized.
 static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
     if (w->group) m->kernels->quantize(in, i, w->cols, w->group, (int)FORMATS[w->format].zero);
 }
@@ -781,13 +801,13 @@ static void embedding_of(const Model *m, float *out, int token) {
         norm(m, out, out, m->weights.embedding_norm, m->config.dim);
 }
 
-// The row of the bigram table for a token and the one before it, as bigram_hash() in model.py.
+// The row of the bigram table for a token and the previous one, as bigram_hash() in model.py.
 static size_t bigram_hash(int before, int token, int rows) {
     if (before < 0) return 0;
     return 1 + (((uint64_t)before * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
 }
 
-// x (dim) = what the first layer gets of a token and the one before it; tmp (dim) is overwritten.
+// x (dim) = the embedding of a token, with what SMEAR and the bigram table add; tmp (dim): scratch.
 static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
     const Config *c = &m->config;
     embedding_of(m, x, s->token);
@@ -802,8 +822,8 @@ static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
     }
 }
 
-// Norm, where the model does, and turn by the angles of a position: neighbouring pairs of a head
-static void norm_and_turn(const Model *m, float *head, const float *gain, int pos) {
+// QK_NORM, if the model has it, and RoPE: rotate neighbouring pairs of a head by the angles of pos.
+static void norm_and_rotate(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
     if (has(&m->config, QK_NORM)) norm(m, head, head, gain, 2 * half);
@@ -814,7 +834,7 @@ static void norm_and_turn(const Model *m, float *head, const float *gain, int po
     }
 }
 
-static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
+static void write_cache(const Model *m, uint8_t *cache, size_t at, float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     bits = isnan(x) ? bits | 1 << 22 : bits + 0x7FFF + (bits >> 16 & 1);  // ties to even
@@ -822,8 +842,8 @@ static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
     else ((float *)cache)[at] = x;
 }
 
-// Attention of one key/value head and the query heads it serves, for the tokens first to last, all
-// of one story: their keys and values go to the cache, before they look at it.
+// Attention of one key/value head and the query heads that it serves, for the tokens from first up
+// to last (excluded), all of one story. First all their keys and values are cached.
 static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t last) {
     Model *m = p->m;
     const Config *c = &m->config;
@@ -839,21 +859,21 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
         size_t pos = p->batch[i].pos;
         size_t at = i * m->width + head * head_dim;
         float *k = m->k + at, *v = m->v + at;
-        norm_and_turn(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
-        if (pos % LANES == 0) {  // written before it is read, which costs a page fault less
+        norm_and_rotate(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
+        if (pos % LANES == 0) {  // writing before reading saves a page fault
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
             memset(values + pos * wide * size, 0, LANES * wide * size);
         }
         for (size_t d = 0; d < head_dim; d++) {
-            cache_at(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
-            cache_at(m, values, pos * wide + d, v[d]);
+            write_cache(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
+            write_cache(m, values, pos * wide + d, v[d]);
         }
     }
     for (size_t i = first; i < last; i++) {
         size_t pos = p->batch[i].pos, window = w->windows[layer];
         for (size_t h = head * group; h < (head + 1) * group; h++) {
             float *q = m->q + i * m->width + h * head_dim;
-            norm_and_turn(m, q, row_of(w->q_norm, layer, head_dim), (int)pos);
+            norm_and_rotate(m, q, row_of(w->q_norm, layer, head_dim), (int)pos);
             m->kernels->attend(out, q, keys, values, head_dim,
                                window && window <= pos ? pos + 1 - window : 0, pos, m->bf16_cache);
             memcpy(m->mixed.x + i * m->width + h * head_dim, out, head_dim * sizeof *out);
@@ -861,7 +881,7 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
     }
 }
 
-// This thread's share of the heads of each story.
+// This thread's share of the heads of each story: from q, k and v to mixed.
 static void attention(Pass *p, size_t layer) {
     Model *m = p->m;
     size_t kv_heads = m->config.n_kv_heads, item = 0;
@@ -873,9 +893,8 @@ static void attention(Pass *p, size_t layer) {
     }
 }
 
-// The forward pass of n tokens, as every thread runs it: between two waits, a thread computes its
-// share of the rows of some products, of the heads, or of the tokens. Token i has row i of each
-// buffer (n, ...).
+// The forward pass of n tokens. Every thread runs it, and computes its share of the rows of each
+// product, of the heads, or of the tokens. Token i has row i of each buffer (n, ...).
 static void forward(Pass *p) {
     Model *m = p->m;
     const Config *c = &m->config;
@@ -884,7 +903,7 @@ static void forward(Pass *p) {
     const bool is_swiglu = c->activation == SWIGLU;
 
     for (size_t l = 0; l < n_layers; l++) {
-        // x (n, dim): the embedding, or what the layer before ends with; normed (n, dim)
+        // x (n, dim) = the embedding, or x + added of the layer before; normed (n, dim) = rmsnorm(x)
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) {
             float *x = m->x + i * width, *x0 = m->x0 + i * width, *added = m->added + i * width;
@@ -901,11 +920,11 @@ static void forward(Pass *p) {
         }
         end_tokens(p);
 
-        // q (n, n_heads * head_dim); k, v (n, n_kv_heads * head_dim)
+        // q (n, n_heads * head_dim) = normed @ wq^T; k and v (n, n_kv_heads * head_dim) likewise
         multiply(p, (Product[]){{&w->wq[l], &m->normed, m->q, width},
                                 {&w->wk[l], &m->normed, m->k, width},
                                 {&w->wv[l], &m->normed, m->v, width}}, 3);
-        if (l < (size_t)c->value_embeddings) {
+        if (l < (size_t)c->value_embeddings) {  // v += the value embedding of the token
             begin_tokens(p);
             for (size_t i = p->first; i < p->end; i++) {
                 float *row = m->added + i * width;
@@ -917,15 +936,15 @@ static void forward(Pass *p) {
             wait_for_all(p);
         }
 
-        // mixed (n, n_heads * head_dim): RoPE, the cache, softmax(q k^T / sqrt(head_dim)) v
+        // mixed (n, n_heads * head_dim): of each head softmax(q @ k^T / sqrt(head_dim)) @ v, with RoPE
         attention(p, l);
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) finish_input(m, &m->mixed, &w->wo[l], i);
         end_tokens(p);
-        // added (n, dim)
+        // added (n, dim) = mixed @ wo^T
         multiply(p, (Product[]){{&w->wo[l], &m->mixed, m->added, width}}, 1);
 
-        // the residual connection, x (n, dim); normed (n, dim)
+        // x += added; normed = rmsnorm(x)
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) {
             float *x = m->x + i * width;
@@ -935,7 +954,7 @@ static void forward(Pass *p) {
         }
         end_tokens(p);
 
-        // inner, gate (n, hidden_dim); inner = silu(inner) * gate, or relu(inner)^2
+        // inner (n, hidden_dim) = silu(normed @ w1^T) * (normed @ w3^T), or relu(normed @ w1^T)^2
         const Tensor *w3 = is_swiglu ? &w->w3[l] : NULL;
         multiply(p, (Product[]){{&w->w1[l], &m->normed, m->inner.x, hidden},
                                 {w3, &m->normed, m->gate, hidden}}, is_swiglu ? 2 : 1);
@@ -946,11 +965,11 @@ static void forward(Pass *p) {
             finish_input(m, &m->inner, &w->w2[l], i);
         }
         end_tokens(p);
-        // added (n, dim), which the next layer begins with
+        // added (n, dim) = inner @ w2^T
         multiply(p, (Product[]){{&w->w2[l], &m->inner, m->added, width}}, 1);
     }
 
-    // wanted (n_wanted, dim): the tokens whose logits are wanted
+    // x += added; wanted (n_wanted, dim) = rmsnorm(x) of the tokens whose logits are wanted
     begin_tokens(p);
     for (size_t i = p->first; i < p->end; i++) {
         float *x = m->x + i * width;
@@ -964,7 +983,7 @@ static void forward(Pass *p) {
     end_tokens(p);
     if (!p->n_wanted) return;
 
-    // logits (n_wanted, vocab_size)
+    // logits (n_wanted, vocab_size) = wanted @ output^T, or cap * tanh(that / cap)
     multiply(p, (Product[]){{w->output, &m->wanted, m->logits, logits_stride(m)}}, 1);
     if (c->logit_softcap > 0.0f) {
         begin_tokens(p);
@@ -974,16 +993,16 @@ static void forward(Pass *p) {
     }
 }
 
-// Behind a pass of all active threads: its seconds, and those in which one was waited for that did
-// not run. Where most of the latest time was lost so, because other programs have the cores, half
-// the threads do the next passes, and after a while twice as many are tried. They all compute the
-// same bits.
+// After a pass of all active threads: its seconds, and those lost waiting for a thread that did not
+// run. If most of the recent time was lost this way, because other programs use the cores, the next
+// passes get half the threads; after a while, twice as many are tried again. The number of threads
+// does not change a bit of the results.
 static void adjust_threads(Model *m, double time, double lost) {
     m->spent += time;
     m->wasted += lost;
     bool is_busy = m->spent > 0.01 && m->wasted > m->spent / 2;
     if (m->n_passes < MAX_PATIENCE) m->n_passes++;
-    if (m->spent > 0.02) {  // what is longer ago counts less
+    if (m->spent > 0.02) {  // older passes count less
         m->spent /= 2;
         m->wasted /= 2;
     }
@@ -1000,7 +1019,7 @@ static void adjust_threads(Model *m, double time, double lost) {
     m->spent = m->wasted = 0.0;
 }
 
-// Run a batch of n <= max_batch tokens through the model, behind those it was given before.
+// Run a batch of n <= max_batch tokens through the model. The tokens before them are in the cache.
 static void run_batch(Model *m, const BatchToken *batch, size_t n) {
     Pass p = {.m = m, .batch = batch, .n = n, .n_threads = 1};
     for (size_t i = 0; i < n; i++) p.n_wanted += batch[i].wants_logits;
@@ -1016,19 +1035,19 @@ static void run_batch(Model *m, const BatchToken *batch, size_t n) {
     double start = seconds(), end = start, lost = 0.0;
     OMP(parallel num_threads(m->n_active) firstprivate(p) reduction(max : lost))
     {
-        p.n_threads = omp_get_num_threads();  // which may be fewer
+        p.n_threads = omp_get_num_threads();  // may be fewer than n_active
         p.thread = omp_get_thread_num();
         forward(&p);
         lost = p.lost;
         if (p.thread == 0) end = seconds();
     }
     double now = seconds();
-    if (now - end > 1e-4) lost += now - end;  // until the others ended as well
+    if (now - end > 1e-4) lost += now - end;  // waiting for the others to end
     adjust_threads(m, now - start, lost);
 }
 
-// As many threads as the caller wants; 0: as many as the machine has, as long as each has at least
-// MIN_WORK products to do for a token: waiting for one another costs more than less work saves.
+// As many threads as the caller wants; 0: as many as the machine has, but at least MIN_WORK
+// multiplications a token for each: with less work, waiting costs more than sharing saves.
 static int pick_threads(const Config *c, int wanted) {
 #if !defined(_OPENMP)
     wanted = 1;
@@ -1095,7 +1114,7 @@ static void alloc_buffers(Model *m) {
     m->values = alloc(places, ROUND_UP(head_dim, LANES) * number);
 }
 
-// The angles of RoPE, computed in double, so that the results of different libms hardly ever differ.
+// The angles of RoPE, computed in double, so that results of different libms hardly ever differ
 static void fill_rope(Model *m) {
     size_t head_dim = m->config.dim / m->config.n_heads, half = head_dim / 2;
     m->rope_cos = alloc((uint64_t)m->n_positions * half, sizeof(float));
@@ -1131,8 +1150,7 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
 
 // ------------------------------------------------------------------------------------------------
 // The tokenizer: SentencePiece BPE, from the file of tokenizer.py, or byte-level BPE, from that of
-// bpe.py. Both cut a text into symbols, characters or bytes, and merge neighbours, the best pair
-// first.
+// bpe.py. Both cut a text into symbols (characters or bytes) and merge neighbours, best pair first.
 
 enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece, whose BOS and EOS are 1 and 2
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, BLANK = 8, NEWLINE = 16, CODE_POINTS = 0x110000 };
@@ -1149,16 +1167,16 @@ typedef struct {
     int vocab_size, bos, eos;
     Piece *pieces;        // (vocab_size)
     int byte_id[256];     // the token of each byte, or -1
-    bool byte_fallback;   // all 256 are there
-    const Piece **table;  // hash table of what merging makes, NULL where free: SentencePiece finds
-                          // it by its bytes, byte-level BPE by those of the ids of the two
+    bool byte_fallback;   // every byte has a token
+    const Piece **table;  // hash table of results of merges, NULL where free; the key is the bytes
+                          // of the result for SentencePiece, the two ids for byte-level BPE
     size_t table_size;    // a power of two
-    bool is_byte_level;   // what follows is for byte-level BPE
+    bool is_byte_level;   // the fields below are for byte-level BPE
     bool is_gpt4;         // the pattern of pre-tokens, see PATTERNS of bpe.py
     uint8_t *kinds;       // (CODE_POINTS) the kind of each character, one of those above
-    const Piece **special;  // (n_special) tokens that are themselves in a text, never cut or merged
+    const Piece **special;  // (n_special) tokens found in a text as they are, never cut or merged
     size_t n_special;
-    bool starts_special[256];  // with this byte
+    bool starts_special[256];  // whether a special token starts with this byte
 } Tokenizer;
 
 // A bounds-checked walk over untrusted bytes.
@@ -1170,7 +1188,7 @@ typedef struct {
 static const uint8_t *take(Cursor *c, size_t n) {
     if (n > c->file->size - c->at)
         die("tokenizer file %s is truncated, or no tokenizer file: at byte %zu it promises %zu "
-            "bytes and has %zu; make it again from its tokenizer", c->file->path, c->at, n,
+            "bytes and has %zu; export it again from its tokenizer", c->file->path, c->at, n,
             c->file->size - c->at);
     c->at += n;
     return c->file->data + c->at - n;
@@ -1180,13 +1198,13 @@ static uint32_t take_number(Cursor *c, const char *what, size_t least, size_t mo
     uint32_t n;
     memcpy(&n, take(c, 4), 4);
     if (n < least || n > most)
-        die("tokenizer file %s is damaged: at byte %zu the %s is %u, expected %zu to %zu; make it "
-            "again from its tokenizer", c->file->path, c->at - 4, what, n, least, most);
+        die("tokenizer file %s is damaged: at byte %zu the %s is %u, expected %zu to %zu; export "
+            "it again from its tokenizer", c->file->path, c->at - 4, what, n, least, most);
     return n;
 }
 
 _Noreturn static void die_damaged(const Tokenizer *t, const char *what, size_t where) {
-    die("tokenizer file %s is damaged: %s %zu; make it again from its tokenizer", t->file.path,
+    die("tokenizer file %s is damaged: %s %zu; export it again from its tokenizer", t->file.path,
         what, where);
 }
 
@@ -1202,7 +1220,7 @@ static void make_table(Tokenizer *t, size_t n) {
     t->table = alloc(t->table_size, sizeof *t->table);
 }
 
-// The slot of bytes in the table: the one that holds them, or the free one where they belong.
+// The slot of a key in the table: the one that has it, or the free one where it belongs.
 static const Piece **find_slot(const Tokenizer *t, const void *bytes, size_t n) {
     uint64_t hash = 1469598103934665603u;  // FNV-1a
     for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 1099511628211u;
@@ -1229,7 +1247,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
         memcpy(&p.score, take(c, 4), 4);
         p.length = take_number(c, "length", 0, UINT32_MAX);
         p.bytes = take(c, p.length);
-        if (isnan(p.score)) die_damaged(t, "the score is no number, of piece", n);
+        if (isnan(p.score)) die_damaged(t, "NaN is the score of piece", n);
         if (n < (size_t)t->vocab_size) t->pieces[n] = p;
     }
     check_n_pieces(t, n);
@@ -1242,7 +1260,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
     }
 }
 
-// Bytes of the UTF-8 character at p (n > 0 bytes are there), or 0 where there is no valid one.
+// Bytes of the UTF-8 character at p, which has n > 0 bytes left, or 0 if it is not valid.
 static size_t utf8_length(const uint8_t *p, size_t n) {
     if (p[0] < 0x80) return 1;
     size_t length = p[0] >= 0xF0 && p[0] <= 0xF4 ? 4 : p[0] >= 0xE0 && p[0] < 0xF0 ? 3
@@ -1250,25 +1268,25 @@ static size_t utf8_length(const uint8_t *p, size_t n) {
     if (!length || n < length) return 0;
     for (size_t i = 1; i < length; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
-    // overlong forms, surrogates, beyond U+10FFFF
+    // not valid: overlong forms, surrogates, beyond U+10FFFF
     if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
         (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F)) return 0;
     return length;
 }
 
-// Whether n bytes, no whole character, could start one: then more may follow.
+// Whether n bytes, which are not a whole character, could be the start of one.
 static bool utf8_may_continue(const uint8_t *p, size_t n) {
     uint8_t fill[4] = {p[0], p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80, 0x80, 0x80};
     memcpy(fill, p, n < 4 ? n : 4);
     return utf8_length(fill, 4) > n;
 }
 
-// The layout of the file is at BPETokenizer.c_file() of bpe.py.
+// BPETokenizer.c_file() in bpe.py describes the layout of the file.
 static void load_byte_level(Tokenizer *t, Cursor *c) {
     t->is_byte_level = true;
     t->is_gpt4 = take_number(c, "pattern", 0, 1);
     size_t top = (size_t)t->vocab_size - 1;
-    Cursor ends = *c;  // looked at once the vocabulary is known to be the model's
+    Cursor ends = *c;  // read after the size of the vocabulary is checked
     take(c, 2 * 4);
     check_n_pieces(t, take_number(c, "number of tokens", 0, UINT32_MAX));
     t->bos = (int)take_number(&ends, "bos", 0, top);
@@ -1285,10 +1303,10 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         memset(t->kinds + first, 1 << take_number(c, "class of a range", 1, 3), last - first + 1);
         next = last + 1;
     }
-    t->kinds[' '] = BLANK;  // the patterns have these by name
+    t->kinds[' '] = BLANK;  // the patterns name these
     t->kinds['\n'] = t->kinds['\r'] = NEWLINE;
 
-    Cursor special = *c, merges = *c;  // looked at once the tokens are known
+    Cursor special = *c, merges = *c;  // read after the tokens
     take(c, 4 * t->n_special);
     merges.at = c->at;
     take(c, 3 * 4 * n_merges);
@@ -1307,7 +1325,8 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         size_t at = 0;
         for (size_t size = 1; size && at < p->length; at += size)
             size = utf8_length(p->bytes + at, p->length - at);
-        if (!at || at < p->length) die_damaged(t, "this special token is no text:", (size_t)p->id);
+        if (!at || at < p->length)
+            die_damaged(t, "empty or invalid UTF-8 is the special token", (size_t)p->id);
         t->starts_special[*p->bytes] = true;
     }
     make_table(t, n_merges);
@@ -1326,13 +1345,13 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
     }
 }
 
-// A tokenizer of its file, which must hold vocab_size pieces, as many as the model has.
+// The tokenizer in a file, which must have vocab_size pieces, as many as the model.
 static Tokenizer load_tokenizer(File file, int vocab_size) {
     Tokenizer t = {.file = file, .vocab_size = vocab_size, .byte_fallback = true};
     Cursor cursor = {.file = &t.file};
     t.pieces = alloc(vocab_size, sizeof(Piece));
     for (int b = 0; b < 256; b++) t.byte_id[b] = -1;
-    // SentencePiece has its longest piece there, which is not needed
+    // SentencePiece has the length of its longest piece here, which is not needed
     bool is_byte_level = !memcmp(take(&cursor, 4), "bpe1", 4);
     (is_byte_level ? load_byte_level : load_sentencepiece)(&t, &cursor);
     for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
@@ -1341,19 +1360,19 @@ static Tokenizer load_tokenizer(File file, int vocab_size) {
 
 typedef struct {
     const uint8_t *bytes;
-    size_t length;  // 0 once it is merged into its left neighbour
-    int prev, next;  // neighbours, -1 at the ends
-    int id;         // of the piece, -1 where the vocabulary lacks it
-    const Piece *merged;  // what it and the next one make, or NULL
+    size_t length;        // 0 after it was merged into its left neighbour
+    int prev, next;       // neighbours, -1 at the ends
+    int id;               // its token, -1 if the vocabulary lacks it
+    const Piece *merged;  // the result of merging it with the next one, or NULL
 } Symbol;
 
-// Text as it is cut: what is no UTF-8 becomes U+FFFD, one for each longest broken start as in
-// Python, or, as in SentencePiece, for each byte; that also has a space in front, and takes U+2581
-// for one. Returns the bytes; *n is how many there are.
+// The text that is cut into symbols. Invalid UTF-8 becomes U+FFFD: one for each longest broken
+// start as in Python, or for each byte as in SentencePiece, which also puts a space in front and
+// reads U+2581 as a space. Returns the bytes; *n is their number.
 static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, size_t *n) {
     const uint8_t *in = (const uint8_t *)text;
     size_t at = 0;
-    uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // a broken byte grows to three
+    uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // an invalid byte grows to three
     if (left && !t->is_byte_level) out[at++] = ' ';
     for (size_t length; left; in += length, left -= length) {
         const void *from = in;
@@ -1371,7 +1390,7 @@ static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, siz
     return out;
 }
 
-// The symbols of a text for SentencePiece, its characters. Returns how many there are.
+// The symbols of a text for SentencePiece: its characters. Returns their number.
 static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0; at < n_bytes; at += s[n++].length) {
@@ -1383,7 +1402,7 @@ static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_byte
     return n;
 }
 
-// Bytes of the longest run at p of characters of these kinds, `most` at the most.
+// Bytes of the longest run at p of characters of these kinds, up to `most` characters.
 static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, size_t most) {
     size_t at = 0;
     for (size_t size; at < n && most > 0; at += size, most--) {
@@ -1395,7 +1414,7 @@ static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, si
     return at;
 }
 
-// Bytes of a contraction's end, such as 've, at p, or 0. Where case does not count, U+017F is an s.
+// Bytes of a contraction such as 've at p, or 0. If case does not count, U+017F is an s.
 static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
     static const char *const endings[] = {"s", "d", "m", "t", "ll", "ve", "re", "\xC5\xBF"};
     for (size_t e = 0; n && *p == '\'' && e < (any_case ? 8 : 7); e++) {
@@ -1409,8 +1428,8 @@ static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
     return 0;
 }
 
-// Bytes of the pre-token at p, by the first alternative of PATTERNS of bpe.py that fits. Each run
-// is as long as can be; only white space gives some back, up to a newline or for the lookahead.
+// Bytes of the pre-token at p: the first alternative in PATTERNS of bpe.py that matches. Each run
+// is as long as possible; only white space backtracks, to a newline or for the lookahead.
 static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     size_t space = *p == ' ', length = contraction(p, n, t->is_gpt4);
     if (length) return length;
@@ -1428,7 +1447,7 @@ static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     if (end) return end;
     if (white == n) return n;
     for (end = white - 1; (p[end] & 0xC0) == 0x80;) end--;
-    return end ? end : white;  // the last character is left to what follows, unless it is alone
+    return end ? end : white;  // the last space belongs to what follows, unless it is the only one
 }
 
 // The longest special token at p, or NULL.
@@ -1443,7 +1462,7 @@ static const Piece *special_at(const Tokenizer *t, const uint8_t *p, size_t n) {
 }
 
 // The symbols of a text for byte-level BPE: special tokens, and the bytes of the pre-tokens between
-// them, which have neighbours in the same pre-token only. Returns how many there are.
+// them, which have neighbours only in the same pre-token. Returns their number.
 static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0, end = 0; at < n_bytes; at = end) {
@@ -1462,7 +1481,7 @@ static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Sy
     return n;
 }
 
-// A pair that may be merged, by its left symbol; or a token that may be drawn.
+// A pair that may be merged, given by its left symbol; or a token that may be sampled.
 typedef struct {
     float score;
     int index;
@@ -1472,7 +1491,7 @@ static bool comes_first(Candidate a, Candidate b) {
     return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-// Into and out of a binary heap of n, from which the first comes first.
+// A binary heap of n candidates; pop() returns the one that comes first.
 static void push(Candidate *heap, size_t *n, Candidate own) {
     size_t i = (*n)++;
     for (; i > 0 && comes_first(own, heap[(i - 1) / 2]); i = (i - 1) / 2)
@@ -1492,7 +1511,7 @@ static Candidate pop(Candidate *heap, size_t *n) {
     return first;
 }
 
-// Find what symbol i makes with the next one, and have it tried.
+// Look up the merge of symbol i with the next one, and push it if there is one.
 static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, size_t *n) {
     if (i < 0) return;
     Symbol *l = &s[i];
@@ -1504,11 +1523,11 @@ static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, si
     if (l->merged) push(heap, n, (Candidate){l->merged->score, i});
 }
 
-enum { MOST_TOKENS = 3, AND_MORE = 2 };  // of a text: so many a byte, a space and a BOS
+enum { MOST_TOKENS = 3, AND_MORE = 2 };  // at most 3 tokens a byte, and a space and a BOS
 
-// Cut text into tokens behind a BOS, with the ids that SentencePiece or bpe.py gives. Returns the
-// tokens, the latest block; *n_tokens is how many there are. O(n log n): each merge is found
-// through a heap.
+// The tokens of a text, after a BOS, with the same ids as SentencePiece or bpe.py. Returns the
+// tokens as the latest block; *n_tokens is their number. O(n log n): the next merge comes from a
+// heap.
 static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
     int *tokens = alloc(MOST_TOKENS * (uint64_t)length + AND_MORE, sizeof(int));
     const Block *kept = blocks;
@@ -1516,13 +1535,13 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     uint8_t *bytes = normalize(t, text, length, &n_bytes);
     if (n_bytes > INT_MAX) die("a text of %zu bytes is too long: give less than 700 MB", length);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
-    Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // one a neighbour, two a merge
+    Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // 1 for each symbol, 2 for each merge
     size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);
     for (size_t i = 0; i < n; i++) find_merge(t, symbols, (int)i, heap, &n_pairs);
     while (n_pairs) {
         Candidate best = pop(heap, &n_pairs);
         Symbol *l = &symbols[best.index];
-        if (!l->merged || l->merged->score != best.score) continue;  // it has merged otherwise
+        if (!l->merged || l->merged->score != best.score) continue;  // outdated
         Symbol *r = &symbols[l->next];
         l->length += r->length;
         l->id = l->merged->id;
@@ -1549,17 +1568,17 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     return tokens;
 }
 
-// Collects bytes and puts whole UTF-8 characters out. What can no longer become one is U+FFFD, one
-// for each longest broken start, as in Python's errors="replace". On a terminal, control characters
-// other than newline and tab are left out, so that no model can send it commands.
+// Collects bytes and prints whole UTF-8 characters. Bytes that cannot become one are printed as
+// U+FFFD, one for each longest broken start, as with errors="replace" in Python. On a terminal,
+// control characters other than newline and tab are dropped, so that no model can send it commands.
 typedef struct {
-    FILE *out;                // or, where it is NULL:
-    char *text;               // what has room in `room` bytes,
-    size_t room, n_text;      // of n_text in all
+    FILE *out;            // if NULL, the text goes to
+    char *text;           // (room)
+    size_t room, n_text;  // n_text counts all bytes, also those without room
     bool is_terminal, is_json;
-    uint8_t pending[4];
-    size_t n;
-    double flushed;           // when, in seconds
+    uint8_t pending[4];   // the start of a character
+    size_t n;             // bytes pending
+    double flushed;       // time of the last flush, in seconds
 } Printer;
 
 static void put(Printer *p, const void *bytes, size_t n) {
@@ -1577,7 +1596,7 @@ static void print_bytes(Printer *p, const uint8_t *bytes, size_t n) {
         if (!is_whole && utf8_may_continue(c, p->n)) continue;
         if (!is_whole) {
             put(p, "\xEF\xBF\xBD", 3);
-            i -= p->n > 1;  // the byte that broke it may start the next character
+            i -= p->n > 1;  // the unexpected byte may start the next character
         } else if (p->is_json && (*c < 0x20 || *c == '"' || *c == '\\')) {
             fprintf(p->out, "\\u%04x", *c);
         } else if (!p->is_terminal || !is_control) {
@@ -1592,8 +1611,8 @@ static void print_rest(Printer *p) {
     p->n = 0;
 }
 
-// Print the text of one token; BOS and EOS have none. `first` says that it is the first of its
-// text, whose space, put there by SentencePiece, is left out.
+// Print the text of one token; BOS and EOS have none. If it is the first of its text, the space
+// that SentencePiece puts in front is left out.
 static void print_token(const Tokenizer *t, Printer *printer, int token, bool first) {
     const Piece *p = &t->pieces[token];
     if (token == t->bos || token == t->eos) return;
@@ -1609,18 +1628,18 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
 }
 
 // ------------------------------------------------------------------------------------------------
-// Drawing the next token
+// Sampling the next token
 
 typedef struct {
-    float temperature;     // 0: the likeliest token
+    float temperature;     // 0: the most likely token
     float top_p, min_p;    // 1 and 0: all tokens
     float repeat_penalty;  // 1: none
     int top_k;             // 0: all tokens
     const Kernels *kernels;
-    Candidate *candidates;  // (threads that draw, vocab_size)
+    Candidate *candidates;  // (n_threads, vocab_size)
 } Sampler;
 
-enum { PENALTY_WINDOW = 64 };  // a repetition is one of so many tokens
+enum { PENALTY_WINDOW = 64 };  // tokens that repeat_penalty looks back at
 
 // Uniform in [0, 1): xorshift64* (Vigna 2016, arXiv:1402.6246).
 static float random_float(uint64_t *state) {
@@ -1630,28 +1649,28 @@ static float random_float(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// The first state of the random numbers: splitmix64 (Steele et al. 2014) spreads neighbouring seeds
+// The first state of the generator: splitmix64 (Steele et al. 2014) spreads neighbouring seeds.
 static uint64_t random_state(uint64_t seed) {
     seed += 0x9E3779B97F4A7C15u;
     seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
     seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EBu;
     seed ^= seed >> 31;
-    return seed ? seed : 1;  // 0 is the one state that xorshift never leaves
+    return seed ? seed : 1;  // xorshift never leaves the state 0
 }
 
-// Bring those of n candidates to the front that are kept: in the order of their probabilities, the
-// first `most` before which there is no more than `mass`. Returns how many, the least likely last,
-// and the sum of them. Quickselect (Hoare 1961): only the part with the border is split again.
+// Move the likeliest of n candidates to the front: at most `most` of them, each preceded by no more
+// than `mass` in all. Returns their number, the least likely last, and their *sum. Quickselect
+// (Hoare 1961): only the part with the border is split again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float *sum) {
     size_t kept = 0;
     uint32_t turn = 1;
     for (*sum = 0.0f; kept < n;) {
-        turn = turn * 1664525u + 1013904223u;  // anywhere: the middle one may always be the largest
+        turn = turn * 1664525u + 1013904223u;  // a random place avoids the worst case
         size_t place = kept + (size_t)((uint64_t)turn * (n - kept) >> 32), at = kept;
         Candidate pivot = c[place];
         float before = *sum;
         c[place] = c[n - 1];
-        for (size_t i = kept; i < n - 1; i++) {  // without branches, which nobody could predict
+        for (size_t i = kept; i < n - 1; i++) {  // without unpredictable branches
             Candidate own = c[i];
             bool is_first = comes_first(own, pivot);
             c[i] = c[at];
@@ -1667,9 +1686,9 @@ static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, fl
     return kept;
 }
 
-// A bound below which no token is kept, so that few have to be looked at. top_p: all that are less
-// likely have less than 1 - top_p together. top_k: of the columns that the tokens are dealt out to,
-// so many have one that is at least as likely.
+// A probability below which no token is kept, so that few tokens have to be sorted. top_p: all less
+// likely tokens have less than 1 - top_p in all. top_k: deal the tokens out to columns; of the
+// columns' maxima, top_k are at least as large as the bound.
 static float least_likely(const Sampler *s, const float *probs, int n, float top_p) {
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;
@@ -1683,29 +1702,30 @@ static float least_likely(const Sampler *s, const float *probs, int n, float top
     return c[keep_likeliest(c, COLUMNS, (size_t)s->top_k, INFINITY, &sum) - 1].score;
 }
 
-// A token drawn among those no less likely than min_p times the likeliest (Nguyen et al. 2024), of
-// these the first top_k, and of these the first that have a share of top_p (Holtzman et al. 2020).
+// A token sampled from those at least min_p times as likely as the likeliest (Nguyen et al. 2024),
+// of these the top_k likeliest, and of these the likeliest that have a share of top_p (Holtzman et
+// al. 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
     size_t likeliest = s->kernels->argmax(probs, n), left = 0;
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
     float bound = least_likely(s, probs, n, top_p), least = s->min_p * probs[likeliest];
     if (bound < least) bound = least;
-    if (!(bound > 0.0f)) bound = FLT_MIN;  // what has no probability is never drawn
+    if (!(bound > 0.0f)) bound = FLT_MIN;  // tokens of probability 0 are never sampled
     Candidate *c = s->candidates;
-    for (int first = 0; first < n; first += LANES) {  // most have none
+    for (int first = 0; first < n; first += LANES) {  // most vectors have no candidate
         int last = n - first < LANES ? n : first + LANES, found = 0;
         for (int i = first; i < last; i++) found |= probs[i] >= bound;
         for (int i = first; found && i < last; i++)
             if (probs[i] >= bound) c[left++] = (Candidate){probs[i], i};
     }
-    if (!left) return (int)likeliest;  // only where the weights gave no numbers
+    if (!left) return (int)likeliest;  // only if the logits are NaN
     if (s->top_k) left = keep_likeliest(c, left, (size_t)s->top_k, INFINITY, &sum);
     left = keep_likeliest(c, left, left, top_p * sum, &sum);
     left = keep_likeliest(c, left, left, coin * sum, &sum);
     return c[left - 1].index;
 }
 
-// The next token from logits (n), which are overwritten, behind the tokens told so far.
+// The next token, sampled from logits (n), which are overwritten. told: the tokens so far.
 static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *told,
                   size_t n_told) {
     size_t first = n_told > PENALTY_WINDOW ? n_told - PENALTY_WINDOW : 0;
@@ -1724,22 +1744,22 @@ static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *
         cumulative += logits[i];
         if (coin < cumulative) return i;
     }
-    return (int)s->kernels->argmax(logits, n);  // rounding left the coin beyond the sum
+    return (int)s->kernels->argmax(logits, n);  // rounding can leave the coin above the sum
 }
 
 // ------------------------------------------------------------------------------------------------
-// Telling stories
+// Stories
 
 typedef struct {
-    int *tokens;  // (n_positions + 1): the prompt, which begins with a BOS, and what came behind it
+    int *tokens;  // (n_positions + 1): a BOS, the prompt, and the tokens sampled so far
     size_t n, n_printed;
     uint64_t seed, state;
     bool is_done;
 } Story;
 
-// Take tokens of the first story, a batch of those from position `first` on that is as large as
-// can be, through the model; all logits behind them, or those behind token n - 1 alone. Returns how
-// many tokens that were.
+// Run the next batch of the first story's n tokens through the model, from position `first` on, as
+// large as possible. It wants the logits after every token, or only after token n - 1. Returns the
+// number of tokens in the batch.
 static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wants_all) {
     BatchToken batch[MAX_BATCH];
     size_t count = n - first < m->max_batch ? n - first : m->max_batch;
@@ -1751,13 +1771,13 @@ static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wan
     return count;
 }
 
-// The logits behind the last of n tokens, those before `start` having been taken.
+// The logits after the last of n tokens; those before `start` are in the cache already.
 static float *prefill(Model *m, const int *tokens, size_t start, size_t n) {
     while (start < n) start += feed(m, tokens, start, n, false);
     return logits_of(m, 0);
 }
 
-// Give a story what the first one has in the cache for its first n positions.
+// Copy the first n positions of the first story's cache to another story.
 static void copy_first_story(Model *m, size_t story, size_t n) {
     size_t head_dim = m->config.dim / m->config.n_heads, places = ROUND_UP(m->n_positions, LANES);
     size_t heads = (size_t)m->config.n_layers * m->config.n_kv_heads, used = ROUND_UP(n, LANES);
@@ -1768,7 +1788,7 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
     }
 }
 
-// Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
+// Sample the next token of a story, which ends at an EOS, a BOS, or after the last position.
 static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler, Story *s,
                       float *logits) {
     Sampler own = *sampler;
@@ -1779,7 +1799,7 @@ static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler
     if (s->n > m->n_positions) s->is_done = true;
 }
 
-// Print what a story has so far and was not printed.
+// Print the tokens of a story that were not printed yet.
 static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     if (printer->is_json && !s->n_printed)
         fprintf(printer->out, "{\"seed\": %llu, \"text\": \"", (unsigned long long)s->seed);
@@ -1792,14 +1812,14 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
         fputc('\n', printer->out);
     }
     double now = seconds();
-    if (s->is_done || now - printer->flushed > 0.02) {  // more often is work for who reads it
+    if (s->is_done || now - printer->flushed > 0.02) {  // more often is slow for the reader
         fflush(printer->out);
         printer->flushed = now;
     }
 }
 
-// Print the prompt and what the model makes of it, once for each story. One alone is printed as it
-// comes, several one after another. Seed and speed go to stderr.
+// Print the prompt and its continuation, once for each story. A single story is printed token by
+// token, several at the end, one after another. Seed and speed go to stderr.
 static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
                      const char *prompt, uint64_t seed, bool as_json) {
     size_t n_prompt, n_stories = m->n_stories, n_told = 0;
@@ -1851,12 +1871,12 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
 }
 
 // ------------------------------------------------------------------------------------------------
-// Evaluation: bits per byte of a text, the number that train.py gives
+// Evaluation: bits per byte of a text, the same number as in train.py
 
 static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-// Documents of a file, between <|endoftext|>, without the white space at their ends. Returns the
-// next one from *at on, or NULL; not NUL-terminated, its length in *n.
+// The next document of a file from *at on, or NULL. Documents are separated by <|endoftext|>; white
+// space at their ends is left out. The text is not NUL-terminated; *n is its length.
 static const char *next_document(const File *f, size_t *at, size_t *n) {
     static const char mark[] = "<|endoftext|>";
     const size_t length = sizeof mark - 1;
@@ -1873,8 +1893,8 @@ static const char *next_document(const File *f, size_t *at, size_t *n) {
     return NULL;
 }
 
-// Mean loss, nats a token, of all tokens (n) but the first, in windows of the context, each read
-// for itself, as train.py does.
+// Mean loss in nats a token over tokens 1 to n - 1. As in train.py, the tokens are read in windows
+// of the context, and each window starts with an empty cache.
 static double loss_of(Model *m, const int *tokens, size_t n) {
     size_t vocab = m->config.vocab_size;
     double total = 0.0;
@@ -1888,7 +1908,7 @@ static double loss_of(Model *m, const int *tokens, size_t n) {
                 float *logits = logits_of(m, i), own = logits[tokens[start + first + i + 1]];
                 size_t best = m->kernels->argmax(logits, vocab);
                 float most = logits[best];
-                m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest has 1 / sum
+                m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest becomes 1 / sum
                 losses[i] = (double)most - log(logits[best]) - (double)own;
             }
             for (size_t i = 0; i < count; i++) total += losses[i];
@@ -1903,7 +1923,7 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
     int *tokens = NULL;
     for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
         size_t count, most = MOST_TOKENS * length + AND_MORE;
-        if (most > room - n) {  // twice as much each time, so that the old ones may stay
+        if (most > room - n) {  // double the room, as the old array is not freed
             int *more = alloc(room = 2 * (n + most), sizeof(int));
             if (n) memcpy(more, tokens, n * sizeof(int));
             tokens = more;
@@ -1917,7 +1937,7 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
     }
     if (n < 2) die("%s has no text to evaluate", path);
     double start = seconds(), loss = loss_of(m, tokens, n), elapsed = seconds() - start;
-    if (!isfinite(loss)) die("the loss on %s is no number: the model is damaged", path);
+    if (!isfinite(loss)) die("the loss on %s is not a number: the model is damaged", path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
                                  : "%zu documents, %zu bytes, %zu tokens\n"
@@ -1936,9 +1956,8 @@ static int by_value(const void *a, const void *b) {
 
 enum { PREFILL, DECODE, READ, ROUNDS = 7, BENCH_TOKENS = 128 };
 
-// Prefill and decode of as many tokens as there are positions, both from the first one on and the
-// latter of all stories at once, and reading as many bytes as the matrices have with all threads,
-// which do next to nothing with them, in turn; medians.
+// Alternate prefill and decode of n_positions tokens, the latter for all stories at once, with all
+// threads merely reading as many bytes as the matrices have. Prints medians.
 static void bench(Model *m) {
     uint64_t bytes = m->matrix_bytes;
     int n = (int)m->n_positions, times_read = 1 + (int)(200000000 / bytes);
@@ -1948,7 +1967,7 @@ static void bench(Model *m) {
     for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
     BatchToken *batch = alloc(m->n_stories, sizeof(BatchToken));
     double rates[3][ROUNDS + 1];
-    for (int round = ROUNDS; round >= 0; round--) {  // the first one pages the weights in
+    for (int round = ROUNDS; round >= 0; round--) {  // the first loads the weights, and is dropped
         double start = seconds();
         prefill(m, tokens, 0, n);
         double prefilled = seconds();
@@ -1961,7 +1980,7 @@ static void bench(Model *m) {
         for (int i = 0; i < times_read; i++) {
             OMP(parallel num_threads(m->n_threads))
             {
-                size_t share = bytes / omp_get_num_threads();  // but for a few bytes
+                size_t share = bytes / omp_get_num_threads();  // a few bytes are left over
                 m->kernels->read(memory + share * omp_get_thread_num(), share);
             }
         }
@@ -1989,23 +2008,23 @@ static void print_usage(FILE *out) {
     fputs(
         "usage: ./run model.bin [options]\n"
         "\n"
-        "  -i TEXT   prompt (default: none, the model begins by itself)\n"
+        "  -i TEXT   prompt (default: none)\n"
         "  -z FILE   tokenizer file (default: tokenizer.bin beside the model, or in this folder)\n"
-        "  -n INT    tokens in all, the prompt's counted (default 256; 0: the whole context);\n"
-        "            of an evaluation: tokens of a window (default: the whole context)\n"
+        "  -n INT    tokens in all, including the prompt (default 256; 0: the whole context);\n"
+        "            with -m eval: tokens of a window (default: the whole context)\n"
         "  -t FLOAT  temperature, 0 takes the likeliest token (default 1.0)\n"
-        "  -p FLOAT  top-p, draw among the likeliest with this probability (default 0.9; 1: all)\n"
-        "  -k INT    top-k, draw among so many (default 0: all)\n"
-        "  --min-p FLOAT           draw none less likely than this share of the likeliest\n"
+        "  -p FLOAT  top-p: sample from the likeliest with this share (default 0.9; 1: all)\n"
+        "  -k INT    top-k: sample from the k likeliest tokens (default 0: all)\n"
+        "  --min-p FLOAT           drop tokens less likely than this share of the likeliest\n"
         "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: no)\n"
-        "  -s INT    seed, the same seed tells the same story (default: the time)\n"
-        "  -b INT    so many stories at once, with seeds from -s on\n"
-        "  --json    a line of JSON for each story, or of the evaluation\n"
+        "  -s INT    seed: the same seed gives the same story (default: the time)\n"
+        "  -b INT    number of stories, generated at once, with seeds from -s on\n"
+        "  --json    a line of JSON for each story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
         "  --bench   speed of prefill and decode (of -n tokens, default 128), and of the memory\n"
-        "  -j INT    threads (default: as many as pay)\n"
-        "  --fast    int8, int4: 8 bits in place of 16 for activations; for long prompts and -b\n"
-        "  --kv FORMAT  numbers of the key/value cache: fp32 (default) or bf16\n"
+        "  -j INT    threads (default: as many as help)\n"
+        "  --fast    int8, int4: activations of 8 bits instead of 16; for long prompts and -b\n"
+        "  --kv FORMAT  number format of the key/value cache: fp32 (default) or bf16\n"
         "  -h        this help\n"
         "\n"
         "example: ./run out/model.bin -z data/tok4096.bin -t 0.8 -i \"Once upon a time\"\n",
@@ -2030,14 +2049,16 @@ static uint64_t parse_integer(const char *flag, const char *text, uint64_t min, 
     return value;
 }
 
-// Whether a word is the other one of two.
-static bool parse_choice(const char *flag, const char *text, const char *one, const char *other) {
-    bool is_other = !strcmp(text, other);
-    if (!is_other && strcmp(text, one)) die("%s %s: expected %s or %s", flag, text, one, other);
-    return is_other;
+// Whether text is the second of two choices; anything but the two is an error.
+static bool parse_choice(const char *flag, const char *text, const char *first,
+                         const char *second) {
+    bool is_second = !strcmp(text, second);
+    if (!is_second && strcmp(text, first))
+        die("%s %s: expected %s or %s", flag, text, first, second);
+    return is_second;
 }
 
-// tokenizer.bin in the model's folder if it is there, else in this one.
+// tokenizer.bin in the model's folder if that has one, else in the current folder.
 static char *default_tokenizer(const char *model_path) {
     const char *name = "tokenizer.bin", *slash = strrchr(model_path, '/');
     size_t folder = slash ? (size_t)(slash - model_path) + 1 : 0;
