@@ -31,15 +31,15 @@ FUZZ_SECONDS ?= 60
 
 .PHONY: story test test-arm test-peers bench fuzz lint clean debug libllama2 dev
 
-run: run.c
+run: run.c kernels.h
 	$(CC) $(CFLAGS) run.c -o run -lm
 
 debug: run_debug
-run_debug: run.c
+run_debug: run.c kernels.h
 	$(CC) $(SANITIZE) run.c -o run_debug -lm
 
 libllama2: libllama2.so
-libllama2.so: lib/libllama2.c lib/llama2.h run.c
+libllama2.so: lib/libllama2.c lib/llama2.h run.c kernels.h
 	$(CC) $(CFLAGS) -shared -fPIC -fvisibility=hidden lib/libllama2.c -o libllama2.so -lm
 
 story:

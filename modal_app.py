@@ -302,7 +302,7 @@ def inference(prompt, out_dir, flags):
             f"bring one (--command transfer --action upload --path {out_dir})"
         )
     os.makedirs(ENGINE_DIR, exist_ok=True)
-    for name in ("run.c", "Makefile"):  # with their times, so that make runs once in a container
+    for name in ("run.c", "kernels.h", "Makefile"):  # with their times: make runs once a container
         shutil.copy2(tree() / name, ENGINE_DIR)
     call("make", "--no-print-directory", "-C", ENGINE_DIR, "run")
     command = [os.path.join(ENGINE_DIR, "run"), model, "-i", prompt, *flags]

@@ -1,26 +1,40 @@
-#ifndef KERNEL  // the file includes its last part, the kernels, once for each instruction set
-
-// Inference of a Llama model from model.bin in one C file.
+// Inference of a Llama model in plain C: model.bin and a prompt in, a story out.
 //
 //   ./run model.bin -z tok.bin -i "Once upon a time"
 //
-// Read from main() up: the model file is mapped and checked, the prompt is cut into tokens, and
-// forward() takes a batch of tokens (of a prompt, or the next one of several stories) through the
-// layers to the logits from which the next tokens are drawn. Shapes are written as (rows, columns).
-// No input may crash it: every size is checked before it is used, and whatever does not fit ends in
-// die() with one sentence.
+// How a token of the prompt becomes a logit:
 //
-// To add an architecture option: its field or bit in Config, its range in check_config(), its
-// tensor in lay_out(), its use between embed() and pass(), and the same in modelbin.py and
-// doc/format.md. To add a number format: its row in FORMATS, its kernel in the last part, and the
-// same two. To add an instruction set: its block where the kernels are included. To add a pattern
-// of pre-tokens: its number in load_byte_level(), its matcher in pretoken(), PATTERNS of bpe.py.
+//   main()         parses the options, calls load_model() and load_tokenizer()
+//   load_model()   maps the file: read_header(), check_config(), lay_out() finds the tensors
+//   generate()     cuts the prompt into tokens with encode() and gives them to prefill()
+//   prefill()      makes batches of up to MAX_BATCH tokens, each with its position
+//   run_batch()    starts the threads, each of which runs
+//   forward()      embedding, layers, output head: the whole model, in order, with all shapes
+//   kernels.h      has the loops over numbers: matmul, attend, rmsnorm, softmax, ...
+//
+// generate() then draws the next token with sample(), runs it as the next batch, and so on. The
+// file has its sections in this order: memory, numbers, the model file, the forward pass, the
+// tokenizer, sampling, and what main() offers: stories, evaluation, speed. Shapes are (rows,
+// columns).
+//
+// No input may crash it: every size is checked before it is used, and errors end in die() with one
+// sentence.
+//
+// To add
+// - an architecture option: its field or bit in Config, its range in check_config(), its tensor in
+//   lay_out(), its use in forward(); also in formats/modelbin.py and doc/format.md
+// - an activation: its name in Activation, its formula in activate() of kernels.h, its use in
+//   forward(); also in the same two
+// - a number format: its row in FORMATS, its product in kernels.h; also in the same two
+// - an instruction set: its block where kernels.h is included, its row in pick_kernels()
+// - a pattern of pre-tokens: its number in load_byte_level(), its matcher in pretoken(); also in
+//   PATTERNS of bpe.py
 
 #if defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to what is inlined
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to inlined functions
 #endif
 #define _POSIX_C_SOURCE 200809L
-#define __USE_MINGW_ANSI_STDIO 1  // printf() as elsewhere
+#define __USE_MINGW_ANSI_STDIO 1  // a standard printf()
 #include <errno.h>
 #include <float.h>
 #include <limits.h>
@@ -68,7 +82,8 @@ static int omp_get_max_threads(void) { return 1; }
 // ------------------------------------------------------------------------------------------------
 // Errors and memory
 
-// Where an error ends: a library's caller gets it as text, the command line prints it and exits.
+// Where errors go: the library returns the text to its caller, the command line prints it and
+// exits.
 static _Thread_local struct {
     jmp_buf *caller;  // NULL: the command line
     char *text;
@@ -94,17 +109,17 @@ _Noreturn static void die(const char *format, ...) {
 
 #define ROUND_UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
 
-// All memory and all mapped files, the latest first, so that they can be let go together, after an
-// error too.
+// All allocations and mapped files, the latest first, so that they can be released together, also
+// after an error.
 typedef struct Block {
     struct Block *next;
-    void *map;  // of a file that is mapped, or NULL
+    void *map;  // a mapped file, or NULL
     size_t map_size;
 } Block;
 
 static _Thread_local Block *blocks;
 
-// Zeroed memory for n items, from the start of a cache line on; the only place that allocates.
+// Zeroed memory for n items, aligned to a cache line. The only function that allocates.
 static void *alloc(uint64_t n, size_t size) {
     const size_t line = 64, extra = sizeof(Block) + line;
     Block *b = n > (SIZE_MAX - extra) / size ? NULL : calloc((size_t)n * size + extra, 1);
@@ -114,7 +129,7 @@ static void *alloc(uint64_t n, size_t size) {
     return (char *)b + (ROUND_UP((uintptr_t)(b + 1), line) - (uintptr_t)b);
 }
 
-// Free what was allocated after `kept` was the latest block; NULL: everything.
+// Free everything allocated after the block `kept`; NULL: everything.
 static void release_to(const Block *kept) {
     while (blocks != kept) {
         Block *b = blocks;
@@ -126,7 +141,7 @@ static void release_to(const Block *kept) {
     }
 }
 
-// A whole file, read-only. Files are mapped, so that a model is read as its weights are needed.
+// A whole file, read-only. It is mapped, so that weights are read when they are first used.
 typedef struct {
     const char *path;
     const uint8_t *data;
@@ -167,7 +182,7 @@ static File open_file(const char *path, const char *what) {
 
 static double seconds(void) {
 #if defined(_WIN32)
-    return (double)clock() / CLOCKS_PER_SEC;  // elapsed time there, not the processor's
+    return (double)clock() / CLOCKS_PER_SEC;  // wall-clock time on Windows
 #else
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -175,9 +190,9 @@ static double seconds(void) {
 #endif
 }
 
-// What a thread does while it waits: at first next to nothing, later it lets others run.
+// Wait for a moment: first without giving up the core, later by sleeping.
 static void wait_a_little(bool is_later) {
-    (void)is_later;  // where neither is known
+    (void)is_later;  // unused on some platforms
 #if !defined(_WIN32)
     if (is_later) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 #endif
@@ -189,11 +204,11 @@ static void wait_a_little(bool is_later) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Numbers: formats of weights, and the kernels that work on them
+// Numbers: the formats of weights, and the interface of the kernels that multiply them
 
 enum { LANES = 16, TILE = 8, ROWS_AT_ONCE = 8 };
 
-// Sixteen lanes of 32 bits, whatever the machine's registers hold
+// Vectors of sixteen lanes, whatever size the registers of the machine have
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -203,12 +218,11 @@ typedef int8_t Bytes __attribute__((vector_size(16)));
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
 
-// int8 and int4 are whole numbers from 0, `zero` of which is subtracted, times a scale that `group`
-// columns of a row share.
+// int8 and int4: a weight is (code - zero) * scale; `group` columns of a row share a scale.
 static const struct {
     const char *name;
     size_t bits, group, zero;
-    size_t per_code;  // columns of a row that lie together
+    size_t per_code;  // columns of a row that are stored together
 } FORMATS[N_FORMATS] = {
     [FP32] = {"fp32", 32, 0, 0, 1},
     [BF16] = {"bf16", 16, 0, 0, 1},
@@ -216,37 +230,37 @@ static const struct {
     [INT4] = {"int4", 4, 32, 8, 8},
 };
 
-// A matrix (rows, cols) as the model file has it. fp32 and bf16 are row-major. int8 and int4 lie in
-// blocks of `lanes` rows, 16 of a matrix that is multiplied and 1 of a table whose rows are looked
-// up: of each row in turn the first 4 (int4: 8) columns, then of each the next ones; int4 has
-// columns 0 to 3 in the low halves of its bytes and 4 to 7 in the high ones. Rows and columns that
-// fill a block up are zero. Scales are (blocks, groups of columns, lanes).
+// A matrix (rows, cols) as stored in the model file. fp32 and bf16 are row-major. int8 and int4 are
+// stored in blocks of `lanes` rows: 16 for a matrix that is multiplied, 1 for a table for look-ups.
+// A block has the first 4 (int4: 8) columns of each of its rows, then the next columns of each row,
+// and so on. int4 has columns 0 to 3 in the low halves of 4 bytes and columns 4 to 7 in the high
+// halves. Padding is zero. Scales are (blocks, groups of columns, lanes).
 typedef struct {
     Format format;
     size_t rows, cols, lanes, group;
-    const uint8_t *data;  // NULL of one that the model does not have
+    const uint8_t *data;
     const void *scales;   // bfloat16, or float32 in llama2.c's version 2
     bool wide_scales;
 } Tensor;
 
-// What matrices are multiplied with: n rows of activations.
+// n rows of activations, which matrices are multiplied with.
 typedef struct {
     float *x;          // (n, stride)
-    // for products with int8 and int4: x is about (256 * high + low) * the scale of its group
-    int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): of each four columns high and low
+    // for int8 and int4 matrices: x is about (256 * high + low) * scale of its group
+    int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): high and low of four columns each
     float *scales;     // (n, max_groups)
     int32_t *offsets;  // (n, max_groups): -zero times the sum of a group
     size_t stride, max_groups, n;
-    size_t tile;       // so many rows are multiplied at a time: TILE, or n if that is less
+    size_t tile;       // rows that are multiplied at a time: TILE, or n if that is less
     bool is_8bit;      // low is 0
 } Input;
 
-// Where high and low of four columns of a row are.
+// The place of high and low of columns 4 * four to 4 * four + 3 of a row.
 static inline int8_t *codes_at(const Input *in, size_t row, size_t four) {
     return in->codes + ((row / in->tile * (in->stride / 4) + four) * in->tile + row % in->tile) * 8;
 }
 
-// out (n, stride) = in (n, cols) @ w^T; out has room for whole blocks of rows.
+// out (n, stride) = in (n, cols) @ w^T; stride includes padding to whole blocks of 16 columns.
 typedef struct {
     const Tensor *w;
     const Input *in;
@@ -278,27 +292,27 @@ typedef struct {
 #define TARGET_POP _Pragma("GCC pop_options")
 #endif
 
+// The kernels, compiled once for each instruction set: kernels_portable, kernels_avx2, ...
 #define KERNEL(name) name##_portable
-#include "run.c"
+#include "kernels.h"
 #if defined(__x86_64__)
 #define KERNEL(name) name##_avx2
 #define KERNEL_AVX2
 TARGET_PUSH("avx2")
-#include "run.c"
+#include "kernels.h"
 TARGET_POP
 #define KERNEL(name) name##_avx512
 #define KERNEL_AVX512
 TARGET_PUSH("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-#include "run.c"
+#include "kernels.h"
 TARGET_POP
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define KERNEL(name) name##_dotprod
 #define KERNEL_DOTPROD
-#include "run.c"
+#include "kernels.h"
 #endif
 
-// The best kernels that this machine can run; those of the name RUN_KERNELS where it is set, for
-// tests.
+// The fastest kernels that this machine can run. For tests, RUN_KERNELS names others.
 static const Kernels *pick_kernels(void) {
     const Kernels *best = &kernels_portable, *all[3] = {best};
 #if defined(__x86_64__)
@@ -317,19 +331,20 @@ static const Kernels *pick_kernels(void) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The model file, see doc/format.md: a header, and the weights
+// The model file: a header and the weights, see doc/format.md
 
 typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
-// Version 3's header, behind which the window of each layer lies, int32 (n_layers). What versions 0
-// to 2 have no field for is that of Llama 2: no option but NORM_GAINS, perhaps TIE_EMBEDDINGS.
+// The header of version 3; the windows follow it, int32 (n_layers). Versions 0 to 2 have fewer
+// fields; the others get the values of Llama 2, with the options NORM_GAINS and, if tied,
+// TIE_EMBEDDINGS.
 typedef struct {
     uint32_t magic;
     int32_t version;
     uint64_t file_size;
     uint32_t header_size;
     uint32_t options;     // those below
-    uint32_t format;      // of matrices and tables; gains and other vectors are fp32
+    uint32_t format;      // of matrices and tables; vectors are fp32
     uint32_t activation;  // of the feed-forward
     int32_t dim;          // width of the residual stream
     int32_t hidden_dim;   // width inside the feed-forward
@@ -338,20 +353,20 @@ typedef struct {
     int32_t n_kv_heads;   // key and value heads; each serves n_heads / n_kv_heads query heads
     int32_t vocab_size;
     int32_t seq_len;           // longest context
-    int32_t value_embeddings;  // so many layers, the first ones, add an embedding to their values
-    int32_t bigram_rows;       // of a hashed table of (token before, token); 0: none
+    int32_t value_embeddings;  // the number of layers, from the first, that add one to their values
+    int32_t bigram_rows;       // of the hashed table of (previous token, token); 0: none
     float norm_eps, rope_theta;
     float logit_softcap;  // c: logits become c * tanh(logits / c); 0: none
-    int32_t group;        // of version 2, where so many numbers share a scale; not in the header
+    int32_t group;        // version 2: how many numbers share a scale; not in version 3's header
 } Config;
 
 enum {  // bits of Config.options
     TIE_EMBEDDINGS = 1,     // the output head is the embedding table
     QK_NORM = 2,            // RMSNorm of each query and key head, before RoPE
     NORM_GAINS = 4,         // RMSNorm has gains
-    EMBEDDING_NORM = 8,     // RMSNorm behind the embedding
+    EMBEDDING_NORM = 8,     // RMSNorm after the embedding
     RESIDUAL_SCALARS = 16,  // a layer begins with a x + b x0; x0 is the embedding
-    SMEAR = 32,             // a gate adds the embedding of the token before
+    SMEAR = 32,             // a gate adds the embedding of the previous token
     KNOWN_OPTIONS = 63,
 };
 
@@ -359,9 +374,9 @@ enum {
     MAGIC = 0x616b3432,
     HEADER_BYTES = offsetof(Config, group),
     ALIGNMENT = 64,  // of the tensors of version 3
-    MAX_COPY = 1 << 22,  // bytes of a file whose weights the inner caches hold
+    MAX_COPY = 1 << 22,  // bytes: smaller files are copied for alignment, see load_weights()
     MAX_CONTEXT = 1 << 24,
-    MAX_GROUP = 256,  // the sum of a larger one might not fit 32 bits
+    MAX_GROUP = 256,  // larger sums might overflow 32 bits
 };
 
 static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, HEADER_BYTES};  // by version
@@ -370,29 +385,33 @@ _Static_assert(HEADER_BYTES == 80, "the header has no gaps");
 
 static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
+// The tensors of a model, NULL where it has none. Tensors of the layers are arrays; layer l uses
+// item or row l.
 typedef struct {
-    Tensor wq;                      // (n_heads * head_dim, dim)
-    Tensor wk, wv;                  // (n_kv_heads * head_dim, dim)
-    Tensor wo;                      // (dim, n_heads * head_dim)
-    Tensor w1, w3;                  // (hidden_dim, dim); w3 of SwiGLU
-    Tensor w2;                      // (dim, hidden_dim)
-    Tensor value_embeddings;        // (vocab_size, n_kv_heads * head_dim)
-    const float *attention_norm;    // (dim), NULL without gains, as the other norms
-    const float *ffn_norm;          // (dim)
-    const float *q_norm, *k_norm;   // (head_dim)
-    const float *kept, *added;      // the layer begins with kept * x + added * x0
-    int32_t window;  // a position sees this many, itself included; 0: all
-} Layer;
-
-typedef struct {
-    Layer *layers;                // (n_layers)
-    Tensor tok_embeddings;        // (vocab_size, dim)
-    Tensor output;                // (vocab_size, dim), tok_embeddings where tied
-    Tensor bigram;                // (bigram_rows, dim)
-    const float *norm;            // (dim)
-    const float *embedding_norm;  // (dim)
-    const float *smear_gate;      // (dim)
+    const Tensor *tok_embeddings;    // (vocab_size, dim)
+    const Tensor *bigram;            // (bigram_rows, dim)
+    const Tensor *output;            // (vocab_size, dim), tok_embeddings where tied
+    const float *embedding_norm;     // (dim)
+    const float *smear_gate;         // (dim)
+    const float *norm;               // (dim)
+    // one matrix a layer
+    const Tensor *wq;                // (n_heads * head_dim, dim)
+    const Tensor *wk, *wv;           // (n_kv_heads * head_dim, dim)
+    const Tensor *wo;                // (dim, n_heads * head_dim)
+    const Tensor *w1, *w3;           // (hidden_dim, dim); w3 only for SwiGLU
+    const Tensor *w2;                // (dim, hidden_dim)
+    const Tensor *value_embeddings;  // (vocab_size, n_kv_heads * head_dim), of the first layers
+    const float *attention_norm;     // (n_layers, dim)
+    const float *ffn_norm;           // (n_layers, dim)
+    const float *q_norm, *k_norm;    // (n_layers, head_dim)
+    const float *kept, *added;       // (n_layers): a layer begins with kept * x + added * x0
+    const int32_t *windows;          // (n_layers): positions attended to, 0: all
 } Weights;
+
+// Row l of vectors (n_layers, size), or NULL where the model has none.
+static const float *row_of(const float *vectors, size_t l, size_t size) {
+    return vectors ? vectors + l * size : NULL;
+}
 
 // The header of a file of any version, unchecked.
 static Config read_header(const File *f) {
@@ -419,7 +438,7 @@ static Config read_header(const File *f) {
     int32_t h[7];
     const uint8_t *at = f->data + (version ? 8 : 0);
     memcpy(h, at, sizeof h);
-    // version 0 has a negative vocab_size where the head is a matrix of its own
+    // a negative vocab_size marks an untied head in version 0
     bool is_tied = version ? at[sizeof h] : h[5] > 0;
     if (version == 2) memcpy(&c.group, at + sizeof h + 1, sizeof c.group);
     return (Config){
@@ -446,7 +465,7 @@ static void check_config(const Config *c, const char *path) {
         {"n_layers", c->n_layers, 1, 1 << 12},
         {"n_heads", c->n_heads, 1, 1 << 12},
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 12},
-        {"vocab_size", c->vocab_size, 3, 1 << 24},  // unk, BOS and EOS at the least
+        {"vocab_size", c->vocab_size, 3, 1 << 24},  // at least unk, BOS and EOS
         {"max_seq_len", c->seq_len, 1, MAX_CONTEXT},
         {"value_embeddings", c->value_embeddings, 0, c->n_layers},
         {"bigram_rows", c->bigram_rows, c->bigram_rows == 1 ? 2 : 0, 1 << 28},
@@ -464,8 +483,8 @@ static void check_config(const Config *c, const char *path) {
             path, c->version, c->dim, c->n_heads, c->n_kv_heads);
     if (c->version == 2 && (c->group < LANES || c->group > MAX_GROUP || c->group % LANES ||
                             c->dim % c->group || c->hidden_dim % c->group))
-        die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are no multiple "
-            "of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
+        die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are not a "
+            "multiple of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
             c->group, c->dim, c->hidden_dim, LANES, MAX_GROUP);
 }
 
@@ -476,7 +495,7 @@ static float bf16_at(const void *p, size_t i) {
     return x;
 }
 
-// out = row r of any tensor; there is room for whole vectors behind its columns
+// out = row r of a tensor of any format; out has room for whole vectors
 static void read_row(float *out, const Tensor *t, size_t r) {
     if (t->format == FP32) memcpy(out, t->data + r * t->cols * sizeof *out, t->cols * sizeof *out);
     if (t->format == BF16)
@@ -497,7 +516,7 @@ static void read_row(float *out, const Tensor *t, size_t r) {
     }
 }
 
-// Lay a row-major int8 matrix of version 2 out as a Tensor does: -127 to 127 become 1 to 255.
+// Convert a row-major int8 matrix of version 2 to the layout of Tensor: -127..127 become 1..255.
 static void repack(Tensor *t) {
     const float *from = t->scales;
     size_t groups = t->cols / t->group, lanes = t->lanes, padded = ROUND_UP(t->rows, lanes);
@@ -517,16 +536,18 @@ static void repack(Tensor *t) {
     t->scales = scales;
 }
 
-// A walk over the tensors of a file, in its order. Twice: first without data, for the file's size.
+// A walk over the tensors in the order of the file. It is done twice: first without data, to learn
+// the size that the file must have.
 typedef struct {
     const uint8_t *data;  // of the whole file, or NULL
-    uint64_t at;          // the end of what has been passed
+    uint64_t at;          // offset of the next byte
     uint64_t alignment;
-    uint64_t matrix_bytes;  // of what every token reads
+    uint64_t matrix_bytes;  // read for every token
     const Config *config;
 } Walk;
 
-// Pass n bytes; where they are, or NULL. Within the ranges of check_config() no sum overflows.
+// Skip n bytes and return their place, or NULL without data. No sum overflows within the ranges of
+// check_config().
 static const uint8_t *skip(Walk *w, uint64_t n) {
     if (!n) return NULL;
     uint64_t at = ROUND_UP(w->at, w->alignment);
@@ -534,89 +555,88 @@ static const uint8_t *skip(Walk *w, uint64_t n) {
     return w->data ? w->data + at : NULL;
 }
 
-// n vectors, one a layer: places[0], and so on in steps of a Layer.
-static void walk_vectors(Walk *w, const float **places, size_t n, uint64_t size) {
-    const uint8_t *data = skip(w, n * size * sizeof(float));
-    for (size_t i = 0; data && i < n; i++)
-        *(const float **)((char *)places + i * sizeof(Layer)) = (const float *)data + i * size;
+// The next n vectors: (n, size) in float32.
+static const float *walk_vectors(Walk *w, uint64_t n, uint64_t size) {
+    return (const float *)skip(w, n * size * sizeof(float));
 }
 
-// n matrices of one shape, one a layer, whose rows are multiplied (lanes 16) or looked up (1).
-static void walk_tensors(Walk *w, Tensor *places, size_t n, uint64_t rows, uint64_t cols,
-                         size_t lanes) {
+// The next n matrices, all (rows, cols). Their rows are multiplied (lanes 16) or looked up (1).
+static const Tensor *walk_tensors(Walk *w, size_t n, uint64_t rows, uint64_t cols, size_t lanes) {
     Format f = w->config->format;
     bool is_v2 = w->config->version == 2;
     size_t group = is_v2 ? (size_t)w->config->group : FORMATS[f].group;
     uint64_t data_bytes = rows * cols * FORMATS[f].bits / 8, scale_bytes = 0, at_once = n;
-    if (is_v2) {  // row-major and, unlike later, each matrix with its scales behind it
+    if (is_v2) {  // row-major, and each matrix is followed by its scales
         scale_bytes = rows * cols / group * sizeof(float);
         at_once = 1;
-    } else if (group) {
+    } else if (group) {  // all n matrices are followed by the scales of all n
         uint64_t padded = ROUND_UP(rows, lanes), groups = (cols + group - 1) / group;
         data_bytes = padded * ROUND_UP(cols, FORMATS[f].per_code) * FORMATS[f].bits / 8;
         scale_bytes = padded * groups * sizeof(uint16_t);
     }
     if (lanes == LANES) w->matrix_bytes += n * (data_bytes + scale_bytes);
+    Tensor *tensors = w->data && n ? alloc(n, sizeof(Tensor)) : NULL;
     for (size_t first = 0; first < n; first += at_once) {
         const uint8_t *data = skip(w, at_once * data_bytes);
         const uint8_t *scales = skip(w, at_once * scale_bytes);
-        for (size_t i = 0; data && i < at_once; i++) {
-            Tensor t = {f, rows, cols, lanes, group, data + i * data_bytes, NULL, is_v2};
-            if (scales) t.scales = scales + i * scale_bytes;
-            if (is_v2) repack(&t);
-            *(Tensor *)((char *)places + (first + i) * sizeof(Layer)) = t;
+        for (size_t i = 0; tensors && i < at_once; i++) {
+            Tensor *t = &tensors[first + i];
+            *t = (Tensor){f, rows, cols, lanes, group, data + i * data_bytes,
+                          scales ? scales + i * scale_bytes : NULL, is_v2};
+            if (is_v2) repack(t);
         }
     }
+    return tensors;
 }
 
-// The tensors behind the header, in the order of doc/format.md. Returns where the last one ends.
+// The tensors after the header, in the order of doc/format.md. Returns where the last one ends.
 static uint64_t lay_out(Weights *m, Walk *w) {
     const Config *c = w->config;
-    Layer *l = m->layers;
+    const bool is_tied = has(c, TIE_EMBEDDINGS), gains_first = c->version == 1 || c->version == 2;
     uint64_t dim = c->dim, hidden = c->hidden_dim, vocab = c->vocab_size, layers = c->n_layers;
     uint64_t head_dim = dim / c->n_heads, kv_dim = head_dim * c->n_kv_heads;
-    bool is_early = c->version == 1 || c->version == 2;  // which have the gains in front
-    uint64_t early_gains = is_early ? layers : 0, gains = has(c, NORM_GAINS) ? layers : 0;
-    uint64_t late_gains = gains - early_gains;
-    walk_vectors(w, &l->attention_norm, early_gains, dim);
-    walk_vectors(w, &l->ffn_norm, early_gains, dim);
-    walk_vectors(w, &m->norm, early_gains > 0, dim);
-    walk_tensors(w, &m->tok_embeddings, 1, vocab, dim, has(c, TIE_EMBEDDINGS) ? LANES : 1);
-    walk_vectors(w, &l->attention_norm, late_gains, dim);
-    walk_tensors(w, &l->wq, layers, dim, dim, LANES);
-    walk_tensors(w, &l->wk, layers, kv_dim, dim, LANES);
-    walk_tensors(w, &l->wv, layers, kv_dim, dim, LANES);
-    walk_tensors(w, &l->wo, layers, dim, dim, LANES);
-    walk_vectors(w, &l->ffn_norm, late_gains, dim);
-    walk_tensors(w, &l->w1, layers, hidden, dim, LANES);
-    walk_tensors(w, &l->w2, layers, dim, hidden, LANES);
-    walk_tensors(w, &l->w3, c->activation == SWIGLU ? layers : 0, hidden, dim, LANES);
-    walk_vectors(w, &m->norm, late_gains > 0, dim);
+    uint64_t gains = has(c, NORM_GAINS) ? layers : 0, head_gains = has(c, QK_NORM) ? gains : 0;
+    uint64_t scalars = has(c, RESIDUAL_SCALARS) ? layers : 0;
+    if (gains_first) {
+        m->attention_norm = walk_vectors(w, layers, dim);
+        m->ffn_norm = walk_vectors(w, layers, dim);
+        m->norm = walk_vectors(w, 1, dim);
+    }
+    m->tok_embeddings = walk_tensors(w, 1, vocab, dim, is_tied ? LANES : 1);
+    if (!gains_first) m->attention_norm = walk_vectors(w, gains, dim);
+    m->wq = walk_tensors(w, layers, dim, dim, LANES);
+    m->wk = walk_tensors(w, layers, kv_dim, dim, LANES);
+    m->wv = walk_tensors(w, layers, kv_dim, dim, LANES);
+    m->wo = walk_tensors(w, layers, dim, dim, LANES);
+    if (!gains_first) m->ffn_norm = walk_vectors(w, gains, dim);
+    m->w1 = walk_tensors(w, layers, hidden, dim, LANES);
+    m->w2 = walk_tensors(w, layers, dim, hidden, LANES);
+    m->w3 = walk_tensors(w, c->activation == SWIGLU ? layers : 0, hidden, dim, LANES);
+    if (!gains_first) m->norm = walk_vectors(w, gains > 0, dim);
     if (c->version == 0) skip(w, c->seq_len * head_dim * sizeof(float));  // RoPE's tables
-    walk_tensors(w, &m->output, !has(c, TIE_EMBEDDINGS), vocab, dim, LANES);
-    walk_vectors(w, &l->q_norm, has(c, QK_NORM) ? gains : 0, head_dim);
-    walk_vectors(w, &l->k_norm, has(c, QK_NORM) ? gains : 0, head_dim);
-    walk_vectors(w, &m->embedding_norm, has(c, EMBEDDING_NORM) && gains, dim);
-    walk_vectors(w, &l->kept, has(c, RESIDUAL_SCALARS) ? layers : 0, 1);
-    walk_vectors(w, &l->added, has(c, RESIDUAL_SCALARS) ? layers : 0, 1);
-    walk_tensors(w, &l->value_embeddings, c->value_embeddings, vocab, kv_dim, 1);
-    walk_tensors(w, &m->bigram, c->bigram_rows > 0, c->bigram_rows, dim, 1);
-    walk_vectors(w, &m->smear_gate, has(c, SMEAR), dim);
-    if (has(c, TIE_EMBEDDINGS)) m->output = m->tok_embeddings;
+    m->output = is_tied ? m->tok_embeddings : walk_tensors(w, 1, vocab, dim, LANES);
+    m->q_norm = walk_vectors(w, head_gains, head_dim);
+    m->k_norm = walk_vectors(w, head_gains, head_dim);
+    m->embedding_norm = walk_vectors(w, has(c, EMBEDDING_NORM) && gains, dim);
+    m->kept = walk_vectors(w, scalars, 1);
+    m->added = walk_vectors(w, scalars, 1);
+    m->value_embeddings = walk_tensors(w, c->value_embeddings, vocab, kv_dim, 1);
+    m->bigram = walk_tensors(w, c->bigram_rows > 0, c->bigram_rows, dim, 1);
+    m->smear_gate = walk_vectors(w, has(c, SMEAR), dim);
     return w->at;
 }
 
 // ------------------------------------------------------------------------------------------------
 // The forward pass
 
-// A token of a batch. Those of one story lie one behind the other, in the order of positions.
+// A token of a batch. The tokens of one story are neighbours, in the order of their positions.
 typedef struct {
     int token;
-    int before;         // the token before it, -1: none
+    int before;         // the previous token, -1: none
     int pos;            // its position in its story, below n_positions
-    int story;          // whose cache it reads and writes, below n_stories
-    bool wants_logits;  // of the token behind it
-} Step;
+    int story;          // the story that it belongs to, below n_stories
+    bool wants_logits;  // for the next token
+} BatchToken;
 
 enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16,
        MIN_PATIENCE = 16, MAX_PATIENCE = 2048 };
@@ -625,27 +645,28 @@ typedef struct {
     File file;
     Config config;
     Weights weights;
-    uint64_t matrix_bytes;  // of what every token reads
+    uint64_t matrix_bytes;  // read for every token
     const Kernels *kernels;
-    size_t n_positions;  // of a story, as many as the caller asked for, at most seq_len
-    size_t n_stories;    // that are told at once
-    size_t max_batch;    // tokens in a pass
-    // of the tokens in a pass, rows of `width` or `hidden` numbers, whole vectors
+    size_t n_positions;  // room for each story, at most seq_len
+    size_t n_stories;    // generated at once
+    size_t max_batch;    // tokens in a batch
+    // buffers for the tokens of a batch; rows are padded to whole vectors: width for dim, hidden
+    // for hidden_dim
     size_t width, hidden;
     float *x;         // (max_batch, width) the residual stream
-    float *x0;        // (max_batch, width) what the first layer gets
-    float *added;     // (max_batch, width) what a block adds to x
+    float *x0;        // (max_batch, width) the embedding, for RESIDUAL_SCALARS
+    float *added;     // (max_batch, width) the output of a block, to be added to x
     float *q;         // (max_batch, width)
     float *k, *v;     // (max_batch, width)
-    float *gate;      // (max_batch, hidden)
+    float *gate;      // (max_batch, hidden) w3 of SwiGLU
     float *scratch;   // (n_threads, width)
-    float *logits;    // (max_batch, whole vectors of vocab_size)
-    Input normed;     // (max_batch, width) what a layer's matrices get
-    Input wanted;     // (max_batch, width) what the head gets: tokens whose logits are wanted
-    Input mixed;      // (max_batch, width) attention's output
-    Input inner;      // (max_batch, hidden) inside the feed-forward
+    float *logits;    // (max_batch, vocab_size padded)
+    Input normed;     // (max_batch, width) rmsnorm(x), the input of a block
+    Input mixed;      // (max_batch, width) the heads' outputs, the input of wo
+    Input inner;      // (max_batch, hidden) the input of w2
+    Input wanted;     // (max_batch, width) the input of the head: only tokens that want logits
     bool is_fast;     // inputs of int8 and int4 products have 8 bits, not 16
-    // of all positions so far, in whole vectors of positions or numbers, fp32 or bf16
+    // the cache of all positions so far, fp32 or bf16; positions and numbers fill whole vectors
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
@@ -653,15 +674,15 @@ typedef struct {
     float *rope_sin;
     // threads
     int n_threads;   // at most
-    int n_active;    // in use: fewer where other programs have the cores
-    int n_passes;    // since that was changed
-    int patience;    // passes until more are tried
-    double spent, wasted;  // seconds of the latest passes, and what of them was waited in vain
+    int n_active;    // in use: fewer while other programs use the cores
+    int n_passes;    // since n_active changed
+    int patience;    // passes before more threads are tried
+    double spent, wasted;  // seconds of recent passes, and those lost waiting for idle threads
     atomic_int n_arrived, round;
 } Model;
 
 static Input new_input(const Model *m, size_t stride) {
-    size_t groups = stride / LANES + 1;  // no group is smaller than a vector
+    size_t groups = stride / LANES + 1;  // a group has at least one vector
     return (Input){
         .x = alloc(m->max_batch * stride, sizeof(float)),
         .codes = alloc(ROUND_UP(m->max_batch, TILE) * stride, 2),
@@ -676,25 +697,29 @@ static void set_rows(Input *in, size_t n) {
     in->tile = n < TILE ? n : TILE;
 }
 
-// The i-th logits (vocab_size) that the latest batch wanted; they may be overwritten.
-static float *logits_of(const Model *m, size_t i) {
-    return m->logits + i * ROUND_UP((size_t)m->config.vocab_size, LANES);
+static size_t logits_stride(const Model *m) {
+    return ROUND_UP((size_t)m->config.vocab_size, LANES);
 }
 
-// ---- Threads. All of them run pass(); what they share out is one matrix product, or the tokens of
-// the batch, after which they wait for one another. They spin: the next product is microseconds
-// away.
+// The i-th logits (vocab_size) that the last batch wanted. The caller may overwrite them.
+static float *logits_of(const Model *m, size_t i) { return m->logits + i * logits_stride(m); }
 
+// ---- Threads. All of them run forward() and share the rows of a product, or the tokens of the
+// batch; then they wait for each other. They spin, as the next product is only microseconds away.
+
+// A forward pass as one thread sees it
 typedef struct {
     Model *m;
-    const Step *steps;
-    size_t n;       // tokens
-    size_t n_head;  // tokens whose logits are wanted
+    const BatchToken *batch;  // (n)
+    size_t n;                 // tokens
+    size_t n_wanted;          // tokens whose logits are wanted
     int thread, n_threads;
-    double lost;    // seconds in which another thread was waited for that does not run
+    size_t first, end;        // this thread's share of the tokens, from begin_tokens() on
+    double lost;              // seconds spent waiting for a thread that does not run
 } Pass;
 
-// Wait until all threads are here. Returns true in the last one, which has to call let_go().
+// Wait until all threads are here and one calls let_go(). Returns true at once in the last thread
+// to arrive, which has to call it.
 static bool arrive(Pass *p) {
     Model *m = p->m;
     int round = atomic_load_explicit(&m->round, memory_order_relaxed);
@@ -702,7 +727,7 @@ static bool arrive(Pass *p) {
         return true;
     double start = 0.0;
     for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round;) {
-        // later: another program has the core of the thread that is waited for
+        // a wait this long means that another program has the core of a missing thread
         wait_a_little(spins >= 10000);
         if (spins < 10000 && ++spins == 10000) start = seconds();
     }
@@ -719,20 +744,26 @@ static void wait_for_all(Pass *p) {
     if (p->n_threads > 1 && arrive(p)) let_go(p->m);
 }
 
-// Do work(p, layer, i) for each token i, between what all threads did before and do next.
-static void each_token(Pass *p, size_t layer, void (*work)(Pass *p, size_t layer, size_t i)) {
-    if (p->n == 1 && p->n_threads > 1) {  // the last to come does it, others had to wait for it
-        if (!arrive(p)) return;
-        work(p, layer, 0);
-        let_go(p->m);
+// Begin what is done for each token: wait until all threads are here, then set first and end to
+// this thread's share of the tokens. A single token is left to the last thread that arrives; the
+// others, which could only wait for it, stay here until it is done.
+static void begin_tokens(Pass *p) {
+    if (p->n == 1 && p->n_threads > 1) {
+        p->first = 0;
+        p->end = arrive(p);
         return;
     }
     // whole tiles, so that no two threads write to one cache line
-    size_t tiles = (p->n + TILE - 1) / TILE, first = tiles * p->thread / p->n_threads * TILE;
-    size_t end = tiles * (p->thread + 1) / p->n_threads * TILE;
+    size_t tiles = (p->n + TILE - 1) / TILE, end = tiles * (p->thread + 1) / p->n_threads * TILE;
+    p->first = tiles * p->thread / p->n_threads * TILE;
+    p->end = end < p->n ? end : p->n;
     wait_for_all(p);
-    for (size_t i = first; i < end && i < p->n; i++) work(p, layer, i);
-    wait_for_all(p);
+}
+
+// End it: wait until all threads are done with their tokens.
+static void end_tokens(Pass *p) {
+    if (p->n > 1 || p->n_threads == 1) wait_for_all(p);
+    else if (p->end) let_go(p->m);
 }
 
 // This thread's share of the rows of some products.
@@ -749,7 +780,7 @@ static void multiply(Pass *p, const Product *products, size_t n) {
     }
 }
 
-// ---- The steps of a layer
+// ---- What is done for a token
 
 static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
@@ -759,25 +790,25 @@ static void norm(const Model *m, float *out, const float *x, const float *gain, 
     m->kernels->rmsnorm(out, x, gain, n, m->config.norm_eps);
 }
 
-// Row i of an input is complete: quantize it if the matrix that it goes to is.
+// Row i of an input is complete: quantize it if the matrix that it is multiplied with is quantized.
 static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
     if (w->group) m->kernels->quantize(in, i, w->cols, w->group, (int)FORMATS[w->format].zero);
 }
 
 static void embedding_of(const Model *m, float *out, int token) {
-    read_row(out, &m->weights.tok_embeddings, (size_t)token);
+    read_row(out, m->weights.tok_embeddings, (size_t)token);
     if (has(&m->config, EMBEDDING_NORM))
         norm(m, out, out, m->weights.embedding_norm, m->config.dim);
 }
 
-// The row of the bigram table for a token and the one before it, as bigram_hash() in model.py.
+// The row of the bigram table for a token and the previous one, as bigram_hash() in model.py.
 static size_t bigram_hash(int before, int token, int rows) {
     if (before < 0) return 0;
     return 1 + (((uint64_t)before * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
 }
 
-// x (dim) = what the first layer gets of a token and the one before it; tmp (dim) is overwritten.
-static void embed(const Model *m, float *x, float *tmp, const Step *s) {
+// x (dim) = the embedding of a token, with what SMEAR and the bigram table add; tmp (dim): scratch.
+static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
     const Config *c = &m->config;
     embedding_of(m, x, s->token);
     if (has(c, SMEAR) && s->before >= 0) {
@@ -786,39 +817,13 @@ static void embed(const Model *m, float *x, float *tmp, const Step *s) {
         for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
     }
     if (c->bigram_rows) {
-        read_row(tmp, &m->weights.bigram, bigram_hash(s->before, s->token, c->bigram_rows));
+        read_row(tmp, m->weights.bigram, bigram_hash(s->before, s->token, c->bigram_rows));
         add(x, tmp, c->dim);
     }
 }
 
-// The residual stream enters a layer; behind the last one it goes to the output head.
-static void enter_layer(Pass *p, size_t layer, size_t i) {
-    Model *m = p->m;
-    const Config *c = &m->config;
-    float *x = m->x + i * m->width, *x0 = m->x0 + i * m->width, *y = m->added + i * m->width;
-    if (layer == 0) {
-        embed(m, x, y, &p->steps[i]);
-        memcpy(x0, x, c->dim * sizeof *x);
-    } else {
-        add(x, y, c->dim);
-    }
-    if (layer == (size_t)c->n_layers) {
-        if (!p->steps[i].wants_logits) return;
-        size_t row = 0;  // of the head's input, which has wanted rows alone
-        for (size_t j = 0; j < i; j++) row += p->steps[j].wants_logits;
-        norm(m, m->wanted.x + row * m->width, x, m->weights.norm, c->dim);
-        finish_input(m, &m->wanted, &m->weights.output, row);
-        return;
-    }
-    const Layer *l = &m->weights.layers[layer];
-    if (has(c, RESIDUAL_SCALARS))
-        for (int d = 0; d < c->dim; d++) x[d] = *l->kept * x[d] + *l->added * x0[d];
-    norm(m, m->normed.x + i * m->width, x, l->attention_norm, c->dim);
-    finish_input(m, &m->normed, &l->wq, i);
-}
-
-// Norm, where the model does, and turn by the angles of a position: neighbouring pairs of a head
-static void norm_and_turn(const Model *m, float *head, const float *gain, int pos) {
+// QK_NORM, if the model has it, and RoPE: rotate neighbouring pairs of a head by the angles of pos.
+static void norm_and_rotate(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
     if (has(&m->config, QK_NORM)) norm(m, head, head, gain, 2 * half);
@@ -829,7 +834,7 @@ static void norm_and_turn(const Model *m, float *head, const float *gain, int po
     }
 }
 
-static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
+static void write_cache(const Model *m, uint8_t *cache, size_t at, float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     bits = isnan(x) ? bits | 1 << 22 : bits + 0x7FFF + (bits >> 16 & 1);  // ties to even
@@ -837,38 +842,38 @@ static void cache_at(const Model *m, uint8_t *cache, size_t at, float x) {
     else ((float *)cache)[at] = x;
 }
 
-// Attention of one key/value head and the query heads it serves, for the tokens first to last, all
-// of one story: their keys and values go to the cache, before they look at it.
+// Attention of one key/value head and the query heads that it serves, for the tokens from first up
+// to last (excluded), all of one story. First all their keys and values are cached.
 static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t last) {
     Model *m = p->m;
     const Config *c = &m->config;
-    const Layer *l = &m->weights.layers[layer];
+    const Weights *w = &m->weights;
     size_t head_dim = c->dim / c->n_heads, group = c->n_heads / c->n_kv_heads;
     size_t wide = ROUND_UP(head_dim, LANES), size = m->bf16_cache ? 2 : 4;
-    size_t index = ((size_t)p->steps[first].story * c->n_layers + layer) * c->n_kv_heads + head;
+    size_t index = ((size_t)p->batch[first].story * c->n_layers + layer) * c->n_kv_heads + head;
     size_t places = ROUND_UP(m->n_positions, LANES);
     uint8_t *keys = m->keys + index * places * head_dim * size;
     uint8_t *values = m->values + index * places * wide * size;
     float *out = m->scratch + p->thread * m->width;
     for (size_t i = first; i < last; i++) {
-        size_t pos = p->steps[i].pos;
+        size_t pos = p->batch[i].pos;
         size_t at = i * m->width + head * head_dim;
         float *k = m->k + at, *v = m->v + at;
-        norm_and_turn(m, k, l->k_norm, (int)pos);
-        if (pos % LANES == 0) {  // written before it is read, which costs a page fault less
+        norm_and_rotate(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
+        if (pos % LANES == 0) {  // writing before reading saves a page fault
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
             memset(values + pos * wide * size, 0, LANES * wide * size);
         }
         for (size_t d = 0; d < head_dim; d++) {
-            cache_at(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
-            cache_at(m, values, pos * wide + d, v[d]);
+            write_cache(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
+            write_cache(m, values, pos * wide + d, v[d]);
         }
     }
     for (size_t i = first; i < last; i++) {
-        size_t pos = p->steps[i].pos, window = l->window;
+        size_t pos = p->batch[i].pos, window = w->windows[layer];
         for (size_t h = head * group; h < (head + 1) * group; h++) {
             float *q = m->q + i * m->width + h * head_dim;
-            norm_and_turn(m, q, l->q_norm, (int)pos);
+            norm_and_rotate(m, q, row_of(w->q_norm, layer, head_dim), (int)pos);
             m->kernels->attend(out, q, keys, values, head_dim,
                                window && window <= pos ? pos + 1 - window : 0, pos, m->bf16_cache);
             memcpy(m->mixed.x + i * m->width + h * head_dim, out, head_dim * sizeof *out);
@@ -876,91 +881,128 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
     }
 }
 
-// This thread's share of the heads of each story.
+// This thread's share of the heads of each story: from q, k and v to mixed.
 static void attention(Pass *p, size_t layer) {
     Model *m = p->m;
     size_t kv_heads = m->config.n_kv_heads, item = 0;
     for (size_t first = 0, last; first < p->n; first = last) {
-        int story = p->steps[first].story;
-        for (last = first + 1; last < p->n && p->steps[last].story == story;) last++;
+        int story = p->batch[first].story;
+        for (last = first + 1; last < p->n && p->batch[last].story == story;) last++;
         for (size_t head = 0; head < kv_heads; head++, item++)
             if (item % p->n_threads == (size_t)p->thread) attend_head(p, layer, head, first, last);
     }
 }
 
-static void leave_attention(Pass *p, size_t layer, size_t i) {
-    finish_input(p->m, &p->m->mixed, &p->m->weights.layers[layer].wo, i);
-}
-
-static void enter_feed_forward(Pass *p, size_t layer, size_t i) {
+// The forward pass of n tokens. Every thread runs it, and computes its share of the rows of each
+// product, of the heads, or of the tokens. Token i has row i of each buffer (n, ...).
+static void forward(Pass *p) {
     Model *m = p->m;
-    const Layer *l = &m->weights.layers[layer];
-    float *x = m->x + i * m->width;
-    add(x, m->added + i * m->width, m->config.dim);
-    norm(m, m->normed.x + i * m->width, x, l->ffn_norm, m->config.dim);
-    finish_input(m, &m->normed, &l->w1, i);
-}
-
-static void leave_feed_forward(Pass *p, size_t layer, size_t i) {
-    Model *m = p->m;
-    const float *gate = m->config.activation == SWIGLU ? m->gate + i * m->hidden : NULL;
-    m->kernels->activate(m->inner.x + i * m->hidden, gate, m->config.hidden_dim);
-    finish_input(m, &m->inner, &m->weights.layers[layer].w2, i);
-}
-
-static void add_value_embeddings(Pass *p, size_t layer, size_t i) {
-    Model *m = p->m;
-    const Tensor *table = &m->weights.layers[layer].value_embeddings;
-    float *row = m->added + i * m->width;
-    read_row(row, table, (size_t)p->steps[i].token);
-    add(m->v + i * m->width, row, table->cols);
-}
-
-static void cap_logits(Pass *p, size_t layer, size_t i) {
-    (void)layer;
-    const Config *c = &p->m->config;
-    if (i < p->n_head) p->m->kernels->softcap(logits_of(p->m, i), c->vocab_size, c->logit_softcap);
-}
-
-// What each thread does in a forward pass.
-static void pass(Pass *p) {
-    Model *m = p->m;
+    const Config *c = &m->config;
     const Weights *w = &m->weights;
-    for (size_t i = 0; i < (size_t)m->config.n_layers; i++) {
-        const Layer *l = &w->layers[i];
-        each_token(p, i, enter_layer);
-        multiply(p, (Product[]){{&l->wq, &m->normed, m->q, m->width},
-                                {&l->wk, &m->normed, m->k, m->width},
-                                {&l->wv, &m->normed, m->v, m->width}}, 3);
-        if (l->value_embeddings.data) each_token(p, i, add_value_embeddings);
-        else wait_for_all(p);
-        attention(p, i);
-        each_token(p, i, leave_attention);
-        multiply(p, (Product[]){{&l->wo, &m->mixed, m->added, m->width}}, 1);
-        each_token(p, i, enter_feed_forward);
-        multiply(p, (Product[]){{&l->w1, &m->normed, m->inner.x, m->hidden},
-                                {&l->w3, &m->normed, m->gate, m->hidden}},
-                 m->config.activation == SWIGLU ? 2 : 1);
-        each_token(p, i, leave_feed_forward);
-        multiply(p, (Product[]){{&l->w2, &m->inner, m->added, m->width}}, 1);
+    const size_t n_layers = c->n_layers, dim = c->dim, width = m->width, hidden = m->hidden;
+    const bool is_swiglu = c->activation == SWIGLU;
+
+    for (size_t l = 0; l < n_layers; l++) {
+        // x (n, dim) = the embedding, or x + added of the layer before; normed (n, dim) = rmsnorm(x)
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) {
+            float *x = m->x + i * width, *x0 = m->x0 + i * width, *added = m->added + i * width;
+            if (l == 0) {
+                embed(m, x, added, &p->batch[i]);
+                memcpy(x0, x, dim * sizeof *x);
+            } else {
+                add(x, added, dim);
+            }
+            if (has(c, RESIDUAL_SCALARS))
+                for (size_t d = 0; d < dim; d++) x[d] = w->kept[l] * x[d] + w->added[l] * x0[d];
+            norm(m, m->normed.x + i * width, x, row_of(w->attention_norm, l, dim), dim);
+            finish_input(m, &m->normed, &w->wq[l], i);
+        }
+        end_tokens(p);
+
+        // q (n, n_heads * head_dim) = normed @ wq^T; k and v (n, n_kv_heads * head_dim) likewise
+        multiply(p, (Product[]){{&w->wq[l], &m->normed, m->q, width},
+                                {&w->wk[l], &m->normed, m->k, width},
+                                {&w->wv[l], &m->normed, m->v, width}}, 3);
+        if (l < (size_t)c->value_embeddings) {  // v += the value embedding of the token
+            begin_tokens(p);
+            for (size_t i = p->first; i < p->end; i++) {
+                float *row = m->added + i * width;
+                read_row(row, &w->value_embeddings[l], (size_t)p->batch[i].token);
+                add(m->v + i * width, row, w->value_embeddings[l].cols);
+            }
+            end_tokens(p);
+        } else {
+            wait_for_all(p);
+        }
+
+        // mixed (n, n_heads * head_dim): of each head softmax(q @ k^T / sqrt(head_dim)) @ v, with RoPE
+        attention(p, l);
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) finish_input(m, &m->mixed, &w->wo[l], i);
+        end_tokens(p);
+        // added (n, dim) = mixed @ wo^T
+        multiply(p, (Product[]){{&w->wo[l], &m->mixed, m->added, width}}, 1);
+
+        // x += added; normed = rmsnorm(x)
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) {
+            float *x = m->x + i * width;
+            add(x, m->added + i * width, dim);
+            norm(m, m->normed.x + i * width, x, row_of(w->ffn_norm, l, dim), dim);
+            finish_input(m, &m->normed, &w->w1[l], i);
+        }
+        end_tokens(p);
+
+        // inner (n, hidden_dim) = silu(normed @ w1^T) * (normed @ w3^T), or relu(normed @ w1^T)^2
+        const Tensor *w3 = is_swiglu ? &w->w3[l] : NULL;
+        multiply(p, (Product[]){{&w->w1[l], &m->normed, m->inner.x, hidden},
+                                {w3, &m->normed, m->gate, hidden}}, is_swiglu ? 2 : 1);
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end; i++) {
+            const float *gate = is_swiglu ? m->gate + i * hidden : NULL;
+            m->kernels->activate(m->inner.x + i * hidden, gate, c->hidden_dim);
+            finish_input(m, &m->inner, &w->w2[l], i);
+        }
+        end_tokens(p);
+        // added (n, dim) = inner @ w2^T
+        multiply(p, (Product[]){{&w->w2[l], &m->inner, m->added, width}}, 1);
     }
-    each_token(p, m->config.n_layers, enter_layer);
-    if (!p->n_head) return;
-    multiply(p, (Product[]){{&w->output, &m->wanted, m->logits,
-                             ROUND_UP((size_t)m->config.vocab_size, LANES)}}, 1);
-    if (m->config.logit_softcap > 0.0f) each_token(p, 0, cap_logits);
+
+    // x += added; wanted (n_wanted, dim) = rmsnorm(x) of the tokens whose logits are wanted
+    begin_tokens(p);
+    for (size_t i = p->first; i < p->end; i++) {
+        float *x = m->x + i * width;
+        add(x, m->added + i * width, dim);
+        if (!p->batch[i].wants_logits) continue;
+        size_t row = 0;
+        for (size_t j = 0; j < i; j++) row += p->batch[j].wants_logits;
+        norm(m, m->wanted.x + row * width, x, w->norm, dim);
+        finish_input(m, &m->wanted, w->output, row);
+    }
+    end_tokens(p);
+    if (!p->n_wanted) return;
+
+    // logits (n_wanted, vocab_size) = wanted @ output^T, or cap * tanh(that / cap)
+    multiply(p, (Product[]){{w->output, &m->wanted, m->logits, logits_stride(m)}}, 1);
+    if (c->logit_softcap > 0.0f) {
+        begin_tokens(p);
+        for (size_t i = p->first; i < p->end && i < p->n_wanted; i++)
+            m->kernels->softcap(logits_of(m, i), c->vocab_size, c->logit_softcap);
+        end_tokens(p);
+    }
 }
 
-// Behind a pass of all active threads: its seconds, and those in which one was waited for that did
-// not run. Where most of the latest time was lost so, because other programs have the cores, half
-// the threads do the next passes, and after a while twice as many are tried. They all compute the
-// same bits.
+// After a pass of all active threads: its seconds, and those lost waiting for a thread that did not
+// run. If most of the recent time was lost this way, because other programs use the cores, the next
+// passes get half the threads; after a while, twice as many are tried again. The number of threads
+// does not change a bit of the results.
 static void adjust_threads(Model *m, double time, double lost) {
     m->spent += time;
     m->wasted += lost;
     bool is_busy = m->spent > 0.01 && m->wasted > m->spent / 2;
     if (m->n_passes < MAX_PATIENCE) m->n_passes++;
-    if (m->spent > 0.02) {  // what is longer ago counts less
+    if (m->spent > 0.02) {  // older passes count less
         m->spent /= 2;
         m->wasted /= 2;
     }
@@ -977,35 +1019,35 @@ static void adjust_threads(Model *m, double time, double lost) {
     m->spent = m->wasted = 0.0;
 }
 
-// Run a batch of n <= max_batch tokens through the model, behind those it was given before.
-static void forward(Model *m, const Step *steps, size_t n) {
-    Pass p = {.m = m, .steps = steps, .n = n, .n_threads = 1};
-    for (size_t i = 0; i < n; i++) p.n_head += steps[i].wants_logits;
+// Run a batch of n <= max_batch tokens through the model. The tokens before them are in the cache.
+static void run_batch(Model *m, const BatchToken *batch, size_t n) {
+    Pass p = {.m = m, .batch = batch, .n = n, .n_threads = 1};
+    for (size_t i = 0; i < n; i++) p.n_wanted += batch[i].wants_logits;
     set_rows(&m->normed, n);
     set_rows(&m->mixed, n);
     set_rows(&m->inner, n);
-    set_rows(&m->wanted, p.n_head);
+    set_rows(&m->wanted, p.n_wanted);
     if (m->n_active == 1) {
         if (m->n_threads > 1) adjust_threads(m, 0.0, 0.0);
-        pass(&p);
+        forward(&p);
         return;
     }
     double start = seconds(), end = start, lost = 0.0;
     OMP(parallel num_threads(m->n_active) firstprivate(p) reduction(max : lost))
     {
-        p.n_threads = omp_get_num_threads();  // which may be fewer
+        p.n_threads = omp_get_num_threads();  // may be fewer than n_active
         p.thread = omp_get_thread_num();
-        pass(&p);
+        forward(&p);
         lost = p.lost;
         if (p.thread == 0) end = seconds();
     }
     double now = seconds();
-    if (now - end > 1e-4) lost += now - end;  // until the others ended as well
+    if (now - end > 1e-4) lost += now - end;  // waiting for the others to end
     adjust_threads(m, now - start, lost);
 }
 
-// As many threads as the caller wants; 0: as many as the machine has, as long as each has at least
-// MIN_WORK products to do for a token: waiting for one another costs more than less work saves.
+// As many threads as the caller wants; 0: as many as the machine has, but at least MIN_WORK
+// multiplications a token for each: with less work, waiting costs more than sharing saves.
 static int pick_threads(const Config *c, int wanted) {
 #if !defined(_OPENMP)
     wanted = 1;
@@ -1017,79 +1059,98 @@ static int pick_threads(const Config *c, int wanted) {
     return (int)(work / MIN_WORK < 1 ? 1 : work / MIN_WORK < most ? work / MIN_WORK : most);
 }
 
-// A model of its file, with room for n_stories of n_positions (0: the whole context) each.
+// Find the weights in the file, which must have exactly the size that its header asks for.
+static void load_weights(Model *m) {
+    const Config *c = &m->config;
+    const File *f = &m->file;
+    Walk walk = {.config = c, .at = c->header_size, .alignment = 1};
+    if (c->version == 3) {
+        walk.at += c->n_layers * sizeof(int32_t);  // the windows
+        walk.alignment = ALIGNMENT;
+    }
+    Walk measure = walk;
+    uint64_t needs = lay_out(&m->weights, &measure);
+    if (c->file_size != f->size) needs = c->file_size;
+    if (needs != f->size)
+        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) %s %llu: "
+            "it is %s, or no version %d model file; copy or export it again", f->path, f->size,
+            c->dim, c->n_layers, c->vocab_size, c->file_size != f->size ? "says" : "needs",
+            (unsigned long long)needs, f->size < needs ? "truncated" : "too long", c->version);
+    walk.data = f->data;
+    if (c->version == 0 && f->size <= MAX_COPY) {
+        // after its short header every vector would lie across two cache lines
+        size_t shift = ALIGNMENT - c->header_size;
+        walk.data = memcpy((uint8_t *)alloc(f->size + shift, 1) + shift, f->data, f->size);
+    }
+    lay_out(&m->weights, &walk);
+    m->matrix_bytes = walk.matrix_bytes;
+
+    int32_t *windows = alloc(c->n_layers, sizeof *windows);
+    m->weights.windows = windows;
+    if (c->version == 3) memcpy(windows, f->data + HEADER_BYTES, c->n_layers * sizeof *windows);
+    for (int l = 0; l < c->n_layers; l++)
+        if (windows[l] < 0 || windows[l] > MAX_CONTEXT)
+            die("%s is not a version 3 model file: its header says that layer %d has a window of "
+                "%d, expected 0 to %d", f->path, l, windows[l], MAX_CONTEXT);
+}
+
+static void alloc_buffers(Model *m) {
+    const Config *c = &m->config;
+    size_t head_dim = c->dim / c->n_heads;
+    float **buffers[] = {&m->x, &m->x0, &m->added, &m->q, &m->k, &m->v};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
+        *buffers[i] = alloc(m->max_batch * m->width, sizeof(float));
+    m->gate = alloc(m->max_batch * m->hidden, sizeof(float));
+    m->scratch = alloc(m->n_threads * m->width, sizeof(float));
+    m->normed = new_input(m, m->width);
+    m->wanted = new_input(m, m->width);
+    m->mixed = new_input(m, m->width);
+    m->inner = new_input(m, m->hidden);
+    m->logits = alloc(m->max_batch, logits_stride(m) * sizeof(float));
+    uint64_t heads = (uint64_t)m->n_stories * c->n_layers * c->n_kv_heads;
+    uint64_t places = heads * ROUND_UP(m->n_positions, LANES);
+    size_t number = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
+    m->keys = alloc(places, head_dim * number);
+    m->values = alloc(places, ROUND_UP(head_dim, LANES) * number);
+}
+
+// The angles of RoPE, computed in double, so that results of different libms hardly ever differ
+static void fill_rope(Model *m) {
+    size_t head_dim = m->config.dim / m->config.n_heads, half = head_dim / 2;
+    m->rope_cos = alloc((uint64_t)m->n_positions * half, sizeof(float));
+    m->rope_sin = alloc((uint64_t)m->n_positions * half, sizeof(float));
+    for (size_t i = 0; i < half; i++) {
+        double freq = pow(m->config.rope_theta, -(double)(2 * i) / (double)head_dim);
+        for (size_t pos = 0; pos < m->n_positions; pos++) {
+            m->rope_cos[pos * half + i] = (float)cos((double)pos * freq);
+            m->rope_sin[pos * half + i] = (float)sin((double)pos * freq);
+        }
+    }
+}
+
+// The model in a file, with room for n_stories of n_positions each (0: the whole context).
 static Model load_model(File file, int n_positions, int n_stories, int n_threads,
                         bool bf16_cache, bool is_fast) {
     Model m = {.file = file, .config = read_header(&file), .kernels = pick_kernels(),
                .bf16_cache = bf16_cache, .is_fast = is_fast, .n_stories = (size_t)n_stories};
-    Config *c = &m.config;
+    const Config *c = &m.config;
     check_config(c, file.path);
-    size_t layers = c->n_layers, dim = c->dim, head_dim = dim / c->n_heads;
-    m.weights.layers = alloc(layers, sizeof(Layer));
-    Walk walk = {.config = c, .at = c->header_size, .alignment = 1};
-    if (c->version == 3) walk.at += layers * sizeof(int32_t), walk.alignment = ALIGNMENT;
-    Walk measure = walk;
-    uint64_t needs = lay_out(&m.weights, &measure);
-    if (c->file_size != file.size) needs = c->file_size;
-    if (needs != file.size)
-        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) %s %llu: "
-            "it is %s, or no version %d model file; copy or export it again", file.path, file.size,
-            c->dim, c->n_layers, c->vocab_size, c->file_size != file.size ? "says" : "needs",
-            (unsigned long long)needs, file.size < needs ? "truncated" : "too long", c->version);
-    walk.data = file.data;
-    if (c->version == 0 && file.size <= MAX_COPY) {
-        // behind its short header every vector would lie across two cache lines
-        size_t shift = ALIGNMENT - c->header_size;
-        walk.data = memcpy((uint8_t *)alloc(file.size + shift, 1) + shift, file.data, file.size);
-    }
-    lay_out(&m.weights, &walk);
-    m.matrix_bytes = walk.matrix_bytes;
-    for (size_t l = 0; c->version == 3 && l < layers; l++) {
-        int32_t *window = &m.weights.layers[l].window;
-        memcpy(window, file.data + HEADER_BYTES + l * sizeof *window, sizeof *window);
-        if (*window < 0 || *window > MAX_CONTEXT)
-            die("%s is not a version 3 model file: its header says that layer %zu has a window of "
-                "%d, expected 0 to %d", file.path, l, *window, MAX_CONTEXT);
-    }
-
+    load_weights(&m);
     m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
     m.max_batch = m.n_positions < MAX_BATCH ? m.n_positions : MAX_BATCH;
     if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
-    m.width = ROUND_UP(dim, LANES);
+    m.width = ROUND_UP((size_t)c->dim, LANES);
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
     m.n_threads = m.n_active = pick_threads(c, n_threads);
     m.patience = MIN_PATIENCE;
-    float **buffers[] = {&m.x, &m.x0, &m.added, &m.q, &m.k, &m.v};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
-        *buffers[i] = alloc(m.max_batch * m.width, sizeof(float));
-    m.gate = alloc(m.max_batch * m.hidden, sizeof(float));
-    m.scratch = alloc(m.n_threads * m.width, sizeof(float));
-    m.normed = new_input(&m, m.width);
-    m.wanted = new_input(&m, m.width);
-    m.mixed = new_input(&m, m.width);
-    m.inner = new_input(&m, m.hidden);
-    m.logits = alloc(m.max_batch, ROUND_UP((uint64_t)c->vocab_size, LANES) * sizeof(float));
-    uint64_t heads = (uint64_t)m.n_stories * layers * c->n_kv_heads;
-    uint64_t places = heads * ROUND_UP(m.n_positions, LANES);
-    size_t number = bf16_cache ? sizeof(uint16_t) : sizeof(float);
-    m.keys = alloc(places, head_dim * number);
-    m.values = alloc(places, ROUND_UP(head_dim, LANES) * number);
-    m.rope_cos = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
-    m.rope_sin = alloc((uint64_t)m.n_positions * head_dim / 2, sizeof(float));
-    for (size_t i = 0; i < head_dim / 2; i++) {  // in double: libms then differ next to never
-        double freq = pow(c->rope_theta, -(double)(2 * i) / (double)head_dim);
-        for (size_t pos = 0; pos < m.n_positions; pos++) {
-            m.rope_cos[pos * (head_dim / 2) + i] = (float)cos((double)pos * freq);
-            m.rope_sin[pos * (head_dim / 2) + i] = (float)sin((double)pos * freq);
-        }
-    }
+    alloc_buffers(&m);
+    fill_rope(&m);
     return m;
 }
 
 // ------------------------------------------------------------------------------------------------
 // The tokenizer: SentencePiece BPE, from the file of tokenizer.py, or byte-level BPE, from that of
-// bpe.py. Both cut a text into symbols, characters or bytes, and merge neighbours, the best pair
-// first.
+// bpe.py. Both cut a text into symbols (characters or bytes) and merge neighbours, best pair first.
 
 enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece, whose BOS and EOS are 1 and 2
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, BLANK = 8, NEWLINE = 16, CODE_POINTS = 0x110000 };
@@ -1106,16 +1167,16 @@ typedef struct {
     int vocab_size, bos, eos;
     Piece *pieces;        // (vocab_size)
     int byte_id[256];     // the token of each byte, or -1
-    bool byte_fallback;   // all 256 are there
-    const Piece **table;  // hash table of what merging makes, NULL where free: SentencePiece finds
-                          // it by its bytes, byte-level BPE by those of the ids of the two
+    bool byte_fallback;   // every byte has a token
+    const Piece **table;  // hash table of results of merges, NULL where free; the key is the bytes
+                          // of the result for SentencePiece, the two ids for byte-level BPE
     size_t table_size;    // a power of two
-    bool is_byte_level;   // what follows is for byte-level BPE
+    bool is_byte_level;   // the fields below are for byte-level BPE
     bool is_gpt4;         // the pattern of pre-tokens, see PATTERNS of bpe.py
     uint8_t *kinds;       // (CODE_POINTS) the kind of each character, one of those above
-    const Piece **special;  // (n_special) tokens that are themselves in a text, never cut or merged
+    const Piece **special;  // (n_special) tokens found in a text as they are, never cut or merged
     size_t n_special;
-    bool starts_special[256];  // with this byte
+    bool starts_special[256];  // whether a special token starts with this byte
 } Tokenizer;
 
 // A bounds-checked walk over untrusted bytes.
@@ -1127,7 +1188,7 @@ typedef struct {
 static const uint8_t *take(Cursor *c, size_t n) {
     if (n > c->file->size - c->at)
         die("tokenizer file %s is truncated, or no tokenizer file: at byte %zu it promises %zu "
-            "bytes and has %zu; make it again from its tokenizer", c->file->path, c->at, n,
+            "bytes and has %zu; export it again from its tokenizer", c->file->path, c->at, n,
             c->file->size - c->at);
     c->at += n;
     return c->file->data + c->at - n;
@@ -1137,13 +1198,13 @@ static uint32_t take_number(Cursor *c, const char *what, size_t least, size_t mo
     uint32_t n;
     memcpy(&n, take(c, 4), 4);
     if (n < least || n > most)
-        die("tokenizer file %s is damaged: at byte %zu the %s is %u, expected %zu to %zu; make it "
-            "again from its tokenizer", c->file->path, c->at - 4, what, n, least, most);
+        die("tokenizer file %s is damaged: at byte %zu the %s is %u, expected %zu to %zu; export "
+            "it again from its tokenizer", c->file->path, c->at - 4, what, n, least, most);
     return n;
 }
 
 _Noreturn static void die_damaged(const Tokenizer *t, const char *what, size_t where) {
-    die("tokenizer file %s is damaged: %s %zu; make it again from its tokenizer", t->file.path,
+    die("tokenizer file %s is damaged: %s %zu; export it again from its tokenizer", t->file.path,
         what, where);
 }
 
@@ -1159,7 +1220,7 @@ static void make_table(Tokenizer *t, size_t n) {
     t->table = alloc(t->table_size, sizeof *t->table);
 }
 
-// The slot of bytes in the table: the one that holds them, or the free one where they belong.
+// The slot of a key in the table: the one that has it, or the free one where it belongs.
 static const Piece **find_slot(const Tokenizer *t, const void *bytes, size_t n) {
     uint64_t hash = 1469598103934665603u;  // FNV-1a
     for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 1099511628211u;
@@ -1186,7 +1247,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
         memcpy(&p.score, take(c, 4), 4);
         p.length = take_number(c, "length", 0, UINT32_MAX);
         p.bytes = take(c, p.length);
-        if (isnan(p.score)) die_damaged(t, "the score is no number, of piece", n);
+        if (isnan(p.score)) die_damaged(t, "NaN is the score of piece", n);
         if (n < (size_t)t->vocab_size) t->pieces[n] = p;
     }
     check_n_pieces(t, n);
@@ -1199,7 +1260,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
     }
 }
 
-// Bytes of the UTF-8 character at p (n > 0 bytes are there), or 0 where there is no valid one.
+// Bytes of the UTF-8 character at p, which has n > 0 bytes left, or 0 if it is not valid.
 static size_t utf8_length(const uint8_t *p, size_t n) {
     if (p[0] < 0x80) return 1;
     size_t length = p[0] >= 0xF0 && p[0] <= 0xF4 ? 4 : p[0] >= 0xE0 && p[0] < 0xF0 ? 3
@@ -1207,25 +1268,25 @@ static size_t utf8_length(const uint8_t *p, size_t n) {
     if (!length || n < length) return 0;
     for (size_t i = 1; i < length; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
-    // overlong forms, surrogates, beyond U+10FFFF
+    // not valid: overlong forms, surrogates, beyond U+10FFFF
     if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
         (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F)) return 0;
     return length;
 }
 
-// Whether n bytes, no whole character, could start one: then more may follow.
+// Whether n bytes, which are not a whole character, could be the start of one.
 static bool utf8_may_continue(const uint8_t *p, size_t n) {
     uint8_t fill[4] = {p[0], p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80, 0x80, 0x80};
     memcpy(fill, p, n < 4 ? n : 4);
     return utf8_length(fill, 4) > n;
 }
 
-// The layout of the file is at BPETokenizer.c_file() of bpe.py.
+// BPETokenizer.c_file() in bpe.py describes the layout of the file.
 static void load_byte_level(Tokenizer *t, Cursor *c) {
     t->is_byte_level = true;
     t->is_gpt4 = take_number(c, "pattern", 0, 1);
     size_t top = (size_t)t->vocab_size - 1;
-    Cursor ends = *c;  // looked at once the vocabulary is known to be the model's
+    Cursor ends = *c;  // read after the size of the vocabulary is checked
     take(c, 2 * 4);
     check_n_pieces(t, take_number(c, "number of tokens", 0, UINT32_MAX));
     t->bos = (int)take_number(&ends, "bos", 0, top);
@@ -1242,10 +1303,10 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         memset(t->kinds + first, 1 << take_number(c, "class of a range", 1, 3), last - first + 1);
         next = last + 1;
     }
-    t->kinds[' '] = BLANK;  // the patterns have these by name
+    t->kinds[' '] = BLANK;  // the patterns name these
     t->kinds['\n'] = t->kinds['\r'] = NEWLINE;
 
-    Cursor special = *c, merges = *c;  // looked at once the tokens are known
+    Cursor special = *c, merges = *c;  // read after the tokens
     take(c, 4 * t->n_special);
     merges.at = c->at;
     take(c, 3 * 4 * n_merges);
@@ -1264,7 +1325,8 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         size_t at = 0;
         for (size_t size = 1; size && at < p->length; at += size)
             size = utf8_length(p->bytes + at, p->length - at);
-        if (!at || at < p->length) die_damaged(t, "this special token is no text:", (size_t)p->id);
+        if (!at || at < p->length)
+            die_damaged(t, "empty or invalid UTF-8 is the special token", (size_t)p->id);
         t->starts_special[*p->bytes] = true;
     }
     make_table(t, n_merges);
@@ -1283,13 +1345,13 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
     }
 }
 
-// A tokenizer of its file, which must hold vocab_size pieces, as many as the model has.
+// The tokenizer in a file, which must have vocab_size pieces, as many as the model.
 static Tokenizer load_tokenizer(File file, int vocab_size) {
     Tokenizer t = {.file = file, .vocab_size = vocab_size, .byte_fallback = true};
     Cursor cursor = {.file = &t.file};
     t.pieces = alloc(vocab_size, sizeof(Piece));
     for (int b = 0; b < 256; b++) t.byte_id[b] = -1;
-    // SentencePiece has its longest piece there, which is not needed
+    // SentencePiece has the length of its longest piece here, which is not needed
     bool is_byte_level = !memcmp(take(&cursor, 4), "bpe1", 4);
     (is_byte_level ? load_byte_level : load_sentencepiece)(&t, &cursor);
     for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
@@ -1298,19 +1360,19 @@ static Tokenizer load_tokenizer(File file, int vocab_size) {
 
 typedef struct {
     const uint8_t *bytes;
-    size_t length;  // 0 once it is merged into its left neighbour
-    int prev, next;  // neighbours, -1 at the ends
-    int id;         // of the piece, -1 where the vocabulary lacks it
-    const Piece *merged;  // what it and the next one make, or NULL
+    size_t length;        // 0 after it was merged into its left neighbour
+    int prev, next;       // neighbours, -1 at the ends
+    int id;               // its token, -1 if the vocabulary lacks it
+    const Piece *merged;  // the result of merging it with the next one, or NULL
 } Symbol;
 
-// Text as it is cut: what is no UTF-8 becomes U+FFFD, one for each longest broken start as in
-// Python, or, as in SentencePiece, for each byte; that also has a space in front, and takes U+2581
-// for one. Returns the bytes; *n is how many there are.
+// The text that is cut into symbols. Invalid UTF-8 becomes U+FFFD: one for each longest broken
+// start as in Python, or for each byte as in SentencePiece, which also puts a space in front and
+// reads U+2581 as a space. Returns the bytes; *n is their number.
 static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, size_t *n) {
     const uint8_t *in = (const uint8_t *)text;
     size_t at = 0;
-    uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // a broken byte grows to three
+    uint8_t *out = alloc(3 * (uint64_t)left + 1, 1);  // an invalid byte grows to three
     if (left && !t->is_byte_level) out[at++] = ' ';
     for (size_t length; left; in += length, left -= length) {
         const void *from = in;
@@ -1328,7 +1390,7 @@ static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, siz
     return out;
 }
 
-// The symbols of a text for SentencePiece, its characters. Returns how many there are.
+// The symbols of a text for SentencePiece: its characters. Returns their number.
 static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0; at < n_bytes; at += s[n++].length) {
@@ -1340,7 +1402,7 @@ static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_byte
     return n;
 }
 
-// Bytes of the longest run at p of characters of these kinds, `most` at the most.
+// Bytes of the longest run at p of characters of these kinds, up to `most` characters.
 static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, size_t most) {
     size_t at = 0;
     for (size_t size; at < n && most > 0; at += size, most--) {
@@ -1352,7 +1414,7 @@ static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, si
     return at;
 }
 
-// Bytes of a contraction's end, such as 've, at p, or 0. Where case does not count, U+017F is an s.
+// Bytes of a contraction such as 've at p, or 0. If case does not count, U+017F is an s.
 static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
     static const char *const endings[] = {"s", "d", "m", "t", "ll", "ve", "re", "\xC5\xBF"};
     for (size_t e = 0; n && *p == '\'' && e < (any_case ? 8 : 7); e++) {
@@ -1366,8 +1428,8 @@ static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
     return 0;
 }
 
-// Bytes of the pre-token at p, by the first alternative of PATTERNS of bpe.py that fits. Each run
-// is as long as can be; only white space gives some back, up to a newline or for the lookahead.
+// Bytes of the pre-token at p: the first alternative in PATTERNS of bpe.py that matches. Each run
+// is as long as possible; only white space backtracks, to a newline or for the lookahead.
 static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     size_t space = *p == ' ', length = contraction(p, n, t->is_gpt4);
     if (length) return length;
@@ -1385,7 +1447,7 @@ static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     if (end) return end;
     if (white == n) return n;
     for (end = white - 1; (p[end] & 0xC0) == 0x80;) end--;
-    return end ? end : white;  // the last character is left to what follows, unless it is alone
+    return end ? end : white;  // the last space belongs to what follows, unless it is the only one
 }
 
 // The longest special token at p, or NULL.
@@ -1400,7 +1462,7 @@ static const Piece *special_at(const Tokenizer *t, const uint8_t *p, size_t n) {
 }
 
 // The symbols of a text for byte-level BPE: special tokens, and the bytes of the pre-tokens between
-// them, which have neighbours in the same pre-token only. Returns how many there are.
+// them, which have neighbours only in the same pre-token. Returns their number.
 static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0, end = 0; at < n_bytes; at = end) {
@@ -1419,7 +1481,7 @@ static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Sy
     return n;
 }
 
-// A pair that may be merged, by its left symbol; or a token that may be drawn.
+// A pair that may be merged, given by its left symbol; or a token that may be sampled.
 typedef struct {
     float score;
     int index;
@@ -1429,7 +1491,7 @@ static bool comes_first(Candidate a, Candidate b) {
     return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-// Into and out of a binary heap of n, from which the first comes first.
+// A binary heap of n candidates; pop() returns the one that comes first.
 static void push(Candidate *heap, size_t *n, Candidate own) {
     size_t i = (*n)++;
     for (; i > 0 && comes_first(own, heap[(i - 1) / 2]); i = (i - 1) / 2)
@@ -1449,7 +1511,7 @@ static Candidate pop(Candidate *heap, size_t *n) {
     return first;
 }
 
-// Find what symbol i makes with the next one, and have it tried.
+// Look up the merge of symbol i with the next one, and push it if there is one.
 static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, size_t *n) {
     if (i < 0) return;
     Symbol *l = &s[i];
@@ -1461,11 +1523,11 @@ static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, si
     if (l->merged) push(heap, n, (Candidate){l->merged->score, i});
 }
 
-enum { MOST_TOKENS = 3, AND_MORE = 2 };  // of a text: so many a byte, a space and a BOS
+enum { MOST_TOKENS = 3, AND_MORE = 2 };  // at most 3 tokens a byte, and a space and a BOS
 
-// Cut text into tokens behind a BOS, with the ids that SentencePiece or bpe.py gives. Returns the
-// tokens, the latest block; *n_tokens is how many there are. O(n log n): each merge is found
-// through a heap.
+// The tokens of a text, after a BOS, with the same ids as SentencePiece or bpe.py. Returns the
+// tokens as the latest block; *n_tokens is their number. O(n log n): the next merge comes from a
+// heap.
 static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
     int *tokens = alloc(MOST_TOKENS * (uint64_t)length + AND_MORE, sizeof(int));
     const Block *kept = blocks;
@@ -1473,13 +1535,13 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     uint8_t *bytes = normalize(t, text, length, &n_bytes);
     if (n_bytes > INT_MAX) die("a text of %zu bytes is too long: give less than 700 MB", length);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
-    Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // one a neighbour, two a merge
+    Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // 1 for each symbol, 2 for each merge
     size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);
     for (size_t i = 0; i < n; i++) find_merge(t, symbols, (int)i, heap, &n_pairs);
     while (n_pairs) {
         Candidate best = pop(heap, &n_pairs);
         Symbol *l = &symbols[best.index];
-        if (!l->merged || l->merged->score != best.score) continue;  // it has merged otherwise
+        if (!l->merged || l->merged->score != best.score) continue;  // outdated
         Symbol *r = &symbols[l->next];
         l->length += r->length;
         l->id = l->merged->id;
@@ -1506,17 +1568,17 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     return tokens;
 }
 
-// Collects bytes and puts whole UTF-8 characters out. What can no longer become one is U+FFFD, one
-// for each longest broken start, as in Python's errors="replace". On a terminal, control characters
-// other than newline and tab are left out, so that no model can send it commands.
+// Collects bytes and prints whole UTF-8 characters. Bytes that cannot become one are printed as
+// U+FFFD, one for each longest broken start, as with errors="replace" in Python. On a terminal,
+// control characters other than newline and tab are dropped, so that no model can send it commands.
 typedef struct {
-    FILE *out;                // or, where it is NULL:
-    char *text;               // what has room in `room` bytes,
-    size_t room, n_text;      // of n_text in all
+    FILE *out;            // if NULL, the text goes to
+    char *text;           // (room)
+    size_t room, n_text;  // n_text counts all bytes, also those without room
     bool is_terminal, is_json;
-    uint8_t pending[4];
-    size_t n;
-    double flushed;           // when, in seconds
+    uint8_t pending[4];   // the start of a character
+    size_t n;             // bytes pending
+    double flushed;       // time of the last flush, in seconds
 } Printer;
 
 static void put(Printer *p, const void *bytes, size_t n) {
@@ -1534,7 +1596,7 @@ static void print_bytes(Printer *p, const uint8_t *bytes, size_t n) {
         if (!is_whole && utf8_may_continue(c, p->n)) continue;
         if (!is_whole) {
             put(p, "\xEF\xBF\xBD", 3);
-            i -= p->n > 1;  // the byte that broke it may start the next character
+            i -= p->n > 1;  // the unexpected byte may start the next character
         } else if (p->is_json && (*c < 0x20 || *c == '"' || *c == '\\')) {
             fprintf(p->out, "\\u%04x", *c);
         } else if (!p->is_terminal || !is_control) {
@@ -1549,8 +1611,8 @@ static void print_rest(Printer *p) {
     p->n = 0;
 }
 
-// Print the text of one token; BOS and EOS have none. `first` says that it is the first of its
-// text, whose space, put there by SentencePiece, is left out.
+// Print the text of one token; BOS and EOS have none. If it is the first of its text, the space
+// that SentencePiece puts in front is left out.
 static void print_token(const Tokenizer *t, Printer *printer, int token, bool first) {
     const Piece *p = &t->pieces[token];
     if (token == t->bos || token == t->eos) return;
@@ -1566,18 +1628,18 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
 }
 
 // ------------------------------------------------------------------------------------------------
-// Drawing the next token
+// Sampling the next token
 
 typedef struct {
-    float temperature;     // 0: the likeliest token
+    float temperature;     // 0: the most likely token
     float top_p, min_p;    // 1 and 0: all tokens
     float repeat_penalty;  // 1: none
     int top_k;             // 0: all tokens
     const Kernels *kernels;
-    Candidate *candidates;  // (threads that draw, vocab_size)
+    Candidate *candidates;  // (n_threads, vocab_size)
 } Sampler;
 
-enum { PENALTY_WINDOW = 64 };  // a repetition is one of so many tokens
+enum { PENALTY_WINDOW = 64 };  // tokens that repeat_penalty looks back at
 
 // Uniform in [0, 1): xorshift64* (Vigna 2016, arXiv:1402.6246).
 static float random_float(uint64_t *state) {
@@ -1587,28 +1649,28 @@ static float random_float(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// The first state of the random numbers: splitmix64 (Steele et al. 2014) spreads neighbouring seeds
+// The first state of the generator: splitmix64 (Steele et al. 2014) spreads neighbouring seeds.
 static uint64_t random_state(uint64_t seed) {
     seed += 0x9E3779B97F4A7C15u;
     seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
     seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EBu;
     seed ^= seed >> 31;
-    return seed ? seed : 1;  // 0 is the one state that xorshift never leaves
+    return seed ? seed : 1;  // xorshift never leaves the state 0
 }
 
-// Bring those of n candidates to the front that are kept: in the order of their probabilities, the
-// first `most` before which there is no more than `mass`. Returns how many, the least likely last,
-// and the sum of them. Quickselect (Hoare 1961): only the part with the border is split again.
+// Move the likeliest of n candidates to the front: at most `most` of them, each preceded by no more
+// than `mass` in all. Returns their number, the least likely last, and their *sum. Quickselect
+// (Hoare 1961): only the part with the border is split again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float *sum) {
     size_t kept = 0;
     uint32_t turn = 1;
     for (*sum = 0.0f; kept < n;) {
-        turn = turn * 1664525u + 1013904223u;  // anywhere: the middle one may always be the largest
+        turn = turn * 1664525u + 1013904223u;  // a random place avoids the worst case
         size_t place = kept + (size_t)((uint64_t)turn * (n - kept) >> 32), at = kept;
         Candidate pivot = c[place];
         float before = *sum;
         c[place] = c[n - 1];
-        for (size_t i = kept; i < n - 1; i++) {  // without branches, which nobody could predict
+        for (size_t i = kept; i < n - 1; i++) {  // without unpredictable branches
             Candidate own = c[i];
             bool is_first = comes_first(own, pivot);
             c[i] = c[at];
@@ -1624,9 +1686,9 @@ static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, fl
     return kept;
 }
 
-// A bound below which no token is kept, so that few have to be looked at. top_p: all that are less
-// likely have less than 1 - top_p together. top_k: of the columns that the tokens are dealt out to,
-// so many have one that is at least as likely.
+// A probability below which no token is kept, so that few tokens have to be sorted. top_p: all less
+// likely tokens have less than 1 - top_p in all. top_k: deal the tokens out to columns; of the
+// columns' maxima, top_k are at least as large as the bound.
 static float least_likely(const Sampler *s, const float *probs, int n, float top_p) {
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;
@@ -1640,29 +1702,30 @@ static float least_likely(const Sampler *s, const float *probs, int n, float top
     return c[keep_likeliest(c, COLUMNS, (size_t)s->top_k, INFINITY, &sum) - 1].score;
 }
 
-// A token drawn among those no less likely than min_p times the likeliest (Nguyen et al. 2024), of
-// these the first top_k, and of these the first that have a share of top_p (Holtzman et al. 2020).
+// A token sampled from those at least min_p times as likely as the likeliest (Nguyen et al. 2024),
+// of these the top_k likeliest, and of these the likeliest that have a share of top_p (Holtzman et
+// al. 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
     size_t likeliest = s->kernels->argmax(probs, n), left = 0;
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
     float bound = least_likely(s, probs, n, top_p), least = s->min_p * probs[likeliest];
     if (bound < least) bound = least;
-    if (!(bound > 0.0f)) bound = FLT_MIN;  // what has no probability is never drawn
+    if (!(bound > 0.0f)) bound = FLT_MIN;  // tokens of probability 0 are never sampled
     Candidate *c = s->candidates;
-    for (int first = 0; first < n; first += LANES) {  // most have none
+    for (int first = 0; first < n; first += LANES) {  // most vectors have no candidate
         int last = n - first < LANES ? n : first + LANES, found = 0;
         for (int i = first; i < last; i++) found |= probs[i] >= bound;
         for (int i = first; found && i < last; i++)
             if (probs[i] >= bound) c[left++] = (Candidate){probs[i], i};
     }
-    if (!left) return (int)likeliest;  // only where the weights gave no numbers
+    if (!left) return (int)likeliest;  // only if the logits are NaN
     if (s->top_k) left = keep_likeliest(c, left, (size_t)s->top_k, INFINITY, &sum);
     left = keep_likeliest(c, left, left, top_p * sum, &sum);
     left = keep_likeliest(c, left, left, coin * sum, &sum);
     return c[left - 1].index;
 }
 
-// The next token from logits (n), which are overwritten, behind the tokens told so far.
+// The next token, sampled from logits (n), which are overwritten. told: the tokens so far.
 static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *told,
                   size_t n_told) {
     size_t first = n_told > PENALTY_WINDOW ? n_told - PENALTY_WINDOW : 0;
@@ -1681,40 +1744,40 @@ static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *
         cumulative += logits[i];
         if (coin < cumulative) return i;
     }
-    return (int)s->kernels->argmax(logits, n);  // rounding left the coin beyond the sum
+    return (int)s->kernels->argmax(logits, n);  // rounding can leave the coin above the sum
 }
 
 // ------------------------------------------------------------------------------------------------
-// Telling stories
+// Stories
 
 typedef struct {
-    int *tokens;  // (n_positions + 1): the prompt, which begins with a BOS, and what came behind it
+    int *tokens;  // (n_positions + 1): a BOS, the prompt, and the tokens sampled so far
     size_t n, n_printed;
     uint64_t seed, state;
     bool is_done;
 } Story;
 
-// Take tokens of the first story, a batch of those from position `first` on that is as large as
-// can be, through the model; all logits behind them, or those behind token n - 1 alone. Returns how
-// many tokens that were.
+// Run the next batch of the first story's n tokens through the model, from position `first` on, as
+// large as possible. It wants the logits after every token, or only after token n - 1. Returns the
+// number of tokens in the batch.
 static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wants_all) {
-    Step steps[MAX_BATCH];
+    BatchToken batch[MAX_BATCH];
     size_t count = n - first < m->max_batch ? n - first : m->max_batch;
     if (count > MAX_BATCH) count = MAX_BATCH;
     for (size_t i = 0, pos = first; i < count; i++, pos++)
-        steps[i] = (Step){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
+        batch[i] = (BatchToken){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
                           wants_all || pos + 1 == n};
-    forward(m, steps, count);
+    run_batch(m, batch, count);
     return count;
 }
 
-// The logits behind the last of n tokens, those before `start` having been taken.
+// The logits after the last of n tokens; those before `start` are in the cache already.
 static float *prefill(Model *m, const int *tokens, size_t start, size_t n) {
     while (start < n) start += feed(m, tokens, start, n, false);
     return logits_of(m, 0);
 }
 
-// Give a story what the first one has in the cache for its first n positions.
+// Copy the first n positions of the first story's cache to another story.
 static void copy_first_story(Model *m, size_t story, size_t n) {
     size_t head_dim = m->config.dim / m->config.n_heads, places = ROUND_UP(m->n_positions, LANES);
     size_t heads = (size_t)m->config.n_layers * m->config.n_kv_heads, used = ROUND_UP(n, LANES);
@@ -1725,7 +1788,7 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
     }
 }
 
-// Draw the next token of a story; it ends at an EOS, the next BOS, or behind the last position.
+// Sample the next token of a story, which ends at an EOS, a BOS, or after the last position.
 static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler, Story *s,
                       float *logits) {
     Sampler own = *sampler;
@@ -1736,7 +1799,7 @@ static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler
     if (s->n > m->n_positions) s->is_done = true;
 }
 
-// Print what a story has so far and was not printed.
+// Print the tokens of a story that were not printed yet.
 static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     if (printer->is_json && !s->n_printed)
         fprintf(printer->out, "{\"seed\": %llu, \"text\": \"", (unsigned long long)s->seed);
@@ -1749,14 +1812,14 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
         fputc('\n', printer->out);
     }
     double now = seconds();
-    if (s->is_done || now - printer->flushed > 0.02) {  // more often is work for who reads it
+    if (s->is_done || now - printer->flushed > 0.02) {  // more often is slow for the reader
         fflush(printer->out);
         printer->flushed = now;
     }
 }
 
-// Print the prompt and what the model makes of it, once for each story. One alone is printed as it
-// comes, several one after another. Seed and speed go to stderr.
+// Print the prompt and its continuation, once for each story. A single story is printed token by
+// token, several at the end, one after another. Seed and speed go to stderr.
 static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
                      const char *prompt, uint64_t seed, bool as_json) {
     size_t n_prompt, n_stories = m->n_stories, n_told = 0;
@@ -1770,7 +1833,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
     Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json};
     Story *stories = alloc(n_stories, sizeof(Story));
-    Step *steps = alloc(n_stories, sizeof(Step));
+    BatchToken *batch = alloc(n_stories, sizeof(BatchToken));
 
     double start = seconds();
     float *logits = prefill(m, tokens, 0, n_prompt);
@@ -1779,7 +1842,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
         stories[i] = (Story){alloc(m->n_positions + 1, sizeof(int)), n_prompt, 0, seed + i,
                              random_state(seed + i), false};
         memcpy(stories[i].tokens, tokens, n_prompt * sizeof *tokens);
-        steps[i].story = (int)i;
+        batch[i].story = (int)i;
         if (!i) continue;
         copy_first_story(m, i, n_prompt);
         memcpy(logits_of(m, i), logits, m->config.vocab_size * sizeof *logits);
@@ -1787,16 +1850,16 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     for (size_t n = n_stories; n; n_told += n) {
         OMP(parallel for num_threads(m->n_active) if (n > 1))
         for (size_t i = 0; i < n; i++)
-            draw_next(m, tokenizer, sampler, &stories[steps[i].story], logits_of(m, i));
+            draw_next(m, tokenizer, sampler, &stories[batch[i].story], logits_of(m, i));
         if (n_stories == 1) print_story(tokenizer, &printer, stories);
         n = 0;
         for (size_t i = 0; i < n_stories; i++) {
             const Story *s = &stories[i];
             if (!s->is_done)
-                steps[n++] = (Step){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
+                batch[n++] = (BatchToken){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
                                     (int)i, true};
         }
-        if (n) forward(m, steps, n);
+        if (n) run_batch(m, batch, n);
     }
     double end = seconds();
     for (size_t i = 0; n_stories > 1 && i < n_stories; i++)
@@ -1808,12 +1871,12 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
 }
 
 // ------------------------------------------------------------------------------------------------
-// Evaluation: bits per byte of a text, the number that train.py gives
+// Evaluation: bits per byte of a text, the same number as in train.py
 
 static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-// Documents of a file, between <|endoftext|>, without the white space at their ends. Returns the
-// next one from *at on, or NULL; not NUL-terminated, its length in *n.
+// The next document of a file from *at on, or NULL. Documents are separated by <|endoftext|>; white
+// space at their ends is left out. The text is not NUL-terminated; *n is its length.
 static const char *next_document(const File *f, size_t *at, size_t *n) {
     static const char mark[] = "<|endoftext|>";
     const size_t length = sizeof mark - 1;
@@ -1830,8 +1893,8 @@ static const char *next_document(const File *f, size_t *at, size_t *n) {
     return NULL;
 }
 
-// Mean loss, nats a token, of all tokens (n) but the first, in windows of the context, each read
-// for itself, as train.py does.
+// Mean loss in nats a token over tokens 1 to n - 1. As in train.py, the tokens are read in windows
+// of the context, and each window starts with an empty cache.
 static double loss_of(Model *m, const int *tokens, size_t n) {
     size_t vocab = m->config.vocab_size;
     double total = 0.0;
@@ -1845,7 +1908,7 @@ static double loss_of(Model *m, const int *tokens, size_t n) {
                 float *logits = logits_of(m, i), own = logits[tokens[start + first + i + 1]];
                 size_t best = m->kernels->argmax(logits, vocab);
                 float most = logits[best];
-                m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest has 1 / sum
+                m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest becomes 1 / sum
                 losses[i] = (double)most - log(logits[best]) - (double)own;
             }
             for (size_t i = 0; i < count; i++) total += losses[i];
@@ -1860,7 +1923,7 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
     int *tokens = NULL;
     for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
         size_t count, most = MOST_TOKENS * length + AND_MORE;
-        if (most > room - n) {  // twice as much each time, so that the old ones may stay
+        if (most > room - n) {  // double the room, as the old array is not freed
             int *more = alloc(room = 2 * (n + most), sizeof(int));
             if (n) memcpy(more, tokens, n * sizeof(int));
             tokens = more;
@@ -1874,7 +1937,7 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, boo
     }
     if (n < 2) die("%s has no text to evaluate", path);
     double start = seconds(), loss = loss_of(m, tokens, n), elapsed = seconds() - start;
-    if (!isfinite(loss)) die("the loss on %s is no number: the model is damaged", path);
+    if (!isfinite(loss)) die("the loss on %s is not a number: the model is damaged", path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
                                  : "%zu documents, %zu bytes, %zu tokens\n"
@@ -1893,9 +1956,8 @@ static int by_value(const void *a, const void *b) {
 
 enum { PREFILL, DECODE, READ, ROUNDS = 7, BENCH_TOKENS = 128 };
 
-// Prefill and decode of as many tokens as there are positions, both from the first one on and the
-// latter of all stories at once, and reading as many bytes as the matrices have with all threads,
-// which do next to nothing with them, in turn; medians.
+// Alternate prefill and decode of n_positions tokens, the latter for all stories at once, with all
+// threads merely reading as many bytes as the matrices have. Prints medians.
 static void bench(Model *m) {
     uint64_t bytes = m->matrix_bytes;
     int n = (int)m->n_positions, times_read = 1 + (int)(200000000 / bytes);
@@ -1903,22 +1965,22 @@ static void bench(Model *m) {
     memset(memory, 1, bytes);
     int *tokens = alloc(n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
-    Step *steps = alloc(m->n_stories, sizeof(Step));
+    BatchToken *batch = alloc(m->n_stories, sizeof(BatchToken));
     double rates[3][ROUNDS + 1];
-    for (int round = ROUNDS; round >= 0; round--) {  // the first one pages the weights in
+    for (int round = ROUNDS; round >= 0; round--) {  // the first loads the weights, and is dropped
         double start = seconds();
         prefill(m, tokens, 0, n);
         double prefilled = seconds();
         for (int i = 0; i < n; i++) {
             for (size_t s = 0; s < m->n_stories; s++)
-                steps[s] = (Step){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
-            forward(m, steps, m->n_stories);
+                batch[s] = (BatchToken){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
+            run_batch(m, batch, m->n_stories);
         }
         double decoded = seconds();
         for (int i = 0; i < times_read; i++) {
             OMP(parallel num_threads(m->n_threads))
             {
-                size_t share = bytes / omp_get_num_threads();  // but for a few bytes
+                size_t share = bytes / omp_get_num_threads();  // a few bytes are left over
                 m->kernels->read(memory + share * omp_get_thread_num(), share);
             }
         }
@@ -1946,23 +2008,23 @@ static void print_usage(FILE *out) {
     fputs(
         "usage: ./run model.bin [options]\n"
         "\n"
-        "  -i TEXT   prompt (default: none, the model begins by itself)\n"
+        "  -i TEXT   prompt (default: none)\n"
         "  -z FILE   tokenizer file (default: tokenizer.bin beside the model, or in this folder)\n"
-        "  -n INT    tokens in all, the prompt's counted (default 256; 0: the whole context);\n"
-        "            of an evaluation: tokens of a window (default: the whole context)\n"
+        "  -n INT    tokens in all, including the prompt (default 256; 0: the whole context);\n"
+        "            with -m eval: tokens of a window (default: the whole context)\n"
         "  -t FLOAT  temperature, 0 takes the likeliest token (default 1.0)\n"
-        "  -p FLOAT  top-p, draw among the likeliest with this probability (default 0.9; 1: all)\n"
-        "  -k INT    top-k, draw among so many (default 0: all)\n"
-        "  --min-p FLOAT           draw none less likely than this share of the likeliest\n"
+        "  -p FLOAT  top-p: sample from the likeliest with this share (default 0.9; 1: all)\n"
+        "  -k INT    top-k: sample from the k likeliest tokens (default 0: all)\n"
+        "  --min-p FLOAT           drop tokens less likely than this share of the likeliest\n"
         "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: no)\n"
-        "  -s INT    seed, the same seed tells the same story (default: the time)\n"
-        "  -b INT    so many stories at once, with seeds from -s on\n"
-        "  --json    a line of JSON for each story, or of the evaluation\n"
+        "  -s INT    seed: the same seed gives the same story (default: the time)\n"
+        "  -b INT    number of stories, generated at once, with seeds from -s on\n"
+        "  --json    a line of JSON for each story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
         "  --bench   speed of prefill and decode (of -n tokens, default 128), and of the memory\n"
-        "  -j INT    threads (default: as many as pay)\n"
-        "  --fast    int8, int4: 8 bits in place of 16 for activations; for long prompts and -b\n"
-        "  --kv FORMAT  numbers of the key/value cache: fp32 (default) or bf16\n"
+        "  -j INT    threads (default: as many as help)\n"
+        "  --fast    int8, int4: activations of 8 bits instead of 16; for long prompts and -b\n"
+        "  --kv FORMAT  number format of the key/value cache: fp32 (default) or bf16\n"
         "  -h        this help\n"
         "\n"
         "example: ./run out/model.bin -z data/tok4096.bin -t 0.8 -i \"Once upon a time\"\n",
@@ -1987,14 +2049,16 @@ static uint64_t parse_integer(const char *flag, const char *text, uint64_t min, 
     return value;
 }
 
-// Whether a word is the other one of two.
-static bool parse_choice(const char *flag, const char *text, const char *one, const char *other) {
-    bool is_other = !strcmp(text, other);
-    if (!is_other && strcmp(text, one)) die("%s %s: expected %s or %s", flag, text, one, other);
-    return is_other;
+// Whether text is the second of two choices; anything but the two is an error.
+static bool parse_choice(const char *flag, const char *text, const char *first,
+                         const char *second) {
+    bool is_second = !strcmp(text, second);
+    if (!is_second && strcmp(text, first))
+        die("%s %s: expected %s or %s", flag, text, first, second);
+    return is_second;
 }
 
-// tokenizer.bin in the model's folder if it is there, else in this one.
+// tokenizer.bin in the model's folder if that has one, else in the current folder.
 static char *default_tokenizer(const char *model_path) {
     const char *name = "tokenizer.bin", *slash = strrchr(model_path, '/');
     size_t folder = slash ? (size_t)(slash - model_path) + 1 : 0;
@@ -2007,605 +2071,93 @@ static char *default_tokenizer(const char *model_path) {
     return path;
 }
 
-int main(int argc, char **argv) {
-    const char *model_path = NULL, *text = NULL, *tokenizer_path = NULL;
+typedef struct {
+    const char *model, *text, *tokenizer;  // paths, and the prompt or the path of a text
+    int n_positions, n_stories, n_threads;
+    uint64_t seed;
+    Sampler sampler;
+    bool as_json, is_eval, is_bench, is_fast, bf16_cache, wants_help;
+} Options;
+
+static Options parse_options(int argc, char **argv) {
+    Options o = {.n_positions = -1, .n_stories = 1, .seed = (uint64_t)time(NULL),
+                 .sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f}};
     const char *mode = "generate", *cache = "fp32";
-    int n_positions = -1, n_stories = 1, n_threads = 0;
-    bool as_json = false, is_fast = false, is_bench = false, wants_help = false;
-    uint64_t seed = (uint64_t)time(NULL);
-    Sampler sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f};
     const struct {
         const char *flag;
         enum { TEXT, INTEGER, SEED, NUMBER, SWITCH } kind;
         void *place;
         double min, max;
-    } options[] = {
-        {"-i", TEXT, &text, 0, 0},
-        {"-z", TEXT, &tokenizer_path, 0, 0},
-        {"-n", INTEGER, &n_positions, 0, INT_MAX - 1},
-        {"-t", NUMBER, &sampler.temperature, 0, 100},
-        {"-p", NUMBER, &sampler.top_p, 0, 1},
-        {"-k", INTEGER, &sampler.top_k, 0, INT_MAX},
-        {"--min-p", NUMBER, &sampler.min_p, 0, 1},
-        {"--repeat-penalty", NUMBER, &sampler.repeat_penalty, 0.01, 100},
-        {"-s", SEED, &seed, 0, 0},
-        {"-b", INTEGER, &n_stories, 1, MAX_STORIES},
-        {"--json", SWITCH, &as_json, 0, 0},
+    } flags[] = {
+        {"-i", TEXT, &o.text, 0, 0},
+        {"-z", TEXT, &o.tokenizer, 0, 0},
+        {"-n", INTEGER, &o.n_positions, 0, INT_MAX - 1},
+        {"-t", NUMBER, &o.sampler.temperature, 0, 100},
+        {"-p", NUMBER, &o.sampler.top_p, 0, 1},
+        {"-k", INTEGER, &o.sampler.top_k, 0, INT_MAX},
+        {"--min-p", NUMBER, &o.sampler.min_p, 0, 1},
+        {"--repeat-penalty", NUMBER, &o.sampler.repeat_penalty, 0.01, 100},
+        {"-s", SEED, &o.seed, 0, 0},
+        {"-b", INTEGER, &o.n_stories, 1, MAX_STORIES},
+        {"--json", SWITCH, &o.as_json, 0, 0},
         {"-m", TEXT, &mode, 0, 0},
-        {"--bench", SWITCH, &is_bench, 0, 0},
-        {"-j", INTEGER, &n_threads, 1, MAX_THREADS},
-        {"--fast", SWITCH, &is_fast, 0, 0},
+        {"--bench", SWITCH, &o.is_bench, 0, 0},
+        {"-j", INTEGER, &o.n_threads, 1, MAX_THREADS},
+        {"--fast", SWITCH, &o.is_fast, 0, 0},
         {"--kv", TEXT, &cache, 0, 0},
-        {"-h", SWITCH, &wants_help, 0, 0},
-        {"--help", SWITCH, &wants_help, 0, 0},
+        {"-h", SWITCH, &o.wants_help, 0, 0},
+        {"--help", SWITCH, &o.wants_help, 0, 0},
     };
     for (int i = 1; i < argc; i++) {
-        const char *flag = argv[i];
-        if (flag[0] != '-') {
-            if (model_path) die("two model files are given: %s and %s", model_path, flag);
-            model_path = flag;
+        const char *word = argv[i];
+        if (word[0] != '-') {
+            if (o.model) die("two model files are given: %s and %s", o.model, word);
+            o.model = word;
             continue;
         }
-        size_t o = 0, n_options = sizeof options / sizeof *options;
-        while (o < n_options && strcmp(flag, options[o].flag)) o++;
-        if (o == n_options) die("unknown option %s; ./run -h lists them all", flag);
-        if (options[o].kind != SWITCH && ++i == argc)
-            die("%s needs a value; ./run -h says which", flag);
-        void *place = options[o].place;
-        double min = options[o].min, max = options[o].max;
-        switch (options[o].kind) {
+        size_t f = 0, n_flags = sizeof flags / sizeof *flags;
+        while (f < n_flags && strcmp(word, flags[f].flag)) f++;
+        if (f == n_flags) die("unknown option %s; ./run -h lists them all", word);
+        if (flags[f].kind != SWITCH && ++i == argc)
+            die("%s needs a value; ./run -h says which", word);
+        void *place = flags[f].place;
+        double min = flags[f].min, max = flags[f].max;
+        switch (flags[f].kind) {
         case SWITCH: *(bool *)place = true; break;
-        case INTEGER: *(int *)place = (int)parse_integer(flag, argv[i], min, max); break;
-        case SEED: *(uint64_t *)place = parse_integer(flag, argv[i], 0, UINT64_MAX); break;
-        case NUMBER: *(float *)place = (float)parse_number(flag, argv[i], min, max); break;
+        case INTEGER: *(int *)place = (int)parse_integer(word, argv[i], min, max); break;
+        case SEED: *(uint64_t *)place = parse_integer(word, argv[i], 0, UINT64_MAX); break;
+        case NUMBER: *(float *)place = (float)parse_number(word, argv[i], min, max); break;
         case TEXT: *(const char **)place = argv[i]; break;
         }
     }
-    bool is_eval = parse_choice("-m", mode, "generate", "eval");
-    bool bf16_cache = parse_choice("--kv", cache, "fp32", "bf16");
-    if (!model_path || wants_help) {
-        print_usage(wants_help ? stdout : stderr);
-        return wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
+    o.is_eval = parse_choice("-m", mode, "generate", "eval");
+    o.bf16_cache = parse_choice("--kv", cache, "fp32", "bf16");
+    return o;
+}
+
+int main(int argc, char **argv) {
+    Options o = parse_options(argc, argv);
+    if (!o.model || o.wants_help) {
+        print_usage(o.wants_help ? stdout : stderr);
+        return o.wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
     }
-    if (is_eval && !text) die("-m eval needs a text file: -i FILE");
-    if (n_positions < 0) n_positions = is_eval ? 0 : is_bench ? BENCH_TOKENS : 256;
-    Model model = load_model(open_file(model_path, "model file"), n_positions,
-                             is_eval ? 1 : n_stories, n_threads, bf16_cache, is_fast);
-    sampler.kernels = model.kernels;
-    if (is_bench) {
+    if (o.is_eval && !o.text) die("-m eval needs a text file: -i FILE");
+    if (o.n_positions < 0) o.n_positions = o.is_eval ? 0 : o.is_bench ? BENCH_TOKENS : 256;
+    if (o.is_eval) o.n_stories = 1;
+    Model model = load_model(open_file(o.model, "model file"), o.n_positions, o.n_stories,
+                             o.n_threads, o.bf16_cache, o.is_fast);
+    if (o.is_bench) {
         bench(&model);
     } else {
-        if (!tokenizer_path) tokenizer_path = default_tokenizer(model_path);
-        Tokenizer tokenizer = load_tokenizer(open_file(tokenizer_path, "tokenizer file"),
+        if (!o.tokenizer) o.tokenizer = default_tokenizer(o.model);
+        Tokenizer tokenizer = load_tokenizer(open_file(o.tokenizer, "tokenizer file"),
                                              model.config.vocab_size);
-        uint64_t candidates = (uint64_t)model.n_threads * model.config.vocab_size;
-        sampler.candidates = alloc(candidates, sizeof(Candidate));
-        if (is_eval) evaluate(&model, &tokenizer, text, as_json);
-        else generate(&model, &tokenizer, &sampler, text ? text : "", seed, as_json);
+        o.sampler.kernels = model.kernels;
+        o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
+                                     sizeof(Candidate));
+        if (o.is_eval) evaluate(&model, &tokenizer, o.text, o.as_json);
+        else generate(&model, &tokenizer, &o.sampler, o.text ? o.text : "", o.seed, o.as_json);
     }
     release_to(NULL);
     return EXIT_SUCCESS;
 }
-
-#else  // KERNEL is defined: the part that the file includes of itself
-// ------------------------------------------------------------------------------------------------
-// The kernels, compiled once for each instruction set. Sixteen numbers at a time, in an order of
-// operations that is the same for all of them, so that their results are equal to the last bit.
-
-// its name, how many inputs it takes at a time, and whether its int8 products take signed weights
-#if defined(KERNEL_AVX512)
-enum { KERNEL(TILE) = 8, KERNEL(IS_SIGNED) = 0 };
-#define NAME "AVX-512"
-#elif defined(KERNEL_AVX2)
-enum { KERNEL(TILE) = 2, KERNEL(IS_SIGNED) = 1 };
-#define NAME "AVX2"
-#elif defined(KERNEL_DOTPROD)
-enum { KERNEL(TILE) = 2, KERNEL(IS_SIGNED) = 1 };
-#define NAME "NEON dotprod"
-#else
-enum { KERNEL(TILE) = 1, KERNEL(IS_SIGNED) = 0 };
-#define NAME "portable"
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Floats KERNEL(splat)(float x) { return (Floats){0} + x; }
-
-INLINE Floats KERNEL(load)(const float *p) {
-    Floats v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE void KERNEL(store)(float *p, Floats v) { memcpy(p, &v, sizeof v); }
-
-// Sixteen weights or cached numbers in bfloat16, the upper halves of float32.
-INLINE Floats KERNEL(widen)(const uint16_t *p) {
-    Halves h;
-    memcpy(&h, p, sizeof h);
-#if defined(KERNEL_AVX512)
-    return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)h) << 16);
-#else
-    return (Floats)(__builtin_convertvector(h, Words) << 16);
-#endif
-}
-
-INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
-    return is_bf16 ? KERNEL(widen)((const uint16_t *)p + at) : KERNEL(load)((const float *)p + at);
-}
-
-// The first n of sixteen, zeros behind.
-INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
-#if defined(KERNEL_AVX512)
-    __mmask16 mask = (__mmask16)((1u << n) - 1);
-    if (is_bf16) {
-        __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at);
-        return (Floats)((Words)_mm512_cvtepu16_epi32(half) << 16);
-    }
-    return (Floats)_mm512_maskz_loadu_ps(mask, (const float *)p + at);
-#else
-    float whole[LANES] = {0};
-    uint16_t half[LANES] = {0};
-    if (is_bf16) memcpy(half, (const uint16_t *)p + at, n * sizeof *half);
-    else memcpy(whole, (const float *)p + at, n * sizeof *whole);
-    return is_bf16 ? KERNEL(widen)(half) : KERNEL(load)(whole);
-#endif
-}
-
-// Numbers i to i + 15 of a row of n in float32, zeros behind its end.
-INLINE Floats KERNEL(load_row)(const float *row, size_t i, size_t n) {
-    return i + LANES <= n ? KERNEL(load)(row + i) : KERNEL(load_part)(row, i, n - i, false);
-}
-
-// The sum of sixteen: halves of what is left are added.
-INLINE float KERNEL(sum)(Floats v) {
-#if defined(KERNEL_AVX512)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float x[LANES];
-    KERNEL(store)(x, v);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-#endif
-}
-
-// The sums of four times sixteen, in the same order.
-INLINE void KERNEL(sum_four)(float *out, Floats a, Floats b, Floats c, Floats d) {
-#if defined(KERNEL_AVX512)
-    __m512 v[] = {(__m512)a, (__m512)b, (__m512)c, (__m512)d};
-    for (int i = 0; i < 4; i += 2)
-        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 1], 0x44),
-                             _mm512_shuffle_f32x4(v[i], v[i + 1], 0xEE));
-    v[0] = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[2], 0x88),
-                         _mm512_shuffle_f32x4(v[0], v[2], 0xDD));
-    v[0] = _mm512_add_ps(v[0], _mm512_shuffle_ps(v[0], v[0], 0x4E));
-    v[0] = _mm512_add_ps(v[0], _mm512_shuffle_ps(v[0], v[0], 0xB1));
-    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v[0])));
-#else
-    Floats v[] = {a, b, c, d};
-    for (int i = 0; i < 4; i++) out[i] = KERNEL(sum)(v[i]);
-#endif
-}
-
-INLINE Floats KERNEL(choose)(Ints mask, Floats a, Floats b) {
-    return (Floats)((mask & (Ints)a) | (~mask & (Ints)b));
-}
-
-INLINE float KERNEL(largest)(Floats v) {
-#if defined(KERNEL_AVX512)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float x[LANES];
-    KERNEL(store)(x, v);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-    return x[0];
-#endif
-}
-
-// e^x to about 2 units in the last place; 0 below -87, e^88 above 88. Range reduction by ln 2 in
-// two parts and a polynomial, as in Cephes (Moshier 1992); the same bits anywhere, unlike libm.
-INLINE Floats KERNEL(exp)(Floats x) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    Ints is_tiny = x < -87.0f;
-    x = KERNEL(choose)(x > 88.0f, KERNEL(splat)(88.0f), x);
-    x = KERNEL(choose)(is_tiny, KERNEL(splat)(0.0f), x);
-    Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
-    Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    Words power = ((Words)shifted - (Words)KERNEL(splat)(magic) + 127) << 23;
-    return KERNEL(choose)(is_tiny, KERNEL(splat)(0.0f), p * (Floats)power);
-}
-
-// x / rms(x) * gain (n), without the last factor where gain is NULL.
-static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps) {
-    Floats squares = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        Floats v = KERNEL(load_row)(x, i, n);
-        squares += v * v;
-    }
-    float scale = 1.0f / sqrtf(KERNEL(sum)(squares) / (float)n + eps);
-    if (gain) {
-        for (size_t i = 0; i < n; i++) out[i] = gain[i] * (scale * x[i]);
-    } else {
-        for (size_t i = 0; i < n; i++) out[i] = scale * x[i];
-    }
-}
-
-// h = silu(h) * gate (n), or relu(h)² where gate is NULL. Both have room for whole vectors.
-static void KERNEL(activate)(float *h, const float *gate, size_t n) {
-    for (size_t i = 0; i < n; i += LANES) {
-        Floats v = KERNEL(load)(h + i);
-        if (gate) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(gate + i);
-        else v = KERNEL(choose)(v > 0.0f, v * v, KERNEL(splat)(0.0f));
-        KERNEL(store)(h + i, v);
-    }
-}
-
-// The place of the largest of x (n), the first of several.
-static size_t KERNEL(argmax)(const float *x, size_t n) {
-    Floats most = KERNEL(splat)(-INFINITY);
-    Ints here = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = here;
-    size_t whole = n / LANES * LANES, best = 0;
-    for (size_t i = 0; i < whole; i += LANES, here += LANES) {
-        Floats v = KERNEL(load)(x + i);
-        Ints is_larger = v > most;
-        most = KERNEL(choose)(is_larger, v, most);
-        places = (is_larger & here) | (~is_larger & places);
-    }
-    float max = -INFINITY;
-    for (size_t i = 0; i < LANES && whole; i++) {
-        size_t place = (size_t)places[i];
-        if (most[i] > max || (most[i] == max && place < best)) best = place;
-        max = most[i] > max ? most[i] : max;
-    }
-    for (size_t i = whole; i < n; i++) {
-        if (x[i] > max) best = i;
-        max = x[i] > max ? x[i] : max;
-    }
-    return best;
-}
-
-// x = softmax(x / temperature) (n)
-static void KERNEL(softmax)(float *x, size_t n, float temperature) {
-    float max = x[KERNEL(argmax)(x, n)], inverse = 1.0f / temperature;
-    inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 times infinity would be no number
-    Floats sums = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
-        if (i + LANES <= n) KERNEL(store)(x + i, v), sums += v;
-        else memcpy(x + i, &v, (n - i) * sizeof *x), sums += KERNEL(load_row)(x, i, n);
-    }
-    float share = 1.0f / KERNEL(sum)(sums);
-    for (size_t i = 0; i < n; i++) x[i] *= share;
-}
-
-// x = cap * tanh(x / cap) (n), with room for whole vectors
-static void KERNEL(softcap)(float *x, size_t n, float cap) {
-    for (size_t i = 0; i < n; i += LANES) {
-        Floats v = KERNEL(load)(x + i) * (2.0f / cap);
-        v = KERNEL(choose)(v < -80.0f, KERNEL(splat)(-80.0f), v);
-        KERNEL(store)(x + i, cap - 2.0f * cap / (KERNEL(exp)(v) + 1.0f));
-    }
-}
-
-// sigmoid(a . b), both (n)
-static float KERNEL(gate)(const float *a, const float *b, size_t n) {
-    Floats sum = {0};
-    for (size_t i = 0; i < n; i += LANES)
-        sum += KERNEL(load_row)(a, i, n) * KERNEL(load_row)(b, i, n);
-    return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sum)))[0]);
-}
-
-static void KERNEL(read)(const uint8_t *data, size_t n) {
-    Words sums[4] = {{0}};
-    for (size_t i = 0; i + sizeof sums <= n; i += sizeof sums) {
-        Words w[4];
-        memcpy(w, data + i, sizeof w);
-        for (int j = 0; j < 4; j++) sums[j] += w[j];
-    }
-    volatile uint32_t kept = (sums[0] + sums[1] + sums[2] + sums[3])[0];
-    (void)kept;
-}
-
-// A row of an input as whole numbers of 16 bits, in groups of columns that share a scale. Behind
-// the last column there are zeros, to a whole vector. What is no number becomes 0.
-static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
-    const float magic = 12582912.0f, *x = in->x + row * in->stride;
-    const size_t step = 8 * in->tile;
-    const bool is_8bit = in->is_8bit;
-    int8_t *at = codes_at(in, row, 0);
-    for (size_t g = 0; g * group < n; g++) {
-        size_t end = (g + 1) * group < n ? (g + 1) * group : n;
-        Floats most = {0};
-        for (size_t i = g * group; i < end; i += LANES) {
-            Floats v = (Floats)((Ints)KERNEL(load)(x + i) & 0x7FFFFFFF);
-            most = KERNEL(choose)(v > most, v, most);
-        }
-        float scale = KERNEL(largest)(most) / (127 * 256);
-        float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;  // finite
-        Words sum = {0};
-        for (size_t i = g * group; i < end; i += LANES) {
-            Floats scaled = KERNEL(load)(x + i) * inverse;
-            Ints is_number = (scaled > -32768.0f) & (scaled < 32768.0f);
-            scaled = KERNEL(choose)(is_number, scaled, KERNEL(splat)(0.0f));
-            Ints v = (Ints)(scaled + magic) - (Ints)KERNEL(splat)(magic);
-            if (is_8bit) v = (v + 128) & -256;
-            Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
-            Bytes low = __builtin_convertvector(v, Bytes);
-            for (size_t four = 0; four < LANES / 4; four++, at += step) {
-                memcpy(at, (char *)&high + 4 * four, 4);
-                memcpy(at + 4, (char *)&low + 4 * four, 4);
-            }
-            sum += (Words)v;
-        }
-        uint32_t total = 0;
-        for (int i = 0; i < LANES; i++) total += sum[i];
-        in->scales[row * in->max_groups + g] = scale;
-        in->offsets[row * in->max_groups + g] = (int32_t)(total * (uint32_t)-zero);
-    }
-}
-
-// sums[lane] += the four products of each lane: weights w, 0 to 255, and the same four x for all.
-INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
-    int32_t x;
-    memcpy(&x, four, sizeof x);
-#if defined(KERNEL_AVX512)
-    (void)is_4bit;
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(KERNEL_AVX2)
-    // pairs of products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with the sign moved
-    __m256i part[2], all[2], xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
-    memcpy(part, &w, sizeof part);
-    memcpy(all, &sums, sizeof all);
-    for (int i = 0; i < 2; i++) {
-        __m256i pairs;
-        if (is_4bit) {
-            pairs = _mm256_maddubs_epi16(part[i], xs);
-        } else {
-            __m256i with_sign = _mm256_xor_si256(part[i], _mm256_set1_epi8(-128));
-            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(xs), _mm256_sign_epi8(with_sign, xs));
-        }
-        all[i] = _mm256_add_epi32(all[i], _mm256_madd_epi16(pairs, ones));
-    }
-    memcpy(&sums, all, sizeof sums);
-    return sums;
-#elif defined(KERNEL_DOTPROD)
-    int8x16_t part[4], xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    int32x4_t all[4];
-    memcpy(part, &w, sizeof part);
-    memcpy(all, &sums, sizeof all);
-    for (int i = 0; i < 4; i++)
-        all[i] = vdotq_s32(all[i], is_4bit ? part[i] : veorq_s8(part[i], vdupq_n_s8(-128)), xs);
-    memcpy(&sums, all, sizeof sums);
-    return sums;
-#else
-    (void)is_4bit;
-    Ints quads = (Ints)w;
-    for (int i = 0; i < 4; i++) sums += (quads >> 8 * i & 255) * (int8_t)((uint32_t)x >> 8 * i);
-    return sums;
-#endif
-}
-
-// n_blocks times sixteen rows of int8 or int4 times n inputs from t on; both numbers are constants
-// wherever this is inlined, and the sums stay in registers.
-INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n_blocks,
-                                  const size_t n, const bool is_4bit, const bool has_low) {
-    const Tensor *w = p->w;
-    const Input *in = p->in;
-    const size_t group = w->group, groups = (w->cols + group - 1) / group;
-    const size_t per_vector = is_4bit ? 8 : 4;  // columns of sixteen rows in 64 bytes
-    const size_t vectors = (w->cols + per_vector - 1) / per_vector;
-    const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
-    const int8_t *x = codes_at(in, t, 0);
-    const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
-    // of the next two blocks, tiles of inputs fetch one each in turn, an only tile both
-    const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
-    const bool is_only = in->n < 2 * n;
-    Floats out[2][TILE];
-    for (size_t b = 0; b < n_blocks; b++)
-        for (size_t i = 0; i < n; i++) out[b][i] = KERNEL(splat)(0.0f);
-    size_t v = 0;
-    for (size_t g = 0; g < groups; g++) {
-        Ints high[2][TILE], low[2][TILE];
-        for (size_t i = 0; i < n; i++) {
-            // signed weights need no offset
-            int32_t offset = in->offsets[(t + i) * in->max_groups + g];
-            for (size_t b = 0; b < n_blocks; b++) {
-                low[b][i] = (Ints){0} + (!is_4bit && KERNEL(IS_SIGNED) ? 0 : offset);
-                high[b][i] = (Ints){0};
-            }
-        }
-        size_t end = (g + 1) * group / per_vector;
-        if (end > vectors) end = vectors;
-        for (; v < end; v++, codes += sizeof(Codes)) {
-            Codes c[2], four[2];
-            for (size_t b = 0; b < n_blocks; b++) {
-                memcpy(&c[b], codes + b * next_block, sizeof *c);
-                if (b == 0 || is_only) __builtin_prefetch(codes + b * next_block + ahead);
-            }
-            for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
-                for (size_t b = 0; b < n_blocks; b++) {
-                    four[b] = half ? (Codes)((Words)c[b] >> 4) : c[b];
-                    if (is_4bit) four[b] &= 15;
-                }
-                for (size_t i = 0; i < n; i++) {
-                    const int8_t *at = x + 8 * i;
-                    for (size_t b = 0; b < n_blocks; b++) {
-                        high[b][i] = KERNEL(dot4)(high[b][i], four[b], at, is_4bit);
-                        if (has_low) low[b][i] = KERNEL(dot4)(low[b][i], four[b], at + 4, is_4bit);
-                    }
-                }
-            }
-        }
-        for (size_t b = 0; b < n_blocks; b++) {
-            size_t scale_at = ((block + b) * groups + g) * LANES;
-            Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
-            for (size_t i = 0; i < n; i++) {
-                float x_scale = in->scales[(t + i) * in->max_groups + g];
-                Ints sum = (Ints)((Words)high[b][i] * 256 + (Words)low[b][i]);
-                out[b][i] += __builtin_convertvector(sum, Floats) * (scale * x_scale);
-            }
-        }
-    }
-    for (size_t b = 0; b < n_blocks; b++)
-        for (size_t i = 0; i < n; i++)
-            KERNEL(store)(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i]);
-}
-
-// n_rows rows of float32 or bfloat16 times n inputs from t on, both constants where inlined.
-INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const size_t n_rows,
-                                   const size_t n, const bool is_bf16) {
-    const Tensor *w = p->w;
-    const size_t cols = w->cols, whole = cols / LANES * LANES, stride = p->in->stride;
-    const float *x = p->in->x + t * stride;
-    Floats sums[ROWS_AT_ONCE][TILE];
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t i = 0; i < n; i++) sums[r][i] = KERNEL(splat)(0.0f);
-    for (size_t c = 0; c < cols; c += LANES) {
-        for (size_t r = 0; r < n_rows; r++) {
-            size_t at = (row + r) * cols + c;
-            Floats v = c < whole ? KERNEL(load_as)(w->data, at, is_bf16)
-                                 : KERNEL(load_part)(w->data, at, cols - whole, is_bf16);
-            for (size_t i = 0; i < n; i++) sums[r][i] += v * KERNEL(load)(x + i * stride + c);
-        }
-    }
-    for (size_t i = 0; i < n; i++) {
-        float *out = p->out + (t + i) * p->stride + row;
-        for (size_t r = 0; r + 4 <= n_rows; r += 4)
-            KERNEL(sum_four)(out + r, sums[r][i], sums[r + 1][i], sums[r + 2][i], sums[r + 3][i]);
-        if (n_rows == 1) *out = KERNEL(sum)(sums[0][i]);
-    }
-}
-
-// Rows of float32 or bfloat16 times all inputs.
-INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, const bool is_bf16) {
-    const size_t n = p->in->n;
-    size_t t = 0;
-    for (; t + 4 <= n; t += 4) {
-        size_t r = row;
-        for (; r + 4 <= end; r += 4) KERNEL(rows_of_floats)(p, r, t, 4, 4, is_bf16);
-        for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 4, is_bf16);
-    }
-    for (; t < n; t++) {
-        size_t r = row;
-        for (; r + 8 <= end; r += 8) KERNEL(rows_of_floats)(p, r, t, 8, 1, is_bf16);
-        for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 1, is_bf16);
-    }
-}
-
-// n_blocks times sixteen rows of int8 or int4 times all inputs.
-INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t n_blocks,
-                                    const bool is_4bit, const bool has_low) {
-    const size_t n = p->in->n, tile = n_blocks == 2 && has_low ? KERNEL(TILE) / 2 : KERNEL(TILE);
-    size_t t = 0;
-    for (; t + tile <= n; t += tile)
-        KERNEL(tile_of_codes)(p, block, t, n_blocks, tile, is_4bit, has_low);
-    for (; KERNEL(TILE) > 2 && t + 2 <= n; t += 2)
-        KERNEL(tile_of_codes)(p, block, t, n_blocks, 2, is_4bit, has_low);
-    for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, n_blocks, 1, is_4bit, has_low);
-}
-
-// Blocks from first to last of int8 or int4. Two at a time share each load of an input, where there
-// are registers for it; for a single input the weights are read in the order of memory.
-INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
-                          const bool has_low) {
-    const bool in_pairs = KERNEL(TILE) > 2 && p->in->n > 1;
-    size_t block = first;
-    for (; in_pairs && block + 2 <= last; block += 2)
-        KERNEL(blocks_of_codes)(p, block, 2, is_4bit, has_low);
-    for (; block < last; block++) KERNEL(blocks_of_codes)(p, block, 1, is_4bit, has_low);
-}
-
-// Blocks from first to last, of sixteen rows, of a product for all its inputs.
-static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
-    const Tensor *w = p->w;
-    const bool has_low = !p->in->is_8bit;
-    if (w->format == INT8 && has_low) KERNEL(codes)(p, first, last, false, true);
-    else if (w->format == INT8) KERNEL(codes)(p, first, last, false, false);
-    else if (w->format == INT4 && has_low) KERNEL(codes)(p, first, last, true, true);
-    else if (w->format == INT4) KERNEL(codes)(p, first, last, true, false);
-    for (size_t row = first * LANES; !w->group && row < last * LANES; row += LANES) {
-        size_t end = row + LANES < w->rows ? row + LANES : w->rows;
-        if (w->format == FP32) KERNEL(block_of_floats)(p, row, end, false);
-        else KERNEL(block_of_floats)(p, row, end, true);
-    }
-}
-
-// Attention of one query head q (head_dim) over the cached positions from first to last: out
-// (head_dim), with room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), a
-// chunk of positions at a time: what is there is scaled down where a larger score comes.
-static void KERNEL(attend)(float *out, const float *q, const void *keys, const void *values,
-                           size_t head_dim, size_t first, size_t last, bool is_bf16) {
-    enum { CHUNK = 8 };  // vectors of positions
-    const size_t width = ROUND_UP(head_dim, LANES), end = last / LANES + 1;
-    const float scale = 1.0f / sqrtf((float)head_dim);
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Floats nothing = KERNEL(splat)(-INFINITY);
-    float max = -INFINITY, weights[CHUNK * LANES];
-    Floats sums = {0}, scores[CHUNK];
-    memset(out, 0, width * sizeof *out);
-    for (size_t start = first / LANES, n; start < end; start += n) {
-        n = end - start < CHUNK ? end - start : CHUNK;
-        Floats most = nothing;
-        for (size_t b = 0; b < n; b++) {
-            const size_t block = start + b;
-            Floats parts[4] = {{0}};
-            size_t d = 0;
-            for (; d + 4 <= head_dim; d += 4)
-                for (size_t i = 0; i < 4; i++)
-                    parts[i] += q[d + i] *
-                                KERNEL(load_as)(keys, (block * head_dim + d + i) * LANES, is_bf16);
-            for (; d < head_dim; d++)
-                parts[0] += q[d] * KERNEL(load_as)(keys, (block * head_dim + d) * LANES, is_bf16);
-            Floats s = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * scale;
-            Ints places = lanes + (int32_t)(block * LANES);
-            s = KERNEL(choose)((places >= (int32_t)first) & (places <= (int32_t)last), s, nothing);
-            most = KERNEL(choose)(s > most, s, most);
-            scores[b] = s;
-        }
-        float larger = KERNEL(largest)(most);
-        if (larger > max) {
-            float kept = KERNEL(exp)(KERNEL(splat)(max - larger))[0];
-            for (size_t d = 0; d < width; d++) out[d] *= kept;
-            sums *= kept;
-            max = larger;
-        }
-        for (size_t b = 0; b < n; b++) {
-            Floats p = KERNEL(exp)(scores[b] - max);
-            KERNEL(store)(weights + b * LANES, p);
-            sums += p;
-        }
-        for (size_t d = 0; d < width; d += LANES) {  // what is not seen has the weight 0
-            Floats y[4] = {{0}};
-            size_t at = start * LANES * width + d;
-            for (size_t i = 0; i < n * LANES; i += 4, at += 4 * width)
-                for (size_t j = 0; j < 4; j++)
-                    y[j] += weights[i + j] * KERNEL(load_as)(values, at + j * width, is_bf16);
-            KERNEL(store)(out + d, KERNEL(load)(out + d) + ((y[0] + y[1]) + (y[2] + y[3])));
-        }
-    }
-    float sum = KERNEL(sum)(sums);
-    for (size_t d = 0; d < width; d++) out[d] /= sum;
-}
-
-static const Kernels KERNEL(kernels) = {
-    .name = NAME,
-    .rmsnorm = KERNEL(rmsnorm), .activate = KERNEL(activate), .argmax = KERNEL(argmax),
-    .softmax = KERNEL(softmax),
-    .softcap = KERNEL(softcap), .gate = KERNEL(gate), .read = KERNEL(read),
-    .quantize = KERNEL(quantize), .matmul = KERNEL(matmul), .attend = KERNEL(attend),
-};
-
-#undef KERNEL
-#undef KERNEL_AVX2
-#undef KERNEL_AVX512
-#undef KERNEL_DOTPROD
-#undef NAME
-#undef INLINE
-#endif

@@ -9,11 +9,11 @@ struct Llama {
     Model model;
     Tokenizer tokenizer;
     Sampler sampler;
-    uint64_t state;  // of the random numbers
-    int *tokens;     // (n_positions) that were run
-    int n_tokens;    // up to and with the latest
-    bool has_logits; // behind these, not yet drawn from
-    Block *blocks;   // all memory and files, this included
+    uint64_t state;   // of the random numbers
+    int *tokens;      // (n_positions) that were run
+    int n_tokens;     // how many of them
+    bool has_logits;  // after the last token, not yet sampled from
+    Block *blocks;    // all memory and files, including this struct
 };
 
 Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
@@ -53,7 +53,7 @@ int llama_eos(const Llama *l) { return l->tokenizer.eos; }
 int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
     jmp_buf caller;
     on_error.caller = &caller;
-    on_error.size = 0;  // no room: the sentence is not wanted
+    on_error.size = 0;  // the message is not wanted
     if (setjmp(caller)) {
         release_to(NULL);
         on_error.caller = NULL;
@@ -79,7 +79,8 @@ int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
 
 const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
     Model *m = &l->model;
-    if (n < 1 || pos < 0 || pos > l->n_tokens || (size_t)n > m->n_positions - (size_t)pos) return NULL;
+    if (n < 1 || pos < 0 || pos > l->n_tokens) return NULL;
+    if ((size_t)n > m->n_positions - (size_t)pos) return NULL;
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= m->config.vocab_size) return NULL;
     memcpy(l->tokens + pos, tokens, (size_t)n * sizeof *tokens);
@@ -92,7 +93,7 @@ void llama_seed(Llama *l, uint64_t seed) { l->state = random_state(seed); }
 
 int llama_sample(Llama *l, const LlamaSampling *given) {
     if (!l->has_logits) return -1;
-    l->has_logits = false;  // drawing overwrites them
+    l->has_logits = false;  // sampling overwrites them
     l->sampler.temperature = given->temperature;
     l->sampler.top_p = given->top_p;
     l->sampler.min_p = given->min_p;

@@ -1,5 +1,5 @@
-// The engine as a library: make libllama2. Every function may be called from any thread, but on one
-// Llama from one at a time. examples/llama2.py uses it from Python.
+// The engine as a library: make libllama2. Functions may be called from any thread, but only from
+// one at a time for the same Llama. examples/llama2.py uses it from Python.
 #ifndef LLAMA2_H
 #define LLAMA2_H
 
@@ -25,10 +25,10 @@ typedef struct {
     int top_k;             // 0: all tokens
 } LlamaSampling;
 
-// A model.bin and its tokenizer, with room for n_positions (0: the whole context), computed by
-// n_threads (0: as many as pay). NULL on failure; then `error`, of `size` bytes, says why.
-LLAMA2_API Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
-                  char *error, size_t size);
+// Load a model.bin and its tokenizer, with room for n_positions (0: the whole context), computed by
+// n_threads (0: as many as help). Returns NULL on failure, with the reason in `error` (size bytes).
+LLAMA2_API Llama *llama_load(const char *model, const char *tokenizer, int n_positions,
+                             int n_threads, char *error, size_t size);
 
 LLAMA2_API int llama_vocab_size(const Llama *llama);
 LLAMA2_API int llama_n_positions(const Llama *llama);
@@ -37,24 +37,24 @@ LLAMA2_API int llama_n_positions(const Llama *llama);
 LLAMA2_API int llama_bos(const Llama *llama);
 LLAMA2_API int llama_eos(const Llama *llama);
 
-// The tokens of a text (n bytes of UTF-8), behind a BOS. Returns how many there are, and writes as
-// many of them as there is room for. -1: out of memory, or more than 700 MB of text.
+// The tokens of a text (n bytes of UTF-8), after a BOS. Returns their number, and writes as many as
+// fit in `room`. -1: out of memory, or more than 700 MB of text.
 LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *tokens, int room);
 
-// The text of n tokens, from a BOS on or from within. Returns its bytes, and writes as many of them
-// as there is room for, without a NUL. -1: one is no token, or the bytes do not fit an int.
+// The text of n tokens, which may start with a BOS. Returns the number of its bytes, and writes as
+// many as fit in `room`, without a NUL. -1: an invalid token, or the number does not fit an int.
 LLAMA2_API int llama_decode(Llama *llama, const int *tokens, int n, char *text, int room);
 
-// Run n tokens at the positions from pos on, behind those that were run before. Returns the logits
-// (vocab_size) of the token behind the last, which stay until the next call. NULL: a token or a
-// position that there is not.
+// Run n tokens at the positions from pos on, after those run before. Returns the logits
+// (vocab_size) for the next token, which are valid until the next call. NULL: an invalid token or
+// position.
 LLAMA2_API const float *llama_forward(Llama *llama, const int *tokens, int n, int pos);
 
-// Start the random numbers of llama_sample() anew; a new Llama has seed 0.
+// Restart the random numbers of llama_sample(); a new Llama has seed 0.
 LLAMA2_API void llama_seed(Llama *llama, uint64_t seed);
 
-// Draw the token behind those of the latest llama_forward(), from its logits, which that uses up.
-// llama_bos() and llama_eos() end a story. -1: there was no llama_forward() since the latest token.
+// Sample the next token from the logits of the last llama_forward(), which can be used only once.
+// llama_bos() and llama_eos() end a story. -1: no llama_forward() since the last token.
 LLAMA2_API int llama_sample(Llama *llama, const LlamaSampling *sampling);
 
 LLAMA2_API void llama_free(Llama *llama);

@@ -1,6 +1,6 @@
-// A libFuzzer target of run.c: TARGET 0 takes its bytes for a model file, 1 for a tokenizer file, 2
-// for a text that the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
-// FUZZ_VOCAB_SIZE tokens, encode. tests/fuzz.py builds and runs it.
+// A libFuzzer target of run.c. With TARGET 0 its bytes are a model file, with 1 a tokenizer file,
+// with 2 a text for the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
+// FUZZ_VOCAB_SIZE tokens. tests/fuzz.py builds and runs it.
 #define main run_main
 #include "../run.c"
 #undef main
@@ -46,8 +46,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 #if TARGET == 0
     run_model(file);
 #elif TARGET == 1
-    // the first byte says how many pieces are expected, three times that and three; the last ones
-    // are the text
+    // the first byte gives the number of pieces, 3 + 3 * byte; the last 16 bytes are the text
     size_t text = size - 1 < 16 ? size - 1 : 16;
     file.data++;
     file.size -= 1 + text;

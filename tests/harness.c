@@ -1,4 +1,4 @@
-// Opens run.c to the tests: its functions with another main.
+// The functions of run.c for the tests, with another main().
 #define main run_main
 #include "../run.c"
 #undef main
@@ -6,23 +6,23 @@
 // logits BATCH MODEL ID...: fp32 logits (n ids, vocab_size) of every position, raw on stdout; BATCH
 // tokens go through the model at a time.
 static void write_logits(char **words, int n_words) {
-    int batch = atoi(words[0]), n = n_words - 2;
+    int at_once = atoi(words[0]), n = n_words - 2;
     Model m = load_model(open_file(words[1], "model file"), n, 1, 1, false, false);
-    Step *steps = alloc(n, sizeof(Step));
+    BatchToken *batch = alloc(n, sizeof(BatchToken));
     for (int i = 0; i < n; i++) {
         int id = atoi(words[i + 2]), before = i ? atoi(words[i + 1]) : -1;
-        steps[i] = (Step){id, before, i, 0, true};
+        batch[i] = (BatchToken){id, before, i, 0, true};
     }
-    for (int first = 0; first < n; first += batch) {
-        int count = n - first < batch ? n - first : batch;
-        forward(&m, steps + first, count);
+    for (int first = 0; first < n; first += at_once) {
+        int count = n - first < at_once ? n - first : at_once;
+        run_batch(&m, batch + first, count);
         for (int i = 0; i < count; i++)
             fwrite(logits_of(&m, i), sizeof(float), m.config.vocab_size, stdout);
     }
     release_to(NULL);
 }
 
-// encode TOKENIZER VOCAB_SIZE: texts on stdin, each with a NUL behind it; a line of ids for each.
+// encode TOKENIZER VOCAB_SIZE: texts on stdin, each followed by a NUL; a line of ids for each.
 static void encode_lines(const char *path, int vocab_size) {
     Tokenizer t = load_tokenizer(open_file(path, "tokenizer file"), vocab_size);
     size_t n = 0, room = 1 << 16;
@@ -52,8 +52,8 @@ static void decode(char **words, int n) {
     release_to(NULL);
 }
 
-// draw TEMPERATURE TOP_P TOP_K MIN_P REPEAT_PENALTY SEED N LOGIT...: N tokens drawn from the same
-// logits, behind the tokens 0 and 3.
+// draw TEMPERATURE TOP_P TOP_K MIN_P REPEAT_PENALTY SEED N LOGIT...: N tokens sampled from the same
+// logits, after the tokens 0 and 3.
 static void draw(char **words, int n_words) {
     int n = n_words - 7, told[] = {0, 3};
     Sampler s = {.temperature = strtof(words[0], NULL), .top_p = strtof(words[1], NULL),
@@ -70,8 +70,8 @@ static void draw(char **words, int n_words) {
 }
 
 #if defined(_OPENMP)
-// threads N PASSES...: how many of N threads are in use after so many passes in which all ran (0:
-// after one long one in which one was waited for, -1: after a short one).
+// threads N PASSES...: how many of N threads are in use after that many passes in which all ran (0:
+// after a long pass that waited for a thread, -1: after a short one).
 static void use_threads(char **words, int n_words) {
     int n = atoi(words[0]);
     Model m = {.n_threads = n, .n_active = n, .patience = MIN_PATIENCE};

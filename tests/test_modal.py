@@ -417,7 +417,8 @@ def test_one_machine_that_fails_fails_the_run(cloud, stubs, monkeypatch):
 
 def test_a_prompt_arrives_as_it_is_and_runs_nothing(cloud, stubs, tmp_path, capsys):
     tree = Path(modal_app.APP_DIR)
-    (tree / "run.c").write_text("")
+    for name in ("run.c", "kernels.h"):
+        (tree / name).write_text("")
     print_words = """#!/bin/sh\\nfor word; do printf "[%%s]" "$$word"; done\\n"""
     (tree / "Makefile").write_text(f"run: run.c\n\t@printf '{print_words}' > run; chmod +x run\n")
     write(cloud.root, "out/model.bin")
@@ -554,7 +555,8 @@ def test_only_code_goes_along():
         *"__pycache__/a.pyc tests/__pycache__/a.pyc mine/ckpt.pt mine/model.bin a.part".split(),
     ):
         assert ignored(Path(path)), path
-    for (
-        path
-    ) in "train.py run.c Makefile config/tok105.py formats/__init__.py requirements.txt".split():
+    for path in (
+        *"train.py run.c kernels.h Makefile".split(),
+        *"config/tok105.py formats/__init__.py requirements.txt".split(),
+    ):
         assert not ignored(Path(path)), path

@@ -389,7 +389,7 @@ WRONG = [  # part, which number of it, value, what the sentence says
     ("ranges", 2, 4, "the class of a range is 4, expected 1 to 3"),
     ("ranges", 3, 13, "the start of a range is 13, expected 14 to 1114111"),
     ("special", 0, 259, "the special token is 259, expected 0 to 258"),
-    ("special", 0, 0x80, "this special token is no text: 128"),
+    ("special", 0, 0x80, "empty or invalid UTF-8 is the special token 128"),
     ("merges", 0, 259, "the left token of a merge is 259, expected 0 to 258"),
     ("merges", 4, 2**31, "the right token of a merge is 2147483648, expected 0 to 258"),
     ("merges", 8, 2**32 - 1, "the token of a merge is 4294967295, expected 0 to 258"),
@@ -416,7 +416,7 @@ def test_every_byte_needs_a_token(plain, load):
     refused_by(load(data[: at + 4] + b"y" + data[at + 5 :]), "no token for the byte 122")
     refused_by(load(data[:at] + bytes(4) + data[at + 5 :]), "no token for the byte 122")
     nothing = data[: -len("<|e|>") - 4] + bytes(4)
-    refused_by(load(nothing), "this special token is no text: 258")
+    refused_by(load(nothing), "empty or invalid UTF-8 is the special token 258")
 
 
 def test_odd_ranges_are_taken(plain, load):
