@@ -10,7 +10,6 @@ what torch.compile saves by fusing.
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
 from model import ACTIVATION_CHECKPOINTING, PRODUCTS, Transformer
 from optim import by_role
 from system.hardware import GPUS
@@ -51,6 +50,7 @@ def kept_bytes(model, batch_size, recompute):
     """
     for block in model.layers:
         block.recompute = ACTIVATION_CHECKPOINTING[recompute]
+        block.attention.attend = lambda q, k, v, *_: Flash.apply(q, k, v)
     ours = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -61,13 +61,9 @@ def kept_bytes(model, batch_size, recompute):
         return tensor
 
     products = Products()
-    attend, model_module.attend = model_module.attend, lambda q, k, v, *_: Flash.apply(q, k, v)
     tokens = torch.zeros(batch_size, model.args.max_seq_len, dtype=torch.int64, device="meta")
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
-            model(tokens, tokens)
-    finally:
-        model_module.attend = attend
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
+        model(tokens, tokens)
     n_bytes = sum(storage.nbytes() for storage in kept.values())
     return n_bytes + products.n_bytes * (recompute == "selective")
 
