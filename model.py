@@ -6,7 +6,15 @@ embeddings and a SwiGLU feed-forward, RMSNorm, no biases. An option is a field o
 `if` that names it; ARCHS lists three useful choices. Checkpoints carry all of ModelArgs, model.bin
 what run.c needs. Parameter names are those of llama2.c and of Meta's release.
 
-@@TOADD@@
+To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c, its
+formula in activate() of kernels.h, and the places in run.c that ask for SWIGLU; class MLP in
+formats/modeling_modded_llama.py; the row `activation` in doc/format.md. Cases for it in OPTIONS of
+tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py prove it.
+
+To add an option: a field of ModelArgs whose default is plain Llama, a setting of train.py, its `if`
+below; the start of its parameters in init_std and their role in optim.py; formats/modelbin.py,
+doc/format.md and run.c; formats/huggingface.py and modeling_modded_llama.py; the three tests above;
+a row in experiments/ablations.py.
 """
 
 import math
@@ -21,7 +29,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from attention import attend
 from loss import cross_entropy
 
-ACTIVATIONS = ("swiglu", "relu2")  # model.bin stores the position in this list
+# name: (function, whether w3 gates it), see FeedForward; model.bin stores the position in the table
+ACTIVATIONS = {
+    "swiglu": (F.silu, True),  # Shazeer 2020, arXiv:2002.05202
+    "relu2": (lambda x: F.relu(x).square(), False),  # So et al. 2021, arXiv:2109.08668
+}
 
 
 @dataclass
@@ -33,7 +45,7 @@ class ModelArgs:
     n_heads: int = 6
     n_kv_heads: int = 0  # 0: as many as n_heads (no grouping)
     vocab_size: int = 4096
-    hidden_dim: int = 0  # 0: 2/3 of 4 * dim for SwiGLU, 4 * dim for ReLU², see multiple_of
+    hidden_dim: int = 0  # 0: 4 * dim, two thirds of it if gated (SwiGLU), see multiple_of
     multiple_of: int = 32  # an automatic hidden_dim is rounded up to a multiple of this
     max_seq_len: int = 256
     norm_eps: float = 1e-5
@@ -76,7 +88,8 @@ class ModelArgs:
         for problem in self.problems():
             raise ValueError(problem)
         if not self.hidden_dim:
-            hidden = 4 * self.dim if self.activation == "relu2" else 2 * 4 * self.dim // 3
+            _, is_gated = ACTIVATIONS[self.activation]
+            hidden = 2 * 4 * self.dim // 3 if is_gated else 4 * self.dim
             self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     def problems(self):
@@ -280,14 +293,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """
-    SwiGLU, w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202), or squared ReLU, w2(relu(w1 x)²)
-    (So et al. 2021, arXiv:2109.08668).
-    """
+    """w2(activation(w1 x) * w3 x), as in SwiGLU; if not gated, w2(activation(w1 x))."""
 
     def __init__(self, args):
         super().__init__()
-        self.is_gated = args.activation == "swiglu"
+        self.activation, self.is_gated = ACTIVATIONS[args.activation]
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)  # (dim, hidden_dim)
         if self.is_gated:
@@ -296,8 +306,10 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if self.is_gated:
             gate, up = linear(x, self.w1.weight, self.w3.weight).chunk(2, dim=-1)
-            return linear(F.silu(gate) * up, self.w2.weight)
-        return linear(F.relu(linear(x, self.w1.weight)).square(), self.w2.weight)  # option relu2
+            h = self.activation(gate) * up  # (B, T, hidden_dim)
+        else:
+            h = self.activation(linear(x, self.w1.weight))
+        return linear(h, self.w2.weight)
 
 
 class Block(nn.Module):
