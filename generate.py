@@ -172,7 +172,7 @@ for name, (model, found, _) in loaded.items():
     model = model.to(device).eval()
     model.dtype = dtype
     prompt, generator = prompts[name], torch.Generator().manual_seed(seed)
-    limit = min(max_new_tokens, model.room_behind(prompt))
+    limit = min(max_new_tokens, model.room_after(prompt))
     prompt_text, told[name] = found.decode(prompt), []
     bar = tqdm(total=num_samples, unit=" stories", desc=name, disable=None)
     began = time.perf_counter()

@@ -1,29 +1,177 @@
 """
-The model: a Llama decoder with the options of today's speedruns, its loss, and generation.
+The model: a Llama decoder with options, and generation. attention.py and loss.py are parts of it.
 
-With every option of ModelArgs off it is plain Llama 2: pre-norm blocks of grouped-query attention
-with rotary embeddings and a SwiGLU feed-forward, RMSNorm, no biases. ARCHS names three choices of
-options. Every number of the architecture is a field of ModelArgs; it is saved in checkpoints,
-carried by export.py, and read by run.c. Parameter names are those of llama2.c and Meta's release.
+With every option off it is plain Llama 2: pre-norm layers of grouped-query attention with rotary
+embeddings and a SwiGLU feed-forward, RMSNorm, no biases. An option is a field of ModelArgs and one
+`if` that names it; ARCHS lists three useful choices. Checkpoints carry all of ModelArgs, model.bin
+what run.c needs. Parameter names are those of llama2.c and of Meta's release.
 
-To add an option: a field in ModelArgs whose default leaves plain Llama unchanged, its use below, a
-line in doc/format.md, formats/modelbin.py and run.c, its place in formats/huggingface.py and
-modeling_modded_llama.py, a role in optim.py for its parameters, and a row in ablate.py.
+To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c, its
+formula in activate() of kernels.h, and the places in run.c that ask for SWIGLU; class MLP in
+formats/modeling_modded_llama.py; the row `activation` in doc/format.md. Cases for it in OPTIONS of
+tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py prove it.
+
+To add an option: a field of ModelArgs whose default is plain Llama, a setting of train.py, its `if`
+below; the start of its parameters in init_std and their role in optim.py; formats/modelbin.py,
+doc/format.md and run.c; formats/huggingface.py and modeling_modded_llama.py; the three tests above;
+a row in experiments/ablations.py.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as with_recomputation
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-ACTIVATIONS = ("swiglu", "relu2")
+from attention import attend
+from loss import cross_entropy
 
-# The presets of --arch: the options that differ from ModelArgs' defaults, which are Llama 2
+# name: (function, whether w3 gates it), see FeedForward; model.bin stores the position in the table
+ACTIVATIONS = {
+    "swiglu": (F.silu, True),  # Shazeer 2020, arXiv:2002.05202
+    "relu2": (lambda x: F.relu(x).square(), False),  # So et al. 2021, arXiv:2109.08668
+}
+
+
+@dataclass
+class ModelArgs:
+    """The architecture. Raises ValueError, in one sentence, for values that do not fit together."""
+
+    dim: int = 288
+    n_layers: int = 6
+    n_heads: int = 6
+    n_kv_heads: int = 0  # 0: as many as n_heads (no grouping)
+    vocab_size: int = 4096
+    hidden_dim: int = 0  # 0: 4 * dim, two thirds of it if gated (SwiGLU), see multiple_of
+    multiple_of: int = 32  # an automatic hidden_dim is rounded up to a multiple of this
+    max_seq_len: int = 256
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True  # the output head is the embedding table
+    dropout: float = 0.0
+    # ---- options; the defaults are plain Llama 2
+    qk_norm: bool = False  # RMSNorm of each query and key head, before RoPE (Qwen3)
+    norm_gains: bool = True  # RMSNorm has learned gains; False: it only normalises
+    zero_init: bool = False  # projections into the residual stream, and an untied head, start at 0
+    activation: str = "swiglu"  # of the feed-forward: swiglu, or relu2 (two matrices, not three)
+    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
+    sliding_window: int = 0  # positions that an S layer sees, its own included; 0: all
+    window_pattern: str = "SSSL"  # letter i modulo its length is for layer i: S window, L all
+    embedding_norm: bool = False  # RMSNorm after the embedding
+    residual_scalars: bool = False  # layer i reads a_i x + b_i x0; x0 is the embedding
+    value_embeddings: int = 0  # the first so many layers add an embedding to values; -1: all
+    bigram_rows: int = 0  # rows of a hashed table of (token before, token), added to the embedding
+    smear: bool = False  # a gate adds the embedding of the token before
+    # ---- for training only, never exported
+    embedding_std: float = 0.0  # initial std of the embedding; 0: automatic, see init_std
+    head_std: float = 0.0  # initial std of an untied head; 0: automatic
+    vocab_multiple: int = 1  # rows of embedding and head in memory are rounded up to a multiple
+
+    def __post_init__(self):
+        for field in fields(self):
+            kind, value = type(field.default), getattr(self, field.name)
+            if kind is float and type(value) is int:
+                setattr(self, field.name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"{field.name} = {value!r}: expected {KINDS[kind]}")
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most:.9g}"
+                raise ValueError(f"{name} = {value}: expected {bound}")
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if self.value_embeddings == -1:
+            self.value_embeddings = self.n_layers
+        for problem in self.problems():
+            raise ValueError(problem)
+        if not self.hidden_dim:
+            _, is_gated = ACTIVATIONS[self.activation]
+            hidden = 2 * 4 * self.dim // 3 if is_gated else 4 * self.dim
+            self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+    def problems(self):
+        """Yield a sentence for each choice that is unknown, or does not fit the others."""
+        if self.dim % self.n_heads:
+            yield (
+                f"n_heads = {self.n_heads} does not divide dim = {self.dim}; "
+                f"take a dim that is a multiple of {self.n_heads}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            yield f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}"
+        if self.head_dim % 2:
+            yield f"dim / n_heads = {self.head_dim} is odd; RoPE turns pairs, so it must be even"
+        if self.dropout == 1:
+            yield "dropout = 1.0: expected below 1"
+        if self.activation not in ACTIVATIONS:
+            yield f"activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            letters = "expected letters S (window) and L (all)"
+            yield f"window_pattern = {self.window_pattern!r}: {letters}"
+        if not 0 <= self.value_embeddings <= self.n_layers:
+            expected = f"expected 0 to n_layers = {self.n_layers}, or -1 for all"
+            yield f"value_embeddings = {self.value_embeddings}: {expected}"
+        if self.bigram_rows == 1:
+            yield "bigram_rows = 1: expected 0 (none), or 2 or more"
+
+    @property
+    def head_dim(self):
+        return self.dim // self.n_heads
+
+    @property
+    def vocab_rows(self):
+        """Rows of the embedding and the head in memory; those past vocab_size are padding."""
+        return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)
+
+    @property
+    def wide_embedding(self):
+        """Whether the embedding starts with a standard deviation near 1 instead of 0.02."""
+        is_automatic = self.zero_init or self.embedding_norm
+        is_wide = self.embedding_std > 0.1 if self.embedding_std else is_automatic
+        return is_wide and not self.tie_embeddings
+
+    def window(self, layer):
+        """How many positions a query of this layer sees, its own included; 0: all before it."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.sliding_window if letter == "S" else 0
+
+    def to_dict(self):
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """ModelArgs from a checkpoint's dict; raises ValueError for a field it does not know."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"model option {sorted(unknown)[0]!r} is unknown to this version")
+        return cls(**{k: v for k, v in values.items() if v is not None})
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+# Least and most of each number, as in run.c: a larger one is a slip that would exhaust the memory
+LIMITS = {
+    "dim": (1, 1 << 16),
+    "n_layers": (1, 1 << 12),
+    "n_heads": (1, 1 << 12),
+    "n_kv_heads": (0, 1 << 12),
+    "vocab_size": (1, 1 << 24),
+    "hidden_dim": (0, 1 << 20),
+    "multiple_of": (1, 1 << 16),
+    "max_seq_len": (1, 1 << 24),
+    "norm_eps": (0, 1),
+    "rope_theta": (1, 1e12),
+    "dropout": (0, 1),
+    "logit_softcap": (0, 1e6),
+    "sliding_window": (0, 1 << 24),
+    "bigram_rows": (0, 1 << 28),
+    "embedding_std": (0, 1e6),
+    "head_std": (0, 1e6),
+    "vocab_multiple": (1, 1 << 16),
+}
+
+# The presets of --arch: the options that differ from ModelArgs' defaults
 ARCHS = {
     "llama": {},
     # what Qwen3 of transformers and llama.cpp carries exactly
@@ -43,149 +191,13 @@ ARCHS = {
 }
 
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-# as in run.c: larger ones are slips, and would only end in a lack of memory
-LARGEST = {
-    "dim": 1 << 16,
-    "hidden_dim": 1 << 20,
-    "n_layers": 1 << 12,
-    "n_heads": 1 << 12,
-    "n_kv_heads": 1 << 12,
-    "vocab_size": 1 << 24,
-    "max_seq_len": 1 << 24,
-    "multiple_of": 1 << 16,
-    "vocab_multiple": 1 << 16,
-    "bigram_rows": 1 << 28,
-}
-
-
-@dataclass
-class ModelArgs:
-    """The architecture. Raises ValueError, one sentence, for numbers that do not fit together."""
-
-    dim: int = 288
-    n_layers: int = 6
-    n_heads: int = 6
-    n_kv_heads: int = 0  # 0: as many as n_heads (no grouping)
-    vocab_size: int = 4096
-    hidden_dim: int = 0  # 0: 2/3 of 4 * dim for SwiGLU, 4 * dim for ReLU², see multiple_of
-    multiple_of: int = 32  # rounds a hidden_dim that is not given up
-    max_seq_len: int = 256
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_embeddings: bool = True  # the output head is the embedding table
-    dropout: float = 0.0
-    # ---- options; off, and so plain Llama 2, by default
-    qk_norm: bool = False  # RMSNorm of each query and key head, before RoPE (Qwen3)
-    norm_gains: bool = True  # RMSNorm has learned gains; False: it only normalises
-    zero_init: bool = False  # projections into the residual stream, and an untied head, begin at 0
-    activation: str = "swiglu"  # of the feed-forward: swiglu, or relu2 (two matrices, not three)
-    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
-    sliding_window: int = 0  # a position of an S layer sees this many, itself included; 0: all
-    window_pattern: str = "SSSL"  # layer i has letter i modulo its length: S window, L everything
-    embedding_norm: bool = False  # RMSNorm behind the embedding
-    residual_scalars: bool = False  # layer i begins with a_i x + b_i x0; x0 is the embedding
-    value_embeddings: int = 0  # so many layers, the first, add an embedding to values; -1: all do
-    bigram_rows: int = 0  # rows of a hashed table of (token before, token), added to the embedding
-    smear: bool = False  # a gate adds the embedding of the token before
-    # ---- for training alone, never exported
-    embedding_std: float = 0.0  # of the embedding, and so of a tied head, at the start; 0: a rule
-    head_std: float = 0.0  # of a head of its own at the start; 0: a rule, see init_weights
-    vocab_multiple: int = 1  # rows of embedding and head in memory, rounded up
-
-    def __post_init__(self):
-        for field in fields(self):
-            kind, value = type(field.default), getattr(self, field.name)
-            if kind is float and type(value) is int:
-                setattr(self, field.name, float(value))
-            elif type(value) is not kind:
-                raise ValueError(f"{field.name} = {value!r}: expected {WORDS[kind]}")
-        for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, most in LARGEST.items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at most {most}")
-        not_negative = "n_kv_heads hidden_dim logit_softcap sliding_window embedding_std head_std"
-        for name in not_negative.split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name, least, most in (("norm_eps", 0, 1), ("rope_theta", 1, 1e12)):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected {least} to {most:g}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        if self.dim % self.n_heads:
-            raise ValueError(
-                f"n_heads = {self.n_heads} does not divide dim = {self.dim}; "
-                f"take a dim that is a multiple of {self.n_heads}"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"dim / n_heads = {self.head_dim} is odd; rotary embeddings turn pairs, "
-                f"so it must be even"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ValueError(
-                f"window_pattern = {self.window_pattern!r}: expected letters S (window) and L (all)"
-            )
-        if self.value_embeddings == -1:
-            self.value_embeddings = self.n_layers
-        if not 0 <= self.value_embeddings <= self.n_layers:
-            raise ValueError(
-                f"value_embeddings = {self.value_embeddings}: expected 0 to "
-                f"n_layers = {self.n_layers}, or -1 for all"
-            )
-        if self.bigram_rows < 0 or self.bigram_rows == 1:
-            raise ValueError(f"bigram_rows = {self.bigram_rows}: expected 0 (none), or 2 or more")
-        if self.vocab_multiple < 1:
-            raise ValueError(f"vocab_multiple must be at least 1, not {self.vocab_multiple}")
-        if not self.hidden_dim:
-            hidden = 4 * self.dim if self.activation == "relu2" else 2 * 4 * self.dim // 3
-            self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
-
-    @property
-    def vocab_rows(self):
-        """Rows of the embedding and the head in memory; those past vocab_size mean nothing."""
-        return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)
-
-    @property
-    def wide_embedding(self):
-        """Whether the embedding begins large, with a standard deviation near 1 and not 0.02."""
-        if self.tie_embeddings:
-            return False
-        return self.embedding_std > 0.1 or (
-            not self.embedding_std and (self.zero_init or self.embedding_norm)
-        )
-
-    def window(self, layer):
-        """How many positions one of this layer sees, itself included; 0: all before it."""
-        letter = self.window_pattern[layer % len(self.window_pattern)]
-        return self.sliding_window if letter == "S" else 0
-
-    def to_dict(self):
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values):
-        """ModelArgs from a checkpoint's dict; raises ValueError for a field it does not know."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"model option {sorted(unknown)[0]!r} is unknown to this version")
-        return cls(**{k: v for k, v in values.items() if v is not None})
+def linear(x, *weights):
+    """
+    x (..., n) times the transpose of each matrix (rows, n), in x's number format -> (..., sum of
+    rows); several matrices are multiplied as one.
+    """
+    weights = [w.to(x.dtype) for w in weights]
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
 class RMSNorm(nn.Module):
@@ -193,24 +205,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, args, dim):
         super().__init__()
-        self.shape, self.eps = (dim,), args.norm_eps
+        self.eps = args.norm_eps
         self.weight = nn.Parameter(torch.ones(dim)) if args.norm_gains else None  # (dim,)
-
-    def gains(self):
-        return self.weight
 
     def forward(self, x):
         # in float32 whatever x is: PyTorch's kernel for bfloat16 on a CPU is seven times slower
-        return F.rms_norm(x.float(), self.shape, self.gains(), self.eps).to(x.dtype)
-
-
-def linear(x, *weights):
-    """
-    x (..., n) times the transposes of one or more matrices (rows, n), in x's number format; one
-    product for all of them, (..., sum of rows).
-    """
-    weights = [w.to(x.dtype) for w in weights]
-    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
 def rope_tables(head_dim, max_seq_len, theta):
@@ -223,193 +223,39 @@ def rope_tables(head_dim, max_seq_len, theta):
     return angles.cos(), angles.sin()
 
 
-def pairs_to_halves(weight, head_dim):
-    """
-    The rows of a projection (n_heads * head_dim, ...), or gains (head_dim,), in the order 0, 2, 4,
-    ..., 1, 3, 5, ... of each head. RoPE turns neighbouring numbers of a head, which processors
-    cannot load at once; in this order it turns its halves. Queries and keys moved alike have the
-    same products, so that nothing else notices.
-    """
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-class HeadNorm(RMSNorm):
-    """RMSNorm of heads whose numbers are in the order of pairs_to_halves; its gains are not."""
-
-    def gains(self):
-        return None if self.weight is None else pairs_to_halves(self.weight, len(self.weight))
-
-
 def apply_rope(x, cos, sin):
     """
     Turn x (B, T, n_heads, head_dim), number i of the first half of a head with number i of the
-    second, by the angles of their positions.
+    second, by the angles of their positions (T, head_dim // 2).
     """
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def bigram_hash(before, tokens, rows):
+def pairs_to_halves(weight, head_dim):
     """
-    The row of the bigram table for each token and the one before it, both int64 tensors of one
-    shape; `before` is -1 where there is none, which is row 0. run.c computes the same.
+    The rows of a projection (n_heads * head_dim, ...), or gains (head_dim,), in the order 0, 2, 4,
+    ..., 1, 3, 5, ... of each head. Llama turns neighbouring numbers of a head, which processors
+    cannot load at once; in this order they lie in its two halves. Queries and keys permuted alike
+    have the same dot products, so nothing else changes.
     """
-    mixed = (before * 36313) ^ (tokens * 27191)
-    return torch.where(before < 0, 0, 1 + mixed % (rows - 1))
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def causal_mask(n_queries, n_keys, window, device):
-    """
-    (n_queries, n_keys) bool, true where a query may look: the last query stands at the last key,
-    and sees the `window` keys up to its own place, or all (0).
-    """
-    places = torch.arange(n_keys, device=device)
-    behind = places[n_keys - n_queries :, None] - places  # how far a key lies before a query
-    return (behind >= 0) & (behind < window) if window else behind >= 0
+class HeadNorm(RMSNorm):
+    """RMSNorm of heads in the order of pairs_to_halves; its gains are stored in Llama's order."""
 
-
-def attend(q, k, v, window, dropout, kernel="sdpa"):
-    """
-    Causal attention of q (B, n_heads, T, head_dim) over k and v (B, n_kv_heads, S, head_dim), of
-    which the last T are the queries' own places: (B, n_heads, T, head_dim). window: as in
-    causal_mask. kernel: of KERNELS, for whole sequences without dropout.
-    """
-    T, S = q.shape[2], k.shape[2]
-    window = 0 if window >= S else window
-    if kernel != "sdpa" and T == S > 1 and not dropout:
-        return KERNELS[kernel](q, k, v, window)
-    if q.device.type == "cpu" and T == S and not dropout:
-        is_bf16 = q.dtype is torch.bfloat16  # in which SDPA is slow
-        if window and T % window == 0 and (is_bf16 or 8 * window <= T):
-            return attend_blocks(q, k, v, window)
-        if is_bf16 and (T <= 512 or q.shape[0] * q.shape[1] * T * T <= 1 << 26):  # 128 MB
-            return attend_all(q, k, v, window)
-    if T == 1 and window:  # decoding
-        k, v, window = k[:, :, -window:], v[:, :, -window:], 0
-    mask = causal_mask(T, S, window, q.device) if window or 1 < T < S else None
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and T > 1,
-        dropout_p=dropout,
-        enable_gqa=q.shape[1] > k.shape[1],
-    )
-
-
-def attend_all(q, k, v, window=0):
-    """
-    attend with all scores written out, for a CPU, where that is up to three times as fast as SDPA
-    in bfloat16, where there is the memory. The queries come in pieces, each spared the keys behind
-    it: halves, or quarters where heads are so small that scores are most of the work, or 512.
-    """
-    (B, n_heads, T, head_dim), n_kv_heads = q.shape, k.shape[1]
-    size = min(512, math.ceil(T / (4 if head_dim < 32 else 2)))
-    q = q.reshape(B * n_kv_heads, -1, T, head_dim)  # heads that share keys side by side
-    k, v = k.reshape(-1, T, head_dim), v.reshape(-1, T, head_dim)
-    out = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        mask = additive(causal_mask(end - start, end, window, q.device), q.dtype)
-        mask = mask.repeat(n_heads // n_kv_heads, 1)
-        queries = q[:, :, start:end].flatten(1, 2)
-        scores = torch.baddbmm(mask, queries, k[:, :end].mT, alpha=head_dim**-0.5)
-        y = scores.softmax(-1) @ v[:, :end]
-        out.append(y.view(B, n_heads, end - start, head_dim))
-    return torch.cat(out, dim=2)
-
-
-def attend_blocks(q, k, v, window):
-    """attend for T a multiple of window: a block of queries sees its own keys and those before."""
-    T, head_dim = q.shape[2:]
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-    q, k, v = (t.unflatten(2, (-1, window)) for t in (q, k, v))  # (B, heads, blocks, window, dim)
-
-    def with_block_before(t):
-        return torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t), dim=3)
-
-    scores = (q * head_dim**-0.5) @ with_block_before(k).mT  # (B, heads, blocks, window, 2 window)
-    mask = causal_mask(window, 2 * window, window, q.device)
-    is_first = torch.arange(T // window, device=q.device)[:, None, None] == 0
-    mask = mask & ~(is_first & (torch.arange(2 * window, device=q.device) < window))
-    weights = (scores + additive(mask, q.dtype)).softmax(-1)
-    return (weights @ with_block_before(v)).flatten(2, 3)
-
-
-@cache
-def flex_kernel(T, window, device):
-    """FlexAttention, compiled on a GPU, and the blocks of a T x T causal mask that it computes."""
-    from torch.nn.attention import flex_attention as flex
-
-    def seen(_batch, _head, query, key):
-        behind = query - key
-        return (behind >= 0) & (behind < window) if window else behind >= 0
-
-    mask = flex.create_block_mask(seen, None, None, T, T, device=device)
-    kernel = flex.flex_attention
-    return (torch.compile(kernel) if device.type == "cuda" else kernel), mask
-
-
-def attend_flex(q, k, v, window):
-    """attend by FlexAttention (arXiv:2412.05496), which passes over what a window hides."""
-    kernel, mask = flex_kernel(q.shape[2], window, q.device)
-    # compiled for a CPU it has been seen to read others in the wrong order (torch 2.13)
-    q, k, v = (t.contiguous() for t in (q, k, v))
-    return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
-
-
-def attend_flash(q, k, v, window):
-    """attend by the package flash-attn (Dao 2023, arXiv:2307.08691), heads behind positions."""
-    from flash_attn import flash_attn_func
-
-    size = (window - 1, 0) if window else (-1, -1)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flash_attn_func(q, k, v, causal=True, window_size=size).transpose(1, 2)
-
-
-# What can compute the attention of training steps. PyTorch's own, SDPA, takes FlashAttention where
-# a layer sees everything, and computes what a window hides as well
-KERNELS = {"sdpa": attend, "flex": attend_flex, "flash": attend_flash}
-
-
-def additive(mask, dtype):
-    """0 where a mask is true, minus infinity elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
-
-
-class KVCache:
-    """
-    Keys and values of every position so far, how many positions are filled, and the last token.
-    n_positions: how many there is room for; 0: max_seq_len.
-    """
-
-    def __init__(self, args, batch_size, device, dtype, n_positions=0):
-        n_positions = n_positions or args.max_seq_len
-        shape = (args.n_layers, batch_size, args.n_kv_heads, n_positions, args.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.n = 0
-        self.last = torch.full((batch_size, 1), -1, device=device)  # -1: there is none
-
-    def append(self, layer, k, v):
-        """Store k, v (B, n_kv_heads, T, head_dim) behind the filled part; return all up to them."""
-        end = self.n + k.shape[2]
-        self.k[layer, :, :, self.n : end] = k
-        self.v[layer, :, :, self.n : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def keep(self, rows):
-        """Go on with these rows of the batch alone, a list."""
-        self.k, self.v, self.last = self.k[:, rows], self.v[:, rows], self.last[rows]
+    def forward(self, x):
+        gains = None if self.weight is None else pairs_to_halves(self.weight, x.shape[-1])
+        return F.rms_norm(x.float(), x.shape[-1:], gains, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """`kernel`: of KERNELS."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary embeddings."""
 
-    kernel = "sdpa"
+    kernel = "sdpa"  # training sets another name in attention.KERNELS
+    attend = staticmethod(attend)  # training/estimate.py sets one that only counts memory
 
     def __init__(self, args, layer):
         super().__init__()
@@ -424,44 +270,285 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(args, args.head_dim)
 
     def forward(self, x, extra_values, cos, sin, cache):
+        """
+        x (B, T, dim) -> (B, T, dim). extra_values: None, or (B, T, kv_dim); cos and sin
+        (T, head_dim // 2); cache: None, or the KVCache of the positions before.
+        """
         args = self.args
         B, T, _ = x.shape
         wq, wk = (pairs_to_halves(m.weight, args.head_dim) for m in (self.wq, self.wk))
         heads = linear(x, wq, wk, self.wv.weight).view(B, T, -1, args.head_dim)
         q, k, v = heads.split((args.n_heads, args.n_kv_heads, args.n_kv_heads), dim=2)
-        if extra_values is not None:
+        if extra_values is not None:  # option value_embeddings
             v = v + extra_values.view(v.shape)
         if args.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, positions so far, head_dim)
         dropout = args.dropout if self.training else 0.0
-        y = attend(q, k, v, self.window, dropout, self.kernel)
+        y = self.attend(q, k, v, self.window, dropout, self.kernel)  # (B, n_heads, T, head_dim)
         return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo.weight)
 
 
 class FeedForward(nn.Module):
-    """
-    SwiGLU, w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202), or squared ReLU, w2(relu(w1 x)²)
-    (So et al. 2021, arXiv:2109.08668).
-    """
+    """w2(activation(w1 x) * w3 x), as in SwiGLU; if not gated, w2(activation(w1 x))."""
 
     def __init__(self, args):
         super().__init__()
-        self.is_gated = args.activation == "swiglu"
+        self.activation, self.is_gated = ACTIVATIONS[args.activation]
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)  # (dim, hidden_dim)
         if self.is_gated:
             self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
 
     def forward(self, x):
-        if not self.is_gated:
-            return linear(F.relu(linear(x, self.w1.weight)).square(), self.w2.weight)
-        gate, up = linear(x, self.w1.weight, self.w3.weight).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.w2.weight)
+        if self.is_gated:
+            gate, up = linear(x, self.w1.weight, self.w3.weight).chunk(2, dim=-1)
+            h = self.activation(gate) * up  # (B, T, hidden_dim)
+        else:
+            h = self.activation(linear(x, self.w1.weight))
+        return linear(h, self.w2.weight)
 
+
+class Block(nn.Module):
+    """One layer, x (B, T, dim) -> (B, T, dim)."""
+
+    recompute = None  # training may set a function in ACTIVATION_CHECKPOINTING
+
+    def __init__(self, args, layer):
+        super().__init__()
+        self.attention_norm = RMSNorm(args, args.dim)
+        self.attention = Attention(args, layer)
+        self.ffn_norm = RMSNorm(args, args.dim)
+        self.feed_forward = FeedForward(args)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x, *context):
+        if self.recompute and self.training:
+            return self.recompute(self.compute, x, *context)
+        return self.compute(x, *context)
+
+    def compute(self, x, *context):
+        """context: the other arguments of Attention.forward."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), *context))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class Transformer(nn.Module):
+    """
+    The model. Training sets `dtype`, the number format of products; `fp8_head`, which multiplies
+    with the head in 8 bits in training steps; and `fast_layers`, see compile_layers.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.dtype, self.fp8_head, self.fast_layers = args, torch.float32, False, None
+        self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)  # (vocab_rows, dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
+        self.norm = RMSNorm(args, args.dim)
+        self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)  # (vocab_rows, dim)
+        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        if args.embedding_norm:
+            self.embedding_norm = RMSNorm(args, args.dim)
+        if args.bigram_rows:
+            self.bigram_embeddings = nn.Embedding(args.bigram_rows, args.dim)
+        if args.smear:
+            self.smear_gate = nn.Linear(args.dim, 1, bias=False)
+        if args.residual_scalars:
+            self.residual_scalars = nn.Parameter(torch.ones(args.n_layers))
+            self.x0_scalars = nn.Parameter(torch.zeros(args.n_layers))
+        kv_dim, n = args.n_kv_heads * args.head_dim, args.value_embeddings
+        tables = (nn.Embedding(args.vocab_rows, kv_dim) for _ in range(n))
+        self.value_embeddings = nn.ModuleList(tables)
+        self.init_weights()
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def init_weights(self):
+        """Matrices and tables are normal, see init_std; gains and scalars keep their start."""
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, mean=0.0, std=self.init_std(name))
+
+    def init_std(self, name):
+        """
+        The initial standard deviation of a parameter: 0.02, but for the two projections that write
+        to the residual stream 0.02 / sqrt(2 n_layers), so that its variance does not grow with
+        depth (GPT-2).
+
+        With zero_init these, and an untied head, start at zero: each layer passes on its input, and
+        all tokens are equally likely. The embedding then starts at 1, see wide_embedding.
+        """
+        args = self.args
+        writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+        is_untied_head = name == "output.weight" and not args.tie_embeddings
+        if is_untied_head and args.head_std:
+            return args.head_std
+        if name.startswith("tok_embeddings") and (args.embedding_std or args.wide_embedding):
+            return args.embedding_std or 1.0
+        if name.startswith(("bigram_embeddings", "smear_gate", "value_embeddings")):
+            return 0.0
+        if args.zero_init and (writes_residual or is_untied_head):
+            return 0.0
+        return 0.02 / math.sqrt(2 * args.n_layers) if writes_residual else 0.02
+
+    def embed(self, tokens, cache):
+        """tokens (B, T) -> what the first layer reads, (B, T, dim); cache: as in forward."""
+        args = self.args
+        x = self.tok_embeddings(tokens).to(self.dtype)
+        if args.embedding_norm:
+            x = self.embedding_norm(x)
+        if args.smear:
+            first = torch.zeros_like(x[:, :1]) if cache is None else cache.embedding
+            before = torch.cat((first, x[:, :-1]), dim=1)  # (B, T, dim)
+            if cache is not None:
+                cache.embedding = x[:, -1:]
+            x = x + torch.sigmoid(linear(x, self.smear_gate.weight)) * before
+        if args.bigram_rows:
+            first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
+            rows = bigram_hash(torch.cat((first, tokens[:, :-1]), dim=1), tokens, args.bigram_rows)
+            x = x + self.bigram_embeddings(rows).to(x.dtype)
+        return self.dropout(x)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """
+        tokens (B, T) int64 -> logits (B, T, vocab_size), float32; with targets (B, T), where -1
+        marks a position that does not count, the mean cross-entropy in nats instead. With a
+        KVCache, tokens follow the positions it holds, and only the last logits, (B, 1, vocab_size),
+        are returned. Raises ValueError past max_seq_len.
+        """
+        args = self.args
+        start = 0 if cache is None else cache.n
+        end = start + tokens.shape[1]
+        if end > args.max_seq_len:
+            raise ValueError(f"{end} positions exceed max_seq_len = {args.max_seq_len}")
+        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]  # (T, head_dim // 2)
+        x = x0 = self.embed(tokens, cache)  # (B, T, dim)
+        if args.residual_scalars:
+            a, b = self.residual_scalars.to(x.dtype), self.x0_scalars.to(x.dtype)  # (n_layers,)
+        layers = self.fast_layers if self.fast_layers and self.training else self.layers
+        for i, block in enumerate(layers):
+            if args.residual_scalars:
+                x = a[i] * x + b[i] * x0
+            extra_values = None
+            if i < args.value_embeddings:
+                extra_values = self.value_embeddings[i](tokens).to(x.dtype)  # (B, T, kv_dim)
+            x = block(x, extra_values, cos, sin, cache)
+        if cache is not None:
+            cache.n, cache.token = end, tokens[:, -1:]
+            x = x[:, -1:]
+        x, head = self.norm(x), self.output.weight
+        if targets is not None:
+            is_fp8 = self.fp8_head and self.training
+            return cross_entropy(x, head, targets, args.vocab_size, args.logit_softcap, is_fp8)
+        logits = linear(x, head)[..., : args.vocab_size].float()
+        if args.logit_softcap:
+            logits = args.logit_softcap * torch.tanh(logits / args.logit_softcap)
+        return logits
+
+    def n_params(self):
+        """Number of trained numbers; a shared table counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def compile_layers(self):
+        """
+        Compile the layers for training steps. Layers with the same shapes and window share a graph:
+        that takes two thirds of the time of compiling the whole model, and runs as fast.
+        """
+        self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
+
+    def flops_per_token(self):
+        """
+        Floating-point operations of training on one token: 6 for each number of the matrices (2
+        forward, 4 backward), and 12 * dim in each layer for each key that an average position of a
+        full sequence sees (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which also
+        counts the keys after a position). Look-ups, norms and the softmax are not counted.
+        """
+        args, T = self.args, self.args.max_seq_len
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        keys = 0.0
+        for layer in range(args.n_layers):
+            window = min(args.window(layer) or T, T)
+            keys += window - window * (window - 1) / (2 * T)
+        return 6 * matrices + 12 * args.dim * keys
+
+    @torch.inference_mode()
+    def generate(
+        self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None
+    ):
+        """
+        Yield new token ids after `tokens`, a non-empty list of ids, until a token in `stop` (not
+        yielded), max_new_tokens, or the end of the context.
+
+        temperature 0 takes the likeliest token; top_k > 0 samples from the k likeliest; top_p < 1
+        from the likeliest whose probabilities first sum to p (Holtzman et al. 2020,
+        arXiv:1904.09751). `generator` (torch.Generator on CPU) makes it repeatable. Raises
+        ValueError if the tokens do not fit the context.
+        """
+        device = self.output.weight.device
+        limit = min(max_new_tokens, self.room_after(tokens))
+        cache = KVCache(self.args, 1, device, self.dtype)
+        step = torch.tensor([tokens], device=device)  # (1, T), then (1, 1)
+        for _ in range(limit):
+            logits = self(step, cache=cache)[0, -1].float().cpu()  # (vocab_size,)
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            if token in stop:
+                return
+            yield token
+            step = torch.tensor([[token]], device=device)
+
+    @torch.inference_mode()
+    def generate_batch(self, tokens, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
+        """
+        generate() for n continuations at once. `draws` (n, max_new_tokens), float64 in [0, 1), are
+        the random numbers of each, so that none depends on the others in the batch. Yields a list
+        of n after each step: the new token id of each continuation, None for those that have ended.
+        """
+        device = self.output.weight.device
+        n, max_new_tokens = draws.shape
+        limit = min(max_new_tokens, self.room_after(tokens))
+        n_positions = min(len(tokens) + limit, self.args.max_seq_len)
+        cache = KVCache(self.args, n, device, self.dtype, n_positions)
+        step = torch.tensor([tokens] * n, device=device)  # (n, T), then (rows, 1)
+        running = list(range(n))  # the continuation that each row of the batch is
+        for i in range(limit):
+            logits = self(step, cache=cache)[:, -1]  # (rows, vocab_size)
+            new = draw_tokens(logits, draws[running, i], temperature, top_k, top_p)
+            rows = [row for row, token in enumerate(new) if token not in stop]
+            by_continuation = {running[row]: new[row] for row in rows}
+            yield [by_continuation.get(j) for j in range(n)]
+            if not rows:
+                return
+            if len(rows) < len(running):
+                cache.keep(rows)
+                running = [running[row] for row in rows]
+            step = torch.tensor([[new[row]] for row in rows], device=device)
+
+    def room_after(self, tokens):
+        """How many tokens can follow these; ValueError if these do not fit the context."""
+        longest = self.args.max_seq_len
+        if not 0 < len(tokens) <= longest:
+            expected = f"expected 1 to max_seq_len = {longest}"
+            raise ValueError(f"a prompt of {len(tokens)} tokens does not fit: {expected}")
+        # one more than max_seq_len: the token after the last position is still a prediction
+        return longest + 1 - len(tokens)
+
+
+def bigram_hash(before, tokens, rows):
+    """
+    The row of the bigram table for each token and the one before it, int64 tensors of one shape;
+    `before` is -1 where there is none, which is row 0. run.c computes the same.
+    """
+    mixed = (before * 36313) ^ (tokens * 27191)
+    return torch.where(before < 0, 0, 1 + mixed % (rows - 1))
+
+
+# ---- what a layer keeps for the backward pass
 
 ATEN = torch.ops.aten
 PRODUCTS = [
@@ -473,344 +560,54 @@ PRODUCTS = [
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-# What a layer keeps for the backward pass: all it computed; what goes into it, the rest being
-# computed once more (Chen et al. 2016, arXiv:1604.06174); or its products as well
+recomputed = partial(checkpoint, use_reentrant=False)
 ACTIVATION_CHECKPOINTING = {
-    "none": None,
-    "block": partial(with_recomputation, use_reentrant=False),
+    "none": None,  # everything it computed
+    # only its input; the rest is computed again (Chen et al. 2016, arXiv:1604.06174)
+    "block": recomputed,
+    # its input and its products
     "selective": partial(
-        with_recomputation,
-        use_reentrant=False,
-        context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS),
+        recomputed, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS)
     ),
 }
 
 
-class Block(nn.Module):
-    """One layer. `recompute`: None, or how training saves memory, of ACTIVATION_CHECKPOINTING."""
-
-    recompute = None
-
-    def __init__(self, args, layer):
-        super().__init__()
-        self.attention_norm = RMSNorm(args, args.dim)
-        self.attention = Attention(args, layer)
-        self.ffn_norm = RMSNorm(args, args.dim)
-        self.feed_forward = FeedForward(args)
-        self.dropout = nn.Dropout(args.dropout)
-
-    def forward(self, x, extra_values, cos, sin, cache):
-        if self.recompute and self.training:
-            return self.recompute(self.work, x, extra_values, cos, sin, cache)
-        return self.work(x, extra_values, cos, sin, cache)
-
-    def work(self, x, extra_values, cos, sin, cache):
-        h = self.attention(self.attention_norm(x), extra_values, cos, sin, cache)
-        x = x + self.dropout(h)
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+# ---- generation
 
 
-def fp8_mm(a, b, a_format=torch.float8_e4m3fn):
+class KVCache:
     """
-    a (m, k) times the transpose of b (n, k), (m, n) in a's number format, from both rounded to 8
-    bits under one scale each: e4m3 is the finer format, e5m2 has the range that gradients need
-    (Micikevicius et al. 2022, arXiv:2209.05433). GPUs want multiples of 16 for k and n.
-    """
-    rounded, scales = [], []
-    for t, number_format in ((a, a_format), (b, torch.float8_e4m3fn)):
-        scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(number_format).max
-        rounded.append((t / scale).to(number_format).contiguous())
-        scales.append(scale)
-    return torch._scaled_mm(rounded[0], rounded[1].t(), *scales, out_dtype=a.dtype)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """
-    The mean cross-entropy of hidden states through the head, a piece of the tokens at a time: the
-    logits, the largest tensor of a step, are never in memory as a whole, and their gradients are
-    taken while a piece is still in the cache. Computing those in the forward pass is the idea of
-    Liger Kernel's fused loss (Hsu et al. 2024, arXiv:2410.10989).
+    Keys and values of the positions so far, n of them, and the last token. n_positions: how many
+    there is room for; 0: max_seq_len.
     """
 
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap, wants_gradients, is_fp8):
-        """
-        x (N, dim); weight (rows, dim), of which vocab_size count; targets (N,) int64, -1 where a
-        place does not count; softcap as in ModelArgs; is_fp8: products by fp8_mm -> the mean in
-        nats, float32. With gradients, a place where the target is less likely than 2e-38 counts as
-        if it were that likely (smaller numbers are denormal, and 0 in train.py).
-        """
-        w = weight.to(x.dtype)
-        # about as much as the cache of a CPU's core holds; a GPU wants large products
-        size = (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w)
-        size = max(16, size // 16 * 16)  # fp8_mm's multiples
-        # one piece after another is worked out in these
-        logits_buffer = x.new_empty(min(size, len(x)), len(w))
-        if wants_gradients:
-            p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
-            dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        n = (targets >= 0).sum()
-        total = x.new_zeros((), dtype=torch.float32)
-        for i in range(0, len(x), size):
-            h, y = x[i : i + size], targets[i : i + size, None]
-            counts, y = y >= 0, y.clamp(min=0)
-            logits = logits_buffer[: len(h)]
-            z = logits.copy_(fp8_mm(h, w)) if is_fp8 else torch.mm(h, w.t(), out=logits)
-            if softcap:
-                capped = z.float().div_(softcap).tanh_()
-                z = capped * softcap
-            z[:, vocab_size:] = -math.inf
-            if not wants_gradients:
-                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
-                total -= (log_p.gather(1, y) * counts).sum()
-                continue
-            p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(h)])
-            total -= (p.gather(1, y).clamp_(min=2e-38).log_() * counts).sum()
-            # the gradient of the sum: with respect to logits, p minus one at the target
-            p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
-            if softcap:
-                p *= 1 - capped.square_()
-            d = logits.copy_(p)  # z, which may be the same memory, is not needed any more
-            h = h * counts
-            if is_fp8:
-                dx[i : i + size] = fp8_mm(d, w.t(), torch.float8_e5m2)
-                dw += fp8_mm(d.t(), h.t(), torch.float8_e5m2)
-            else:
-                torch.mm(d, w, out=dx[i : i + size])
-                dw += d.t() @ h
-            dx[i : i + size] *= counts
-        if wants_gradients:
-            ctx.save_for_backward(dx, dw, n)
-        return total / n
+    def __init__(self, args, batch_size, device, dtype, n_positions=0):
+        n_positions = n_positions or args.max_seq_len
+        shape = (args.n_layers, batch_size, args.n_kv_heads, n_positions, args.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.n = 0
+        self.token = torch.full((batch_size, 1), -1, device=device)  # the last; -1: there is none
+        # the embedding of that token, for the option smear
+        self.embedding = torch.zeros(batch_size, 1, args.dim, device=device, dtype=dtype)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        dx, dw, n = ctx.saved_tensors
-        scale = gradient / n
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None, None
+    def append(self, layer, k, v):
+        """Store k, v (B, n_kv_heads, T, head_dim) after the filled part; return all up to them."""
+        end = self.n + k.shape[2]
+        self.k[layer, :, :, self.n : end] = k
+        self.v[layer, :, :, self.n : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-
-class Transformer(nn.Module):
-    """
-    The model. `dtype` is the number format of its products, float32 unless it is set; with
-    fp8_head those of the head have 8 bits in training steps; fast_layers, if they are set, are
-    compiled `layers` that training steps use instead.
-    """
-
-    def __init__(self, args):
-        super().__init__()
-        self.args, self.dtype, self.fp8_head, self.fast_layers = args, torch.float32, False, None
-        self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)  # (vocab_rows, dim)
-        self.dropout = nn.Dropout(args.dropout)
-        self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
-        self.norm = RMSNorm(args, args.dim)
-        self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)  # (vocab_rows, dim)
-        if args.embedding_norm:
-            self.embedding_norm = RMSNorm(args, args.dim)
-        if args.bigram_rows:
-            self.bigram_embeddings = nn.Embedding(args.bigram_rows, args.dim)
-        if args.smear:
-            self.smear_gate = nn.Linear(args.dim, 1, bias=False)
-        if args.residual_scalars:
-            self.residual_scalars = nn.Parameter(torch.empty(args.n_layers))
-            self.x0_scalars = nn.Parameter(torch.empty(args.n_layers))
-        self.value_embeddings = nn.ModuleList(
-            nn.Embedding(args.vocab_rows, args.n_kv_heads * args.head_dim)
-            for _ in range(args.value_embeddings)
-        )
-        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self.init_weights()
-        if args.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight
-
-    @torch.no_grad()
-    def init_weights(self):
-        """
-        Normal with std 0.02; the two projections that write to the residual stream get
-        0.02 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2).
-
-        With zero_init those, and an untied head, begin at zero: each block passes on what it gets,
-        and all tokens are equally likely. The embedding then has std 1, see wide_embedding.
-        embedding_std and head_std set these two by hand.
-        """
-        args = self.args
-        for name, p in self.named_parameters():
-            if p.dim() < 2:
-                continue
-            writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-            std = 0.02 / math.sqrt(2 * args.n_layers) if writes_residual else 0.02
-            if args.zero_init:
-                is_zero = writes_residual or (name == "output.weight" and not args.tie_embeddings)
-                std = 0.0 if is_zero else std
-            if name.startswith("tok_embeddings"):
-                std = args.embedding_std or (1.0 if args.wide_embedding else std)
-            if name == "output.weight" and not args.tie_embeddings:
-                std = args.head_std or std
-            if name.startswith(("bigram_embeddings", "smear_gate", "value_embeddings")):
-                std = 0.0
-            nn.init.normal_(p, mean=0.0, std=std)
-        if args.residual_scalars:
-            self.residual_scalars.fill_(1.0)
-            self.x0_scalars.zero_()
-
-    def n_params(self):
-        """Number of trained numbers; a shared table counts once."""
-        return sum(p.numel() for p in self.parameters())
-
-    def compile_layers(self):
-        """
-        Have training steps use compiled layers: those with the same shapes and window share one
-        graph, which takes two thirds of the time that the whole model would, and runs as fast.
-        """
-        self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
-
-    def flops_per_token(self):
-        """
-        Floating-point operations of training on one token: 6 for each number of the matrices (2
-        forward, 4 backward), and 12 * dim for each key that an average position of a full sequence
-        sees, of each layer (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which counts
-        the keys behind a position as well). Look-ups, norms and the softmax are not counted.
-        """
-        args, T = self.args, self.args.max_seq_len
-        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        keys = 0.0
-        for layer in range(args.n_layers):
-            window = min(args.window(layer) or T, T)
-            keys += window - window * (window - 1) / (2 * T)
-        return 6 * matrices + 12 * args.dim * keys
-
-    def embed(self, tokens, before):
-        """What the first layer gets, (B, T, dim), of tokens and those before them, -1: none."""
-        looked_up = tokens
-        if self.args.smear:  # with the token before all
-            looked_up = torch.cat((before[:, :1].clamp(min=0), tokens), dim=1)
-        x = self.tok_embeddings(looked_up).to(self.dtype)
-        if self.args.embedding_norm:
-            x = self.embedding_norm(x)
-        if self.args.smear:
-            earlier, x = x[:, :-1], x[:, 1:]
-            gate = torch.sigmoid(linear(x, self.smear_gate.weight)) * (before >= 0)[..., None]
-            x = x + gate * earlier
-        if self.args.bigram_rows:
-            rows = bigram_hash(before, tokens, self.args.bigram_rows)
-            x = x + self.bigram_embeddings(rows).to(self.dtype)
-        return self.dropout(x)
-
-    def hidden(self, tokens, cache=None):
-        """
-        tokens (B, T) -> what the head reads, (B, T, dim); with a cache, of the last position alone.
-        """
-        start = cache.n if cache is not None else 0
-        end = start + tokens.shape[1]
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
-        first = tokens.new_full((len(tokens), 1), -1) if cache is None else cache.last
-        x = x0 = self.embed(tokens, torch.cat((first, tokens[:, :-1]), dim=1))
-        if self.args.residual_scalars:  # once for all layers
-            kept, added = self.residual_scalars.to(x.dtype), self.x0_scalars.to(x.dtype)
-        layers = self.fast_layers if self.fast_layers and self.training else self.layers
-        for i, block in enumerate(layers):
-            if self.args.residual_scalars:
-                x = kept[i] * x + added[i] * x0
-            extra_values = None
-            if i < len(self.value_embeddings):
-                extra_values = self.value_embeddings[i](tokens).to(x.dtype)
-            x = block(x, extra_values, cos, sin, cache)
-        if cache is not None:
-            cache.n, cache.last = end, tokens[:, -1:]
-            x = x[:, -1:]
-        return self.norm(x)
-
-    def forward(self, tokens, targets=None, cache=None):
-        """
-        tokens (B, T) int64 -> logits (B, T, vocab_size), float32; with targets (B, T), where -1
-        marks a place that does not count, the mean cross-entropy in nats instead. With a KVCache,
-        tokens follow the positions it holds, and only the logits of the last, (B, 1, vocab_size),
-        come back. Raises ValueError past max_seq_len.
-        """
-        end = tokens.shape[1] + (cache.n if cache is not None else 0)
-        if end > self.args.max_seq_len:
-            raise ValueError(f"{end} positions exceed max_seq_len = {self.args.max_seq_len}")
-        x = self.hidden(tokens, cache)
-        vocab_size, softcap = self.args.vocab_size, self.args.logit_softcap
-        if targets is not None:
-            x, y, weight = x.flatten(0, 1), targets.flatten(), self.output.weight
-            wants_gradients = torch.is_grad_enabled()  # cannot be seen from inside
-            is_fp8 = self.fp8_head and self.training
-            return CrossEntropy.apply(x, weight, y, vocab_size, softcap, wants_gradients, is_fp8)
-        logits = linear(x, self.output.weight)[..., :vocab_size].float()
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-    @torch.inference_mode()
-    def generate(
-        self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None
-    ):
-        """
-        Yield one new token id after another behind `tokens`, a non-empty list of ids, until a token
-        in `stop` (not yielded), max_new_tokens, or the end of the context.
-
-        temperature 0 takes the likeliest token; top_k > 0 samples among the k likeliest; top_p < 1
-        among the likeliest whose probabilities first sum to p (Holtzman et al. 2020,
-        arXiv:1904.09751). `generator` (torch.Generator on CPU) makes it repeatable. Raises
-        ValueError where the tokens do not fit the context.
-        """
-        weight = self.tok_embeddings.weight
-        limit = min(max_new_tokens, self.room_behind(tokens))
-        cache = KVCache(self.args, 1, weight.device, self.dtype)
-        step = torch.tensor([tokens], device=weight.device)
-        for _ in range(limit):
-            logits = self(step, cache=cache)[0, -1].float().cpu()
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            if token in stop:
-                return
-            yield token
-            step = torch.tensor([[token]], device=weight.device)
-
-    @torch.inference_mode()
-    def generate_batch(self, tokens, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
-        """
-        generate() for several stories at once: one for each row of `draws` (n, max_new_tokens),
-        float64 numbers from 0 to below 1 that decide what is drawn, so that a story does not depend
-        on those beside it. Yields a list of n after each step: the new token id of each story, None
-        for those that have ended.
-        """
-        weight = self.tok_embeddings.weight
-        n, max_new_tokens = draws.shape
-        limit = min(max_new_tokens, self.room_behind(tokens))
-        n_positions = min(len(tokens) + limit, self.args.max_seq_len)
-        cache = KVCache(self.args, n, weight.device, self.dtype, n_positions)
-        step = torch.tensor([tokens] * n, device=weight.device)
-        running = list(range(n))  # the stories behind the rows of the batch
-        for i in range(limit):
-            logits = self(step, cache=cache)[:, -1]
-            new = draw_tokens(logits, draws[running, i], temperature, top_k, top_p)
-            rows = [row for row, token in enumerate(new) if token not in stop]
-            told = {running[row]: new[row] for row in rows}
-            yield [told.get(story) for story in range(n)]
-            if not rows:
-                return
-            if len(rows) < len(running):
-                cache.keep(rows)
-                running = [running[row] for row in rows]
-            step = torch.tensor([[new[row]] for row in rows], device=weight.device)
-
-    def room_behind(self, tokens):
-        """How many tokens can follow these; ValueError where they do not fit the context."""
-        if not 0 < len(tokens) <= self.args.max_seq_len:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens does not fit: expected 1 to "
-                f"max_seq_len = {self.args.max_seq_len}"
-            )
-        # one more than max_seq_len: the token after the last position is still a prediction
-        return self.args.max_seq_len + 1 - len(tokens)
+    def keep(self, rows):
+        """Drop all rows of the batch except these, a list."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.token, self.embedding = self.token[rows], self.embedding[rows]
 
 
 def likeliest(logits, temperature, top_k=0, top_p=1.0):
     """
-    Probabilities (..., vocab_size) of logits at a temperature above 0, the largest first and those
-    that are not drawn from 0, and the ids they belong to; the parameters are those of
-    Transformer.generate.
+    Probabilities (..., vocab_size), the largest first, 0 where top_k or top_p exclude the token,
+    and the token ids in that order. temperature: above 0; all as in Transformer.generate.
     """
     # a temperature that is 0 in float32 would make 0 / 0 of the likeliest
     logits = logits - logits.amax(-1, keepdim=True)
@@ -833,8 +630,8 @@ def sample_token(logits, temperature, top_k=0, top_p=1.0, generator=None):
 
 def draw_tokens(logits, draws, temperature, top_k=0, top_p=1.0):
     """
-    A list of n token ids from logits (n, vocab_size): of each row the first at which the sum of the
-    probabilities, the largest first, goes above the number of `draws` (n,).
+    A list of n token ids from logits (n, vocab_size): in each row the first token at which the
+    cumulative probability, likeliest first, exceeds the number in `draws` (n,).
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()

@@ -1,5 +1,5 @@
 """
-Tell stories with a trained model, in PyTorch.
+Generate stories with a trained model, in PyTorch.
 
     python sample.py --out_dir=out --start="Once upon a time" --num_samples=3
     python sample.py --checkpoint=out/ckpt.pt --temperature=0
@@ -21,12 +21,12 @@ out_dir = "out"  # folder of a training run
 checkpoint = ""  # any model that export.py reads; empty: best.pt in out_dir, or ckpt.pt
 tokenizer = ""  # a tokenizer model elsewhere; empty: tokenizer.model beside the checkpoint
 start = ""  # prompt, or FILE:prompt.txt for a text in a file
-num_samples = 1  # stories
-max_new_tokens = 256  # at most, in each
+num_samples = 1  # number of stories
+max_new_tokens = 256  # at most, in each story
 temperature = 1.0  # 0: always the likeliest token
-top_k = 0  # draw among this many likeliest; 0: all
-top_p = 0.9  # draw among the likeliest with this probability; 1: all
-seed = 1337  # the same seed tells the same stories
+top_k = 0  # sample from this many likeliest tokens; 0: all
+top_p = 0.9  # sample from the likeliest tokens with this total probability; 1: all
+seed = 1337  # the same seed gives the same stories
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals())
@@ -52,5 +52,5 @@ for i in range(num_samples):
         print("\n---\n")
     new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
     text = tokenizer.decode([*prompt, *new])
-    # no model can send commands to a terminal
+    # a model must not send control characters to a terminal
     print("".join(c for c in text if c.isprintable() or c in "\n\t") if on_terminal else text)

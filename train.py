@@ -261,9 +261,9 @@ except ValueError as e:
     raise UserError(str(e)) from None
 step_size = s.batch_size * s.gradient_accumulation_steps  # sequences, of all ranks together
 if s.estimate:
-    from training.estimate import report
+    from training.estimate import estimate_lines
 
-    for line in report(args, start.config, step_size * s.max_seq_len):
+    for line in estimate_lines(args, start.config, step_size * s.max_seq_len):
         say(line)
     raise SystemExit
 micro_size, n_micro = parallel.share_of_step(s.batch_size, s.gradient_accumulation_steps)

@@ -268,7 +268,7 @@ def write_v3(model, f, dtype):
         "header_size": struct.calcsize(V3_STRUCT),
         "options": sum(getattr(args, name) << bit for bit, name in enumerate(V3_OPTIONS)),
         "dtype": list(DTYPES).index(dtype),
-        "activation": ACTIVATIONS.index(args.activation),
+        "activation": list(ACTIVATIONS).index(args.activation),
     }
     limits = [*V3_HEADER, ("sliding_window", "i", 0, MAX_WINDOW)]
     for name, _, least, most in limits:
@@ -436,7 +436,7 @@ def read_v3(data):
     if values["file_size"] != data.size:
         data.refuse(f"it has {data.size} bytes, and its header says {values['file_size']}")
     options = values.pop("options")
-    dtype, activation = list(DTYPES)[values["dtype"]], ACTIVATIONS[values["activation"]]
+    dtype, activation = list(DTYPES)[values["dtype"]], list(ACTIVATIONS)[values["activation"]]
     for name in ("magic", "version", "file_size", "header_size", "dtype"):
         del values[name]
     for name in ("norm_eps", "rope_theta", "logit_softcap"):

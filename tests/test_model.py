@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention import attend, attend_all, causal_mask
 from model import (
     ACTIVATION_CHECKPOINTING,
     PRODUCTS,
     KVCache,
     ModelArgs,
     Transformer,
-    attend,
-    attend_all,
-    causal_mask,
     sample_token,
 )
 from optim import by_role
@@ -30,11 +28,11 @@ from optim import by_role
         ({"dim": 100, "n_heads": 3}, "n_heads = 3 does not divide dim = 100"),
         ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3 does not divide n_heads = 4"),
         ({"dim": 12, "n_heads": 4}, "is odd"),
-        ({"n_layers": 0}, "n_layers must be at least 1"),
+        ({"n_layers": 0}, "n_layers = 0: expected at least 1"),
         ({"dropout": 1.0}, "dropout"),
         ({"n_kv_heads": -1}, "n_kv_heads"),
-        ({"norm_eps": 2.0}, "norm_eps = 2.0: expected 0 to 1"),
-        ({"rope_theta": 0.5}, "rope_theta = 0.5: expected 1 to 1e"),
+        ({"norm_eps": 2.0}, "norm_eps = 2.0: expected at most 1"),
+        ({"rope_theta": 0.5}, "rope_theta = 0.5: expected at least 1"),
     ],
 )
 def test_numbers_that_do_not_fit(numbers, part):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from conftest import TINY, random_model, read_log, script
 from test_parallel import train_with
 
-from model import ARCHS, CrossEntropy, KVCache, ModelArgs
+from loss import CrossEntropy
+from model import ARCHS, KVCache, ModelArgs
 from training.checkpoint import load_checkpoint
 
 STEPS, HALF = 12, 6

@@ -1,27 +1,25 @@
 """
-What a run will need before anything is spent on it: `python train.py ... --estimate`.
+What a run will need, before anything is spent on it: `python train.py ... --estimate`.
 
-The model is built without memory (on PyTorch's meta device) and one forward pass is traced, so that
-every option of the architecture is counted as it is: what a layer keeps for the backward pass is
-what autograd asked to keep. Not counted are memory that the allocator cannot use in its pieces, and
-what torch.compile saves by fusing.
+The model is built without memory (on PyTorch's meta device) and one forward pass is traced, so
+every option of the architecture is counted: a layer keeps for the backward pass what autograd asks
+to keep. Not counted: memory lost to fragmentation, and what torch.compile saves by fusing.
 """
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
 from model import ACTIVATION_CHECKPOINTING, PRODUCTS, Transformer
 from optim import by_role
 from system.hardware import GPUS
 
 SHOWN = ("4090", "A100", "H100 PCIe", "H100", "H200", "B200")
-USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and lost between tensors
+USABLE = 0.9  # share of a GPU's memory; CUDA and fragmentation take the rest
 GB = 1e9
 
 
 class Flash(torch.autograd.Function):
-    """Attention as the fused kernels keep it: q, k, v, the result, and a float32 a query."""
+    """What fused attention keeps: q, k, v, the result, and one float32 per query."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -31,7 +29,7 @@ class Flash(torch.autograd.Function):
 
 
 class Products(TorchDispatchMode):
-    """Adds up the bytes of what products return, which selective checkpointing keeps."""
+    """Adds up the bytes of the results of products, which selective checkpointing keeps."""
 
     def __init__(self):
         super().__init__()
@@ -46,36 +44,33 @@ class Products(TorchDispatchMode):
 
 def kept_bytes(model, batch_size, recompute):
     """
-    Bytes that a forward pass of a model on the meta device keeps for the backward pass, for
-    batch_size sequences; recompute: a key of ACTIVATION_CHECKPOINTING.
+    Bytes that a forward pass keeps for the backward pass. model: on the meta device; batch_size: in
+    sequences; recompute: a key of ACTIVATION_CHECKPOINTING.
     """
     for block in model.layers:
         block.recompute = ACTIVATION_CHECKPOINTING[recompute]
+        block.attention.attend = lambda q, k, v, *_: Flash.apply(q, k, v)
     ours = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in ours:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
+            kept[storage._cdata] = storage  # kept alive, so that its address is not used again
         return tensor
 
     products = Products()
-    attend, model_module.attend = model_module.attend, lambda q, k, v, *_: Flash.apply(q, k, v)
     tokens = torch.zeros(batch_size, model.args.max_seq_len, dtype=torch.int64, device="meta")
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
-            model(tokens, tokens)
-    finally:
-        model_module.attend = attend
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
+        model(tokens, tokens)
     n_bytes = sum(storage.nbytes() for storage in kept.values())
     return n_bytes + products.n_bytes * (recompute == "selective")
 
 
 def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
     """
-    (bytes that a run needs whatever its micro-batch, bytes that each sequence of it adds) on a GPU.
-    Weights, gradients and the optimizer's memory are float32; shared out only under FSDP.
+    (bytes that a GPU needs for any micro-batch, bytes that each sequence of it adds). Weights,
+    gradients and the optimizer's state are float32; FSDP (is_sharded) divides them among n_gpus.
     """
     roles = by_role(model)
     n_params = model.n_params()
@@ -83,14 +78,14 @@ def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
     state = 8 * n_params if optimizer == "adamw" else 8 * (n_params - n_hidden) + 4 * n_hidden
     state = (state + 8 * n_params) / (n_gpus if is_sharded else 1)
     one, two = (kept_bytes(model, n, recompute) for n in (1, 2))
-    if recompute != "none":  # a layer is whole while it is computed once more
+    if recompute != "none":  # while a layer is recomputed, all of it is in memory
         whole = [kept_bytes(model, n, "none") / model.args.n_layers for n in (1, 2)]
         one, two = one + whole[0], two + whole[1]
     logits = min(1 << 27, (two - one) * model.args.vocab_rows) * 6  # a piece, bfloat16 and float32
     return state + logits + 2 * one - two, two - one
 
 
-def report(args, config, tokens_a_step):
+def estimate_lines(args, config, tokens_a_step):
     """The lines that --estimate prints. config: train.py's settings; tokens_a_step: of all GPUs."""
     with torch.device("meta"):
         model = Transformer(args)

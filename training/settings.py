@@ -12,8 +12,9 @@ import subprocess
 import sys
 from dataclasses import fields
 
+from attention import KERNELS
 from configurator import PRINT_SETTINGS, UserError
-from model import ACTIVATION_CHECKPOINTING, ARCHS, KERNELS, ModelArgs
+from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs
 from optim import DECAYS, OPTIMIZERS, SHAPES
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")

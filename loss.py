@@ -1,0 +1,93 @@
+"""The loss: cross-entropy fused with the output head, in the model's number format or in fp8."""
+
+import math
+
+import torch
+
+
+def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False):
+    """
+    Mean cross-entropy in nats, float32, of the next tokens.
+
+    x (..., dim): hidden states; weight (rows, dim): the head, of which the first vocab_size rows
+    count; targets (...) int64, -1 where a position does not count; softcap: that of ModelArgs;
+    is_fp8: products by fp8_mm. With gradients, a target less likely than 2e-38 counts as if it were
+    that likely (smaller numbers are denormal, and train.py flushes those to 0).
+    """
+    x, targets = x.flatten(0, -2), targets.flatten()
+    # autograd.Function.forward cannot see whether gradients are enabled
+    needs_gradients = torch.is_grad_enabled()
+    return CrossEntropy.apply(x, weight, targets, vocab_size, softcap, needs_gradients, is_fp8)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """
+    cross_entropy() of x (N, dim) and targets (N,), some tokens at a time: the logits, which would
+    be the largest tensor of a step, are never in memory as a whole. The forward pass also computes
+    the gradients, while the logits of these tokens are in the cache: the idea of Liger Kernel's
+    fused loss (Hsu et al. 2024, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, softcap, needs_gradients, is_fp8):
+        w = weight.to(x.dtype)
+        # about as much as the cache of a CPU's core holds; a GPU wants large products
+        size = (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w)
+        size = max(16, size // 16 * 16)  # tokens in a piece; fp8_mm wants multiples of 16
+        logits_buffer = x.new_empty(min(size, len(x)), len(w))  # every piece uses these again
+        if needs_gradients:
+            p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
+            dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        n = (targets >= 0).sum()
+        total = x.new_zeros((), dtype=torch.float32)
+        for i in range(0, len(x), size):
+            h, y = x[i : i + size], targets[i : i + size, None]  # (piece, dim), (piece, 1)
+            counts, y = y >= 0, y.clamp(min=0)
+            logits = logits_buffer[: len(h)]  # (piece, rows)
+            z = logits.copy_(fp8_mm(h, w)) if is_fp8 else torch.mm(h, w.t(), out=logits)
+            if softcap:
+                capped = z.float().div_(softcap).tanh_()
+                z = capped * softcap
+            z[:, vocab_size:] = -math.inf
+            if not needs_gradients:
+                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
+                total -= (log_p.gather(1, y) * counts).sum()
+                continue
+            p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(h)])
+            total -= (p.gather(1, y).clamp_(min=2e-38).log_() * counts).sum()
+            # gradient of the sum with respect to the logits: p, minus 1 at the target
+            p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+            if softcap:
+                p *= 1 - capped.square_()
+            d = logits.copy_(p)  # may overwrite z, which is not needed any more
+            h = h * counts
+            if is_fp8:
+                dx[i : i + size] = fp8_mm(d, w.t(), torch.float8_e5m2)
+                dw += fp8_mm(d.t(), h.t(), torch.float8_e5m2)
+            else:
+                torch.mm(d, w, out=dx[i : i + size])
+                dw += d.t() @ h
+            dx[i : i + size] *= counts
+        if needs_gradients:
+            ctx.save_for_backward(dx, dw, n)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw, n = ctx.saved_tensors
+        scale = gradient / n
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None, None
+
+
+def fp8_mm(a, b, a_format=torch.float8_e4m3fn):
+    """
+    a (m, k) times the transpose of b (n, k) -> (m, n) in a's number format, from both rounded to 8
+    bits under one scale each: e4m3 is the finer format, e5m2 has the range that gradients need
+    (Micikevicius et al. 2022, arXiv:2209.05433). GPUs want multiples of 16 for k and n.
+    """
+    rounded, scales = [], []
+    for t, number_format in ((a, a_format), (b, torch.float8_e4m3fn)):
+        scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(number_format).max
+        rounded.append((t / scale).to(number_format).contiguous())
+        scales.append(scale)
+    return torch._scaled_mm(rounded[0], rounded[1].t(), *scales, out_dtype=a.dtype)
