@@ -13,9 +13,8 @@ import os
 import numpy as np
 import torch
 
-from bpe import BPETokenizer, as_visible, from_visible
+from bpe import BPETokenizer, as_visible
 from configurator import UserError
-from formats.hftokenizer import check_names
 from formats.huggingface import check_range, exported, filled, renamed
 from formats.modelbin import Bytes, not_carried, shortest
 from model import ModelArgs
@@ -95,7 +94,7 @@ def check_tokenizer(tokenizer):
     if tokenizer is None:
         raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
     if isinstance(tokenizer, ByteLevel):
-        check_names(byte_level_names(tokenizer), tokenizer.bpe)
+        tokenizer.bpe.names()  # raises where two would be equal
         if not tokenizer.bpe.makes_its_tokens():  # some of its patterns take them from there
             raise UserError(
                 f"gguf cannot carry {tokenizer.model_path}, whose merges do not make all its tokens"
@@ -177,11 +176,11 @@ def put_tokenizer(f, tokenizer, spec):
     n = range(tokenizer.vocab_size)
     if isinstance(tokenizer, ByteLevel):
         bpe = tokenizer.bpe
-        special = {i: text for text, i in bpe.special.items()}
+        names, special = bpe.names(), {*bpe.special.values()}
         f.add_tokenizer_model("gpt2")
         f.add_tokenizer_pre(PRE_TOKENIZERS[bpe.pattern_name])
-        f.add_token_list(byte_level_names(tokenizer))
-        f.add_token_types([3 if i in special else 1 if i in bpe.vocab else 5 for i in n])
+        f.add_token_list([names.get(i, f"[unused {i}]") for i in n])
+        f.add_token_types([3 if i in special else 1 if i in names else 5 for i in n])
         f.add_token_merges([f"{as_visible(a)} {as_visible(b)}" for a, b in bpe.merges])
     else:
         sp = tokenizer.sp
@@ -199,16 +198,6 @@ def put_tokenizer(f, tokenizer, spec):
     f.add_pad_token_id(tokenizer.eos_id)
     f.add_add_bos_token(True)
     f.add_add_eos_token(False)
-
-
-def byte_level_names(tokenizer):
-    """llama.cpp's names of the tokens of a ByteLevel."""
-    bpe = tokenizer.bpe
-    special = {i: text for text, i in bpe.special.items()}
-    return [
-        special.get(i) or as_visible(bpe.vocab.get(i, b"")) or f"[unused {i}]"
-        for i in range(tokenizer.vocab_size)
-    ]
 
 
 def token_type(sp, i):
@@ -344,9 +333,9 @@ def byte_level_of(fields):
         return None
     special.sort(key=lambda i: i != bos)  # the first begins texts
     try:
-        vocab = {i: from_visible(tokens[i]) for i, kind in enumerate(types) if kind == 1}
-        vocab |= {i: tokens[i].encode() for i in special}
-        pairs = [tuple(map(from_visible, merge.split(" "))) for merge in merges]
-        return BPETokenizer(vocab, pairs, [tokens[i] for i in special], pattern_name).to_bytes()
+        names = {i: tokens[i] for i, kind in enumerate(types) if kind == 1}
+        names |= {i: tokens[i] for i in special}
+        texts = [tokens[i] for i in special]
+        return BPETokenizer.from_names(names, merges, texts, pattern_name).to_bytes()
     except (KeyError, ValueError, AttributeError, UserError):
         return None

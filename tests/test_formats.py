@@ -730,9 +730,9 @@ def test_tokenizers_of_other_kinds(tmp_path, stories):
         tokenizer = open_tokenizer(tmp_path / "0.model")
         formats.write_gguf(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
     for words, part in (
-        ({"model_type": "unigram"}, "is no BPE"),
+        ({"model_type": "unigram"}, "is not BPE"),
         ({"normalization_rule_name": "nmt_nfkc"}, "replaces characters"),
-        ({"user_defined_symbols": ["<pet>"]}, "has pieces that are defined by hand"),
+        ({"user_defined_symbols": ["<pet>"]}, "has user-defined pieces"),
     ):
         tokenizer = trained_by_sentencepiece(tmp_path / "other.model", stories, **words)
         for to in ("hf", "gguf"):

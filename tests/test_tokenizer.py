@@ -14,9 +14,8 @@ from conftest import REPO, bin_of, refused, script
 
 from bpe import BPETokenizer
 from configurator import UserError
-from formats.hftokenizer import byte_level_json
 from text.synth import make_stories
-from tokenizer import open_tokenizer, train_sentencepiece
+from tokenizer import byte_level_json, open_tokenizer, train_sentencepiece
 
 WORDS = (
     "Once upon a time there was Zoë 😀 naïve ▁ ▁▁ <s> </s> <unk> <0x41> ﬁ １２３ 2024 "
