@@ -574,9 +574,7 @@ def pieces_of(span, special_tokens, size):
                 back = min(margin, at)
                 f.seek(at - back)
                 data = f.read(WINDOW + 2 * margin)
-                text = data.decode(
-                    errors="surrogateescape"
-                )  # may begin, end in a character
+                text = data.decode(errors="surrogateescape")  # may begin, end in a character
                 start = len(data[:back].decode(errors="surrogateescape"))
                 end = len(text) - margin
                 if (place := next(safe_places(text, special_tokens, start, end), None)) is not None:
