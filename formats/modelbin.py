@@ -5,12 +5,12 @@ Version 0 is llama2.c's first format, byte for byte, and carries plain Llama 2 i
 describes itself completely and carries every option of ModelArgs and every number format.
 doc/format.md specifies both. llama2.c's versions 1 and 2 are read as well.
 
-To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in NAMES of tensors.py, and
-the same in run.c and doc/format.md; until then both versions refuse it by name. To add an
+To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in NAMES of tensors.py,
+and the same in run.c and doc/format.md; until then both versions refuse it by name. To add an
 activation: nothing here, since its code in the header is its place in ACTIVATIONS of model.py; the
-enum Activation of run.c has the same order. To add a number format: its place in DTYPES, its case
-in blobs() and read_blobs(), and the same two. To add a version: a writer in VERSIONS that refuses
-what it cannot carry.
+head of model.py lists the places to touch. To add a number format: its place in DTYPES, its case in
+blobs() and read_blobs(), and the same in run.c and doc/format.md. To add a version: a writer in
+VERSIONS that refuses what it cannot carry.
 """
 
 import math
@@ -230,7 +230,7 @@ def write_v3(model, f, dtype):
         "header_size": struct.calcsize(V3_STRUCT),
         "options": sum(getattr(args, name) << bit for bit, name in enumerate(V3_OPTIONS)),
         "dtype": list(DTYPES).index(dtype),
-        "activation": ACTIVATIONS.index(args.activation),
+        "activation": list(ACTIVATIONS).index(args.activation),
     }
     limits = [*V3_HEADER, ("sliding_window", "i", 0, MAX_WINDOW)]
     for name, _, least, most in limits:
@@ -387,7 +387,7 @@ def read_v3(data):
     if values["file_size"] != data.size:
         data.refuse(f"it has {data.size} bytes, and its header says {values['file_size']}")
     options = values.pop("options")
-    dtype, activation = list(DTYPES)[values["dtype"]], ACTIVATIONS[values["activation"]]
+    dtype, activation = list(DTYPES)[values["dtype"]], list(ACTIVATIONS)[values["activation"]]
     for name in ("magic", "version", "file_size", "header_size", "dtype"):
         del values[name]
     for name in ("norm_eps", "rope_theta", "logit_softcap"):
