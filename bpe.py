@@ -147,20 +147,6 @@ def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name
     return dict(enumerate(tokens)), merges
 
 
-def train_tokenizer(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
-    """
-    train_on() -> a BPETokenizer of exactly vocab_size tokens. Raises UserError where the text has
-    too few pairs for that.
-    """
-    vocab, merges = train_on(spans, vocab_size, special_tokens, num_processes, pattern_name)
-    if len(vocab) < vocab_size:
-        raise UserError(
-            f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
-            f"vocab_size"
-        )
-    return BPETokenizer(vocab, merges, special_tokens, pattern_name)
-
-
 def count_pretokens(span, special_tokens, pattern_name):
     """Counter of the pre-tokens, as bytes, in a Span."""
     special, find = split_at(special_tokens), pattern(pattern_name).finditer
