@@ -1,21 +1,21 @@
 """
-Byte-level BPE: a vocabulary of bytes and of what merging them makes, learned from text.
+Byte-level BPE: a vocabulary of the 256 bytes and of the tokens that merging them makes.
 
-Text is cut into pre-tokens (words with the space before them, numbers, runs of punctuation or of
-white space). Training counts them, and merges, again and again, the pair of neighbours that occurs
-most often, inside pre-tokens only. Encoding merges the bytes of each pre-token in the order in
-which the merges were learned (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2).
+Text is cut into pre-tokens: words with the space before them, numbers, runs of punctuation or of
+white space. Training counts the pre-tokens and repeatedly merges the pair of neighbouring tokens
+that occurs most often, within pre-tokens only. Encoding merges the bytes of each pre-token in the
+order in which the merges were learned (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2).
 
-For example "low low low lower" has the pre-tokens low, " low" (twice) and " lower". Its pairs are
-l o and o w, 4 times each, " " l, 3 times, w e and e r, once. Of the two the greater comes first:
-o w is merged, then l ow, 4 times, then " " low, 3 times. "slow" is encoded by the same steps:
-s l o w, s l ow, s low.
+For example "low low low lower" has the pre-tokens "low", " low" (twice) and " lower". Its pairs are
+l o and o w, 4 times each; " " l, 3 times; w e and e r, once. Of equally frequent pairs the
+lexicographically greater comes first: o w is merged, then l ow, 4 times, then " " low, 3 times.
+"slow" is encoded by the same steps: s l o w, s l ow, s low.
 
-Ids are: the 256 bytes, then the merges in order, then the special tokens, which stand for
-themselves in a text and are never split nor merged.
+The ids are the 256 bytes, then the merges in order, then the special tokens, which stand for
+themselves in a text and are never split or merged.
 
-In this file: the patterns; training (merge_all() is its heart); encoding (pretoken_ids()); where a
-long text may be cut, for both; the script.
+In this file: the patterns; training (merge_all() is its heart); encoding (pretoken_ids()); files;
+where a long text may be cut. The command line at the end uses modules above this one.
 
     python bpe.py train --source=text.txt --model=my.model --vocab_size=10000
     python bpe.py encode --source=text.txt --model=my.model --out=shards     # or --out=ids.npy
@@ -23,12 +23,10 @@ long text may be cut, for both; the script.
     python bpe.py import --tokenizer_json=tokenizer.json --model=smol.model
 """
 
-import base64
 import heapq
 import json
 import os
 import re
-import struct
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -43,22 +41,23 @@ from system.files import atomic_write
 from system.workers import over_spans, worker_count
 from text.corpus import Span, cut_points, plan_shards, read_documents, text_files
 
-TYPE = "byte-level BPE"  # of a file of save()
-PIECE = 1 << 22  # bytes of a file that are counted at a time
-MOST_BYTES = 1 << 26  # of different pre-tokens that training counts, which take 20 times as much
+TYPE = "byte-level BPE"  # marks a file of save()
+MAX_PIECE = 1 << 22  # bytes of a file that one worker counts at a time
+MOST_BYTES = 1 << 26  # of different pre-tokens in training; they take 20 times as much memory
 MOST_TOKENS = 1 << 24  # in a vocabulary
-WINDOW = 1 << 12  # bytes in which a place to cut is looked for at once
-CACHED = 1 << 21  # characters of stretches of text whose ids an encoder remembers
-BLOCK = 1 << 16  # characters that a stream is encoded in
-# Before a space that something follows every pattern cuts. Cutting there first, and then each
-# different stretch only once by its pattern, is several times as fast
+WINDOW = 1 << 12  # bytes in which one search for a place to cut looks
+CACHED = 1 << 21  # characters of text whose ids an encoder remembers
+BLOCK = 1 << 16  # characters of a stream that are encoded at a time
+# Every pattern cuts before a space that is followed by something else. Cutting there first, and
+# matching each different stretch of text only once, is several times as fast
 BEFORE_SPACE = re.compile(r"(?= \S)")
-# and between a letter or number and a sign, and behind a newline between two that are not white
+# Every pattern also cuts between a letter or number and a sign, and after a newline between two
+# characters that are not white space
 SAFE = re.compile(r"(?= \S)|(?<=[^\W_])(?=[^\w\s])|(?<=\S\n)(?=\S)")
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
-LAST_LETTER = 0x3FFFF  # the planes behind it have no letters, numbers and white space
-# Patterns of pre-tokens, of GPT-2 and GPT-4 (cl100k, in Llama 3's words, which cut the same).
-# run.c has matchers of its own, and knows them by their place
+LAST_LETTER = 0x3FFFF  # later planes have no letters, numbers or white space
+# The patterns of pre-tokens of GPT-2 and GPT-4 (cl100k, in Llama 3's spelling, which cuts the
+# same). run.c has a matcher for each and knows them by their place here
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (
@@ -71,31 +70,28 @@ PATTERNS = {
 @cache
 def ranges():
     """
-    [(first code point, last, class)] of the letters, L, numbers, N, and white space, S, as this
-    Python knows Unicode: 14 in 3.11, 15.1 in 3.13. The rare characters that came between two
-    versions may be cut in two ways.
+    [(first code point, last, class)] of the letters, L, numbers, N, and white space, S, in the
+    Unicode version of this Python: 14 in 3.11, 15.1 in 3.13. The few characters that were added
+    in between may be cut differently.
     """
-    characters, found = list(map(chr, range(LAST_LETTER + 1))), []
+    characters, classes = list(map(chr, range(LAST_LETTER + 1))), []
     white = set(re.findall(f"[{WHITE}]", "".join(characters)))
     for code, character in enumerate(characters):
         kind = "S" if character in white else unicodedata.category(character)[0]
-        if character not in white and kind not in "LN":
+        if kind not in "LN" and character not in white:
             continue
-        if found and found[-1][1:] == (code - 1, kind):
-            found[-1] = (found[-1][0], code, kind)
+        if classes and classes[-1][1:] == (code - 1, kind):
+            classes[-1] = (classes[-1][0], code, kind)
         else:
-            found.append((code, code, kind))
-    return found
+            classes.append((code, code, kind))
+    return classes
 
 
 @cache
 def pattern(name="gpt2"):
-    """
-    A pattern of PATTERNS, compiled, with the classes of Unicode that Python's re has no names for.
-    """
+    """A compiled pattern of PATTERNS; ranges() stand for the classes that Python's re lacks."""
     text = PATTERNS[name].replace(r"\S", r"[^\s]")
-    classes = {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}
-    for kind, named in classes.items():
+    for kind, named in {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}.items():
         own = "".join(f"{chr(a)}-{chr(b)}" for a, b, of in ranges() if of == kind)
         parts = re.split(r"(\[.*?\])", text)  # "a", "[bc]", "d": every second one is a set
         parts[1::2] = [part.replace(named, own) for part in parts[1::2]]
@@ -105,7 +101,7 @@ def pattern(name="gpt2"):
 
 
 def checked_special(special_tokens):
-    """A list of special tokens, each once. Raises UserError where they are no such list."""
+    """The special tokens as a list without repetitions. Raises UserError for anything else."""
     if isinstance(special_tokens, str):
         raise UserError(f"special_tokens = {special_tokens!r}: expected a list of texts")
     for token in special_tokens or ():
@@ -115,7 +111,7 @@ def checked_special(special_tokens):
 
 
 def split_at(special_tokens):
-    """A compiled pattern of special tokens, the longest first, or None where there are none."""
+    """A compiled pattern that finds special tokens, the longest first; None without any."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if special_tokens else None
 
@@ -125,9 +121,9 @@ def split_at(special_tokens):
 
 def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
     """
-    Train on a text file -> (vocab {id: bytes}, merges [(bytes, bytes)]), as CS336 asks for it:
-    special tokens end a pre-token and are not counted. A text with too few pairs makes a smaller
-    vocabulary. Raises UserError where the size has no room for the bytes and the special tokens.
+    Train on a text file -> (vocab {id: bytes}, merges [(bytes, bytes)]), the interface of CS336.
+    Special tokens end a pre-token and are not counted. A text with too few pairs gives a smaller
+    vocabulary. Raises UserError where vocab_size has no room for the bytes and special tokens.
     """
     spans = [Span(os.fspath(input_path), 0, os.path.getsize(input_path))]
     return train_on(spans, vocab_size, special_tokens, num_processes, pattern_name)
@@ -166,113 +162,137 @@ def count_pretokens(span, special_tokens, pattern_name):
 
 def count_all(spans, special_tokens, num_processes, pattern_name):
     """
-    Counter of the pre-tokens of Spans. Where the different ones have more than MOST_BYTES the
-    rarest are given up, so that memory stays bounded; a line says so.
+    Counter of the pre-tokens in Spans. Memory stays bounded: beyond MOST_BYTES of different
+    pre-tokens the rarest are dropped, and a line says so.
     """
     pieces = all_pieces(spans, special_tokens)
-    counts, n_bytes, given_up = Counter(), 0, 0
+    counts, n_bytes, dropped = Counter(), 0, 0
     arguments = special_tokens, pattern_name
-    for found in over_spans(count_pretokens, pieces, arguments, num_processes, "count"):
-        counts.update(found)
-        n_bytes += sum(map(len, found))  # at the most
+    for more in over_spans(count_pretokens, pieces, arguments, num_processes, "count"):
+        counts.update(more)
+        n_bytes += sum(map(len, more))  # an upper bound: some were known
         if n_bytes > MOST_BYTES:
             n_bytes = sum(map(len, counts))
         while n_bytes > MOST_BYTES:
-            given_up += 1
-            counts = Counter({token: n for token, n in counts.items() if n > given_up})
+            dropped += 1
+            counts = Counter({token: n for token, n in counts.items() if n > dropped})
             n_bytes = sum(map(len, counts))
-    if given_up:
+    if dropped:
         print(
-            f"more than {MOST_BYTES / 1e6:.0f} MB of different pre-tokens: of those that came up "
-            f"{given_up} times or less some were not counted"
+            f"more than {MOST_BYTES / 1e6:.0f} MB of different pre-tokens: some of those that came "
+            f"up {dropped} times or less were not counted"
         )
     return counts
 
 
 def merge_all(counts, n_merges):
     """
-    The first n_merges merges, pairs of bytes, of pre-tokens {bytes: count}. Of pairs that occur
-    equally often the lexicographically greater is merged first.
+    The first n_merges merges, pairs of bytes, of pre-tokens {bytes: count}. Of equally frequent
+    pairs the lexicographically greater is merged first.
 
-    All pre-tokens lie one after another in arrays, each symbol (a token at a place) with the places
-    of its neighbours. A pair knows how often it occurs and where, so that a merge costs what it
-    changes. Both may be out of date: a place where another merge has been is passed over, and a
-    count in the heap that has sunk since is corrected when it comes to the top.
+    The heap has the most frequent pair on top. A count in it may be out of date, but only too high:
+    it is corrected when it comes to the top.
     """
+    text = Symbols(counts)
     tokens = [bytes([i]) for i in range(256)]  # id -> bytes
     ids_of = {token: i for i, token in enumerate(tokens)}
-    # Python's heaps have the smallest first, and the greater token is wanted: so keys of tokens,
-    # the greater the token the smaller its key, are their bytes counted down, and a greater end
+    # Python's heaps have the smallest on top, and the greater token is wanted. So the key of a
+    # token is its bytes counted down, then a mark above all of them: a longer token is greater
     keys = [chr(255 - i) + "\u0100" for i in range(256)]
-    letters = np.frombuffer(b"".join(counts), np.uint8)
-    ids = array("i", letters.astype(np.int32).tobytes())  # (n_symbols,); -1: merged to its left
-    lengths = np.fromiter(map(len, counts), np.int64, len(counts))
-    ends = np.cumsum(lengths)
-    n_symbols = len(ids)
-    weights = array("q", np.repeat(np.fromiter(counts.values(), np.int64), lengths).tobytes())
-    left, right = np.arange(-1, n_symbols - 1), np.arange(1, n_symbols + 1)
-    left[ends - lengths], right[ends - 1] = -1, -1
-    left, right = (array("i", x.astype(np.int32).tobytes()) for x in (left, right))
-    # where each pair begins
-    places = defaultdict(partial(array, "i"))
-    counts_of = {}
-    symbols = np.frombuffer(ids, np.int32)
-    first = np.flatnonzero(np.frombuffer(right, np.int32) >= 0)
-    codes = symbols[first] << 8 | symbols[first + 1]
-    order = np.argsort(codes, kind="stable")
-    totals = np.bincount(codes, np.frombuffer(weights, np.int64)[first], 1 << 16)
-    for part in np.split(first[order], np.flatnonzero(np.diff(codes[order])) + 1):
-        if len(part):
-            pair = int(symbols[part[0]]), int(symbols[part[0] + 1])
-            places[pair] = array("i", part.astype(np.int32).tobytes())
-            counts_of[pair] = int(totals[pair[0] << 8 | pair[1]])
-    del symbols, first, codes, order, totals
 
-    heap = [(-n, keys[a], keys[b], a, b) for (a, b), n in counts_of.items()]
+    def entry(count, pair):
+        a, b = pair
+        return -count, keys[a], keys[b], pair
+
+    heap = [entry(count, pair) for pair, count in text.counts.items()]
     heapq.heapify(heap)
     merges = []
     bar = tqdm(total=n_merges, desc="merge", unit="merge", mininterval=0.5)
     while heap and len(merges) < n_merges:
-        n, _, _, a, b = heapq.heappop(heap)
-        count = counts_of.get((a, b), 0)
-        if -n != count:
-            if 0 < count < -n:
-                heapq.heappush(heap, (-count, keys[a], keys[b], a, b))
+        old_count, _, _, pair = heapq.heappop(heap)
+        count = text.counts.get(pair, 0)
+        if count != -old_count:
+            if 0 < count < -old_count:
+                heapq.heappush(heap, entry(count, pair))
             continue
-        joined = tokens[a] + tokens[b]
-        new = ids_of.setdefault(joined, len(tokens))
+        left, right = pair
+        merges.append((tokens[left], tokens[right]))
+        joined = tokens[left] + tokens[right]
+        new = ids_of.setdefault(joined, len(tokens))  # two merges may make the same token
         if new == len(tokens):
             tokens.append(joined)
-            keys.append(keys[a][:-1] + keys[b])
-        merges.append((tokens[a], tokens[b]))
+            keys.append(keys[left][:-1] + keys[right])
+        for grown in text.merge(pair, new):
+            if count := text.counts.get(grown):
+                heapq.heappush(heap, entry(count, grown))
         bar.update()
-        grown = set()
-        found = places.pop((a, b))
-        for i in sorted(found) if a == b else found:  # in order where they overlap: aaa
+    bar.close()
+    return merges
+
+
+class Symbols:
+    """
+    The pre-tokens that are trained on, one after another as symbols (a token at a place): arrays of
+    each symbol's token, of the places of its neighbours, and of how often its pre-token occurs. A
+    pair knows how often it occurs and where, so that a merge costs only what it changes.
+    """
+
+    def __init__(self, counts):
+        lengths = np.fromiter(map(len, counts), np.int64, len(counts))
+        ends = np.cumsum(lengths)
+        ids = np.frombuffer(b"".join(counts), np.uint8).astype(np.int32)  # (n_symbols,)
+        weights = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), lengths)
+        left = np.arange(-1, len(ids) - 1, dtype=np.int32)
+        right = np.arange(1, len(ids) + 1, dtype=np.int32)
+        left[ends - lengths], right[ends - 1] = -1, -1  # no neighbour
+        # one element of an array is read faster than one of numpy's
+        self.ids = array("i", ids.tobytes())  # -1: merged into the symbol to its left
+        self.left, self.right = array("i", left.tobytes()), array("i", right.tobytes())
+        self.weights = array("q", weights.tobytes())
+        self.counts = {}  # {(id, id): how often}
+        self.places = defaultdict(partial(array, "i"))  # {(id, id): where}; may be out of date
+        self.find_pairs()
+
+    def find_pairs(self):
+        """Set counts and places of the pairs of bytes."""
+        ids, weights = np.frombuffer(self.ids, np.int32), np.frombuffer(self.weights, np.int64)
+        first = np.flatnonzero(np.frombuffer(self.right, np.int32) >= 0)  # where a pair begins
+        codes = ids[first] << 8 | ids[first + 1]
+        totals = np.bincount(codes, weights[first], 1 << 16)
+        order = np.argsort(codes, kind="stable")
+        for part in np.split(first[order], np.flatnonzero(np.diff(codes[order])) + 1):
+            if len(part):
+                pair = int(ids[part[0]]), int(ids[part[0] + 1])
+                self.counts[pair] = int(totals[pair[0] << 8 | pair[1]])
+                self.places[pair] = array("i", part.astype(np.int32).tobytes())
+
+    def merge(self, pair, new):
+        """Merge a pair into the token `new` everywhere; returns the set of pairs that it made."""
+        ids, weights, left, right = self.ids, self.weights, self.left, self.right
+        counts, places, grown = self.counts, self.places, set()
+        a, b = pair
+        found = places.pop(pair)
+        for i in sorted(found) if a == b else found:  # in order where pairs overlap: aaa
             j = right[i]
-            if ids[i] != a or j < 0 or ids[j] != b:  # merged otherwise since
+            if ids[i] != a or j < 0 or ids[j] != b:  # another merge came first
                 continue
             weight, before, after = weights[i], left[i], right[j]
             if before >= 0:
-                counts_of[ids[before], a] -= weight
-                pair = ids[before], new
-                counts_of[pair] = counts_of.get(pair, 0) + weight
-                places[pair].append(before)
-                grown.add(pair)
+                counts[ids[before], a] -= weight
+                made = ids[before], new
+                counts[made] = counts.get(made, 0) + weight
+                places[made].append(before)
+                grown.add(made)
             if after >= 0:
-                counts_of[b, ids[after]] -= weight
-                pair = new, ids[after]
-                counts_of[pair] = counts_of.get(pair, 0) + weight
-                places[pair].append(i)
-                grown.add(pair)
+                counts[b, ids[after]] -= weight
+                made = new, ids[after]
+                counts[made] = counts.get(made, 0) + weight
+                places[made].append(i)
+                grown.add(made)
                 left[after] = i
             ids[i], ids[j], right[i] = new, -1, after
-        counts_of.pop((a, b))
-        for one, other in grown:
-            if n := counts_of.get((one, other)):
-                heapq.heappush(heap, (-n, keys[one], keys[other], one, other))
-    bar.close()
-    return merges
+        del counts[pair]
+        return grown
 
 
 # ---- encoding
@@ -280,9 +300,9 @@ def merge_all(counts, n_merges):
 
 class BPETokenizer:
     """
-    Text to ids and back, by a vocabulary {id: bytes}, merges [(bytes, bytes)] in their order, and
-    special tokens. Raises UserError where a merge makes no token of the vocabulary, or a byte is
-    none. Special tokens that the vocabulary lacks get the next ids.
+    Text to ids and back, with a vocabulary {id: bytes}, merges [(bytes, bytes)] in their order, and
+    special tokens; those that the vocabulary lacks get the next ids. Raises UserError where the
+    vocabulary lacks a byte or the result of a merge.
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern_name="gpt2"):
@@ -314,8 +334,8 @@ class BPETokenizer:
 
     def pretoken_ids(self, token):
         """
-        The ids of one pre-token, as bytes: of all pairs of neighbours that have a merge the first
-        learned is merged, the leftmost where there are several, and again.
+        The ids of one pre-token, given as bytes. Repeatedly the pair of neighbours whose merge was
+        learned first is merged, the leftmost where there are several.
         """
         ids, ranks = [self.byte_ids[byte] for byte in token], self.ranks
         n = len(ids)
@@ -325,7 +345,7 @@ class BPETokenizer:
         while heap:
             _, new, i, pair = heapq.heappop(heap)
             j = right[i]
-            if j == n or (ids[i], ids[j]) != pair:  # merged otherwise since
+            if j == n or (ids[i], ids[j]) != pair:  # another merge came first
                 continue
             ids[i], ids[j], after, before = new, None, right[j], left[i]
             right[i] = after
@@ -338,7 +358,7 @@ class BPETokenizer:
         return [i for i in ids if i is not None]
 
     def stretch_ids(self, text):
-        """The ids of text between two places where every pattern cuts; remembered."""
+        """The ids of text between two places where every pattern cuts; they are remembered."""
         ids = []
         for match in self.pretokens(text):
             ids += self.pretoken_ids(match[0].encode(errors="replace"))
@@ -362,8 +382,8 @@ class BPETokenizer:
 
     def encode_iterable(self, texts):
         """
-        Yield the ids of texts that follow each other, such as the lines of an open file: those of
-        the whole, in memory for BLOCK characters and one line.
+        Yield the ids of texts that continue each other, such as the lines of an open file. They are
+        the ids of the whole; memory holds BLOCK characters and one line of it.
         """
         parts, size, searched = [], 0, 0
         for text in texts:
@@ -379,9 +399,8 @@ class BPETokenizer:
 
     def safe_end(self, text, searched):
         """
-        How much of a text can be encoded whatever follows: up to the last of safe_places(), far
-        enough from the end that no special token begins before it and ends behind; 0 where there is
-        none behind `searched`.
+        How much of a text can be encoded whatever follows: up to the last of safe_places() that no
+        special token may span; 0 where there is none after `searched`.
         """
         end = len(text) - max(map(len, self.special), default=1)
         while end > searched:
@@ -392,13 +411,13 @@ class BPETokenizer:
         return 0
 
     def decode(self, ids):
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; broken UTF-8 becomes U+FFFD."""
         return b"".join(self.vocab.get(i, b"") for i in ids).decode(errors="replace")
 
     def makes_its_tokens(self):
         """
-        Whether every token, as a pre-token, is encoded as itself, as in all vocabularies that were
-        trained. Then engines that know the tokens alone, and join any pair that makes one, give the
+        Whether every token, as a pre-token, is encoded as itself. A trained vocabulary is like
+        that. Then engines that know only the tokens, and merge any pair that makes one, give the
         same ids.
         """
         special = set(self.special.values())
@@ -409,7 +428,7 @@ class BPETokenizer:
     # ---- files
 
     def to_bytes(self):
-        """The tokenizer as JSON; tokens as strings of one character a byte (Latin-1)."""
+        """The tokenizer as JSON; tokens are strings with one character per byte (Latin-1)."""
         value = {
             "type": TYPE,
             "pattern": self.pattern_name,
@@ -421,26 +440,26 @@ class BPETokenizer:
 
     @classmethod
     def from_bytes(cls, data, path):
-        """What to_bytes() made, read from `path`. Raises UserError for anything else."""
+        """The inverse of to_bytes(), for data read from `path`. Raises UserError."""
         try:
             try:
                 value = json.loads(data)
             except ValueError:
-                raise ValueError("it is no JSON, or damaged") from None
+                raise ValueError("it is damaged or not JSON") from None
             if value["type"] != TYPE:
                 raise ValueError(f"its type is {value['type']!r}, not {TYPE!r}")
             if value["pattern"] not in PATTERNS:
                 raise ValueError(f"its pattern is {value['pattern']!r}, not one of {[*PATTERNS]}")
             if not isinstance(value["special_tokens"], list):
-                raise ValueError("its special_tokens are no list")
+                raise ValueError("its special_tokens are not a list")
             vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
             merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
             return cls(vocab, merges, value["special_tokens"], value["pattern"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as e:
-            raise UserError(f"{path} is no tokenizer of bpe.py: {e}") from None
+            raise UserError(f"{path} is not a tokenizer of bpe.py: {e}") from None
 
     def save(self, path):
-        """Write the tokenizer, and beside it as .vocab a list of its tokens for people to read."""
+        """Write the tokenizer, and beside it a list of its tokens to read, ending in .vocab."""
         with atomic_write(path) as f:
             f.write(self.to_bytes())
         with atomic_write(os.path.splitext(path)[0] + ".vocab", "w") as f:
@@ -455,60 +474,53 @@ class BPETokenizer:
         except OSError as e:
             raise UserError(f"cannot read {path}: {e.strerror}") from None
 
-    def tiktoken_file(self):
+    def names(self):
         """
-        The ranks as tiktoken's files have them, as bytes: a line of base64 and id for each token.
-        Pattern and special tokens are not part of such a file.
+        {id: name} of the tokens in GPT-2's spelling, which Hugging Face and llama.cpp use too: see
+        as_visible(); special tokens are spelled as they are. Raises UserError where two names are
+        equal.
         """
-        special = set(self.special.values())
-        lines = (
-            base64.b64encode(token) + b" %d\n" % i
-            for i, token in sorted(self.vocab.items())
-            if i not in special
-        )
-        return b"".join(lines)
+        special = {i: text for text, i in self.special.items()}
+        names = {i: special.get(i) or as_visible(token) for i, token in self.vocab.items()}
+        if len(set(names.values())) < len(names):
+            raise UserError(
+                "a special token is spelled like another token in the letters that Hugging Face "
+                "and llama.cpp write bytes with: train with other --special_tokens"
+            )
+        return names
 
-    def c_file(self, bos, eos):
+    @classmethod
+    def from_names(cls, names, merges, special_tokens, pattern_name="gpt2"):
         """
-        The tokenizer file of run.c, as bytes, little-endian: "bpe1"; the place of the pattern in
-        PATTERNS, the ids bos and eos, the numbers of tokens, merges, special tokens and ranges; of
-        each range of characters the first and the last code point and the class, 1 letters, 2
-        numbers, 3 white space; the ids of the special tokens; of each merge the ids left, right and
-        merged, in their order; each token's length and bytes, without bytes where an id is none.
-        All numbers are uint32. bos begins a text, either of the two ends one.
+        The inverse of names(); merges as pairs of names or as "left right". Raises KeyError where a
+        name has other characters, and what the constructor raises.
         """
-        n = 1 + max(self.vocab)
-        sizes = n, len(self.merges), len(self.special), len(ranges())
-        numbers = [list(PATTERNS).index(self.pattern_name), bos, eos, *sizes]
-        for first, last, kind in ranges():
-            numbers += first, last, 1 + "LNS".index(kind)
-        numbers += self.special.values()
-        for a, b in self.merges:
-            numbers += self.ids[a], self.ids[b], self.ids[a + b]
-        tokens = (self.vocab.get(i, b"") for i in range(n))
-        entries = (struct.pack("<I", len(token)) + token for token in tokens)
-        return b"bpe1" + struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(entries)
+        special = set(special_tokens)
+        vocab = {i: t.encode() if t in special else from_visible(t) for i, t in names.items()}
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+        merges = [(from_visible(a), from_visible(b)) for a, b in pairs]
+        return cls(vocab, merges, special_tokens, pattern_name)
 
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):
         """
-        Read GPT-2's files: vocab.json, {token: id}, and merges.txt, a pair a line, in which each
-        byte is a visible character. Raises UserError for anything else.
+        Read GPT-2's files, in which tokens are names(): vocab.json, {name: id}, and merges.txt, a
+        pair a line. Raises UserError for anything else.
         """
-        special = set(special_tokens or ())
         try:
             with open(vocab_path, encoding="utf-8-sig") as f:
-                found = json.load(f).items()
-            vocab = {i: t.encode() if t in special else from_visible(t) for t, i in found}
+                names = {i: name for name, i in json.load(f).items()}
             with open(merges_path, encoding="utf-8-sig") as f:
                 lines = f.read().split("\n")
-            lines = [line for line in lines if line and not line.startswith("#version")]
-            merges = [tuple(map(from_visible, line.split(" "))) for line in lines]
-            return cls(vocab, merges, special_tokens)
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            return cls.from_names(names, merges, special_tokens or ())
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-            raise UserError(f"{vocab_path} and {merges_path} are no files of GPT-2: {e}") from None
+            cause = f"there is no byte {e}" if isinstance(e, KeyError) else e
+            raise UserError(
+                f"{vocab_path} and {merges_path} are not a GPT-2 vocabulary: {cause}"
+            ) from None
 
 
 # ---- cutting
@@ -516,14 +528,14 @@ class BPETokenizer:
 
 def safe_places(text, special_tokens, start, end):
     """
-    Yield places of a text, from start to end, where every pattern cuts and no special token could
-    lie, so that the two sides can be encoded each for itself.
+    Yield the places in a text, from start to end, where every pattern cuts and no special token can
+    lie across, so that the two sides can be encoded separately.
     """
     for match in SAFE.finditer(text, start, end):
         place = match.start()
         if not any(
             text.find(token, max(0, place - len(token) + 1), place + len(token) - 1) >= 0
-            or text.startswith(token, place + 1)  # a space before it is the end of white space
+            or text.startswith(token, place + 1)  # the space before it ends a run of white space
             for token in special_tokens
         ):
             yield place
@@ -531,7 +543,7 @@ def safe_places(text, special_tokens, start, end):
 
 def pieces_of(span, special_tokens, size):
     """
-    A Span cut into Spans of about `size` bytes, so that no pre-token is cut in two: .txt files at
+    A Span cut into Spans of about `size` bytes without cutting a pre-token: .txt files at
     safe_places(), others between documents. Without a safe place the whole is one piece.
     """
     if not is_plain(span.path):
@@ -539,7 +551,7 @@ def pieces_of(span, special_tokens, size):
             return [span]
         places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
         return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
-    # what is read around a place: special tokens and characters that lie across its ends
+    # bytes around the window, for special tokens and characters that lie across its ends
     places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
     with open(span.path, "rb") as f:
         while places[-1] + size < span.end:
@@ -548,7 +560,7 @@ def pieces_of(span, special_tokens, size):
                 back = min(margin, at)
                 f.seek(at - back)
                 data = f.read(WINDOW + 2 * margin)
-                text = data.decode(errors="surrogateescape")  # it may begin and end in a character
+                text = data.decode(errors="surrogateescape")  # may begin, end in a character
                 start = len(data[:back].decode(errors="surrogateescape"))
                 end = len(text) - margin
                 if (place := next(safe_places(text, special_tokens, start, end), None)) is not None:
@@ -562,15 +574,15 @@ def pieces_of(span, special_tokens, size):
 
 
 def all_pieces(spans, special_tokens):
-    """Spans cut into Spans of PIECE bytes, or of an eighth of them all where they are small."""
-    size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
+    """Spans cut into Spans of MAX_PIECE bytes, or of an eighth of their sum if that is less."""
+    size = max(1 << 16, min(MAX_PIECE, sum(span.end - span.start for span in spans) // 8))
     return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
 
 
 def texts_of(span):
     """
-    The texts in a Span, as strings: of a .txt file all it says, whatever it is, so that it may be
-    cut anywhere; else its documents.
+    The texts in a Span: of a .txt file all of it as it stands, so that it may be cut anywhere; of
+    other files their documents.
     """
     if not is_plain(span.path):
         yield from read_documents([span])
@@ -588,7 +600,7 @@ def is_plain(path):
 
 
 def readable(token):
-    """A token for people to read: its text in quotes, or its bytes where they are no text."""
+    """A token for people to read: its text in quotes, or its bytes if they are not UTF-8."""
     try:
         return json.dumps(token.decode(), ensure_ascii=False)
     except UnicodeDecodeError:
@@ -597,19 +609,19 @@ def readable(token):
 
 @cache
 def visible_bytes():
-    """{byte: character} of GPT-2's files: a byte that can be seen is itself, the others follow."""
+    """{byte: character} of GPT-2's files: visible ones stand for themselves, others follow."""
     seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in seen]
     return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def as_visible(token):
-    """A token as GPT-2's files have it, each byte a character of visible_bytes()."""
+    """A token as GPT-2's files write it, each byte as a character of visible_bytes()."""
     return "".join(visible_bytes()[byte] for byte in token)
 
 
 def from_visible(text):
-    """The bytes of a token that as_visible() made; KeyError for anything else."""
+    """The inverse of as_visible(); KeyError for other characters."""
     return bytes(byte_of()[character] for character in text)
 
 
@@ -618,125 +630,20 @@ def byte_of():
     return {character: byte for byte, character in visible_bytes().items()}
 
 
-# ---- as a script
+# ---- the command line
 
-
-def train_stage():
-    check_source()
-    check_model()
-    special = special_list()
-    spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
-    vocab, merges = train_on(spans, vocab_size, special, worker_count(num_workers), pattern_name)
-    if not merges and vocab_size > len(vocab):
-        raise UserError(f"cannot train a vocabulary: {source} has no text to learn from")
-    tokenizer = BPETokenizer(vocab, merges, special, pattern_name)
-    if len(vocab) < vocab_size:
-        print(f"the text has pairs for {len(vocab):,} tokens only")
-    save_stage(tokenizer)
-
-
-def import_stage():
-    from formats.hftokenizer import byte_level_from_json  # which imports this file
-
-    if tokenizer_json:
-        check_model()
-        save_stage(byte_level_from_json(tokenizer_json))
-        return
-    for name in ("vocab_json", "merges_txt"):
-        if not globals()[name]:
-            raise UserError(
-                f"--{name}=PATH is missing: GPT-2's vocab.json and merges.txt are read, or "
-                f"--tokenizer_json=PATH"
-            )
-    check_model()
-    save_stage(BPETokenizer.from_files(vocab_json, merges_txt, special_list()))
-
-
-def special_list():
-    return list(dict.fromkeys(token for token in special_tokens.split(",") if token))
-
-
-def check_model():
-    """Raise UserError, before any work, where the files could not be written or would be lost."""
-    folder, written = os.path.dirname(model) or ".", outputs()
-    if not os.path.basename(model) or os.path.isdir(model):
-        raise UserError(f"cannot write {model!r}, which is a folder: name a file")
-    if len({*written.values()}) < len(written):
-        raise UserError(f"model = {model!r} is a name for another of its files: end it in .model")
-    if os.path.exists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        raise UserError(f"cannot write {model}: {folder} is no folder that can be written to")
-    texts = {os.path.realpath(path) for path in text_files(source)} if source else set()
-    if any(os.path.realpath(path) in texts for path in written.values()):
-        raise UserError(f"{model} or a file beside it belongs to the text: name another")
-    if os.path.exists(model):
-        BPETokenizer.load(model)  # only an earlier model may be lost
-    if also_hf and os.path.isdir(source) and os.path.samefile(source, folder):
-        raise UserError(f"{written['hf']} would be taken for text: name a model elsewhere")
-
-
-def outputs():
-    """{what: path} of the files that train and import write."""
-    base = os.path.splitext(model)[0]
-    paths = {"model": model, "vocab": f"{base}.vocab"}
-    paths |= {"tiktoken": f"{base}.tiktoken"} if also_tiktoken else {}
-    return paths | ({"hf": f"{base}.json"} if also_hf else {})
-
-
-def save_stage(tokenizer):
-    from formats.hftokenizer import byte_level_json  # which imports this file
-
-    paths = outputs()
-    tokenizer.save(model)
-    print(f"{len(tokenizer.vocab):,} tokens: wrote {model}, and {paths['vocab']} to read")
-    if also_tiktoken:
-        with atomic_write(paths["tiktoken"]) as f:
-            f.write(tokenizer.tiktoken_file())
-        print(f"wrote {paths['tiktoken']}")
-    if also_hf:
-        text = json.dumps(byte_level_json(tokenizer), ensure_ascii=False)
-        with atomic_write(paths["hf"], "w") as f:
-            f.write(text)
-        print(f"wrote {paths['hf']}, a tokenizer.json of Hugging Face")
-
-
-def encode_stage():
-    from dataset import report, write_npy, write_shards  # which import this file
-    from tokenizer import ByteLevel
-
-    check_source()
-    if not out:
-        raise UserError("--out=PATH is missing: a folder for shards, or a file ending in .npy")
-    if os.path.splitext(out)[1] not in ("", ".npy") and not os.path.isdir(out):
-        raise UserError(f"out = {out!r}: expected a folder for shards, or a file ending in .npy")
-    if out.endswith(".npy") and valid_source:
-        raise UserError("valid_source is for shards: a .npy file has no part for validation")
-    tokenizer = ByteLevel(model)
-    if out.endswith(".npy"):
-        n, dtype = write_npy(out, tokenizer, text_files(source), worker_count(num_workers))
-        print(f"{n:,} tokens, {dtype}, in {out}")
-        return
-    plan = plan_shards(source, valid_source)
-    report(write_shards(out, tokenizer, plan, worker_count(num_workers)), out)
-
-
-def check_source():
-    if not source:
-        raise UserError("--source=PATH is missing: a text, or a folder of .txt, .json or .jsonl")
-
-
-STAGES = {"train": train_stage, "encode": encode_stage, "import": import_stage}
 
 if __name__ == "__main__":
     stage = ""  # train, encode or import
     source = ""  # text: a file, or a folder of files, .txt, .json or .jsonl
     model = "bpe.model"  # the tokenizer, which encode reads and the others write
-    num_workers = 0  # processes; 0: one a core
+    num_workers = 0  # processes; 0: one per core
     # train
     vocab_size = 10000  # 256 bytes, merges and special tokens together
-    special_tokens = "<|endoftext|>"  # with commas between them; documents begin with the first
+    special_tokens = "<|endoftext|>"  # separated by commas; documents begin with the first
     pattern_name = "gpt2"  # where text is cut into pre-tokens: as for gpt2, or as for gpt4
-    also_tiktoken = False  # write the ranks as tiktoken reads them, too
-    also_hf = False  # write tokenizer.json for Hugging Face's libraries, too
+    also_tiktoken = False  # also write the ranks as tiktoken reads them
+    also_hf = False  # also write tokenizer.json for Hugging Face's libraries
     # import
     vocab_json = ""  # GPT-2's vocab.json
     merges_txt = ""  # GPT-2's merges.txt
@@ -745,7 +652,56 @@ if __name__ == "__main__":
     out = ""  # a folder for shards; or a file ending in .npy: .txt as it stands, others with BOS
     valid_source = ""  # text for the first shard, validation; else the first part of source
     configure(globals(), positional="stage")
-    if stage not in STAGES:
+
+    from dataset import report, write_npy, write_shards
+    from formats.hftokenizer import VocabularyFiles, byte_level_from_json
+    from tokenizer import ByteLevel
+
+    files = VocabularyFiles(model, also_tiktoken, also_hf)
+    special = [token for token in special_tokens.split(",") if token]
+    if stage not in ("train", "encode", "import"):
         what = f"unknown stage {stage!r}" if stage else "no stage is given"
-        raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")
-    STAGES[stage]()
+        raise UserError(f"{what}; expected one of: train, encode, import")
+    if stage != "import" and not source:
+        raise UserError("--source=PATH is missing: a text, or a folder of .txt, .json or .jsonl")
+
+    if stage == "train":
+        files.check(source)
+        spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
+        vocab, merges = train_on(
+            spans, vocab_size, special, worker_count(num_workers), pattern_name
+        )
+        if not merges and vocab_size > len(vocab):
+            raise UserError(f"cannot train a vocabulary: {source} has no text to learn from")
+        if len(vocab) < vocab_size:
+            print(f"the text has pairs for {len(vocab):,} tokens only")
+        files.write(BPETokenizer(vocab, merges, special, pattern_name))
+
+    if stage == "import":
+        missing = [f"--{n}" for n in ("vocab_json", "merges_txt") if not globals()[n]]
+        if missing and not tokenizer_json:
+            raise UserError(
+                f"{missing[0]}=PATH is missing: GPT-2's vocab.json and merges.txt are read, or "
+                f"--tokenizer_json=PATH"
+            )
+        files.check(source)
+        if tokenizer_json:
+            files.write(byte_level_from_json(tokenizer_json))
+        else:
+            files.write(BPETokenizer.from_files(vocab_json, merges_txt, special))
+
+    if stage == "encode":
+        if not out:
+            raise UserError("--out=PATH is missing: a folder for shards, or a file ending in .npy")
+        if os.path.splitext(out)[1] not in ("", ".npy") and not os.path.isdir(out):
+            raise UserError(
+                f"out = {out!r}: expected a folder for shards, or a file ending in .npy"
+            )
+        if out.endswith(".npy") and valid_source:
+            raise UserError("valid_source is for shards: a .npy file has no part for validation")
+        tokenizer, workers = ByteLevel(model), worker_count(num_workers)
+        if out.endswith(".npy"):
+            n, dtype = write_npy(out, tokenizer, text_files(source), workers)
+            print(f"{n:,} tokens, {dtype}, in {out}")
+        else:
+            report(write_shards(out, tokenizer, plan_shards(source, valid_source), workers), out)

@@ -6,9 +6,9 @@ A model from any format into any other: checkpoint, model.bin, Hugging Face, GGU
     python export.py out/story.gguf --dtype=q8_0                    # for llama.cpp and Ollama
     python export.py imported/ckpt.pt --from-hf=PATH                # to sample, and to train on
 
-The model is that of --checkpoint, which may be in any of these formats too, or of one --from-...
-What a format cannot carry is refused by name, and nothing is written; formats/table.py has the
-tables.
+The model comes from --checkpoint, which may be in any of these formats too, or from one --from-...
+What a format cannot carry is refused by name, and nothing is written. The formats are in
+formats/table.py.
 """
 
 import argparse
@@ -45,13 +45,13 @@ parser.add_argument(
     "--format",
     choices=FORMATS,
     metavar="FORMAT",
-    help="see below (default: what the ending of the path says, else bin)",
+    help="see below (default: by the ending of the path, else bin)",
 )
 parser.add_argument("--dtype", default="fp32", help="number format of the weights (default: fp32)")
 parser.add_argument(
     "--version",
     default="auto",
-    help="of model.bin: 0, llama2.c's first, for plain Llama 2 alone; 3, which carries every "
+    help="of model.bin: 0, llama2.c's first, for plain Llama 2 only; 3, which carries every "
     "option; auto (default), 0 if it carries the model and else 3",
 )
 parser.add_argument(
@@ -71,63 +71,63 @@ parser.add_argument("--private", action="store_true", help="make a new model of 
 parser.add_argument(
     "--dry-run", "--dry_run", action="store_true", help="say what would be uploaded, and stop"
 )
-words = parser.parse_args()
+flags = parser.parse_args()
 
-sources = [(name, getattr(words, f"from_{name}", None)) for name in SOURCES]
+sources = [(name, getattr(flags, f"from_{name}", None)) for name in SOURCES]
 sources = [(name, path) for name, path in sources if path is not None]
-if len(sources) + (words.checkpoint is not None) > 1:
-    names = [f"--from-{name}" for name, _ in sources] + ["--checkpoint"] * bool(words.checkpoint)
+if len(sources) + (flags.checkpoint is not None) > 1:
+    names = [f"--from-{name}" for name, _ in sources] + ["--checkpoint"] * bool(flags.checkpoint)
     raise UserError(f"{' and '.join(names)}: expected one of them")
-checkpoint = os.path.join("out", "ckpt.pt") if words.checkpoint is None else words.checkpoint
+checkpoint = os.path.join("out", "ckpt.pt") if flags.checkpoint is None else flags.checkpoint
 kind, source = sources[0] if sources else (recognize(checkpoint), checkpoint)
-to = words.format or format_of(words.path)
-dtype = words.dtype.lower()
+to = flags.format or format_of(flags.path)
+dtype = flags.dtype.lower()
 if dtype not in FORMATS[to].dtypes:
     known = ", ".join(FORMATS[to].dtypes)
-    raise UserError(f"dtype = {words.dtype}: expected one of {known} for --format={to}")
-if words.version != "auto" and to != "bin":
-    raise UserError(f"version = {words.version}: only --format=bin has versions")
-if words.push_to_hub and to != "hf":
+    raise UserError(f"dtype = {flags.dtype}: expected one of {known} for --format={to}")
+if flags.version != "auto" and to != "bin":
+    raise UserError(f"version = {flags.version}: only --format=bin has versions")
+if flags.push_to_hub and to != "hf":
     raise UserError("push-to-hub uploads a folder: give --format=hf")
-if (words.dry_run or words.private) and not words.push_to_hub:
+if (flags.dry_run or flags.private) and not flags.push_to_hub:
     raise UserError("dry-run and private are about an upload: give --push-to-hub=USER/NAME")
-if words.push_to_hub:
-    check_push(words.push_to_hub, words.dry_run)
-if not words.path:
+if flags.push_to_hub:
+    check_push(flags.push_to_hub, flags.dry_run)
+if not flags.path:
     raise UserError("the path to write is empty: name a file or a folder")
-if to != "checkpoint" and recognize(words.path) == "checkpoint" and os.path.isfile(words.path):
+if to != "checkpoint" and recognize(flags.path) == "checkpoint" and os.path.isfile(flags.path):
     raise UserError(
-        f"{words.path} is a checkpoint, which would be lost: name another file for the model"
+        f"{flags.path} is a checkpoint, which would be lost: name another file for the model"
     )
-target, read = os.path.realpath(words.path), os.path.realpath(source)
+target, read = os.path.realpath(flags.path), os.path.realpath(source)
 if os.path.exists(target) and (
     target == read
     or (os.path.isdir(read) and target.startswith(read + os.sep))
     or (os.path.isdir(target) and read.startswith(target + os.sep))
 ):
-    raise UserError(f"{words.path}, which belongs to what is read, would be lost: name another")
+    raise UserError(f"{flags.path}, which belongs to what is read, would be lost: name another")
 
-model, tokenizer, facts = load(source, kind, words.tokenizer)
+model, tokenizer, facts = load(source, kind, flags.tokenizer)
 if isinstance(tokenizer, FastTokenizer):
     print(f"note: only a tokenizer.model is exported; {tokenizer.model_path} is not")
     tokenizer = None
-if to == "hf" and tokenizer is None and words.tokenizer != "none":
+if to == "hf" and tokenizer is None and flags.tokenizer != "none":
     raise UserError(
         f"there is no tokenizer.model beside {source}: give --tokenizer=PATH, or --tokenizer=none "
         f"for the weights alone"
     )
-if tokenizer is None and words.tokenizer != "none":
+if tokenizer is None and flags.tokenizer != "none":
     print(f"note: there is no tokenizer.model beside {source}: the model is written without")
-name = os.path.basename(words.push_to_hub or os.path.abspath(words.path))
-facts = {"name": name, "repository": words.push_to_hub or ".", **facts}
+name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
+facts = {"name": name, "repository": flags.push_to_hub or ".", **facts}
 write = FORMATS[to].write
 if to == "bin":
-    version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(words.version, words.version)
+    version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(flags.version, flags.version)
     write = partial(write, version=version)
 try:
-    write(model, words.path, dtype, tokenizer, facts)
+    write(model, flags.path, dtype, tokenizer, facts)
 except OSError as e:
-    raise UserError(f"cannot write {words.path}: {reason(e)}") from None
-print(f"wrote {words.path}")
-if words.push_to_hub:
-    push(words.path, words.push_to_hub, words.private, words.dry_run)
+    raise UserError(f"cannot write {flags.path}: {reason(e)}") from None
+print(f"wrote {flags.path}")
+if flags.push_to_hub:
+    push(flags.path, flags.push_to_hub, flags.private, flags.dry_run)

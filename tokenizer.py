@@ -1,16 +1,27 @@
 """
-The tokenizers, SentencePiece BPE and byte-level BPE, behind one interface; and the files of them
+The tokenizers, SentencePiece BPE and byte-level BPE, behind one interface; and the tokenizer file
 that run.c reads.
 
     python tokenizer.py --tokenizer-model=data/tok128.model    # writes data/tok128.bin
 
-For SentencePiece that file has llama2.c's layout, little-endian: uint32 longest piece in bytes,
-then for each id float32 score, uint32 length, and the bytes of the piece, with the space as a plain
-space. Byte pieces appear as <0x0A>, BOS and EOS as "\\n<s>\\n" and "\\n</s>\\n". bpe.py writes the
-other kind.
+All numbers in that file are little-endian. For SentencePiece it has llama2.c's layout:
 
-To add a kind: a class with what Tokenizer says, in open_tokenizer(). To add a library that encodes
-faster: a method in ENCODERS of a class.
+    uint32 bytes of the longest piece
+    for each id: float32 score, uint32 length, the bytes of the piece, with plain spaces
+
+Byte pieces appear as <0x0A>, BOS and EOS as "\\n<s>\\n" and "\\n</s>\\n". For byte-level BPE all
+numbers are uint32:
+
+    "bpe1"
+    the place of the pattern in PATTERNS of bpe.py, the id that begins a text, one that ends it too
+    the numbers of tokens, merges, special tokens and ranges
+    for each range of characters: first and last code point; 1 letters, 2 numbers, 3 white space
+    the ids of the special tokens
+    for each merge, in order: the ids left, right and merged
+    for each id: length and bytes of the token; length 0 where an id is not used
+
+To add a kind: a class with the methods of Tokenizer, in open_tokenizer(). To add a library that
+encodes faster: a method in ENCODERS of a class.
 """
 
 import argparse
@@ -25,7 +36,7 @@ from collections import Counter
 import numpy as np
 import sentencepiece
 
-from bpe import PATTERNS, BPETokenizer
+from bpe import PATTERNS, BPETokenizer, as_visible, ranges
 from configurator import UserError, one_sentence_errors
 from system.files import atomic_write
 
@@ -33,7 +44,7 @@ SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
 N_SPECIAL = 3  # <unk>, <s>, </s>
 N_BYTES = 256
-# what a library must encode as we do before it is used
+# texts that a library must encode as we do before it is used
 PROBE = [
     "Once upon a time, there was a little girl named Lily. She didn't like 1,234 dogs!",
     " two  spaces,   three\n\n\nlines\t\ttabs\r\n end  ",
@@ -45,11 +56,11 @@ PROBE = [
 
 class Tokenizer:
     """
-    Text to ids and back, by a model file or by the bytes of one, `proto`, that came from
-    model_path. What both kinds have besides the methods: vocab_size; bos_id, which begins a text,
-    eos_id and unk_id (-1: there is none); `stop`, the ids at which a text ends; n_prefix, the bytes
-    that encoding puts before a text; and `hash` of the file, "" where it was put together anew.
-    Raises UserError where the file is missing or of another kind.
+    Text to ids and back, with the model file at model_path or its content, `proto`. Besides the
+    methods both kinds have: vocab_size; bos_id, which begins a text; eos_id and unk_id (-1: none);
+    `stop`, the ids at which a text ends; n_prefix, the bytes that encoding puts before a text; and
+    the `hash` of the file, "" where there is only `proto`. Raises UserError where the file is
+    missing or of another kind.
     """
 
     n_prefix, unk_id = 0, -1
@@ -64,9 +75,9 @@ class Tokenizer:
 
     def encoder(self, name="auto"):
         """
-        (name, function of a list of texts to (ids one after another, uint32; ids of each text)):
+        (name, function of a list of texts -> (ids one after another, uint32; how many of each)):
         the fastest of ENCODERS that is installed and gives the ids of encode() for PROBE, or the
-        one that is named. Raises UserError where that cannot be.
+        named one. Raises UserError where the named one cannot be used.
         """
         if name in self.encoders:
             return self.encoders[name]
@@ -97,8 +108,8 @@ class Tokenizer:
 
     def bytes_in(self, tokens):
         """
-        Bytes of text behind an array of ids, BOS before each text; what encoding puts before a text
-        is not counted, and an unk, which hides at least one byte, as one.
+        Bytes of text that an array of ids stands for, BOS before each text. What encoding puts
+        before a text is not counted; an unk, which hides at least one byte, counts as one.
         """
         lengths = np.array([len(piece) for piece in self.piece_bytes()])
         if self.unk_id >= 0:
@@ -107,7 +118,7 @@ class Tokenizer:
         return int((counts * lengths).sum() - self.n_prefix * counts[self.bos_id])
 
     def caveat(self):
-        """A sentence where ./run gives a text other ids; or ""."""
+        """A sentence if ./run gives some texts other ids; else ""."""
         return ""
 
     def export(self, path):
@@ -146,7 +157,7 @@ class SentencePiece(Tokenizer):
             self.sp.LoadFromSerializedProto(self.proto)
         except RuntimeError:
             raise UserError(
-                f"{self.model_path} is not a SentencePiece model, nor one of bpe.py"
+                f"{self.model_path} is not a SentencePiece model or one of bpe.py"
             ) from None
         self.vocab_size = self.sp.vocab_size()
         self.unk_id, self.bos_id, self.eos_id = self.sp.unk_id(), self.sp.bos_id(), self.sp.eos_id()
@@ -166,7 +177,7 @@ class SentencePiece(Tokenizer):
         return lambda texts: flattened(self.sp.encode(texts, num_threads=1))
 
     def by_gigatoken(self):
-        """It takes "<s>" in a text for BOS: texts that have such a piece go to SentencePiece."""
+        """gigatoken takes "<s>" in a text for BOS: such texts go to SentencePiece."""
         import gigatoken
 
         encode = gigatoken.Tokenizer.from_sentencepiece(self.proto).encode
@@ -195,7 +206,7 @@ class SentencePiece(Tokenizer):
         return pieces
 
     def decode(self, ids):
-        """The text of `ids`: what run.c prints, the space that encoding put in front left out."""
+        """The text of `ids` as run.c prints it, without the space that encoding puts first."""
         ids = [i for i in ids if not self.sp.is_control(i)]
         pieces = self.piece_bytes()
         text = b"".join(pieces[i] for i in ids)
@@ -205,26 +216,26 @@ class SentencePiece(Tokenizer):
 
     def check_plain(self, name):
         """
-        The normalizer_spec of the model (sentencepiece_model.proto). Raises UserError for what
-        format `name` cannot carry: anything but BPE, text that is replaced before encoding, and
-        pieces of several characters that are defined by hand.
+        The normalizer_spec of the model (sentencepiece_model.proto). Raises UserError for a model
+        that format `name` cannot carry: one that is not BPE, replaces text before encoding, or has
+        user-defined pieces of several characters.
         """
         spec = proto_module().ModelProto.FromString(self.proto)
         wrong = ""
         if spec.trainer_spec.model_type != spec.trainer_spec.BPE:
-            wrong = "is no BPE"
+            wrong = "is not BPE"
         elif spec.normalizer_spec.precompiled_charsmap:
             wrong = "replaces characters"
         elif any(
             piece.type == piece.USER_DEFINED and len(piece.piece) > 1 for piece in spec.pieces
         ):
-            wrong = "has pieces that are defined by hand"
+            wrong = "has user-defined pieces"
         if wrong:
             raise UserError(f"{name} cannot carry {self.model_path}, which {wrong}")
         return spec.normalizer_spec
 
     def caveat(self):
-        """A sentence where this model changes a text before encoding, as run.c does not; or ""."""
+        """A sentence if this model changes texts before encoding, which run.c does not; else ""."""
         text = " a  \ufb01 "  # spaces to fold, a ligature to take apart
         if self.sp.normalize(text) == SPACE + text.replace(" ", SPACE):
             return ""
@@ -234,7 +245,7 @@ class SentencePiece(Tokenizer):
         )
 
     def c_file(self):
-        """The tokenizer file of run.c, as bytes; the layout is at the top of this file."""
+        """The tokenizer file of run.c, as bytes."""
         pieces = []
         for i in range(self.vocab_size):
             piece = self.sp.id_to_piece(i).replace(SPACE, " ")
@@ -248,7 +259,7 @@ class SentencePiece(Tokenizer):
 
 
 class ByteLevel(Tokenizer):
-    """A model of bpe.py. Its first special token, <|endoftext|>, is BOS and EOS in one."""
+    """A model of bpe.py. Its first special token, <|endoftext|>, is both BOS and EOS."""
 
     ENCODERS = ("gigatoken", "tiktoken", "own")
 
@@ -302,8 +313,6 @@ class ByteLevel(Tokenizer):
     def by_gigatoken(self):
         import gigatoken
 
-        from formats.hftokenizer import byte_level_json  # which imports this file
-
         encode = gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(self.bpe))).encode
         return lambda texts: flattened(list(map(encode, texts)))
 
@@ -318,12 +327,27 @@ class ByteLevel(Tokenizer):
         return self.bpe.decode(i for i in ids if i != self.bos_id)
 
     def c_file(self):
-        """The tokenizer file of run.c, as bytes; bpe.py has the layout."""
-        return self.bpe.c_file(self.bos_id, self.eos_id)
+        """The tokenizer file of run.c, as bytes."""
+        return byte_level_c_file(self.bpe, self.bos_id, self.eos_id)
+
+
+def byte_level_c_file(bpe, bos, eos):
+    """The tokenizer file of run.c of a BPETokenizer, as bytes; bos and eos are ids."""
+    n = 1 + max(bpe.vocab)
+    sizes = n, len(bpe.merges), len(bpe.special), len(ranges())
+    numbers = [list(PATTERNS).index(bpe.pattern_name), bos, eos, *sizes]
+    for first, last, kind in ranges():
+        numbers += first, last, 1 + "LNS".index(kind)
+    numbers += bpe.special.values()
+    for a, b in bpe.merges:
+        numbers += bpe.ids[a], bpe.ids[b], bpe.ids[a + b]
+    tokens = (bpe.vocab.get(i, b"") for i in range(n))
+    entries = (struct.pack("<I", len(token)) + token for token in tokens)
+    return b"bpe1" + struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(entries)
 
 
 def open_tokenizer(model_path, proto=None):
-    """The Tokenizer of a model file, or of its bytes: a ByteLevel or a SentencePiece."""
+    """The Tokenizer of a model file, or of its content: a ByteLevel or a SentencePiece."""
     data = read_model(os.fspath(model_path)) if proto is None else proto
     return (ByteLevel if data[:1] == b"{" else SentencePiece)(model_path, proto)
 
@@ -333,14 +357,17 @@ def c_tokenizer_path(model_path):
     return model_path.removesuffix(".model") + ".bin"
 
 
+# ---- SentencePiece models
+
+
 def choose_alphabet(counts, vocab_size):
     """
-    Decide what single characters a vocabulary gets, and whether its unknown ones become bytes.
+    Decide which single characters get a piece, and whether other characters become bytes.
 
-    counts: Counter of the characters of the training text but space and newline, which always have
-    a place (newline as a byte, where there are bytes). Returns (alphabet, byte_fallback):
-    byte fallback where the 256 byte pieces and all but the rarest characters (less than 1 in
-    100,000) fit; the most frequent characters, all if they fit and leave a tenth for merges.
+    counts: Counter of the characters of the training text, without space and newline, which always
+    have a piece (with byte pieces newline is one of those). Returns (alphabet, byte_fallback). Byte
+    fallback: if the 256 byte pieces and all but the rarest characters (less than 1 in 100,000) fit.
+    Alphabet: the most frequent characters, all of them if they fit and leave a tenth for merges.
     """
     total = sum(counts.values())
     core = sum(n * 100_000 >= total for n in counts.values())
@@ -353,11 +380,11 @@ def choose_alphabet(counts, vocab_size):
 def train_sentencepiece(texts, vocab_size, num_threads=1):
     """
     Train a SentencePiece BPE vocabulary as llama2.c does (identity normalisation, digits split,
-    byte fallback) with runs of spaces kept, as in Llama 2's own, so that no text is changed.
-    Where the 256 byte pieces do not fit it trains without them; newline is then a piece of its own.
+    byte fallback) but keep runs of spaces, as Llama 2's own does, so that no text is changed. Where
+    the 256 byte pieces do not fit it trains without them, and newline becomes a piece.
 
-    texts: a list of str. Returns (model file as bytes, {"byte_fallback", "dropped"}), dropped being
-    the characters that got no piece. Raises UserError where the text is too small for the size.
+    texts: a list of str. Returns (model file as bytes, {"byte_fallback", "dropped"}); dropped: the
+    characters that got no piece. Raises UserError where the text is too small for the size.
     """
     counts = Counter()
     for text in texts:
@@ -368,7 +395,7 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
         raise UserError("cannot train a vocabulary: the text is empty")
     alphabet, byte_fallback = choose_alphabet(counts, vocab_size)
     # Training sees one line at a time, cut where a character has no piece, so that SentencePiece's
-    # own alphabet is exactly ours. Newline is a byte piece or, without those, a piece by itself.
+    # own alphabet is exactly ours. Newline is a byte piece or, without those, a user-defined one.
     dropped = "".join(sorted(set(counts) - alphabet))
     table = str.maketrans(dropped, "\n" * len(dropped))
     lines = (line for text in texts for line in text.translate(table).split("\n") if line)
@@ -400,7 +427,7 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
 
 
 def proto_module():
-    """SentencePiece's own description of its files."""
+    """SentencePiece's module for its model files."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
@@ -410,9 +437,9 @@ def proto_module():
 
 def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
     """
-    A SentencePiece BPE model file, as bytes, of pieces with their scores and types (those of
-    SentencePiece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), which changes
-    no text before it encodes.
+    A SentencePiece BPE model file, as bytes, that changes no text before it encodes. Its pieces
+    have scores and SentencePiece's types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused,
+    6 byte.
     """
     proto = proto_module()
     model = proto.ModelProto()
@@ -426,6 +453,62 @@ def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
     model.normalizer_spec.remove_extra_whitespaces = False
     model.normalizer_spec.escape_whitespaces = True
     return model.SerializeToString()
+
+
+# ---- tokenizer.json of Hugging Face, which gigatoken reads too; see formats/hftokenizer.py
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def byte_level_json(bpe):
+    """tokenizer.json of a BPETokenizer, as a dict, without a token before each text."""
+    cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
+    if bpe.pattern_name != "gpt2":
+        split = {"type": "Split", "pattern": {"Regex": PATTERNS[bpe.pattern_name]}}
+        split |= {"behavior": "Isolated", "invert": False}
+        cut = {"type": "Sequence", "pretokenizers": [split, cut]}
+    return bpe_json(
+        {i: text for text, i in bpe.special.items()},
+        normalizer=None,
+        pre_tokenizer=cut,
+        decoder=BYTE_LEVEL,
+        vocab={name: i for i, name in bpe.names().items()},
+        merges=[[as_visible(a), as_visible(b)] for a, b in bpe.merges],
+    )
+
+
+def bpe_json(special, normalizer, pre_tokenizer, decoder, vocab, merges, **model):
+    """
+    tokenizer.json of a BPE model, as a dict. special: {id: text}; vocab: {name: id}; merges: pairs
+    of names; model: what differs from byte-level BPE.
+    """
+    words = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, **words, "special": True}
+            for i, text in sorted(special.items())
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            **model,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -1,47 +1,37 @@
 """
 GGUF, the file of llama.cpp and Ollama: plain Llama as its architecture `llama`, the options of
-`portable` as `qwen3`, with the tokenizer inside. Everything else is refused by name.
+`portable` as `qwen3`, with the tokenizer inside. Every other option is refused by name.
 
-llama.cpp turns neighbouring pairs of a head in `llama`, as ours does, and halves in `qwen3`.
+In `llama` RoPE rotates neighbouring pairs of a head, as ours does; in `qwen3` it rotates halves.
 
-To add an architecture: its row in ARCHITECTURES, and its tensors in NAMES.
+To add an architecture: its row in ARCHITECTURES, and its tensors in NAMES of formats/tensors.py.
 """
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
 
-from bpe import BPETokenizer, as_visible, from_visible
+from bpe import BPETokenizer, as_visible
 from configurator import UserError
-from formats.hftokenizer import check_names
-from formats.huggingface import check_range, exported, filled, renamed
-from formats.modelbin import Bytes, not_carried, shortest
+from formats.modelbin import Bytes
+from formats.tensors import (
+    check_range,
+    expect,
+    exported,
+    filled,
+    gguf_name,
+    not_carried,
+    shortest,
+)
 from model import ModelArgs
-from system.files import flush_folder, remove
+from system.files import atomic_write
 from system.remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
 
-# Our names of tensors and theirs; {} stands for the layer
-NAMES = {
-    "tok_embeddings": "token_embd",
-    "layers.{}.attention_norm": "blk.{}.attn_norm",
-    "layers.{}.attention.wq": "blk.{}.attn_q",
-    "layers.{}.attention.wk": "blk.{}.attn_k",
-    "layers.{}.attention.wv": "blk.{}.attn_v",
-    "layers.{}.attention.wo": "blk.{}.attn_output",
-    "layers.{}.attention.q_norm": "blk.{}.attn_q_norm",
-    "layers.{}.attention.k_norm": "blk.{}.attn_k_norm",
-    "layers.{}.ffn_norm": "blk.{}.ffn_norm",
-    "layers.{}.feed_forward.w1": "blk.{}.ffn_gate",
-    "layers.{}.feed_forward.w2": "blk.{}.ffn_down",
-    "layers.{}.feed_forward.w3": "blk.{}.ffn_up",
-    "norm": "output_norm",
-    "output": "output",
-}
-
-# Fields of ModelArgs and their keys, behind the architecture and a point
+# Fields of ModelArgs and their keys, which follow the architecture and a dot
 KEYS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "context_length",
@@ -57,8 +47,8 @@ HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_le
 PLAIN = {*KEYS, "tie_embeddings"}
 ARCHITECTURES = {"llama": PLAIN, "qwen3": {*PLAIN, "qk_norm"}}  # what they carry
 
-# --dtype: their number format of matrices, their name of such a file; vectors stay in F32
-DTYPES = {
+# --dtype: llama.cpp's number format of matrices, and of the file; vectors stay in F32
+GGUF_DTYPES = {
     "fp32": ("F32", "ALL_F32"),
     "fp16": ("F16", "MOSTLY_F16"),
     "bf16": ("BF16", "MOSTLY_BF16"),
@@ -67,11 +57,6 @@ DTYPES = {
 }
 BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # numbers; scales are F16
-
-
-def their_name(name):
-    """blk.3.attn_q.weight of layers.3.attention.wq.weight."""
-    return renamed(name.removesuffix(".weight"), NAMES) + ".weight"
 
 
 def architecture(args):
@@ -89,13 +74,13 @@ def architecture(args):
 
 def check_tokenizer(tokenizer):
     """
-    Raise UserError for a tokenizer that llama.cpp cannot be. Returns the normalizer_spec of a
-    SentencePiece.
+    Raise UserError for a tokenizer that llama.cpp cannot run. Returns the normalizer_spec of a
+    SentencePiece, else None.
     """
     if tokenizer is None:
         raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
     if isinstance(tokenizer, ByteLevel):
-        check_names(byte_level_names(tokenizer), tokenizer.bpe)
+        tokenizer.bpe.names()  # raises where two would be equal
         if not tokenizer.bpe.makes_its_tokens():  # some of its patterns take them from there
             raise UserError(
                 f"gguf cannot carry {tokenizer.model_path}, whose merges do not make all its tokens"
@@ -114,49 +99,25 @@ def check_tokenizer(tokenizer):
 
 def write_gguf(model, path, dtype, tokenizer, facts):
     """
-    Write a Transformer and its Tokenizer as a GGUF file, whole or not at all. Matrices whose rows
-    are no multiple of 32 stay in F16 where q8_0 or q4_0 is asked for, as llama.cpp does it.
+    Write a Transformer and its Tokenizer as a GGUF file, whole or not at all. As in llama.cpp,
+    matrices whose rows are not a multiple of 32 stay in F16 where q8_0 or q4_0 is asked for.
     """
-    gguf = need("gguf")
-    args, kind = model.args, architecture(model.args)
-    spec = check_tokenizer(tokenizer)
-    part = f"{path}.{os.getpid()}.part"
-    wanted, file_type = (getattr(gguf.GGMLQuantizationType, DTYPES[dtype][0]), DTYPES[dtype][1])
+    gguf, kind, spec = need("gguf"), architecture(model.args), check_tokenizer(tokenizer)
     try:
-        f = gguf.GGUFWriter(part, kind)
-        f.add_name(facts.get("name", "story teller"))
-        for name, key in KEYS.items():
-            value = getattr(args, name)
-            put = f.add_float32 if isinstance(value, float) else f.add_uint32
-            put(f"{kind}.{key}", value)
-        for key in HEAD_KEYS:
-            f.add_uint32(f"{kind}.{key}", args.head_dim)
-        f.add_file_type(getattr(gguf.LlamaFileType, file_type))
-        f.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        put_tokenizer(f, tokenizer, spec)
-        kept = []
-        for name, tensor in exported(model, in_halves=kind == "qwen3"):
-            number_format = wanted if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
-            if dtype in ("q8_0", "q4_0") and tensor.dim() > 1 and tensor.shape[1] % BLOCK:
-                number_format = gguf.GGMLQuantizationType.F16
-                kept.append(their_name(name))
-            check_range(name, tensor, LARGEST.get(number_format.name, math.inf), dtype)
-            numbers = np.ascontiguousarray(tensor.float().numpy())
-            numbers = gguf.quants.quantize(numbers, number_format)
-            f.add_tensor(their_name(name), numbers, raw_dtype=number_format)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        f.write_header_to_file()
-        f.write_kv_data_to_file()
-        f.write_tensors_to_file(progress=False)
-        f.close()
-        with open(part, "rb+") as whole:
-            os.fsync(whole.fileno())
-        os.replace(part, path)
-        flush_folder(os.path.dirname(path))
+        with atomic_write(path) as part:
+            f = gguf.GGUFWriter(part.name, kind)
+            f.add_name(facts.get("name", "story teller"))
+            put_args(f, kind, model.args)
+            f.add_file_type(getattr(gguf.LlamaFileType, GGUF_DTYPES[dtype][1]))
+            f.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            put_tokenizer(f, tokenizer, spec)
+            kept = put_tensors(f, kind, model, dtype)
+            f.write_header_to_file()
+            f.write_kv_data_to_file()
+            f.write_tensors_to_file(progress=False)
+            f.close()
     except OSError as e:
         raise UserError(f"cannot write {path}: {reason(e)}") from None
-    finally:
-        remove(part)
     if kind == "qwen3" and not isinstance(tokenizer, ByteLevel):
         print(
             "note: llama.cpp runs this file; Ollama's engine for qwen3 reads byte-level BPE "
@@ -164,24 +125,52 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         )
     if kept:
         print(
-            f"note: {len(kept)} tensors, such as {kept[0]}, stay in F16: their rows are no "
-            f"multiple of {BLOCK} numbers"
+            f"note: {len(kept)} tensors, such as {kept[0]}, stay in F16: their rows are not "
+            f"a multiple of {BLOCK} numbers"
         )
+
+
+def put_args(f, kind, args):
+    """The fields of ModelArgs."""
+    for name, key in KEYS.items():
+        value = getattr(args, name)
+        put = f.add_float32 if isinstance(value, float) else f.add_uint32
+        put(f"{kind}.{key}", value)
+    for key in HEAD_KEYS:
+        f.add_uint32(f"{kind}.{key}", args.head_dim)
+
+
+def put_tensors(f, kind, model, dtype):
+    """All tensors of a Transformer; returns the names of those that stay in F16."""
+    gguf, kept = need("gguf"), []
+    formats = gguf.GGMLQuantizationType
+    for name, tensor in exported(model, in_halves=kind == "qwen3"):
+        number_format = formats.F32
+        if tensor.dim() > 1:
+            number_format = getattr(formats, GGUF_DTYPES[dtype][0])
+            if dtype in ("q8_0", "q4_0") and tensor.shape[1] % BLOCK:
+                number_format = formats.F16
+                kept.append(gguf_name(name))
+        check_range(name, tensor, LARGEST.get(number_format.name, math.inf), dtype)
+        numbers = np.ascontiguousarray(tensor.float().numpy())
+        numbers = gguf.quants.quantize(numbers, number_format)
+        f.add_tensor(gguf_name(name), numbers, raw_dtype=number_format)
+    return kept
 
 
 PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "llama-bpe"}  # llama.cpp's names of our patterns
 
 
 def put_tokenizer(f, tokenizer, spec):
-    """Pieces, scores or merges, and types; texts end at EOS and, as in ours, at the next BOS."""
+    """Pieces, scores or merges, and types. As in ours, a text ends at EOS or the next BOS."""
     n = range(tokenizer.vocab_size)
     if isinstance(tokenizer, ByteLevel):
         bpe = tokenizer.bpe
-        special = {i: text for text, i in bpe.special.items()}
+        names, special = bpe.names(), {*bpe.special.values()}
         f.add_tokenizer_model("gpt2")
         f.add_tokenizer_pre(PRE_TOKENIZERS[bpe.pattern_name])
-        f.add_token_list(byte_level_names(tokenizer))
-        f.add_token_types([3 if i in special else 1 if i in bpe.vocab else 5 for i in n])
+        f.add_token_list([names.get(i, f"[unused {i}]") for i in n])
+        f.add_token_types([3 if i in special else 1 if i in names else 5 for i in n])
         f.add_token_merges([f"{as_visible(a)} {as_visible(b)}" for a, b in bpe.merges])
     else:
         sp = tokenizer.sp
@@ -201,18 +190,8 @@ def put_tokenizer(f, tokenizer, spec):
     f.add_add_eos_token(False)
 
 
-def byte_level_names(tokenizer):
-    """llama.cpp's names of the tokens of a ByteLevel."""
-    bpe = tokenizer.bpe
-    special = {i: text for text, i in bpe.special.items()}
-    return [
-        special.get(i) or as_visible(bpe.vocab.get(i, b"")) or f"[unused {i}]"
-        for i in range(tokenizer.vocab_size)
-    ]
-
-
 def token_type(sp, i):
-    """gguf's type of a piece; its numbers are those of SentencePiece."""
+    """The type of a piece, a number that gguf and SentencePiece share."""
     kinds = {2: sp.is_unknown, 3: sp.is_control, 5: sp.is_unused, 6: sp.is_byte}
     return next((number for number, is_one in kinds.items() if is_one(i)), 1)
 
@@ -223,63 +202,60 @@ def token_type(sp, i):
 def read_gguf(path):
     """
     The Transformer of a GGUF file of llama or qwen3, in any number format that gguf can read, as
-    float32 on the CPU, and its SentencePiece model as bytes, or None. Raises UserError.
+    float32 on the CPU, and its tokenizer model as bytes, or None. Raises UserError.
     """
     gguf = need("gguf")
-
-    def refuse(name, value, expected):
-        raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
-
     if not os.path.isfile(path):
-        raise UserError(f"{path} is no file; expected a GGUF file")
+        raise UserError(f"{path} is not a file; expected a GGUF file")
     check_lengths(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as e:  # what foreign bytes lead to is open-ended
-        raise UserError(f"{path} is damaged or no GGUF file: {e}") from None
-    kind = fields.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        refuse("general.architecture", kind, " or ".join(ARCHITECTURES))
-    found = {k.removeprefix(f"{kind}."): v for k, v in fields.items() if k.startswith(f"{kind}.")}
+    except Exception as e:  # foreign bytes may lead to anything
+        raise UserError(f"{path} is damaged or not a GGUF file: {e}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    args = args_of(fields, tensors, path)
+
+    def numbers(tensor):
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            expected = "a number format that gguf can read"
+            expect(False, path, tensor.name, tensor.tensor_type.name, expected)
+        return torch.from_numpy(np.array(values, np.float32)).view(shape_of(tensor))
+
+    source = {name: (shape_of(t), partial(numbers, t)) for name, t in tensors.items()}
+    in_halves = fields["general.architecture"] == "qwen3"
+    return filled(args, source, path, gguf_name, in_halves), tokenizer_of(fields)
+
+
+def shape_of(tensor):
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def args_of(fields, tensors, path):
+    """ModelArgs of a file's fields and tensors; UserError for what this model does not compute."""
+    kind = fields.get("general.architecture")
+    expect(kind in ARCHITECTURES, path, "general.architecture", kind, " or ".join(ARCHITECTURES))
+    theirs = {k.removeprefix(f"{kind}."): v for k, v in fields.items() if k.startswith(f"{kind}.")}
     if "token_embd.weight" in tensors:  # vocab_size is often left out
-        found["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
-    found.setdefault("attention.head_count_kv", found.get("attention.head_count"))
-    found.setdefault("rope.freq_base", 10000.0)
-    for name in found.keys() - {*KEYS.values(), *HEAD_KEYS}:
-        if name != "rope.scaling.type" or found[name] != "none":
-            refuse(f"{kind}.{name}", found[name], "a model without it")
+        theirs["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    theirs.setdefault("attention.head_count_kv", theirs.get("attention.head_count"))
+    theirs.setdefault("rope.freq_base", 10000.0)
+    for key in theirs.keys() - {*KEYS.values(), *HEAD_KEYS}:
+        is_none = key == "rope.scaling.type" and theirs[key] == "none"
+        expect(is_none, path, f"{kind}.{key}", theirs[key], "a model without it")
     values = {}
     for name, key in KEYS.items():
-        if not isinstance(found.get(key), (int, float)):
-            refuse(f"{kind}.{key}", found.get(key), "a number")
-        values[name] = found[key]
-        if isinstance(found[key], float):
-            values[name] = shortest(found[key])
+        value = theirs.get(key)
+        expect(isinstance(value, (int, float)), path, f"{kind}.{key}", value, "a number")
+        values[name] = shortest(value) if isinstance(value, float) else value
     is_tied = "output.weight" not in tensors
-    try:
-        args = ModelArgs(**values, tie_embeddings=is_tied, qk_norm=kind == "qwen3")
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
+    args = ModelArgs(**values, tie_embeddings=is_tied, qk_norm=kind == "qwen3")
     for key in HEAD_KEYS:
-        if found.get(key, args.head_dim) != args.head_dim:
-            refuse(f"{kind}.{key}", found[key], f"embedding_length / head_count, {args.head_dim}")
-
-    def reads(tensor):
-        def numbers():
-            try:
-                found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError:
-                refuse(tensor.name, tensor.tensor_type.name, "a number format that gguf can read")
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            return torch.from_numpy(np.array(found, np.float32)).view(shape)
-
-        return tuple(int(n) for n in reversed(tensor.shape)), numbers
-
-    source = {name: reads(tensor) for name, tensor in tensors.items()}
-    model = filled(args, source, path, their_name, in_halves=kind == "qwen3")
-    return model, tokenizer_of(fields)
+        size, expected = theirs.get(key, args.head_dim), "embedding_length / head_count"
+        expect(size == args.head_dim, path, f"{kind}.{key}", size, f"{expected}, {args.head_dim}")
+    return args
 
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of types of values
@@ -289,12 +265,12 @@ STRING, ARRAY = 8, 9
 def check_lengths(path):
     """
     Raise UserError unless the keys and values of a GGUF file end before it does: gguf's reader
-    would go on for as long as a wrong length says.
+    trusts every length.
     """
     data = Bytes(path)
     magic, version = data.take("<u4", 2).tolist()
     if magic != int.from_bytes(b"GGUF", "little") or version not in (2, 3):
-        raise UserError(f"{path} is damaged or no GGUF file of version 2 or 3")
+        raise UserError(f"{path} is damaged or not a GGUF file of version 2 or 3")
     _, n_values = data.take("<u8", 2).tolist()
 
     def skip(kind, n=1):
@@ -315,7 +291,7 @@ def check_lengths(path):
 
 
 def tokenizer_of(fields):
-    """The tokenizer model of a GGUF file's fields, as bytes; None where it is none of ours."""
+    """The tokenizer model in a GGUF file's fields, as bytes; None for one that we do not have."""
     if not fields.get("tokenizer.ggml.add_bos_token", True):  # ours always begins with BOS
         return None
     if fields.get("tokenizer.ggml.model") == "gpt2":
@@ -330,7 +306,7 @@ def tokenizer_of(fields):
 
 
 def byte_level_of(fields):
-    """The model of bpe.py of a GGUF file's fields, as bytes; None where it cuts text otherwise."""
+    """The model of bpe.py in a GGUF file's fields, as bytes; None if its pattern is another."""
     names = {theirs: ours for ours, theirs in PRE_TOKENIZERS.items()}
     pattern_name = names.get(fields.get("tokenizer.ggml.pre"))
     tokens, types, merges = (
@@ -344,9 +320,9 @@ def byte_level_of(fields):
         return None
     special.sort(key=lambda i: i != bos)  # the first begins texts
     try:
-        vocab = {i: from_visible(tokens[i]) for i, kind in enumerate(types) if kind == 1}
-        vocab |= {i: tokens[i].encode() for i in special}
-        pairs = [tuple(map(from_visible, merge.split(" "))) for merge in merges]
-        return BPETokenizer(vocab, pairs, [tokens[i] for i in special], pattern_name).to_bytes()
+        names = {i: tokens[i] for i, kind in enumerate(types) if kind == 1}
+        names |= {i: tokens[i] for i in special}
+        texts = [tokens[i] for i in special]
+        return BPETokenizer.from_names(names, merges, texts, pattern_name).to_bytes()
     except (KeyError, ValueError, AttributeError, UserError):
         return None

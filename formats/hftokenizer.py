@@ -1,21 +1,26 @@
 """
-The tokenizers as Hugging Face's libraries read them: tokenizer.json and tokenizer_config.json, with
-the same ids for every text.
+Tokenizers in the files of Hugging Face's libraries, tokenizer.json and tokenizer_config.json, with
+the same ids for every text; and the files that bpe.py's command line writes.
 """
 
-from bpe import PATTERNS, BPETokenizer, as_visible, from_visible
-from configurator import UserError
-from system.files import read_json
-from tokenizer import SPACE, ByteLevel
+import base64
+import json
+import os
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+from bpe import PATTERNS, BPETokenizer
+from configurator import UserError
+from system.files import atomic_write, read_json
+from text.corpus import text_files
+from tokenizer import SPACE, ByteLevel, bpe_json, byte_level_json
 
 
 def tokenizer_json(tokenizer):
     """tokenizer.json of a Tokenizer, as a dict. Raises UserError for models that do more."""
     if isinstance(tokenizer, ByteLevel):
-        return byte_level_json(tokenizer.bpe, with_bos=True)
-    return sentencepiece_json(tokenizer)
+        bos, value = next(iter(tokenizer.bpe.special)), byte_level_json(tokenizer.bpe)
+    else:
+        bos, value = tokenizer.sp.id_to_piece(tokenizer.bos_id), sentencepiece_json(tokenizer)
+    return {**value, "post_processor": with_bos_before(bos, tokenizer.bos_id)}
 
 
 def with_bos_before(bos, i):
@@ -30,147 +35,88 @@ def with_bos_before(bos, i):
     }
 
 
-def added(tokens):
-    """added_tokens of {id: text} of special tokens."""
-    words = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": text, **words, "special": True} for i, text in sorted(tokens.items())
-    ]
-
-
 def sentencepiece_json(tokenizer):
     """
-    tokenizer.json of a SentencePiece, as a dict, with the same ids for every text.
-    SentencePiece joins the two neighbours that make the piece of the best score; here every pair
-    that makes a piece is written down, in the order of the scores. Raises UserError for models that
-    do more.
+    tokenizer.json of a SentencePiece, as a dict, without a token before each text. Raises UserError
+    for models that do more than can be written there.
     """
-    spec = tokenizer.check_plain("hf")
-
-    def replaced(kind, pattern, content):
-        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-    normalizers, strip = [replaced("String", " ", SPACE)], []
+    spec, sp = tokenizer.check_plain("hf"), tokenizer.sp
+    pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    special = {i: p for i, p in enumerate(pieces) if sp.is_unknown(i) or sp.is_control(i)}
+    normalizers, strip = [replaced(" ", SPACE)], []
     if spec.add_dummy_prefix:
         normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     if spec.remove_extra_whitespaces:
-        first = [replaced("Regex", r"\A +", ""), replaced("Regex", " {2,}", " ")]
-        normalizers = [*first, *normalizers, replaced("Regex", rf"{SPACE}+\z", "")]
-    sp = tokenizer.sp
-    pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    special = [i for i in range(len(pieces)) if sp.is_unknown(i) or sp.is_control(i)]
-    made = {}  # pieces that merging can make, and their scores
-    for i, piece in enumerate(pieces):
-        if not (i in special or sp.is_byte(i) or sp.is_unused(i)):
-            made[piece] = sp.get_score(i)
-    merges = []
-    for piece in sorted(made, key=lambda piece: -made[piece]):
-        for i in range(1, len(piece)):
-            if piece[:i] in made and piece[i:] in made:
-                merges.append([piece[:i], piece[i:]])
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added({i: pieces[i] for i in special}),
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": with_bos_before(pieces[tokenizer.bos_id], tokenizer.bos_id),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[tokenizer.unk_id],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": tokenizer.byte_fallback,
-            "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": merges,
-        },
-    }
+        first = [replaced(r"\A +", "", "Regex"), replaced(" {2,}", " ", "Regex")]
+        normalizers = [*first, *normalizers, replaced(rf"{SPACE}+\z", "", "Regex")]
+    decoders = [replaced(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    return bpe_json(
+        special,
+        normalizer={"type": "Sequence", "normalizers": normalizers},
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": decoders},
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=sentencepiece_merges(sp, pieces, special),
+        unk_token=pieces[tokenizer.unk_id],
+        fuse_unk=True,
+        byte_fallback=tokenizer.byte_fallback,
+    )
 
 
-def byte_level_json(bpe, with_bos=False):
+def replaced(pattern, content, kind="String"):
+    """The normalizer or decoder that replaces a pattern."""
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def sentencepiece_merges(sp, pieces, special):
     """
-    tokenizer.json of a BPETokenizer, as a dict; with_bos: texts begin with its first special token.
+    [[left, right]]: SentencePiece joins the two neighbours that make the piece of the best score,
+    so every pair that makes a piece is a merge, in the order of the scores.
     """
-    special = {i: text for text, i in bpe.special.items()}
-    vocab = {special.get(i) or as_visible(token): i for i, token in bpe.vocab.items()}
-    check_names(vocab, bpe)
-    cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
-    if bpe.pattern_name != "gpt2":
-        split = {"type": "Split", "pattern": {"Regex": PATTERNS[bpe.pattern_name]}}
-        split |= {"behavior": "Isolated", "invert": False}
-        cut = {"type": "Sequence", "pretokenizers": [split, cut]}
-    bos = next(iter(bpe.special), None)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added(special),
-        "normalizer": None,
-        "pre_tokenizer": cut,
-        "post_processor": with_bos_before(bos, bpe.special[bos]) if with_bos else None,
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [[as_visible(a), as_visible(b)] for a, b in bpe.merges],
-        },
+    scores = {
+        piece: sp.get_score(i)
+        for i, piece in enumerate(pieces)
+        if not (i in special or sp.is_byte(i) or sp.is_unused(i))
     }
+    return [
+        [piece[:i], piece[i:]]
+        for piece in sorted(scores, key=lambda piece: -scores[piece])
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
+    ]
 
 
 def byte_level_from_json(path):
     """
     The BPETokenizer of a tokenizer.json. Raises UserError for one that does anything that bpe.py
-    does not: text changed before encoding, another pattern, another model.
+    does not: change text before encoding, cut it by another pattern, use another model.
     """
     data = read_json(path)
     try:
         model, cut = data["model"], data["pre_tokenizer"]
+        added = sorted(data["added_tokens"], key=lambda token: token["id"])
+        pattern_name = pattern_of(cut)
         wrong = [name for name in ("byte_fallback", "dropout") if model.get(name)]
         wrong += ["normalizer"] if data.get("normalizer") else []
         wrong += [] if model["type"] == "BPE" else [f"model {model['type']}"]
         marks = ("end_of_word_suffix", "continuing_subword_prefix")
         wrong += [mark for mark in marks if model.get(mark)]
-        added = sorted(data["added_tokens"], key=lambda token: token["id"])
-        for token in added:
-            wrong += [f"{w} of a token" for w in ("lstrip", "rstrip", "single_word") if token[w]]
-        pattern_name = pattern_of(cut)
-        if pattern_name is None:
-            wrong.append(f"the pre_tokenizer {str(cut)[:100]}")
+        flags = ("lstrip", "rstrip", "single_word")
+        wrong += [f"{flag} of a token" for token in added for flag in flags if token[flag]]
+        wrong += [] if pattern_name else [f"the pre_tokenizer {str(cut)[:100]}"]
         if wrong:
             raise ValueError(f"it has {wrong[0]}")
         special = {token["content"]: token["id"] for token in added}
-        vocab = {i: from_visible(t) for t, i in model["vocab"].items() if t not in special}
-        vocab |= {i: text.encode() for text, i in special.items()}
-        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        merges = [(from_visible(a), from_visible(b)) for a, b in pairs]
-        bpe = BPETokenizer(vocab, merges, list(special), pattern_name)
+        names = {i: name for name, i in model["vocab"].items() if name not in special}
+        names |= {i: text for text, i in special.items()}
+        bpe = BPETokenizer.from_names(names, model["merges"], list(special), pattern_name)
         if model.get("ignore_merges") and not bpe.makes_its_tokens():
             raise ValueError("it has tokens that its merges do not make")
         return bpe
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-        why = f"no {e}" if isinstance(e, KeyError) else e
-        raise UserError(f"{path} is no byte-level BPE as bpe.py knows it: {why}") from None
+        cause = f"no {e}" if isinstance(e, KeyError) else e
+        raise UserError(f"{path} is not a byte-level BPE that bpe.py knows: {cause}") from None
 
 
 def pattern_of(cut):
@@ -190,19 +136,10 @@ def pattern_of(cut):
     return next((name for name, text in PATTERNS.items() if text == regex), None)
 
 
-def check_names(names, bpe):
-    """Raise UserError where a special token of a BPETokenizer is also the name of another token."""
-    if len(set(names)) < len(bpe.vocab):
-        raise UserError(
-            "a special token is spelled like another token in the letters that Hugging Face and "
-            "llama.cpp write bytes with: train with other --special_tokens"
-        )
-
-
 def tokenizer_config(tokenizer, max_seq_len):
     """
-    tokenizer_config.json. With SentencePiece text that looks like a special token stays text; with
-    byte-level BPE it stands for the token; both as in ours.
+    tokenizer_config.json, as a dict. As in our tokenizers, text that looks like a special token
+    stays text with SentencePiece, and stands for the token with byte-level BPE.
     """
     if isinstance(tokenizer, ByteLevel):
         bos = tokenizer.bpe.vocab[tokenizer.bos_id].decode()
@@ -218,3 +155,64 @@ def tokenizer_config(tokenizer, max_seq_len):
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
+
+
+# ---- files of bpe.py's command line
+
+
+class VocabularyFiles:
+    """The files of one BPETokenizer: model, list to read, and others if they are asked for."""
+
+    def __init__(self, model, also_tiktoken=False, also_hf=False):
+        base = os.path.splitext(model)[0]
+        self.paths = {"model": model, "vocab": f"{base}.vocab"}
+        self.paths |= {"tiktoken": f"{base}.tiktoken"} if also_tiktoken else {}
+        self.paths |= {"hf": f"{base}.json"} if also_hf else {}
+
+    def check(self, source):
+        """Raise UserError where a file cannot be written, or would replace anything but a model."""
+        model, paths = self.paths["model"], self.paths
+        folder = os.path.dirname(model) or "."
+        if not os.path.basename(model) or os.path.isdir(model):
+            raise UserError(f"cannot write {model!r}, which is a folder: name a file")
+        if len({*paths.values()}) < len(paths):
+            raise UserError(
+                f"model = {model!r} is a name for another of its files: end it in .model"
+            )
+        if os.path.exists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise UserError(f"cannot write {model}: {folder} is not a writable folder")
+        texts = {os.path.realpath(path) for path in text_files(source)} if source else set()
+        if any(os.path.realpath(path) in texts for path in paths.values()):
+            raise UserError(f"{model} or a file beside it belongs to the text: name another")
+        if os.path.exists(model):
+            BPETokenizer.load(model)
+        if "hf" in paths and source and os.path.realpath(source) == os.path.realpath(folder):
+            raise UserError(f"{paths['hf']} would be taken for text: name a model elsewhere")
+
+    def write(self, bpe):
+        """Write all files and print their names."""
+        paths = self.paths
+        bpe.save(paths["model"])
+        print(f"{len(bpe.vocab):,} tokens: wrote {paths['model']}, and {paths['vocab']} to read")
+        if "tiktoken" in paths:
+            with atomic_write(paths["tiktoken"]) as f:
+                f.write(tiktoken_file(bpe))
+            print(f"wrote {paths['tiktoken']}")
+        if "hf" in paths:
+            with atomic_write(paths["hf"], "w") as f:
+                f.write(json.dumps(byte_level_json(bpe), ensure_ascii=False))
+            print(f"wrote {paths['hf']}, a tokenizer.json of Hugging Face")
+
+
+def tiktoken_file(bpe):
+    """
+    The ranks of a BPETokenizer as tiktoken's files have them, as bytes: a line of base64 and id for
+    each token. The pattern and the special tokens are not part of such a file.
+    """
+    special = set(bpe.special.values())
+    lines = (
+        base64.b64encode(token) + b" %d\n" % i
+        for i, token in sorted(bpe.vocab.items())
+        if i not in special
+    )
+    return b"".join(lines)

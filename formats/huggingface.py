@@ -2,16 +2,16 @@
 Hugging Face folders: config.json, model.safetensors, tokenizer files and a model card, written and
 read.
 
-Plain Llama is written as LlamaForCausalLM and the options of `portable` as Qwen3ForCausalLM, so
-that transformers loads them without further code. What no stock architecture carries comes as
-ModdedLlamaForCausalLM with the file modeling_modded_llama.py, for trust_remote_code=True.
+Plain Llama is written as LlamaForCausalLM and the options of `portable` as Qwen3ForCausalLM, which
+transformers loads without further code. Other models are written as ModdedLlamaForCausalLM together
+with the file modeling_modded_llama.py, for trust_remote_code=True.
 
-To add an option: its field in EXTRAS and its tensor in NAMES, both used in
-modeling_modded_llama.py. To read another architecture of transformers: its row in DEFAULTS.
+To add an option: its field in EXTRAS and its tensor in NAMES of tensors.py, both used in
+modeling_modded_llama.py. To add an activation: its use there. To read another architecture of
+transformers: its row in DEFAULTS.
 """
 
 import json
-import math
 import os
 import re
 
@@ -19,42 +19,25 @@ import torch
 
 from configurator import UserError
 from formats.hftokenizer import tokenizer_config, tokenizer_json
-from formats.modelbin import PADDED, not_carried, skeleton, window_settings, windows
-from model import ModelArgs, Transformer, pairs_to_halves
+from formats.tensors import (
+    check_range,
+    expect,
+    exported,
+    filled,
+    hf_name,
+    not_carried,
+    window_settings,
+    windows,
+)
+from model import ModelArgs
 from system.files import atomic_write, flush_folder, read_json, remove, replace
 from system.remote import need, reason
 
 # Number formats of the tensors, by --dtype
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = (*DTYPES.values(), torch.float64)  # of tensors that are read
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHARD = "5GB"
 MODELING = "modeling_modded_llama.py"
-MARK = "A small language model, exported by modded-llama2.c."  # of a model card that is ours
-
-# Our names of tensors and theirs; {} stands for a number
-NAMES = (
-    ("tok_embeddings.weight", "model.embed_tokens.weight"),
-    ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight"),
-    ("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
-    ("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
-    ("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
-    ("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
-    ("layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
-    ("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
-    ("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
-    ("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight"),
-    ("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight"),
-    ("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight"),
-    ("norm.weight", "model.norm.weight"),
-    ("output.weight", "lm_head.weight"),
-    ("embedding_norm.weight", "model.embedding_norm.weight"),
-    ("residual_scalars", "model.residual_scalars"),
-    ("x0_scalars", "model.x0_scalars"),
-    ("value_embeddings.{}.weight", "model.value_embeddings.{}.weight"),
-    ("bigram_embeddings.weight", "model.bigram_embeddings.weight"),
-    ("smear_gate.weight", "model.smear_gate.weight"),
-)
-TURNED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # by RoPE: pairs, or halves
+MARK = "A small language model, exported by modded-llama2.c."  # of the model cards written here
 
 # Fields of ModelArgs and theirs
 FIELDS = {
@@ -74,7 +57,7 @@ EXTRAS = (
     "bigram_rows smear"
 ).split()
 
-# What an architecture carries, the first that does it being taken
+# What each architecture carries; the first that carries a model is taken
 PLAIN = {*FIELDS, "rope_theta"}
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", PLAIN),
@@ -96,7 +79,7 @@ DEFAULTS = {
     "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
     "modded_llama": COMMON,
 }
-# Fields of a config.json that our model has no word for, with the only value that it computes
+# Fields of a config.json that ModelArgs lacks, with the only value that our model computes
 ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -104,51 +87,15 @@ ONLY = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
-BENIGN = "rotary_emb.inv_freq"  # a tensor of old folders that can be computed
-
-
-# ---- tensors
-
-
-def halves_to_pairs(weight, head_dim):
-    """The inverse of pairs_to_halves."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def renamed(name, table):
-    """The name of a tensor elsewhere; in the table {} stands for the number in it."""
-    number = next((word for word in name.split(".") if word.isdigit()), "")
-    name = name.replace(f".{number}.", ".{}.") if number else name
-    return table[name].replace("{}", number)
-
-
-def their_name(name):
-    """model.layers.3.self_attn.q_proj.weight of layers.3.attention.wq.weight."""
-    return renamed(name, dict(NAMES))
-
-
-def exported(model, in_halves):
-    """
-    (our name, tensor) of what a Transformer is elsewhere: without a tied head and padded rows, and
-    with queries and keys in the order of pairs_to_halves if in_halves.
-    """
-    args = model.args
-    for name, tensor in model.state_dict().items():
-        if name == "output.weight" and args.tie_embeddings:
-            continue
-        if name.startswith(PADDED):
-            tensor = tensor[: args.vocab_size].clone()
-        if in_halves and name.endswith(TURNED):
-            tensor = pairs_to_halves(tensor, args.head_dim)
-        yield name, tensor
+# What rope_parameters, or rope_scaling, may say
+PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
 # ---- config.json
 
 
 def config_of(args, dtype, special_ids):
-    """config.json of ModelArgs, as a dict; the architecture is the first that carries them."""
+    """config.json of ModelArgs, as a dict, for the first architecture that carries them."""
     kind = next(k for k, (_, carried) in ARCHITECTURES.items() if not not_carried(args, carried))
     sizes = windows(args)
     config = {
@@ -165,7 +112,7 @@ def config_of(args, dtype, special_ids):
         "initializer_range": 0.02,
         "use_cache": True,
         **special_ids,
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
     }
     if kind == "qwen3":
         del config["mlp_bias"]
@@ -187,47 +134,34 @@ def args_of(config, path):
     ModelArgs of a config.json of a Llama, Mistral or Qwen3, or of ours. Raises UserError, which
     names the field, for anything that this model does not compute.
     """
-
-    def refuse(name, value, expected):
-        raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
-
     kind = config.get("model_type")
-    if kind not in DEFAULTS:
-        refuse("model_type", kind, " or ".join(DEFAULTS))
+    expect(kind in DEFAULTS, path, "model_type", kind, " or ".join(DEFAULTS))
     config = {**DEFAULTS[kind], **config}
     for name, value in ONLY.items():
-        if config.get(name, value) not in (value, None):
-            refuse(name, config[name], value)
+        expect(config.get(name, value) in (value, None), path, name, config.get(name), value)
     rope = {}
-    for field in ("rope_parameters", "rope_scaling"):
-        found = config.get(field) or {}
-        if not isinstance(found, dict) or found.keys() - {*PLAIN_ROPE, "type", "rope_theta"}:
-            refuse(field, found, "rotary angles without scaling")
-        for name, value in PLAIN_ROPE.items():
-            if found.get(name, value) != value or found.get("type", "default") != "default":
-                refuse(field, found, "rotary angles without scaling")
-        rope |= found
-    missing = [theirs for theirs in FIELDS.values() if theirs not in config]
-    if missing:
-        refuse(missing[0], "missing", "a number")
+    for name in ("rope_parameters", "rope_scaling"):
+        value = config.get(name) or {}
+        is_plain = isinstance(value, dict) and value.items() <= {**value, **PLAIN_ROPE}.items()
+        is_plain = is_plain and value.keys() <= {*PLAIN_ROPE, "rope_theta"}
+        expect(is_plain, path, name, value, "rotary angles without scaling")
+        rope |= value
+    for name in FIELDS.values():
+        expect(name in config, path, name, "missing", "a number")
     values = {ours: config[theirs] for ours, theirs in FIELDS.items()}
     values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
     values["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
     values["qk_norm"] = kind == "qwen3"
     if kind == "modded_llama":
         values |= {name: config[name] for name in EXTRAS if name in config}
-    try:
-        args = ModelArgs(**values, **window_settings(windows_of(config, kind, refuse)))
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
-    if (config["head_dim"] or args.head_dim) != args.head_dim:
-        refuse(
-            "head_dim", config["head_dim"], f"hidden_size / num_attention_heads, {args.head_dim}"
-        )
+    args = ModelArgs(**values, **window_settings(windows_of(config, kind, path)))
+    size = config["head_dim"] or args.head_dim
+    expected = f"hidden_size / num_attention_heads, {args.head_dim}"
+    expect(size == args.head_dim, path, "head_dim", size, expected)
     return args
 
 
-def windows_of(config, kind, refuse):
+def windows_of(config, kind, path):
     """The window of each layer, 0 where it sees everything, of a config.json."""
     n = config["num_hidden_layers"]
     if kind == "modded_llama":
@@ -242,9 +176,9 @@ def windows_of(config, kind, refuse):
         sizes = [size if k == "sliding_attention" else 0 for k in kinds]
     else:
         sizes = []
-    wrong = any(type(size) is not int or size < 0 for size in sizes)
-    if wrong or len(sizes) not in (0, n) or len(set(sizes) - {0}) > 1:
-        refuse("windows", sizes, f"those of {n} layers, all of one size or 0")
+    is_right = all(type(size) is int and size >= 0 for size in sizes)
+    is_right = is_right and len(sizes) in (0, n) and len(set(sizes) - {0}) < 2
+    expect(is_right, path, "windows", sizes, f"those of {n} layers, all of one size or 0")
     return sizes
 
 
@@ -282,72 +216,32 @@ def open_tensors(paths):
             f = safetensors.safe_open(path, "pt")
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
-        for name in f.keys():  # noqa: SIM118 (it is no dict)
+        for name in f.keys():  # noqa: SIM118 (not a dict)
             shape = tuple(f.get_slice(name).get_shape())
             found[name] = shape, lambda f=f, name=name: f.get_tensor(name)
     return found
 
 
-def filled(args, source, path, rename, in_halves):
-    """
-    The Transformer of ModelArgs with the tensors of `source`, {name: (shape, function that reads
-    it)}, all of which must be used; rename: of our name, its name there; in_halves: as in
-    exported(). Raises UserError, which names the tensor, before there is memory for
-    the model where names or shapes do not fit.
-    """
-
-    def refuse(what):
-        raise UserError(f"{path} cannot be read: {what}")
-
-    left = {name for name in source if not name.endswith(BENIGN)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(args).state_dict().items()}
-    names = [(name, rename(name)) for name in shapes]
-    for ours, theirs in names:
-        is_tied = ours == "output.weight" and args.tie_embeddings
-        if theirs not in source and not is_tied:
-            refuse(f"it has no {theirs}")
-        if theirs in source and source[theirs][0] != shapes[ours]:
-            refuse(f"{theirs} is {source[theirs][0]}, expected {shapes[ours]}")
-        left.discard(theirs)
-    if left:
-        refuse(f"{min(left)} has no place in this model")
-    model = Transformer(args)
-    state = model.state_dict()
-    for ours, theirs in names:
-        if theirs not in source:
-            continue
-        tensor = source[theirs][1]()
-        if tensor.dtype not in FLOATS:
-            refuse(f"{theirs} is {tensor.dtype}, expected float32, bfloat16 or float16")
-        if ours == "output.weight" and args.tie_embeddings:
-            if not torch.equal(tensor.float(), state[ours]):
-                refuse(f"{theirs} is not the embedding it is tied to")
-            continue
-        is_turned = in_halves and ours.endswith(TURNED)
-        state[ours].copy_(halves_to_pairs(tensor, args.head_dim) if is_turned else tensor)
-    return model
-
-
 def read_folder(folder):
     """The Transformer of a Hugging Face folder, float32, on the CPU. Raises UserError."""
     if not os.path.isdir(folder):
-        raise UserError(f"{folder} is no folder; expected one with config.json")
+        raise UserError(f"{folder} is not a folder; expected one with config.json")
     args = args_of(read_json(os.path.join(folder, "config.json")), folder)
     source = open_tensors(weight_files(folder))
-    return filled(args, source, folder, their_name, in_halves=True)
+    return filled(args, source, folder, hf_name, in_halves=True)
 
 
 # ---- tokenizer
 
 
 class FastTokenizer:
-    """A tokenizer.json, through Hugging Face's tokenizers, with what sample.py needs of ours."""
+    """A tokenizer.json, run by Hugging Face's tokenizers, with the methods that sample.py needs."""
 
     def __init__(self, folder):
         self.model_path = os.path.join(folder, "tokenizer.json")
         try:
             self.backend = need("tokenizers").Tokenizer.from_file(self.model_path)
-        except Exception as e:  # the library raises no other
+        except Exception as e:  # the library raises plain Exceptions
             raise UserError(f"{self.model_path} cannot be read: {e}") from None
         config = read_json(os.path.join(folder, "config.json"))
         generation = os.path.join(folder, "generation_config.json")
@@ -358,7 +252,7 @@ class FastTokenizer:
         self.vocab_size = 1 + max(self.backend.get_vocab().values(), default=-1)
 
     def encode(self, text):
-        """Ids of a text, str or bytes; one that begins nothing begins with BOS or EOS."""
+        """Ids of a text, str or bytes; of an empty one BOS or EOS, if the model has them."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         return self.backend.encode(text).ids or list(self.stop[:1])
 
@@ -370,7 +264,7 @@ class FastTokenizer:
 
 
 def card(model, facts):
-    """The model card, README.md; facts: see formats.training_facts() and export.py."""
+    """The model card, README.md; facts: see training_facts() of table.py, and export.py."""
     args, kind = model.args, config_of(model.args, "fp32", {})["model_type"]
     trust = ", trust_remote_code=True" if kind == "modded_llama" else ""
     options = {k: v for k, v in args.to_dict().items() if v != getattr(ModelArgs(), k)}
@@ -411,31 +305,12 @@ A text ends with the token before the next one, BOS, which generation_config.jso
 
 def write_folder(model, folder, dtype, tokenizer, facts):
     """
-    Write a Transformer as a Hugging Face folder, whole or not at all; one that was written before
-    is replaced, any other is left alone. tokenizer: a Tokenizer, or None for the weights alone.
+    Write a Transformer as a Hugging Face folder, whole or not at all; it replaces one that was
+    written before and nothing else. tokenizer: a Tokenizer, or None for the weights alone.
     """
     save = need("huggingface_hub").save_torch_state_dict
-    special_ids, stop = {}, {}
-    if tokenizer:
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        special_ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-        ends = [eos, bos] if eos != bos else eos  # or where the next text begins
-        stop = {**special_ids, "eos_token_id": ends}
-    length = min(256, model.args.max_seq_len * 3 // 4)
-    sampling = {"do_sample": True, "top_p": 0.9, "max_new_tokens": max(1, length)}
-    files = {
-        "config.json": config_of(model.args, dtype, special_ids),
-        "generation_config.json": {**stop, **sampling},
-        "README.md": card(model, facts),
-    }
-    if tokenizer:
-        files["tokenizer.json"] = tokenizer_json(tokenizer)
-        files["tokenizer_config.json"] = tokenizer_config(tokenizer, model.args.max_seq_len)
-        files["tokenizer.model"] = tokenizer.proto
-    if "auto_map" in files["config.json"]:
-        with open(os.path.join(os.path.dirname(__file__), MODELING), "rb") as f:
-            files[MODELING] = f.read()
-    tensors = {their_name(n): converted(n, t, dtype) for n, t in exported(model, in_halves=True)}
+    files = folder_files(model, dtype, tokenizer, facts)
+    tensors = {hf_name(n): converted(n, t, dtype) for n, t in exported(model, in_halves=True)}
     target = os.path.realpath(folder)
     check_replaceable(folder)
     part = f"{target}.{os.getpid()}.part"
@@ -445,7 +320,7 @@ def write_folder(model, folder, dtype, tokenizer, facts):
         for name, value in files.items():
             if isinstance(value, dict):
                 value = json.dumps(value, indent=1) + "\n"
-            with atomic_write(os.path.join(part, name)) as f:
+            with open(os.path.join(part, name), "wb") as f:
                 f.write(value.encode() if isinstance(value, str) else value)
         save(tensors, part, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         for name in os.listdir(part):
@@ -461,22 +336,33 @@ def write_folder(model, folder, dtype, tokenizer, facts):
         remove(part)
 
 
+def folder_files(model, dtype, tokenizer, facts):
+    """{name: dict for JSON, text or bytes} of all files of a folder but the weights."""
+    special_ids, stop, files = {}, {}, {}
+    if tokenizer:
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        special_ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+        ends = [eos, bos] if eos != bos else eos  # or where the next text begins
+        stop = {**special_ids, "eos_token_id": ends}
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
+        files["tokenizer_config.json"] = tokenizer_config(tokenizer, model.args.max_seq_len)
+        files["tokenizer.model"] = tokenizer.proto
+    length = max(1, min(256, model.args.max_seq_len * 3 // 4))
+    sampling = {"do_sample": True, "top_p": 0.9, "max_new_tokens": length}
+    config = config_of(model.args, dtype, special_ids)
+    if "auto_map" in config:
+        with open(os.path.join(os.path.dirname(__file__), MODELING), "rb") as f:
+            files[MODELING] = f.read()
+    files["generation_config.json"] = {**stop, **sampling}
+    return {**files, "config.json": config, "README.md": card(model, facts)}
+
+
 def converted(name, tensor, dtype):
-    """A tensor in a number format of DTYPES; UserError where a number becomes infinite."""
-    found = tensor.to(DTYPES[dtype]).contiguous()
+    """A tensor in a number format of TORCH_DTYPES; UserError where a number becomes infinite."""
+    found = tensor.to(TORCH_DTYPES[dtype]).contiguous()
     if dtype == "fp16":
         check_range(name, tensor, torch.finfo(torch.float16).max, dtype)
     return found
-
-
-def check_range(name, tensor, most, dtype):
-    """Raise UserError where a tensor has numbers that a number format cannot hold."""
-    largest = tensor.abs().max().item() if tensor.numel() else 0.0
-    if most < largest < math.inf:
-        raise UserError(
-            f"dtype = {dtype} cannot carry {name}, which has numbers up to {largest:g}; "
-            f"take bf16 or fp32"
-        )
 
 
 # what write_folder() makes
@@ -487,24 +373,26 @@ OURS = re.compile(
 
 
 def check_replaceable(folder):
-    """Raise UserError unless a folder is absent, empty, or of this kind: nothing else is lost."""
+    """Raise UserError unless a folder is absent, empty, or one that write_folder() made."""
     if not os.path.lexists(folder):
         return
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {folder}: it is a file; name a folder")
-    names = os.listdir(folder)
+    names, readme = os.listdir(folder), os.path.join(folder, "README.md")
     for name in names:
         if not OURS.fullmatch(name) or not os.path.isfile(os.path.join(folder, name)):
             raise UserError(
                 f"cannot write {folder}: it holds {name}, which is not of an export; name another"
             )
-    readme = os.path.join(folder, "README.md")
-    if names and not os.path.isfile(readme):
+    if not names:
+        return
+    if not os.path.isfile(readme):
         raise UserError(f"cannot write {folder}: it holds {names[0]}; name another")
-    if names:
-        with open(readme, encoding="utf-8", errors="replace") as f:
-            if MARK not in f.read():
-                raise UserError(f"cannot write {folder}: its README.md is not ours; name another")
+    with open(readme, encoding="utf-8", errors="replace") as f:
+        if MARK not in f.read():
+            raise UserError(
+                f"cannot write {folder}: {readme} was not written by export.py; name another"
+            )
 
 
 # ---- one safetensors file, with our names
@@ -524,13 +412,10 @@ def read_file(path):
     """The Transformer of such a file, float32, on the CPU. Raises UserError."""
     source = open_tensors([path])
     metadata = need("safetensors").safe_open(path, "pt").metadata() or {}
-    try:
-        args = ModelArgs.from_dict(dict(json.loads(metadata["model_args"])))
-    except KeyError:
+    if "model_args" not in metadata:
         raise UserError(
             f"{path} cannot be read: its metadata has no model_args; the folder of a Hugging Face "
             f"model is read with --from-hf=FOLDER"
-        ) from None
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
+        )
+    args = ModelArgs.from_dict(dict(json.loads(metadata["model_args"])))
     return filled(args, source, path, str, in_halves=False)

@@ -2,19 +2,20 @@
 model.bin, which run.c reads: written by export_model(), read by read_bin().
 
 Version 0 is llama2.c's first format, byte for byte, and carries plain Llama 2 in fp32. Version 3
-says everything about itself and carries every option of ModelArgs and every number format.
+describes itself completely and carries every option of ModelArgs and every number format.
 doc/format.md specifies both. llama2.c's versions 1 and 2 are read as well.
 
-To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in tensors(), and the same
-in run.c and doc/format.md; until then both versions refuse it by name. To add a number format: its
-place in DTYPES, its case in blobs() and read_blobs(), and the same two. To add a version: a
-writer in VERSIONS that refuses what it cannot carry.
+To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in NAMES of tensors.py,
+and the same in run.c and doc/format.md; until then both versions refuse it by name. To add an
+activation: nothing here, since its code in the header is its place in ACTIVATIONS of model.py; the
+head of model.py lists the places to touch. To add a number format: its place in DTYPES, its case in
+blobs() and read_blobs(), and the same in run.c and doc/format.md. To add a version: a writer in
+VERSIONS that refuses what it cannot carry.
 """
 
 import math
 import os
 import struct
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -22,23 +23,28 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
+from formats.tensors import (
+    NAMES,
+    PADDED,
+    not_carried,
+    shortest,
+    skeleton,
+    window_settings,
+    windows,
+)
 from model import ACTIVATIONS, ModelArgs, Transformer
 from system.files import atomic_write
 
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 V0_CARRIED = {*V0_HEADER, "tie_embeddings"}
-# no reader needs them; window_pattern is judged together with sliding_window
-TRAINING_ONLY = set(
-    "multiple_of dropout zero_init embedding_std head_std vocab_multiple window_pattern".split()
-)
 
 MAGIC = 0x616B3432  # "ak42" as a number, that of llama2.c's versions 1 and 2
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-LANES = 16  # rows of a matrix that lie together: run.c multiplies so many at once
+LANES = 16  # rows of a matrix that lie together, since run.c multiplies them at once
 
 
 class Codes(NamedTuple):
-    """A number format of whole numbers, `zero` of which is subtracted, times a scale."""
+    """A number format of integers: a number is (integer - zero) * scale."""
 
     bits: int
     group: int  # columns of a row that share a scale
@@ -89,36 +95,8 @@ V3_HEADER = (
 )
 V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
 MAX_WINDOW = 1 << 24
-PADDED = ("tok_embeddings", "output", "value_embeddings")  # in memory, with rows past vocab_size
 TABLES = {"value_embeddings", "bigram_embeddings"}  # of rows that are looked up, not multiplied
 V3_CARRIED = {*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"}
-
-LAYER_TENSORS = (
-    "attention_norm",
-    "attention.wq",
-    "attention.wk",
-    "attention.wv",
-    "attention.wo",
-    "ffn_norm",
-    "feed_forward.w1",
-    "feed_forward.w2",
-    "feed_forward.w3",
-)
-
-
-def windows(args):
-    """The window of each layer, 0 where it sees everything."""
-    return [args.window(layer) for layer in range(args.n_layers)]
-
-
-def not_carried(args, carried):
-    """The first field, of dataclasses, that readers of only the `carried` would miss, or None."""
-    for field in fields(ModelArgs):
-        if field.name in carried | TRAINING_ONLY or getattr(args, field.name) == field.default:
-            continue
-        if field.name != "sliding_window" or any(windows(args)):
-            return field
-    return None
 
 
 def refuse(args, carried, version):
@@ -132,46 +110,30 @@ def refuse(args, carried, version):
 
 def tensors(model, with_rope_tables=False):
     """
-    (name, parts) of each tensor of a model file, in the order of every version; the parts lie one
-    behind the other. Rows past vocab_size, and what the model does not have, are left out.
+    Yield (name, parts) of each tensor of a model file in the order of NAMES, the same in every
+    version: one part, or one for each layer or table that has it. Rows past vocab_size are left
+    out, and so is a tied head.
     """
     args, state = model.args, model.state_dict()
-    state |= {"rope_cos": model.rope_cos, "rope_sin": model.rope_sin}
-
-    def found(name, *keys):
-        parts = [state[key] for key in keys if key in state]
-        if name in PADDED:
-            parts = [part[: args.vocab_size] for part in parts]
-        return [(name, parts)] if parts else []
-
-    def per_layer(name):
-        return found(name, *(f"layers.{i}.{name}.weight" for i in range(args.n_layers)))
-
-    yield from found("tok_embeddings", "tok_embeddings.weight")
-    for name in LAYER_TENSORS:
-        yield from per_layer(name)
-    yield from found("norm", "norm.weight")
-    if with_rope_tables:
-        yield from found("rope_cos", "rope_cos")
-        yield from found("rope_sin", "rope_sin")
-    if not args.tie_embeddings:
-        yield from found("output", "output.weight")
-    yield from per_layer("attention.q_norm")
-    yield from per_layer("attention.k_norm")
-    yield from found("embedding_norm", "embedding_norm.weight")
-    yield from found("residual_scalars", "residual_scalars")
-    yield from found("x0_scalars", "x0_scalars")
-    tables = (f"value_embeddings.{i}.weight" for i in range(args.value_embeddings))
-    yield from found("value_embeddings", *tables)
-    yield from found("bigram_embeddings", "bigram_embeddings.weight")
-    yield from found("smear_gate", "smear_gate.weight")
+    for key, *_ in NAMES:
+        if key == "output" and with_rope_tables:
+            yield "rope_cos", [model.rope_cos]
+            yield "rope_sin", [model.rope_sin]
+        if key == "output" and args.tie_embeddings:
+            continue
+        name = key.removeprefix("layers.{}.").removesuffix(".{}")
+        keys = [key.format(i) for i in range(args.n_layers)] if "{}" in key else [key]
+        keys = [k for key in keys for k in (key, f"{key}.weight") if k in state]
+        n_rows = args.vocab_size if name in PADDED else None
+        if keys:
+            yield name, [state[key][:n_rows] for key in keys]
 
 
 def quantized(matrix, codes):
     """
-    Whole numbers (rows, cols), uint8, and scales (rows, groups), bfloat16, of a matrix, which is
-    about (numbers - codes.zero) * scales. int8 has the largest number of a group near -127 or 127.
-    int4 takes, of some scales around the one that has it at -8, that of the least squared error.
+    Integers (rows, cols), uint8, and scales (rows, groups), bfloat16, of a matrix, which is about
+    (integers - codes.zero) * scales. int8 puts the largest number of a group near -127 or 127. int4
+    tries several scales around the one that puts it at -8 and takes that of least squared error.
     """
     rows, cols = matrix.shape
     w = F.pad(matrix.float(), (0, -cols % codes.group)).view(rows, -1, codes.group)
@@ -195,8 +157,8 @@ def quantized(matrix, codes):
 
 def laid_out(numbers, scales, codes, lanes):
     """
-    The two in the order of the file, see doc/format.md: blocks of `lanes` rows, of which the first
-    columns of each lie one behind the other, then the next ones; filled up with zeros.
+    Both in the order of the file, see doc/format.md: blocks of `lanes` rows, in which the first
+    columns of each row come first, then the next columns; padded with zeros.
     """
     rows, cols = numbers.shape
     fill = (0, -cols % codes.per_code, 0, -rows % lanes)
@@ -232,7 +194,7 @@ def write_v0(model, f, dtype):
 
 
 def lanes_of(name, args):
-    """How many rows of a matrix lie together: one of a table whose rows are only looked up."""
+    """How many rows of a matrix lie together; 1 for a table whose rows are only looked up."""
     is_untied = name == "tok_embeddings" and not args.tie_embeddings
     return 1 if name in TABLES or is_untied else LANES
 
@@ -243,7 +205,7 @@ def is_vector(name, parts):
 
 
 def blobs(model, dtype):
-    """What lies behind the header of a version 3 file, each aligned, as iterables of bytes."""
+    """What follows the header of a version 3 file: iterables of bytes, each to be aligned."""
     codes = DTYPES[dtype]
     for name, parts in tensors(model):
         if is_vector(name, parts):
@@ -291,8 +253,8 @@ VERSIONS = {0: write_v0, 3: write_v3}
 
 def export_model(model, path, version=None, dtype="fp32"):
     """
-    Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 where
-    that carries the model, so that llama2.c's readers take it, else 3.
+    Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 if
+    that carries the model, so that llama2.c's readers can read it, else 3.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype}: expected one of {', '.join(DTYPES)}")
@@ -346,8 +308,8 @@ class Bytes:
 
 def read_bin(path):
     """
-    The Transformer of a model file of any version, on the CPU; int8 and int4 become the float32
-    numbers that they stand for. Raises UserError, one sentence, for anything else.
+    The Transformer of a model file of any version, on the CPU, all numbers in float32. Raises
+    UserError, one sentence, for anything else.
     """
     data = Bytes(path)
     if data.size < 8:
@@ -360,19 +322,11 @@ def read_bin(path):
         data.refuse(f"version {version}; expected 0 to 3")
     try:
         return read_v3(data) if version == 3 else read_llama2cs(data, version)
-    except (ValueError, RuntimeError) as e:  # numbers that do not fit together, or not the memory
+    except (
+        ValueError,
+        RuntimeError,
+    ) as e:  # sizes that do not fit, or too large
         data.refuse(str(e).splitlines()[0])
-
-
-def skeleton(args):
-    """
-    The model without its numbers, to see its sizes before there is memory for them. Raises
-    UserError where the tables of RoPE alone would take more than half a gigabyte.
-    """
-    if args.max_seq_len * args.head_dim > 1 << 27:
-        raise UserError(f"max_seq_len = {args.max_seq_len} is more than this program reads")
-    with torch.device("meta"):
-        return Transformer(args)
 
 
 def read_llama2cs(data, version):
@@ -392,26 +346,23 @@ def read_llama2cs(data, version):
     if version == 2 and (group < 1 or args.dim % group or args.hidden_dim % group):
         data.refuse(f"groups of {group} numbers do not divide its rows")
     model = skeleton(args)
-    numbers = {True: 0, False: 0}  # of vectors, of matrices
-    for name, parts in tensors(model):
-        numbers[is_vector(name, parts)] += sum(part.numel() for part in parts)
-    tables = args.max_seq_len * args.head_dim
-    expected = {
-        0: 28 + 4 * (sum(numbers.values()) + tables),
-        1: 256 + 4 * sum(numbers.values()),
-        2: 256 + 4 * numbers[True] + numbers[False] + (group and 4 * numbers[False] // group),
-    }[version]
+    sizes = {True: 0, False: 0}  # numbers in vectors, in matrices
+    for name, parts in tensors(model, with_rope_tables=version == 0):
+        sizes[is_vector(name, parts)] += sum(part.numel() for part in parts)
+    start = 256 if version else 28
+    expected = start + 4 * sum(sizes.values())
+    if version == 2:
+        expected = start + 4 * sizes[True] + sizes[False] + 4 * sizes[False] // group
     if data.size != expected:
         data.refuse(f"it has {data.size} bytes, and its header stands for {expected}")
-    model = Transformer(args)
-    data.at = 256 if version else 28
+    model, data.at = Transformer(args), start
     order = list(tensors(model, with_rope_tables=version == 0))
     if version:
         order.sort(key=lambda one: not is_vector(*one))
     for name, parts in order:
         if name.startswith("rope"):
-            found = data.floats(tables // 2).view(parts[0].shape)
-            if not torch.allclose(found, parts[0], rtol=0, atol=1e-3):
+            angles = data.floats(parts[0].numel()).view(parts[0].shape)
+            if not torch.allclose(angles, parts[0], rtol=0, atol=1e-3):
                 data.refuse("its rotary angles are not those of rope_theta = 10000")
             continue
         for part in parts:
@@ -449,7 +400,7 @@ def read_v3(data):
         **{name: bool(options >> bit & 1) for bit, name in enumerate(V3_OPTIONS)},
         **window_settings(sizes),
     )
-    if skeleton(args).n_params() > 2 * data.size:  # half a byte each at least
+    if skeleton(args).n_params() > 2 * data.size:  # a number takes half a byte at least
         data.refuse(f"its {data.size} bytes are too few for its header")
     model = Transformer(args)
     read_blobs(data, model, dtype)
@@ -458,23 +409,8 @@ def read_v3(data):
     return model
 
 
-def shortest(value):
-    """The number with the fewest digits that is `value` in float32: 1e-5, not 9.999999747e-06."""
-    return float(str(np.float32(value)))
-
-
-def window_settings(sizes):
-    """The settings of windows, of which there is one size besides 0, of each layer."""
-    if not any(sizes):
-        return {}
-    letters = "".join("S" if size else "L" for size in sizes)
-    n = len(letters)
-    period = next(p for p in range(1, n + 1) if all(letters[i] == letters[i % p] for i in range(n)))
-    return {"sliding_window": max(sizes), "window_pattern": letters[:period]}
-
-
 def read_blobs(data, model, dtype):
-    """Set all numbers of a model from what blobs() wrote."""
+    """Read into a model what blobs() wrote."""
     codes = DTYPES[dtype]
     for name, parts in tensors(model):
         data.align()
@@ -494,7 +430,7 @@ def read_blobs(data, model, dtype):
 
 
 def taken_numbers(data, rows, cols, codes, lanes):
-    """The numbers of a matrix that laid_out() wrote, without their zero: (rows, cols), float32."""
+    """The integers of a matrix that laid_out() wrote, minus codes.zero: (rows, cols), float32."""
     blocks, steps = math.ceil(rows / lanes), math.ceil(cols / codes.per_code)
     q = torch.from_numpy(data.take("u1", blocks * steps * lanes * 4).copy())
     q = q.view(blocks, steps, lanes, 1, 4)

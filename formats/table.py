@@ -1,15 +1,16 @@
 """
-Every format that a model is read from and written to, in two tables: SOURCES and FORMATS.
+Every format that a model is read from or written to, in two tables: SOURCES and FORMATS.
 
-To add a source: a function in SOURCES that returns a Loaded, and how recognize() knows it. To add a
-format: a function in FORMATS that refuses what it cannot carry before it writes anything.
+To add a source: a function in SOURCES, and how recognize() knows it. To add a format: a row in
+FORMATS whose function refuses what the format cannot carry before it writes anything.
 """
 
+import contextlib
 import glob
 import json
 import os
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ import torch
 from configurator import UserError
 from formats import gguf as gguffile
 from formats import huggingface, modelbin
-from formats.huggingface import FastTokenizer, filled
-from formats.modelbin import export_model, skeleton
+from formats.huggingface import FastTokenizer
+from formats.modelbin import export_model
+from formats.tensors import filled, skeleton
 from model import ModelArgs, Transformer
 from system.files import atomic_write, read_json
 from system.remote import fetch_model, reason
@@ -29,22 +31,17 @@ HUB = "hf:"  # before the name of a model of the hub
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer or None, and what is known of its training, for model cards."""
+    """A model, its tokenizer or None, and facts about its training for the model card."""
 
     model: Transformer
     tokenizer: Tokenizer | FastTokenizer | None
     facts: dict
 
 
-class Source(NamedTuple):
-    """What a function of SOURCES returns: a Loaded whose tokenizer is not looked for yet."""
-
-    model: Transformer
-    find_tokenizer: Callable
-    facts: dict = {}  # noqa: RUF012 (never written to)
-
-
 # ---- reading
+
+# A function of SOURCES takes a path and returns (model, function that finds its tokenizer, facts).
+# It may raise anything; load() says it in one sentence.
 
 
 def tokenizer_in(*folders):
@@ -66,11 +63,11 @@ def from_checkpoint(path):
             )
         return found
 
-    return Source(model, find_tokenizer, training_facts(checkpoint, folder))
+    return model, find_tokenizer, training_facts(checkpoint, folder)
 
 
 def training_facts(checkpoint, folder):
-    """What a checkpoint and the log beside it say of the training, by name."""
+    """{name: value} of what a checkpoint and the log beside it say about the training."""
     config, step = checkpoint.get("config", {}), checkpoint.get("iter_num")
     facts = {}
     if isinstance(step, int):
@@ -88,7 +85,7 @@ def training_facts(checkpoint, folder):
         for line in f:
             try:
                 entry = json.loads(line)
-            except ValueError:  # the last line of a run that is going on
+            except ValueError:  # the last line of a run that is still going
                 continue
             if entry.get("kind") == "start":
                 facts["training text"] = f"{entry.get('train_tokens', 0):,} tokens"
@@ -104,23 +101,17 @@ def from_hf(path):
     if path.startswith(HUB):
         path = fetch_model(path.removeprefix(HUB))
     has_json = os.path.isfile(os.path.join(path, "tokenizer.json"))
-    return Source(
-        huggingface.read_folder(path),
-        lambda: tokenizer_in(path) or (FastTokenizer(path) if has_json else None),
-    )
+    model = huggingface.read_folder(path)
+    return model, lambda: tokenizer_in(path) or (FastTokenizer(path) if has_json else None), {}
 
 
-def from_safetensors(path):
-    return Source(huggingface.read_file(path), lambda: tokenizer_in(os.path.dirname(path)))
-
-
-def from_bin(path):
-    return Source(modelbin.read_bin(path), lambda: tokenizer_in(os.path.dirname(path)))
+def from_file(read, path):
+    return read(path), lambda: tokenizer_in(os.path.dirname(path)), {}
 
 
 def from_gguf(path):
     model, proto = gguffile.read_gguf(path)
-    return Source(model, lambda: proto and open_tokenizer(path, proto))
+    return model, lambda: proto and open_tokenizer(path, proto), {}
 
 
 META_PARAMS = set(
@@ -131,9 +122,9 @@ META_PARAMS = set(
 
 def from_meta(folder):
     """
-    A model as Meta releases them: params.json, consolidated.00.pth and more, each with a part of
-    every matrix, and tokenizer.model there or one folder up. The context, which params.json may
-    leave out, is 4096 then.
+    A model as Meta releases them: params.json; consolidated.00.pth and so on, each with a part of
+    every matrix; tokenizer.model there or one folder up. Where params.json leaves out the context
+    it is 4096.
     """
     params = read_json(os.path.join(folder, "params.json"))
     for name in params:
@@ -142,22 +133,16 @@ def from_meta(folder):
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "consolidated.*.pth")))
     if not paths:
         raise UserError(f"{folder} has no consolidated.00.pth; expected the weights there")
-    try:
-        parts = [torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths]
-        rows = {name: sum(len(part[f"{name}.weight"]) for part in parts) for name in WHOLE_ROWS}
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError) as e:
-        raise UserError(f"{folder} cannot be read: {str(e).splitlines()[0]}") from None
-    names = set("dim n_layers n_heads n_kv_heads norm_eps rope_theta".split()) & params.keys()
-    try:
-        args = ModelArgs(
-            **{name: params[name] for name in names if params[name] is not None},
-            vocab_size=rows["output"],
-            hidden_dim=rows["layers.0.feed_forward.w1"],
-            max_seq_len=params.get("max_seq_len", 4096),
-            tie_embeddings=False,
-        )
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{folder} cannot be read: {e}") from None
+    parts = [torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths]
+    rows = {name: sum(len(part[f"{name}.weight"]) for part in parts) for name in WHOLE_ROWS}
+    names = "dim n_layers n_heads n_kv_heads norm_eps rope_theta".split()
+    args = ModelArgs(
+        **{name: params[name] for name in names if params.get(name) is not None},
+        vocab_size=rows["output"],
+        hidden_dim=rows["layers.0.feed_forward.w1"],
+        max_seq_len=params.get("max_seq_len", 4096),
+        tie_embeddings=False,
+    )
     shapes = {name: tensor.shape for name, tensor in skeleton(args).state_dict().items()}
 
     def whole(name):
@@ -167,28 +152,27 @@ def from_meta(folder):
         by_columns = tensors[0].shape[0] == shapes[name][0]
         return torch.cat(tensors, dim=1 if by_columns else 0)
 
-    names = [name for name in parts[0] if not name.endswith("rope.freqs")]
-    tensors = {name: whole(name) for name in names}
+    tensors = {name: whole(name) for name in parts[0] if not name.endswith("rope.freqs")}
     source = {name: (tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
     model = filled(args, source, folder, str, in_halves=False)
     folder = folder.rstrip("/\\")
-    return Source(model, lambda: tokenizer_in(folder, os.path.dirname(folder)))
+    return model, lambda: tokenizer_in(folder, os.path.dirname(folder)), {}
 
 
-WHOLE_ROWS = ("output", "layers.0.feed_forward.w1")  # whose rows are spread over the files
+WHOLE_ROWS = ("output", "layers.0.feed_forward.w1")  # matrices whose rows are split over the files
 
 SOURCES = {
     "checkpoint": from_checkpoint,
     "hf": from_hf,
     "meta": from_meta,
-    "bin": from_bin,
+    "bin": partial(from_file, modelbin.read_bin),
     "gguf": from_gguf,
-    "safetensors": from_safetensors,
+    "safetensors": partial(from_file, huggingface.read_file),
 }
 
 
 def recognize(path):
-    """Which of SOURCES a path, or hf:user/name, is: by what is in it. None: none of them."""
+    """The key of SOURCES for a path, or hf:user/name, judged by its content; None: no such."""
     if path.startswith(HUB) or huggingface.is_folder(path):
         return "hf"
     if os.path.isdir(path):
@@ -205,8 +189,8 @@ def recognize(path):
 
 def load(path, kind=None, tokenizer=""):
     """
-    The Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of another
-    tokenizer model, or none. Raises UserError.
+    The Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of a tokenizer
+    model to use instead of the one beside it, or "none". Raises UserError.
     """
     try:
         model, find_tokenizer, facts = SOURCES[kind or recognize(path) or "checkpoint"](path)
@@ -218,23 +202,23 @@ def load(path, kind=None, tokenizer=""):
         raise
     except OSError as e:
         raise UserError(f"cannot read {path}: {reason(e)}") from None
-    except Exception as e:  # what foreign files lead to is open-ended
+    except Exception as e:  # foreign files may lead to anything
         raise UserError(f"{path} cannot be read: {reason(e)}") from None
     n = model.args.vocab_size
-    is_exact = isinstance(found, Tokenizer)  # others leave rows of the model unused
+    is_exact = isinstance(found, Tokenizer)  # a FastTokenizer may leave rows of the model unused
     if found and (found.vocab_size > n or (is_exact and found.vocab_size < n)):
         raise UserError(
-            f"{found.model_path} has {found.vocab_size} pieces, but the model's vocabulary {n}: "
-            f"give the tokenizer it was trained with (--tokenizer=PATH)"
+            f"{found.model_path} has {found.vocab_size} pieces, but the model's vocabulary has "
+            f"{n}: give the tokenizer it was trained with (--tokenizer=PATH)"
         )
     return Loaded(model, found, facts)
 
 
 def load_teller(path, start, tokenizer=""):
     """
-    (Loaded, ids of the prompt `start`) of a model that is to tell stories; arguments as of load.
-    Raises UserError where it cannot: without a tokenizer, with weights that are no numbers, or
-    where the prompt does not fit its context.
+    (Loaded, ids of the prompt `start`) of a model that is to tell stories; the other arguments are
+    those of load(). Raises UserError without a tokenizer, for weights that are not finite, and for
+    a prompt that does not fit the context.
     """
     loaded = load(path, tokenizer=tokenizer)
     if loaded.tokenizer is None:
@@ -276,67 +260,61 @@ def check_file(path, name, tokenizer):
         )
 
 
-def put_beside(path, name, data):
-    """Write the tokenizer's file beside a model, unless it is there."""
-    path = os.path.join(os.path.dirname(path), name)
-    if not os.path.exists(path):
-        with atomic_write(path) as f:
-            f.write(data)
+@contextlib.contextmanager
+def with_tokenizer(path, name, tokenizer):
+    """While a model is written to path, and its tokenizer beside it unless it is there."""
+    check_file(path, name, tokenizer)
+    yield
+    beside = os.path.join(os.path.dirname(path), name)
+    if tokenizer and not os.path.exists(beside):
+        with atomic_write(beside) as f:
+            f.write(tokenizer.proto if name.endswith(".model") else tokenizer.c_file())
 
 
 def write_bin(model, path, dtype, tokenizer, facts, version=None):
-    check_file(path, "tokenizer.bin", tokenizer)
-    export_model(model, path, version, dtype)
-    if tokenizer:
-        put_beside(path, "tokenizer.bin", tokenizer.c_file())
+    with with_tokenizer(path, "tokenizer.bin", tokenizer):
+        export_model(model, path, version, dtype)
 
 
 def write_checkpoint(model, path, dtype, tokenizer, facts):
     """A checkpoint to train on from, or to sample: --init_from=PATH of train.py."""
     if os.path.exists(path):
         raise UserError(f"{path} exists, and would be lost: name another file")
-    check_file(path, "tokenizer.model", tokenizer)
     value = {"model": model.state_dict(), "model_args": model.args.to_dict()}
-    try:
-        save_file(path, value | {"tokenizer_hash": tokenizer.hash if tokenizer else ""})
-    except UserError as e:
-        raise UserError(f"cannot write {path}: {e}") from None
-    if tokenizer:
-        put_beside(path, "tokenizer.model", tokenizer.proto)
+    value["tokenizer_hash"] = tokenizer.hash if tokenizer else ""
+    with with_tokenizer(path, "tokenizer.model", tokenizer):
+        try:
+            save_file(path, value)
+        except UserError as e:
+            raise UserError(f"cannot write {path}: {e}") from None
 
 
 def write_safetensors(model, path, dtype, tokenizer, facts):
-    check_file(path, "tokenizer.model", tokenizer)
-    huggingface.write_file(model, path, dtype)
-    if tokenizer:
-        put_beside(path, "tokenizer.model", tokenizer.proto)
+    with with_tokenizer(path, "tokenizer.model", tokenizer):
+        huggingface.write_file(model, path, dtype)
 
 
 def write_gguf(model, path, dtype, tokenizer, facts):
-    gguffile.architecture(model.args)
-    gguffile.check_tokenizer(tokenizer)
     check_file(path, "", None)
     gguffile.write_gguf(model, path, dtype, tokenizer, facts)
 
 
 class Format(NamedTuple):
-    """A format to write: what a file of it ends in, its number formats, and what it is for."""
+    """A format to write: the ending of its files, its number formats, and what it is for."""
 
     ending: str
-    dtypes: tuple
+    dtypes: Collection
     write: Callable  # of model, path, dtype, tokenizer, facts
     purpose: str
 
 
+TORCH_DTYPES = huggingface.TORCH_DTYPES
 FORMATS = {
-    "bin": Format(".bin", (*modelbin.DTYPES,), write_bin, "model.bin, for ./run"),
-    "hf": Format("", (*huggingface.DTYPES,), huggingface.write_folder, "a folder for transformers"),
-    "gguf": Format(".gguf", (*gguffile.DTYPES,), write_gguf, "for llama.cpp and Ollama"),
+    "bin": Format(".bin", modelbin.DTYPES, write_bin, "model.bin, for ./run"),
+    "hf": Format("", TORCH_DTYPES, huggingface.write_folder, "a folder for transformers"),
+    "gguf": Format(".gguf", gguffile.GGUF_DTYPES, write_gguf, "for llama.cpp and Ollama"),
     "safetensors": Format(
-        ".safetensors",
-        (*huggingface.DTYPES,),
-        write_safetensors,
-        "one file with a checkpoint's names",
+        ".safetensors", TORCH_DTYPES, write_safetensors, "one file with a checkpoint's names"
     ),
     "checkpoint": Format(".pt", ("fp32",), write_checkpoint, "to train on from, or to sample"),
 }

@@ -20,7 +20,7 @@ from conftest import EVERYTHING, REPO, random_model
 from bpe import PATTERNS, BPETokenizer, train_bpe
 from formats.modelbin import DTYPES, export_model
 from text.synth import make_stories
-from tokenizer import open_tokenizer, train_sentencepiece
+from tokenizer import byte_level_c_file, open_tokenizer, train_sentencepiece
 
 TARGETS = ("model", "tokenizer", "text")
 VOCAB_SIZE = 300
@@ -78,7 +78,7 @@ def main():
         BPETokenizer(*train_bpe(folder / "stories.txt", VOCAB_SIZE, special), special, name)
         for name in PATTERNS
     ]
-    files = [open_tokenizer(path).c_file(), *(bpe.c_file(270, 271) for bpe in bpes)]
+    files = [open_tokenizer(path).c_file(), *(byte_level_c_file(bpe, 270, 271) for bpe in bpes)]
     environment = {**os.environ, "FUZZ_VOCAB_SIZE": str(VOCAB_SIZE)}
     for name, data in zip(("TOKENIZER", "GPT2", "GPT4"), files, strict=True):
         environment[f"FUZZ_{name}"] = str(folder / f"{name}.bin")

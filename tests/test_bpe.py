@@ -281,16 +281,16 @@ print(n, kilobytes("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_file_of_50_mb_needs_little_memory(tokenizer, corpora, tmp_path):
+def test_a_file_of_10_mb_needs_little_memory(tokenizer, corpora, tmp_path):
     tokenizer.save(tmp_path / "tok.model")
     text = corpora["stories"].encode() + b"\n"
     with open(tmp_path / "text", "wb") as f:
-        for i in range(50_000_000 // len(text) + 1):
+        for i in range(10_000_000 // len(text) + 1):
             f.write(b"%d: " % (i * i) + text)
     words = [sys.executable, "-c", STREAM, tmp_path / "tok.model", tmp_path / "text"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPO)
     n, added = map(int, done.stdout.split())
-    assert n > 50_000_000 / 8 and added < 100_000, f"{added} kB"
+    assert n > 10_000_000 / 8 and added < 40_000, f"{added} kB"
 
 
 def test_files_and_what_is_refused(tokenizer, tmp_path):
@@ -319,16 +319,16 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
         {"merges": [["zq", "qz"]]},
     ):
         (tmp_path / "bad.json").write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match=r"bad.json is no tokenizer of bpe.py: "):
+        with pytest.raises(UserError, match=r"bad.json is not a tokenizer of bpe.py: "):
             BPETokenizer.load(tmp_path / "bad.json")
     for text in ("", "[]", "{}", "3", "null", "[" * 100_000):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match=r"bad.json is no tokenizer of bpe.py: "):
+        with pytest.raises(UserError, match=r"bad.json is not a tokenizer of bpe.py: "):
             BPETokenizer.load(tmp_path / "bad.json")
     for ids in ({"a": -5}, {"a": 1.5}, {"a": None}, {"a": 2**40}, {"\u1234": 3}, []):
         (tmp_path / "v.json").write_text(json.dumps(ids))
         (tmp_path / "m.txt").write_text("\ufeff#version: 0.2\n")
-        with pytest.raises(UserError, match="are no files of GPT-2"):
+        with pytest.raises(UserError, match="are not a GPT-2 vocabulary"):
             BPETokenizer.from_files(tmp_path / "v.json", tmp_path / "m.txt")
     listed = (tmp_path / "tok.vocab").read_text(encoding="utf-8").splitlines()
     assert len(listed) == 700 and listed[97] == '97\t"a"' and listed[255] == "255\tb'\\xff'"
@@ -445,7 +445,7 @@ def test_what_the_script_refuses(corpus, tmp_path):
         (["encode", model, f"--source={corpus}"], "--out=PATH is missing"),
         (["encode", model, f"--source={corpus}", "--out=a.npz"], "or a file ending in .npy"),
         (["train", model, f"--source={empty}"], "has no text to learn from"),
-        (["train", f"--model={empty}", f"--source={corpus}"], "is no tokenizer of bpe.py"),
+        (["train", f"--model={empty}", f"--source={corpus}"], "is not a tokenizer of bpe.py"),
         (["encode", "--num_workers=-1", model, f"--source={corpus}"], "is missing"),
     ):
         refused(script("bpe.py", *words, cwd=tmp_path), part)

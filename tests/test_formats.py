@@ -19,8 +19,9 @@ from configurator import UserError
 from formats import gguf as gguffile
 from formats import huggingface
 from formats import table as formats
-from formats.modelbin import export_model, read_bin, windows
+from formats.modelbin import export_model, read_bin
 from formats.table import FORMATS, load, recognize
+from formats.tensors import windows
 from system.remote import need
 from tokenizer import open_tokenizer
 from training.checkpoint import save_file
@@ -198,7 +199,7 @@ def test_half_the_bytes(tmp_path, tokenizers, dtype):
     for to in ("hf", "safetensors"):
         path = str(tmp_path / f"there{FORMATS[to].ending or '_hf'}")
         FORMATS[to].write(model, path, dtype, tokenizers[512], {})
-        found, number_format = load(path).model.state_dict(), huggingface.DTYPES[dtype]
+        found, number_format = load(path).model.state_dict(), huggingface.TORCH_DTYPES[dtype]
         for name, tensor in model.state_dict().items():
             expected = tensor[: len(found[name])].to(number_format).float()
             assert torch.equal(found[name], expected), name
@@ -483,10 +484,10 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([finished, best, "--format=hf"], "which belongs to what is read, would be lost"),
         ([tmp_path / "a", best, "--format=hf"], "it holds model.bin, which is not of an export"),
         ([finished / "log.jsonl", best, "--format=hf"], "it is a file; name a folder"),
-        ([out, f"--from-hf={tmp_path / 'none'}"], "is no folder"),
+        ([out, f"--from-hf={tmp_path / 'none'}"], "is not a folder"),
         ([out, f"--from-hf={finished}"], "cannot read"),
-        ([out, f"--from-gguf={bin_}"], "is damaged or no GGUF file"),
-        ([out, f"--from-gguf={tmp_path / 'none'}"], "is no file"),
+        ([out, f"--from-gguf={bin_}"], "is damaged or not a GGUF file"),
+        ([out, f"--from-gguf={tmp_path / 'none'}"], "is not a file"),
         ([out, best, f"--from-bin={bin_}"], "--from-bin and --checkpoint: expected one of them"),
         (["", best], "the path to write is empty"),
         ([f"{out}/", best], "is a folder, or the tokenizer's"),
@@ -638,7 +639,7 @@ def test_a_folder_is_replaced_only_by_its_own_kind(tmp_path, tokenizers):
             huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
         (folder / name).unlink()
     (folder / "README.md").write_text("mine")
-    with pytest.raises(UserError, match=r"its README.md is not ours"):
+    with pytest.raises(UserError, match=r"README.md was not written by export.py"):
         huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
     (folder / "README.md").unlink()
     with pytest.raises(UserError, match="it holds"):
@@ -730,9 +731,9 @@ def test_tokenizers_of_other_kinds(tmp_path, stories):
         tokenizer = open_tokenizer(tmp_path / "0.model")
         formats.write_gguf(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
     for words, part in (
-        ({"model_type": "unigram"}, "is no BPE"),
+        ({"model_type": "unigram"}, "is not BPE"),
         ({"normalization_rule_name": "nmt_nfkc"}, "replaces characters"),
-        ({"user_defined_symbols": ["<pet>"]}, "has pieces that are defined by hand"),
+        ({"user_defined_symbols": ["<pet>"]}, "has user-defined pieces"),
     ):
         tokenizer = trained_by_sentencepiece(tmp_path / "other.model", stories, **words)
         for to in ("hf", "gguf"):

@@ -21,7 +21,7 @@ def llama(path, **words):
     return Llama(str(path), verbose=False, n_threads=1, type_k=F32, type_v=F32, **words)
 
 
-@pytest.mark.parametrize("dtype", gguffile.DTYPES)
+@pytest.mark.parametrize("dtype", gguffile.GGUF_DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_llama_cpp_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name, dtype):
     """fp32: the same 64 tokens from the same text; others: logits of the numbers that are there."""

@@ -18,6 +18,7 @@ from test_tokenizer import broken_bytes, generated_texts
 import bpe
 from bpe import BPETokenizer, train_bpe
 from formats.modelbin import export_model, read_bin
+from tokenizer import byte_level_c_file
 
 SPECIAL = [END, END * 2, "<|end", "<|", "|>", "日"]  # they overlap, and contain each other
 NASTY = [*" \n\r\t'\"sSſkKaé1²½Ⅷ٣日ªǅ〇.!_\x01\x0b\x1c\x1f\x7f\x85\xa0\u0301\u180e\u2003\u2028"]
@@ -46,7 +47,7 @@ def c_ids(builds, tmp_path):
     """The ids that run.c gives to each of some texts, str or bytes, BOS left out."""
 
     def call(tokenizer, texts, kind="fast"):
-        data, bos = tokenizer.c_file(7, 8), 7
+        data, bos = byte_level_c_file(tokenizer, 7, 8), 7
         texts = b"".join((t.encode() if isinstance(t, str) else t) + b"\0" for t in texts)
         path = tmp_path / "tok.bin"
         done = harness(builds, kind, "encode", tokenizer, data, path, input=texts)
@@ -226,14 +227,14 @@ def test_ids_in_any_order_and_with_gaps(c_ids, tokenizer, builds, tmp_path):
     texts = list(texts_of_all_sorts())[::5]
     assert c_ids(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
     none = next(i for i in range(max(vocab)) if i not in vocab)
-    data, path = tokenizer.c_file(*ids[:2]), tmp_path / "tok.bin"
+    data, path = byte_level_c_file(tokenizer, *ids[:2]), tmp_path / "tok.bin"
     done = harness(builds, "checked", "decode", tokenizer, data, path, none, ids[65], *ids[:2])
     assert done.stdout == b"A" and done.returncode == 0
 
 
 def test_text_is_that_of_python(builds, tokenizer, tmp_path):
     rng, (bos, eos) = random.Random(7), (tokenizer.special[END], 5)
-    data, path = tokenizer.c_file(bos, eos), tmp_path / "tok.bin"
+    data, path = byte_level_c_file(tokenizer, bos, eos), tmp_path / "tok.bin"
     for text in [*generated_texts(60, seed=8), " a  b", END * 2, None, None, None]:
         ids = tokenizer.encode(text) if text is not None else rng.choices(range(700), k=90)
         done = harness(builds, "checked", "decode", tokenizer, data, path, 97, *ids)
@@ -247,7 +248,7 @@ def small(tmp_path, tokenizer):
     model = random_model(vocab_size=size_of(tokenizer), max_seq_len=96, tie_embeddings=False)
     export_model(model, tmp_path / "model.bin")
     end = tokenizer.special[END]
-    (tmp_path / "tokenizer.bin").write_bytes(tokenizer.c_file(end, end))
+    (tmp_path / "tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, end, end))
     prompt = [end, *tokenizer.encode(" Once upon a time, Zoë 😀")]
     story = list(model.generate(prompt, 40, temperature=0, stop=()))
     assert end not in story and len(set(story)) > 3
@@ -261,7 +262,7 @@ def test_a_story_is_that_of_pytorch(run, small, tokenizer):
     done = run(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == text + tokenizer.decode(story) + "\n"
-    path.with_name("tokenizer.bin").write_bytes(tokenizer.c_file(prompt[0], story[9]))
+    path.with_name("tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, prompt[0], story[9]))
     until = story[: story.index(story[9])]
     assert run(*words).stdout.decode() == text + tokenizer.decode(until) + "\n"
     model = read_bin(path).eval()
@@ -269,7 +270,7 @@ def test_a_story_is_that_of_pytorch(run, small, tokenizer):
         story = list(model.generate([bos, *prompt[1:]], 40, temperature=0, stop=()))
         if bos in story:
             break
-    path.with_name("tokenizer.bin").write_bytes(tokenizer.c_file(bos, prompt[0]))
+    path.with_name("tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, bos, prompt[0]))
     until = story[: story.index(bos)]
     assert run(*words).stdout.decode() == text + tokenizer.decode(until) + "\n"
 
@@ -296,7 +297,7 @@ def test_the_library_takes_it(builds, small, tokenizer, tmp_path):
     )
     path, prompt, story = small
     eos = story[9]
-    path.with_name("tokenizer.bin").write_bytes(tokenizer.c_file(prompt[0], eos))
+    path.with_name("tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, prompt[0], eos))
     text = tokenizer.decode(prompt[1:])
     code = f"""
 import sys
@@ -334,7 +335,7 @@ def plain():
     """A small tokenizer, and its file with the ranges of ASCII and no more."""
     vocab = dict(enumerate([*(bytes([i]) for i in range(256)), b"aa", b"aaa", b"<|e|>"]))
     tokenizer = BPETokenizer(vocab, [(b"a", b"a"), (b"aa", b"a"), (b"a", b"aa")], ["<|e|>"])
-    data = tokenizer.c_file(258, 258)
+    data = byte_level_c_file(tokenizer, 258, 258)
     ranges = [(n, m, kind) for n, m, kind in bpe.ranges() if m < 128]
     numbers = [n for a, b, kind in ranges for n in (a, b, 1 + "LNS".index(kind))]
     start = data[:28] + struct.pack(f"<I{len(numbers)}I", len(ranges), *numbers)

@@ -14,9 +14,8 @@ from conftest import REPO, bin_of, refused, script
 
 from bpe import BPETokenizer
 from configurator import UserError
-from formats.hftokenizer import byte_level_json
 from text.synth import make_stories
-from tokenizer import open_tokenizer, train_sentencepiece
+from tokenizer import byte_level_json, open_tokenizer, train_sentencepiece
 
 WORDS = (
     "Once upon a time there was Zoë 😀 naïve ▁ ▁▁ <s> </s> <unk> <0x41> ﬁ １２３ 2024 "
@@ -211,14 +210,14 @@ def test_the_c_file_is_llama2cs_layout(tokenizers):
     assert at == len(data) and struct.unpack_from("<I", data)[0] == longest
 
 
-@pytest.mark.parametrize("flag", ["--tokenizer-model", "--tokenizer_model"])
-def test_command_line(tokenizers, tmp_path, flag):
-    model = tmp_path / "tok105.model"
-    shutil.copy(tokenizers[105].model_path, model)
-    done = script("tokenizer.py", f"{flag}={model}")
-    assert done.returncode == 0, done.stderr
-    exported = (tmp_path / "tok105.bin").read_bytes()
-    assert exported == bin_of(tokenizers[105]).read_bytes()
+def test_command_line(tokenizers, tmp_path):
+    for which, flag in ((105, "--tokenizer-model"), ("gpt2", "--tokenizer_model")):
+        model = tmp_path / f"{which}.model"
+        shutil.copy(tokenizers[which].model_path, model)
+        done = script("tokenizer.py", f"{flag}={model}")
+        assert done.returncode == 0, done.stderr
+        exported = (tmp_path / f"{which}.bin").read_bytes()
+        assert exported == bin_of(tokenizers[which]).read_bytes()
     refused(script("tokenizer.py", f"{flag}={tmp_path / 'none.model'}"), "does not exist")
     refused(script("tokenizer.py", f"{flag}={REPO / 'model.py'}"), "is not a SentencePiece model")
 
