@@ -41,7 +41,7 @@ from tqdm import tqdm
 from configurator import UserError, configure
 from system.files import atomic_write
 from system.workers import over_spans, worker_count
-from text.corpus import Span, cut_points, plan_shards, read_documents, text_files
+from text.corpus import Span, cut, is_plain, plan_shards, text_files, texts_of, whole_file
 
 TYPE = "byte-level BPE"  # of a file of save()
 PIECE = 1 << 22  # bytes of a file that are counted at a time
@@ -537,8 +537,7 @@ def pieces_of(span, special_tokens, size):
     if not is_plain(span.path):
         if span.end - span.start < os.path.getsize(span.path):
             return [span]
-        places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
-        return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
+        return cut(span, -(-span.end // size))
     # what is read around a place: special tokens and characters that lie across its ends
     places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
     with open(span.path, "rb") as f:
@@ -563,25 +562,9 @@ def pieces_of(span, special_tokens, size):
 
 def all_pieces(spans, special_tokens):
     """Spans cut into Spans of PIECE bytes, or of an eighth of them all where they are small."""
+    spans = list(spans)
     size = max(1 << 16, min(PIECE, sum(span.end - span.start for span in spans) // 8))
     return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
-
-
-def texts_of(span):
-    """
-    The texts in a Span, as strings: of a .txt file all it says, whatever it is, so that it may be
-    cut anywhere; else its documents.
-    """
-    if not is_plain(span.path):
-        yield from read_documents([span])
-        return
-    with open(span.path, "rb") as f:
-        f.seek(span.start)
-        yield f.read(span.end - span.start).decode(errors="replace")
-
-
-def is_plain(path):
-    return os.path.splitext(path)[1] not in (".json", ".jsonl")
 
 
 # ---- how tokens are written
@@ -625,7 +608,7 @@ def train_stage():
     check_source()
     check_model()
     special = special_list()
-    spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
+    spans = list(map(whole_file, text_files(source)))
     vocab, merges = train_on(spans, vocab_size, special, worker_count(num_workers), pattern_name)
     if not merges and vocab_size > len(vocab):
         raise UserError(f"cannot train a vocabulary: {source} has no text to learn from")
@@ -700,8 +683,8 @@ def save_stage(tokenizer):
 
 
 def encode_stage():
-    from dataset import report, write_npy, write_shards  # which import this file
-    from tokenizer import ByteLevel
+    from text.shards import choose_split, report, write_npy, write_shards
+    from tokenizer import ByteLevel  # which imports this file
 
     check_source()
     if not out:
@@ -710,13 +693,18 @@ def encode_stage():
         raise UserError(f"out = {out!r}: expected a folder for shards, or a file ending in .npy")
     if out.endswith(".npy") and valid_source:
         raise UserError("valid_source is for shards: a .npy file has no part for validation")
-    tokenizer = ByteLevel(model)
+    tokenizer, workers = ByteLevel(model), worker_count(num_workers)
     if out.endswith(".npy"):
-        n, dtype = write_npy(out, tokenizer, text_files(source), worker_count(num_workers))
+        spans = all_pieces(map(whole_file, text_files(source)), list(tokenizer.bpe.special))
+        n, dtype = write_npy(out, tokenizer, spans, workers)
         print(f"{n:,} tokens, {dtype}, in {out}")
         return
     plan = plan_shards(source, valid_source)
-    report(write_shards(out, tokenizer, plan, worker_count(num_workers)), out)
+    about = {
+        "valid_source": [os.path.abspath(source)],
+        "made_by": f"python bpe.py encode --source={source} --model={model} --out={out}",
+    }
+    report(write_shards(out, tokenizer, plan, choose_split(plan), workers, about=about), out)
 
 
 def check_source():
@@ -743,7 +731,7 @@ if __name__ == "__main__":
     tokenizer_json = ""  # or a tokenizer.json of Hugging Face
     # encode
     out = ""  # a folder for shards; or a file ending in .npy: .txt as it stands, others with BOS
-    valid_source = ""  # text for the first shard, validation; else the first part of source
+    valid_source = ""  # text for the first shard, validation; else a part of the documents
     configure(globals(), positional="stage")
     if stage not in STAGES:
         what = f"unknown stage {stage!r}" if stage else "no stage is given"
