@@ -34,9 +34,9 @@ import time
 import numpy as np
 import torch
 
-from bpe import BPETokenizer, train_bpe
+from bpe import BPETokenizer, all_pieces, train_bpe
 from configurator import UserError, configure
-from dataset import DataPaths, TrainBatches, ahead, write_npy
+from dataset import DataPaths, TrainBatches, ahead
 from formats.gguf import write_gguf
 from formats.hftokenizer import tokenizer_json
 from formats.modelbin import DTYPES, export_model
@@ -45,7 +45,8 @@ from optim import make_optimizer
 from system.files import write_json
 from system.hardware import describe, git_commit, peak_flops, pick_device, pick_dtype
 from system.memory import tune_malloc
-from text.corpus import SEPARATOR
+from text.corpus import SEPARATOR, whole_file
+from text.shards import write_npy
 from tokenizer import ByteLevel, SentencePiece, sentencepiece_model, train_sentencepiece
 from training.checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from training.runs import (
@@ -725,10 +726,9 @@ def bench_tokenizer():
         rows("encode byte-level BPE of 10,000, one core", n_bytes, ways)
 
         ids = os.path.join(where, "ids.npy")
+        spans = all_pieces([whole_file(source)], [end])
         ways = {
-            name: lambda name=name, path=path: write_npy(
-                ids, ByteLevel(path), [source], threads, name
-            )
+            name: lambda name=name, path=path: write_npy(ids, ByteLevel(path), spans, threads, name)
             for name in ByteLevel.ENCODERS
         }
         rows("the same from file to file, with processes", n_bytes, ways)

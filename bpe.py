@@ -39,7 +39,7 @@ from tqdm import tqdm
 from configurator import UserError, configure
 from system.files import atomic_write
 from system.workers import over_spans, worker_count
-from text.corpus import Span, cut_points, plan_shards, read_documents, text_files
+from text.corpus import Span, cut, is_plain, plan_shards, text_files, texts_of, whole_file
 
 TYPE = "byte-level BPE"  # marks a file of save()
 MAX_PIECE = 1 << 22  # bytes of a file that one worker counts at a time
@@ -549,8 +549,7 @@ def pieces_of(span, special_tokens, size):
     if not is_plain(span.path):
         if span.end - span.start < os.path.getsize(span.path):
             return [span]
-        places = [0, *cut_points(span.path, -(-span.end // size)), span.end]
-        return [Span(span.path, a, b) for a, b in pairwise(places) if b > a]
+        return cut(span, -(-span.end // size))
     # bytes around the window, for special tokens and characters that lie across its ends
     places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
     with open(span.path, "rb") as f:
@@ -575,25 +574,9 @@ def pieces_of(span, special_tokens, size):
 
 def all_pieces(spans, special_tokens):
     """Spans cut into Spans of MAX_PIECE bytes, or of an eighth of their sum if that is less."""
+    spans = list(spans)
     size = max(1 << 16, min(MAX_PIECE, sum(span.end - span.start for span in spans) // 8))
     return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
-
-
-def texts_of(span):
-    """
-    The texts in a Span: of a .txt file all of it as it stands, so that it may be cut anywhere; of
-    other files their documents.
-    """
-    if not is_plain(span.path):
-        yield from read_documents([span])
-        return
-    with open(span.path, "rb") as f:
-        f.seek(span.start)
-        yield f.read(span.end - span.start).decode(errors="replace")
-
-
-def is_plain(path):
-    return os.path.splitext(path)[1] not in (".json", ".jsonl")
 
 
 # ---- how tokens are written
@@ -650,11 +633,11 @@ if __name__ == "__main__":
     tokenizer_json = ""  # or a tokenizer.json of Hugging Face
     # encode
     out = ""  # a folder for shards; or a file ending in .npy: .txt as it stands, others with BOS
-    valid_source = ""  # text for the first shard, validation; else the first part of source
+    valid_source = ""  # text for the first shard, validation; else a part of the documents
     configure(globals(), positional="stage")
 
-    from dataset import report, write_npy, write_shards
     from formats.hftokenizer import VocabularyFiles, byte_level_from_json
+    from text.shards import choose_split, report, write_npy, write_shards
     from tokenizer import ByteLevel
 
     files = VocabularyFiles(model, also_tiktoken, also_hf)
@@ -667,7 +650,7 @@ if __name__ == "__main__":
 
     if stage == "train":
         files.check(source)
-        spans = [Span(path, 0, os.path.getsize(path)) for path in text_files(source)]
+        spans = list(map(whole_file, text_files(source)))
         vocab, merges = train_on(
             spans, vocab_size, special, worker_count(num_workers), pattern_name
         )
@@ -701,7 +684,14 @@ if __name__ == "__main__":
             raise UserError("valid_source is for shards: a .npy file has no part for validation")
         tokenizer, workers = ByteLevel(model), worker_count(num_workers)
         if out.endswith(".npy"):
-            n, dtype = write_npy(out, tokenizer, text_files(source), workers)
+            spans = all_pieces(map(whole_file, text_files(source)), list(tokenizer.bpe.special))
+            n, dtype = write_npy(out, tokenizer, spans, workers)
             print(f"{n:,} tokens, {dtype}, in {out}")
         else:
-            report(write_shards(out, tokenizer, plan_shards(source, valid_source), workers), out)
+            plan = plan_shards(source, valid_source)
+            about = {
+                "valid_source": [os.path.abspath(source)],
+                "made_by": f"python bpe.py encode --source={source} --model={model} --out={out}",
+            }
+            split = choose_split(plan)
+            report(write_shards(out, tokenizer, plan, split, workers, about=about), out)

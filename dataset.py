@@ -1,50 +1,38 @@
 """
-Token shards: how they are written, checked, and read in batches.
+Token shards as training reads them: checked, memory-mapped, in batches.
 
-A shard is a bare array of ids, little-endian uint16 (uint32 where the vocabulary needs it), each
-document behind a BOS. Beside the shards of a folder lies shards.json, which says what they hold;
-shards made by llama2.c have none and are read as well. The first shard, by name, is validation;
-no document of it is in the others.
+text/shards.py writes them and says what they are. Shards made by llama2.c have no shards.json and
+are read as well. The first shard, by name, is for validation.
 
 Training reads windows of seq_len tokens. The order of an epoch is a permutation that is computed,
-not stored: where any window of any epoch lies is known at once, so that a run can go on anywhere,
-and any number of processes can share it.
+not stored: where any window of any epoch lies is known at once, so that a run can continue
+anywhere, and any number of processes can share it.
 """
 
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import glob
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import shlex
-import time
 import zlib
 
 import numpy as np
 from tqdm import tqdm
 
-from bpe import all_pieces, is_plain, texts_of
 from configurator import UserError
-from system.files import atomic_write, checksum, write_json
-from system.workers import leave_ctrl_c, over_spans
-from text.corpus import SIDECAR, Span, read_documents
-from tokenizer import open_tokenizer
+from text.corpus import SIDECAR
+from text.pieces import PARTS, shard_size_fits
+from text.shards import read_sidecar
 
-SIDECAR_FORMAT = 2
 TINYSTORIES = "TinyStories_all_data"
 LLAMA2_VOCAB_SIZE = 32000
 # custom: SentencePiece, trained by tinystories.py; bpe: byte-level BPE, likewise; llama2: Meta's
 VOCAB_SOURCES = ("custom", "bpe", "llama2")
-FIRST_WORDS = 20  # by which a document is compared first
-WHITE_SPACE = b" \t\n\v\f\r"
 CHUNK = 1 << 22  # ids that are looked at together when a shard is checked
-SAVE_INTERVAL = 1.0  # seconds between two writes of the sidecar
 SLOW_CHECK = 1 << 30  # bytes of shards from which on checking them shows a progress bar
 
 
@@ -100,256 +88,6 @@ class DataPaths:
         return " ".join(flags)
 
 
-# ---- writing
-
-
-def document_key(text):
-    """16 bytes, the same for two documents that differ in the white space of ASCII alone."""
-    return hashlib.blake2b(text.encode().translate(None, WHITE_SPACE), digest_size=16).digest()
-
-
-class Documents:
-    """A set of documents, compared without their white space."""
-
-    def __init__(self, texts):
-        self.keys, self.beginnings = set(), set()
-        for text in texts:
-            self.keys.add(document_key(text))
-            self.beginnings.add(" ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS]))
-
-    def __contains__(self, text):
-        beginning = " ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS])
-        return beginning in self.beginnings and document_key(text) in self.keys
-
-
-@functools.cache
-def documents_of(spans):
-    return Documents(read_documents(spans))
-
-
-@functools.cache
-def cached_tokenizer(model_path):
-    return open_tokenizer(model_path)
-
-
-def id_type(tokenizer):
-    """The smallest number format for the ids of a Tokenizer."""
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-
-def write_shard(model_path, encoder, spans, path, dtype, held_out=()):
-    """
-    Encode the documents of some Spans into one shard, without those that are in the Spans of
-    `held_out` too; returns what there is to say of it.
-    """
-    tokenizer = cached_tokenizer(model_path)
-    encode = tokenizer.encoder(encoder)[1]
-    parts, n_documents, n_bytes, n_held_out = [], 0, 0, 0
-    documents, known = read_documents(spans), documents_of(tuple(held_out))
-    while batch := list(itertools.islice(documents, 1024)):
-        n_read = len(batch)
-        batch = [text for text in batch if text not in known]
-        n_held_out += n_read - len(batch)
-        n_documents += len(batch)
-        n_bytes += sum(len(text.encode()) for text in batch)
-        parts.append(tokenizer.encode_flat(batch, encode).astype(dtype))
-    tokens = np.concatenate(parts) if parts else np.empty(0, dtype)
-    if n_documents:
-        with atomic_write(path) as f:
-            tokens.tofile(f)
-    n_unk = int((tokens == tokenizer.unk_id).sum()) if tokenizer.unk_id >= 0 else 0
-    return {
-        "documents": n_documents,
-        "tokens": len(tokens),
-        "bytes": n_bytes,
-        "unk": n_unk,
-        "held_out": n_held_out,
-        "crc32": zlib.crc32(tokens),
-    }
-
-
-def write_shards(folder, tokenizer, plan, num_workers, encoder="auto"):
-    """
-    Encode a corpus, as plan_shards cut it, into the shards of a folder, with num_workers processes
-    and an encoder of the tokenizer's.
-    Training documents that are in the validation text as well are left out. A shard that the
-    sidecar lists from the same text and tokenizer is kept. The sidecar is renewed every second, so
-    that an interrupted run goes on where it was. Returns the finished sidecar.
-    """
-    dtype, encoder = id_type(tokenizer), tokenizer.encoder(encoder)[0]
-    cached_tokenizer(tokenizer.model_path).encoder(encoder)  # which forked workers then have
-    meta = {
-        "format": SIDECAR_FORMAT,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype,
-        "tokenizer_hash": tokenizer.hash,
-        "valid_source": [span.key() for span in plan[0]],
-        "complete": False,
-        "shards": [],
-    }
-    old = read_sidecar(folder) or {"shards": []}
-    same = all(old.get(k) == meta[k] for k in ("format", "tokenizer_hash", "dtype", "valid_source"))
-    kept = {tuple(s["source"]): s for s in old["shards"]} if same else {}
-    width = max(2, len(str(len(plan) - 1)))
-    done, todo = {}, []
-    for i, spans in enumerate(plan):
-        name, source = f"data{i:0{width}}.bin", [span.key() for span in spans]
-        shard = kept.get(tuple(source))
-        path = os.path.join(folder, name)
-        if shard and shard["name"] == name and shard_is_whole(path, shard, dtype):
-            done[i] = shard
-        else:
-            todo.append((i, name, source, spans))
-    if done:
-        print(f"{len(done)} of {len(plan)} shards are there already")
-
-    check_documents(plan)  # before what is there is given up
-
-    saved = -math.inf
-
-    def save(interval=0.0):
-        nonlocal saved
-        meta["shards"] = [done[i] for i in sorted(done) if done[i]["documents"]]
-        if time.monotonic() >= saved + interval:
-            write_json(os.path.join(folder, SIDECAR), meta)
-            saved = time.monotonic()
-
-    os.makedirs(folder, exist_ok=True)
-    save()
-    n_bytes = sum(span.end - span.start for *_, spans in todo for span in spans)
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="pretokenize", disable=not todo)
-    num_workers = min(num_workers, len(todo)) or 1
-    with bar, concurrent.futures.ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c) as pool:
-        futures = {}
-        for i, name, source, spans in todo:
-            path, held_out = os.path.join(folder, name), tuple(plan[0]) if i else ()
-            future = pool.submit(
-                write_shard, tokenizer.model_path, encoder, spans, path, dtype, held_out
-            )
-            futures[future] = i, name, source, spans
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                i, name, source, spans = futures[future]
-                done[i] = {"name": name, "source": source, **future.result()}
-                save(SAVE_INTERVAL)
-                bar.update(sum(span.end - span.start for span in spans))
-        except Exception as e:
-            pool.shutdown(wait=False, cancel_futures=True)
-            save()
-            raise UserError(
-                f"shard {name} (from {spans[0].path}) failed: {str(e) or type(e).__name__}"
-            ) from None
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            save()
-            raise
-    meta["held_out"] = sum(shard["held_out"] for shard in done.values())
-    listed = {shard["name"] for shard in meta["shards"]}
-    for shard in old["shards"]:  # left from a corpus with more shards
-        if shard["name"] not in listed:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, shard["name"]))
-    meta["complete"] = True
-    save()
-    return meta
-
-
-def check_documents(plan):
-    """Raise UserError where a corpus has no document to train on, or none for validation."""
-    known = documents_of(tuple(plan[0]))
-    if not known.keys:
-        raise UserError(f"{plan[0][0].path} has no text for validation: only white space")
-    texts = itertools.chain.from_iterable(map(read_documents, plan[1:]))
-    first = next(texts, None)
-    if first is None:
-        raise UserError(f"{plan[1][0].path} has no text to train on: only white space")
-    if first in known and all(text in known for text in texts):
-        raise UserError(
-            "every training document is in the validation text too: give another --valid_source"
-        )
-
-
-def report(meta, folder):
-    """Print what write_shards() made."""
-    counts = ("documents", "tokens", "bytes", "unk")
-    total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
-    print(
-        f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
-        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
-        f"in {len(meta['shards'])} shards in {folder}"
-    )
-    if meta["held_out"]:
-        print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
-    if total["unk"]:
-        print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
-
-
-def encode_span(span, model_path, encoder, dtype):
-    """The ids of a Span: of a .txt file those of the text as it stands, else as in a shard."""
-    tokenizer = cached_tokenizer(model_path)
-    encode = tokenizer.encoder(encoder)[1]
-    texts = list(texts_of(span))
-    ids = encode(texts)[0] if is_plain(span.path) else tokenizer.encode_flat(texts, encode)
-    return ids.astype(dtype)
-
-
-def write_npy(path, tokenizer, files, num_workers, encoder="auto"):
-    """
-    Encode text files with a ByteLevel into one NumPy array of ids, piece by piece: .txt as they
-    stand, with the special tokens in them, and the documents of others behind a BOS each. Returns
-    how many ids there are, and their number format.
-    """
-    dtype, n = id_type(tokenizer), 0
-    spans = [Span(file, 0, os.path.getsize(file)) for file in files]
-    spans = all_pieces(spans, list(tokenizer.bpe.special))
-    words = tokenizer.model_path, tokenizer.encoder(encoder)[0], dtype
-    cached_tokenizer(tokenizer.model_path).encoder(words[1])  # which forked workers then have
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False}
-    with atomic_write(path) as f:
-        np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
-        begin = f.tell()
-        for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
-            ids.tofile(f)
-            n += len(ids)
-        f.seek(0)
-        np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})
-        assert f.tell() == begin  # numpy leaves room for any number
-        f.seek(0, os.SEEK_END)
-    return n, dtype
-
-
-def shard_is_whole(path, shard, dtype):
-    size = shard["tokens"] * np.dtype(dtype).itemsize
-    return os.path.exists(path) and checksum(path) == [size, shard["crc32"]]
-
-
-def shard_size_fits(path, n_tokens, dtype):
-    return os.path.exists(path) and os.path.getsize(path) == n_tokens * np.dtype(dtype).itemsize
-
-
-# ---- reading
-
-
-def read_sidecar(folder):
-    """What shards.json of a folder says, or None where there is none."""
-    path = os.path.join(folder, SIDECAR)
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-        if meta["format"] > SIDECAR_FORMAT:
-            raise UserError(f"{path} was written by a newer version of this program")
-        fields = [meta[k] for k in ("vocab_size", "tokenizer_hash", "complete")]
-        fields += [s[k] for s in meta["shards"] for k in ("name", "source", "documents", "bytes")]
-        names = [s["name"] for s in meta["shards"]]
-        if meta["dtype"] not in ("uint16", "uint32") or names != list(map(os.path.basename, names)):
-            raise ValueError
-        return meta
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
-
-
 class TokenData:
     """
     The shards of a folder, checked and memory-mapped: `train` and `valid` are lists of arrays, and
@@ -364,48 +102,25 @@ class TokenData:
     def __init__(self, paths, seq_len, tokenizer=None, check=True):
         folder, vocab_size = paths.shards, paths.vocab_size
         again = f"python tinystories.py pretokenize {paths.make_hint()}"
-        again_or_web = f"make them with: {again}"
-        if paths.vocab_source == "bpe":
-            name = os.path.basename(os.path.abspath(paths.data_dir))
-            again_or_web = f"make them with: python webtext.py prepare --source={name}, or {again}"
         meta = read_sidecar(folder)
         if meta is None:
-            names = sorted(map(os.path.basename, glob.glob(os.path.join(folder, "*.bin"))))
-            if len(names) < 2:
-                raise UserError(f"{folder} has no token shards; {again_or_web}{paths.others()}")
-            dtype = "uint16"
+            names, dtype = names_without_sidecar(paths, again), "uint16"
         else:
-            names, dtype = [s["name"] for s in meta["shards"]], meta["dtype"]
             again = meta.get("made_by", again)
-            if meta["vocab_size"] != vocab_size:
-                raise UserError(
-                    f"vocab_size = {vocab_size}, but the shards in {folder} "
-                    f"have a vocabulary of {meta['vocab_size']}"
-                )
-            if not meta["complete"]:
-                raise UserError(f"{folder} is not finished yet; run: {again}")
-            if len(names) < 2:
-                raise UserError(
-                    f"{folder} has {len(names)} shard with a document in it, and needs one for "
-                    f"validation and one to train on: give more text"
-                )
-            if tokenizer and tokenizer.hash != meta["tokenizer_hash"]:
-                raise UserError(
-                    f"{folder} was made with another tokenizer than "
-                    f"{tokenizer.model_path} is now; run: {again}"
-                )
+            names, dtype = [s["name"] for s in meta["shards"]], meta["dtype"]
+            check_sidecar(meta, folder, vocab_size, tokenizer, again)
         if tokenizer and tokenizer.vocab_size != vocab_size:
             raise UserError(
                 f"vocab_size = {vocab_size}, but {tokenizer.model_path} has {tokenizer.vocab_size}"
             )
+        width = np.dtype(dtype).itemsize
         shards, crcs = [], []
         longest = max((s["tokens"] for s in meta["shards"][1:]), default=0) if meta else 0
         for i, name in enumerate(names):
             path = os.path.join(folder, name)
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            n_tokens = size // np.dtype(dtype).itemsize
+            n_tokens = (os.path.getsize(path) if os.path.exists(path) else 0) // width
             expected = meta["shards"][i]["tokens"] if meta else n_tokens
-            if not shard_size_fits(path, expected, dtype):
+            if not shard_size_fits(path, expected, width):
                 raise UserError(f"shard {path} is missing or damaged; run: {again}")
             if n_tokens < seq_len + 1 and i and longest > seq_len:
                 continue  # no window of it, but of others: the rest of a file, or a small one
@@ -446,13 +161,48 @@ class TokenData:
                             )
                 if expected not in (None, crc):
                     raise UserError(
-                        f"shard {shard.filename} has changed; make it anew with: {again}"
+                        f"shard {shard.filename} has changed; make it again with: {again}"
                     )
 
     def tokens_per_byte(self):
         """Validation tokens a byte of text, BOS counted; None where the bytes are unknown."""
         n_tokens = sum(map(len, self.valid))
         return n_tokens / self.valid_bytes if self.valid_bytes else None
+
+
+def names_without_sidecar(paths, again):
+    """The shards of a folder that llama2.c made. Raises UserError if there are none."""
+    again = f"make them with: {again}"
+    if paths.vocab_source == "bpe":
+        name = os.path.basename(os.path.abspath(paths.data_dir))
+        again = again.replace(": ", f": python webtext.py prepare --source={name}, or ", 1)
+    if os.path.exists(os.path.join(paths.shards, PARTS)):
+        raise UserError(f"{paths.shards} is not finished yet; {again}")
+    names = sorted(map(os.path.basename, glob.glob(os.path.join(paths.shards, "*.bin"))))
+    if len(names) < 2:
+        raise UserError(f"{paths.shards} has no token shards; {again}{paths.others()}")
+    return names
+
+
+def check_sidecar(meta, folder, vocab_size, tokenizer, again):
+    """Raise UserError unless the shards are finished, and of this vocabulary and tokenizer."""
+    if meta["vocab_size"] != vocab_size:
+        raise UserError(
+            f"vocab_size = {vocab_size}, but the shards in {folder} "
+            f"have a vocabulary of {meta['vocab_size']}"
+        )
+    if not meta["complete"]:
+        raise UserError(f"{folder} is not finished yet; run: {again}")
+    if len(meta["shards"]) < 2:
+        raise UserError(
+            f"{folder} has {len(meta['shards'])} shard with a document in it, and needs one for "
+            f"validation and one to train on: give more text"
+        )
+    if tokenizer and tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(
+            f"{folder} was made with another tokenizer than "
+            f"{tokenizer.model_path} is now; run: {again}"
+        )
 
 
 def chunks(shard):

@@ -9,11 +9,10 @@ Data for training: from stories on disk or on the net to token shards.
 `--vocab_source=bpe`, or `--tokenizer=bpe`, takes byte-level BPE in place of SentencePiece.
 
 Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
-with <|endoftext|> between them), .json or .jsonl. The first shard is validation unless
---valid_source names a text for it.
+with <|endoftext|> between them), .json or .jsonl. A document is for validation by a hash of its
+text, unless --valid_source names a text for that.
 """
 
-import itertools
 import json
 import os
 import shlex
@@ -21,14 +20,14 @@ import shutil
 
 from tqdm import tqdm
 
-from bpe import BPETokenizer, train_on
 from configurator import UserError, configure
-from dataset import DataPaths, cached_tokenizer, report, write_shards
+from dataset import DataPaths
 from system.files import atomic_write, download, unpack
 from system.workers import worker_count
-from text.corpus import SEPARATOR, plan_shards, read_documents, text_files
+from text.corpus import plan_shards, text_files
+from text.shards import choose_split, report, training_documents, write_shards
 from text.synth import make_stories
-from tokenizer import open_tokenizer, train_sentencepiece
+from tokenizer import cached_tokenizer, open_tokenizer, train_byte_level, train_sentencepiece
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
@@ -37,7 +36,8 @@ vocab_size = 4096  # pieces of the vocabulary; 0 stands for Llama 2's own
 vocab_source = "custom"  # custom: SentencePiece; bpe: byte-level BPE; llama2: Meta's, in data_dir
 tokenizer = ""  # sentencepiece or bpe: another way to say --vocab_source=custom or bpe
 source = ""  # text to use instead of the downloaded stories: a file, or a folder of files
-valid_source = ""  # text for validation; without one the first shard is taken
+valid_source = ""  # text for validation; without one a part of the documents is taken
+valid_frac = 0.0  # that part; 0: 0.1 below 2.5 MB, 0.05 below 200 MB, else 0.005
 num_workers = 0  # processes; 0: one a core
 # download
 dataset = "all_data"  # all_data: the stories as JSON; v2: TinyStoriesV2-GPT4 as two text files
@@ -60,7 +60,7 @@ FASTER = dict.fromkeys(
 )
 V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 ARCHIVE = "TinyStories_all_data.tar.gz"
-N_JSON = 20  # JSON files of the practice corpus; the first is validation
+N_JSON = 20  # JSON files of the practice corpus
 
 
 def fetch(repo, name, path):
@@ -156,16 +156,14 @@ def is_practice_corpus(folder):
         return b'"source": "synth"' in f.read(1 << 14)
 
 
-def corpus_plan():
-    """The shards of --source, or of what has been downloaded."""
-    if source:
-        return plan_shards(source, valid_source)
+def corpus():
+    """The path of the text, and that of a text for validation or ""."""
     stories = DataPaths(data_dir, "custom", vocab_size).stories
     v2_train, v2_valid = (os.path.join(data_dir, name) for name in (V2_TRAIN, V2_VALID))
-    if os.path.isdir(stories):
-        return plan_shards(stories, valid_source)
+    if source or os.path.isdir(stories):
+        return source or stories, valid_source
     if os.path.exists(v2_train):
-        return plan_shards(v2_train, valid_source or v2_valid)
+        return v2_train, valid_source or v2_valid
     raise UserError(
         f"there are no stories in {data_dir}; get them with: python tinystories.py download "
         f"(or synth for a practice corpus), or name a text with --source=PATH"
@@ -178,31 +176,22 @@ def train_vocab_stage():
         raise UserError("Llama 2's vocabulary is not trained here; give a --vocab_size from 64 up")
     if not 64 <= vocab_size <= 1_000_000:
         raise UserError(f"vocab_size = {vocab_size}: expected 64 to 1,000,000")
-    if vocab_mb < 1:
-        raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
-    spans = [span for shard in corpus_plan()[1:] for span in shard]  # validation stays unseen
-    (train_bpe_vocab if vocab_source == "bpe" else train_sentencepiece_vocab)(paths, spans)
+    files, workers = plan_shards(*corpus()), worker_count(num_workers)
+    texts = training_documents(files, choose_split(files, valid_frac), vocab_mb)
+    if vocab_source == "bpe":
+        bpe = train_byte_level(texts, vocab_size, data_dir, workers, pattern_name)
+        bpe.save(paths.tokenizer_model)
+    else:
+        train_sentencepiece_vocab(paths, list(texts), workers)
     open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
     print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
     print(f"next: python tinystories.py pretokenize {same_flags()}")
 
 
-def train_sentencepiece_vocab(paths, spans):
-    limit, n_bytes, texts = vocab_mb * 1_000_000, 0, []
-    bar = tqdm(total=sum(s.end - s.start for s in spans), unit="B", unit_scale=True, desc="read")
-    with bar:
-        for span in spans:
-            for text in read_documents([span]):
-                texts.append(text)
-                n_bytes += len(text.encode())
-                if n_bytes >= limit:
-                    break
-            bar.update(span.end - span.start)
-            if n_bytes >= limit:
-                print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
-                break
+def train_sentencepiece_vocab(paths, texts, workers):
+    n_bytes = sum(len(text.encode()) for text in texts)
     print(f"training {vocab_size} pieces on {n_bytes:,} bytes of text")
-    model, about = train_sentencepiece(texts, vocab_size, worker_count(num_workers))
+    model, about = train_sentencepiece(texts, vocab_size, workers)
     if not about["byte_fallback"]:
         print(
             f"{vocab_size} pieces have no room for 256 bytes and the alphabet: "
@@ -212,22 +201,6 @@ def train_sentencepiece_vocab(paths, spans):
         print(f"too rare for a piece of their own: {about['dropped'][:100]!r}")
     with atomic_write(paths.tokenizer_model) as f:
         f.write(model)
-
-
-def train_bpe_vocab(paths, spans):
-    total = list(itertools.accumulate(span.end - span.start for span in spans))
-    n_spans = 1 + sum(n_bytes < vocab_mb * 1_000_000 for n_bytes in total[:-1])
-    if n_spans < len(spans):
-        print(f"--vocab_mb={vocab_mb}: training on the first {total[n_spans - 1] / 1e6:.0f} MB")
-    special = [SEPARATOR.decode()]
-    words = vocab_size, special, worker_count(num_workers), pattern_name
-    vocab, merges = train_on(spans[:n_spans], *words)
-    if len(vocab) < vocab_size:
-        raise UserError(
-            f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
-            f"vocab_size"
-        )
-    BPETokenizer(vocab, merges, special, pattern_name).save(paths.tokenizer_model)
 
 
 def pretokenize_stage():
@@ -251,17 +224,22 @@ def pretokenize_stage():
     tokenizer.export(paths.tokenizer_bin)
     name, _ = tokenizer.encoder(encoder)
     print(f"encoding with {name}{FASTER.get(name, '')}")
-    workers = worker_count(num_workers)
-    report(write_shards(paths.shards, tokenizer, corpus_plan(), workers, name), paths.shards)
+    workers, files = worker_count(num_workers), plan_shards(*corpus())
+    split = choose_split(files, valid_frac)
+    about = {
+        "valid_source": [os.path.abspath(corpus()[0])],
+        "made_by": f"python tinystories.py pretokenize {same_flags()}",
+    }
+    report(write_shards(paths.shards, tokenizer, files, split, workers, name, about), paths.shards)
     print(f"next: python train.py {paths.make_hint()}")
 
 
 def same_flags():
     """The flags that name the same corpus and vocabulary in the next command."""
     flags = [DataPaths(data_dir, vocab_source, vocab_size).make_hint()]
-    for name, value in (("source", source), ("valid_source", valid_source)):
-        if value:
-            flags.append(f"--{name}={shlex.quote(value)}")
+    for name in ("source", "valid_source", "valid_frac"):
+        if value := globals()[name]:
+            flags.append(f"--{name}={shlex.quote(str(value))}")
     return " ".join(flags)
 
 

@@ -25,20 +25,24 @@ encodes faster: a method in ENCODERS of a class.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
 import json
 import os
 import struct
+import tempfile
 from collections import Counter
 
 import numpy as np
 import sentencepiece
 
-from bpe import PATTERNS, BPETokenizer, as_visible, ranges
+from bpe import PATTERNS, BPETokenizer, as_visible, ranges, train_on
 from configurator import UserError, one_sentence_errors
 from system.files import atomic_write
+from text.corpus import SEPARATOR, whole_file
+from text.shards import write_sample
 
 SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
@@ -72,6 +76,10 @@ class Tokenizer:
             proto = read_model(self.model_path)
             self.hash = hashlib.sha256(proto).hexdigest()
         self.proto = proto
+
+    def __reduce__(self):
+        """How it gets to another process: by its path, opened once there."""
+        return cached_tokenizer, (self.model_path,)
 
     def encoder(self, name="auto"):
         """
@@ -352,6 +360,16 @@ def open_tokenizer(model_path, proto=None):
     return (ByteLevel if data[:1] == b"{" else SentencePiece)(model_path, proto)
 
 
+def cached_tokenizer(model_path):
+    """open_tokenizer() of a file that is opened again only if it has changed."""
+    return opened(model_path, os.stat(model_path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def opened(model_path, mtime_ns):
+    return open_tokenizer(model_path)
+
+
 def c_tokenizer_path(model_path):
     """data/tok128.model -> data/tok128.bin"""
     return model_path.removesuffix(".model") + ".bin"
@@ -424,6 +442,29 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
             f"({str(e).rpartition(']')[2].strip() or e}); give it more text or a smaller vocab_size"
         ) from None
     return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
+
+
+def train_byte_level(texts, vocab_size, folder, num_workers=1, pattern_name="gpt2"):
+    """
+    Train byte-level BPE on documents, an iterable of str, by way of a temporary file in `folder`.
+    Raises UserError if the text is too small for the size.
+    """
+    if pattern_name not in PATTERNS:
+        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
+    special = [SEPARATOR.decode()]
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as sample_folder:
+        sample = os.path.join(sample_folder, "sample.txt")
+        n_bytes = write_sample(sample, texts)
+        print(f"training {vocab_size:,} tokens on {n_bytes:,} bytes of text")
+        spans = [whole_file(sample)]
+        vocab, merges = train_on(spans, vocab_size, special, num_workers, pattern_name)
+    if len(vocab) < vocab_size:
+        raise UserError(
+            f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
+            f"vocab_size"
+        )
+    return BPETokenizer(vocab, merges, special, pattern_name)
 
 
 def proto_module():

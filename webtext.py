@@ -24,48 +24,35 @@ To add a source: a line in SOURCES.
 
 import collections
 import contextlib
-import glob
 import os
-import queue
 import re
 import shlex
 import threading
 import zlib
+from concurrent.futures import Future
 from urllib.parse import quote
 
 import numpy as np
 from tqdm import tqdm
 
-from bpe import PATTERNS, BPETokenizer, train_on
 from configurator import UserError, configure
-from dataset import (
-    CHUNK,
-    SIDECAR,
-    SIDECAR_FORMAT,
-    DataPaths,
-    cached_tokenizer,
+from dataset import CHUNK, DataPaths
+from formats.hftokenizer import byte_level_from_json
+from system.files import atomic_write, checksum, download, remove
+from system.remote import need, reason, secret
+from system.workers import worker_count
+from text.corpus import MTIME, READABLE, File, text_files
+from text.pieces import COUNTS
+from text.shards import (
+    choose_split,
+    finish,
     read_sidecar,
     report,
-    shard_is_whole,
+    training_documents,
+    write_shards,
+    write_sidecar,
 )
-from formats.hftokenizer import byte_level_from_json
-from system.files import atomic_write, download, remove, write_json
-from system.remote import need, reason, secret
-from system.workers import in_order, worker_count
-from text.corpus import SEPARATOR, STREAMS, Span, stream_documents, stream_ending
-from text.pieces import (
-    COUNTS,
-    MTIME,
-    File,
-    Part,
-    batches_of,
-    encode_batch,
-    is_for_validation,
-    known_documents,
-    merge,
-    saved_at_end,
-)
-from tokenizer import open_tokenizer
+from tokenizer import cached_tokenizer, open_tokenizer, train_byte_level
 
 # -----------------------------------------------------------------------------
 stage = ""  # train_vocab, prepare or merge
@@ -73,7 +60,7 @@ source = ""  # fineweb-6b, fineweb, fineweb-edu, openwebtext, hf:user/name, or a
 folder = ""  # of the files in a dataset of the hub, such as sample/100BT; "": the source's own
 n_files = 0  # how many of the files, from the first; 0: all
 valid_source = ""  # a file or folder for validation; without one a part of the documents is taken
-valid_frac = 0.0  # that part; 0: 0.005, of less than 200 MB 0.05
+valid_frac = 0.0  # that part; 0: 0.1 below 2.5 MB, 0.05 below 200 MB, else 0.005
 data_dir = ""  # everything is written below this folder; "": data/NAME of the source
 vocab_size = 49152  # of byte-level BPE
 num_workers = 0  # processes; 0: one a core
@@ -107,8 +94,6 @@ TOKENIZED = {
         "config/smol_llama_360m.py",
     )
 }
-SMALL = 200_000_000  # bytes of files from which on VALID_FRAC of the documents are for validation
-VALID_FRAC, SMALL_VALID_FRAC = 0.005, 0.05
 
 
 # ---- which files there are
@@ -166,25 +151,17 @@ def all_files():
 
 
 def files_here(path, is_valid):
-    paths = [path]
-    if os.path.isdir(path):
-        paths = sorted(os.path.join(path, name) for name in os.listdir(path))
-        paths = [one for one in paths if os.path.isfile(one) and stream_ending(one)]
-        paths = [one for one in paths if os.path.basename(one) != SIDECAR]
-    elif not os.path.exists(path):
+    if not os.path.exists(path):
         names = ", ".join([*TOKENIZED, *SOURCES])
         raise UserError(f"{path!r} does not exist: expected {names}, hf:user/name, or a path")
-    elif not stream_ending(path):
-        paths = []
-    if not paths:
-        raise UserError(
-            f"{path}: expected files ending in {', '.join(STREAMS)}, or .gz of the text; "
-            f"folders in a folder are not read"
-        )
     return [
         File(os.path.basename(one), info.st_size, f"{MTIME}{info.st_mtime_ns}", one, "", is_valid)
-        for one, info in ((one, os.stat(one)) for one in paths)
+        for one, info in ((one, os.stat(one)) for one in text_files(path, READABLE))
     ]
+
+
+def is_readable(name):
+    return name.lower().endswith(READABLE)
 
 
 def files_of_hub():
@@ -196,7 +173,7 @@ def files_of_hub():
     hub = need("huggingface_hub", "web")
     api = hub.HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
     words = {"repo_type": "dataset", "revision": revision}
-    is_file = bool(stream_ending(inside))
+    is_file = is_readable(inside)
     try:
         tree = list(
             api.list_repo_tree(repo, None if is_file else inside or None, recursive=True, **words)
@@ -204,7 +181,7 @@ def files_of_hub():
     except Exception as e:  # of the hub, of the network, of the name
         raise UserError(f"cannot list {repo} at {endpoint}: {reason(e)}") from None
     files = {entry.path: entry for entry in tree if hasattr(entry, "size")}
-    wanted = [inside, valid] if is_file else sorted(filter(stream_ending, files))
+    wanted = [inside, valid] if is_file else sorted(filter(is_readable, files))
     found = []
     for name in wanted:
         if name and name not in files:
@@ -217,7 +194,7 @@ def files_of_hub():
             found.append(File(name, size, version, local, address(repo, name), name == valid))
     if not found:
         where = f"{repo}/{inside}" if inside else repo
-        raise UserError(f"{where} at {endpoint} has no file ending in {', '.join(STREAMS)}")
+        raise UserError(f"{where} at {endpoint} has no file ending in {', '.join(READABLE)}")
     return found
 
 
@@ -251,90 +228,52 @@ def fetch(file):
 
 def fetched(files):
     """Yield Files that are here, the next one being downloaded meanwhile."""
-
-    def start(file):
-        done = queue.Queue(1)
-
-        def work():
-            try:
-                done.put(fetch(file))
-            except BaseException as e:  # raised where it is waited for
-                done.put(e)
-
-        # a daemon, so that Ctrl-C need not wait for gigabytes
-        threading.Thread(target=work, daemon=True).start()
-        return done
-
     waiting = collections.deque()
     for file in files:
-        waiting.append((file, start(file)))
+        waiting.append((file, in_background(fetch, file)))
         if len(waiting) == 2:
-            yield ready(*waiting.popleft())
-    while waiting:
-        yield ready(*waiting.popleft())
+            first, done = waiting.popleft()
+            done.result()
+            yield first
+    for last, done in waiting:
+        done.result()
+        yield last
 
 
-def ready(file, done):
-    if error := done.get():
-        raise error
-    return file
+def in_background(function, *words):
+    """The Future of a function that runs in a daemon: Ctrl-C need not wait for gigabytes."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*words))
+        except BaseException as e:  # raised where it is waited for
+            future.set_exception(e)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def fetched_one_by_one(files):
+    for file in files:
+        fetch(file)
+        yield file
 
 
 # ---- stages
 
 
 def train_vocab_stage():
-    if pattern_name not in PATTERNS:
-        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
     workers = worker_count(num_workers)
     check_folder()
-    paths, files = data_paths(), all_files()
-    frac, valid_paths = how_to_split(files)
     if not 257 <= vocab_size <= 1_000_000:
         raise UserError(f"vocab_size = {vocab_size}: expected 257 to 1,000,000")
-    if vocab_mb < 1:
-        raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
-    sample = os.path.join(downloads(), "vocab_sample.txt")
-    os.makedirs(downloads(), exist_ok=True)
-    special = [SEPARATOR.decode()]
-    try:
-        n_bytes = write_sample(sample, files, frac, valid_paths)
-        spans = [Span(sample, 0, os.path.getsize(sample))]
-        print(f"training {vocab_size:,} tokens on {n_bytes:,} bytes of text")
-        vocab, merges = train_on(spans, vocab_size, special, workers, pattern_name)
-    finally:
-        remove(sample)
-        tidy()
-    if len(vocab) < vocab_size:
-        raise UserError(
-            f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
-            f"vocab_size"
-        )
-    save_tokenizer(BPETokenizer(vocab, merges, special, pattern_name), paths)
+    paths, files = data_paths(), all_files()
+    texts = training_documents(files, how_to_split(files), vocab_mb, fetched_one_by_one)
+    save_tokenizer(
+        train_byte_level(texts, vocab_size, paths.data_dir, workers, pattern_name), paths
+    )
     print(f"next: python webtext.py prepare {same_flags()}")
-
-
-def write_sample(path, files, frac, valid_paths):
-    """Write the first vocab_mb of training documents to a .txt file; returns their bytes."""
-    n_bytes, limit = 0, vocab_mb * 1_000_000
-    size = sum(file.size for file in files if not file.is_valid)
-    bar = tqdm(total=min(limit, size), unit="B", unit_scale=True, desc="read")
-    with bar, open(path, "wb") as f:
-        for file in files:
-            if file.is_valid:
-                continue
-            fetch(file)
-            for text, _ in stream_documents(file.path):
-                held_out = text in known_documents(valid_paths) if valid_paths else False
-                if held_out or (not valid_paths and is_for_validation(text, frac)):
-                    continue
-                data = text.encode()
-                f.write(data + SEPARATOR)
-                n_bytes += len(data)
-                bar.update(len(data))
-                if n_bytes >= limit:
-                    return n_bytes
-    return n_bytes
 
 
 def save_tokenizer(bpe, paths):
@@ -350,16 +289,11 @@ def tidy():
 
 
 def how_to_split(files):
-    """The part of the documents that is for validation, and the paths of files that are, here."""
-    if not 0 <= valid_frac < 1:
-        raise UserError(f"valid_frac = {valid_frac}: expected from 0 to below 1")
-    valid = [file for file in files if file.is_valid]
-    for file in valid:
-        fetch(file)
-    if valid:
-        return 0.0, tuple(file.path for file in valid)
-    size = sum(file.size for file in files)
-    return valid_frac or (VALID_FRAC if size >= SMALL else SMALL_VALID_FRAC), ()
+    """The Split of the files; those for validation are then here."""
+    for file in files:
+        if file.is_valid:
+            fetch(file)
+    return choose_split(files, valid_frac)
 
 
 def this_machine():
@@ -387,16 +321,28 @@ def prepare_stage():
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{paths.tokenizer_model} has {tokenizer.vocab_size} tokens: give that")
     files = all_files()
-    frac, valid_paths = how_to_split(files)
-    split = [frac, *(file.key() for file in files if file.is_valid)]
-    by_file = sum(not file.is_valid for file in files) >= n
-    part = Part(paths.shards, i, n, tokenizer, files, split, by_file)
+    split = how_to_split(files)
     name, _ = tokenizer.encoder(encoder)
     faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
     print(f"encoding with {name}{faster}")
-    write_part(part, files, tokenizer, name, frac, valid_paths)
-    if n == 1:
-        finish(*merge(paths.shards, 1))
+    meta = write_shards(
+        paths.shards,
+        tokenizer,
+        files,
+        split,
+        worker_count(num_workers),
+        name,
+        about(),
+        (i, n),
+        fetched,
+        drop,
+    )
+    for file in files:
+        if file.url and file.is_valid and not keep_raw:
+            remove(file.path)
+    tidy()
+    if meta:
+        say_next(meta)
         return
     print(
         f"part {shard} is done; once all {n} are, in one folder: "
@@ -404,37 +350,11 @@ def prepare_stage():
     )
 
 
-def write_part(part, files, tokenizer, encoder_name, frac, valid_paths):
-    """Do this machine's part of the work."""
-    number = {file: k for k, file in enumerate(files)}
-    todo = part.todo(files)
-    n_bytes = sum(file.size for file in todo)
-    print(f"{len(todo)} of {len(files)} files to read, {n_bytes / 1e9:.2f} GB")
-    words = tokenizer.model_path, encoder_name, part.dtype, frac, valid_paths
-    stream = (batch for file in fetched(todo) for batch in batches_of(file, todo[file]))
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="prepare", disable=not todo)
-    results, at, before = [], None, 0
-    with bar, saved_at_end(part):
-        for batch, result in in_order(encode_batch, stream, words, worker_count(num_workers)):
-            k = number[batch.file]
-            if results and (batch.is_last or at != (k, batch.piece)):
-                part.add(*at, results)
-                results = []
-            bar.update(before + batch.read - bar.n)
-            if batch.is_last:
-                part.finish(k, batch.piece)
-                before += batch.file.size
-                if batch.file.url and not keep_raw and not batch.file.is_valid:
-                    part.save()
-                    remove(batch.file.path)
-            else:
-                results, at = [*results, result], (k, batch.piece)
-    part.meta["complete"] = True
-    part.save()
-    for file in files:
-        if file.url and file.is_valid and not keep_raw:
-            remove(file.path)
-    tidy()
+def drop(file, part):
+    """Delete a downloaded training file that is in shards."""
+    if file.url and not keep_raw and not file.is_valid:
+        part.save()
+        remove(file.path)
 
 
 def merge_stage():
@@ -442,30 +362,17 @@ def merge_stage():
         raise UserError(f"{source} is ready-made: there is nothing to merge")
     if shards < 1:
         raise UserError(f"shards = {shards}: expected how many machines there were")
-    finish(*merge(data_paths().shards, shards))
+    say_next(finish(data_paths().shards, shards, about()))
 
 
-def finish(about, listed, held_out=0, preset=""):
-    """Write shards.json, remove what it does not list, and say what there is."""
-    shards_folder = data_paths().shards
-    meta = {
-        "format": SIDECAR_FORMAT,
-        **about,
-        "valid_source": [full_source()],
-        "made_by": f"python webtext.py prepare {same_flags()}",
-        "held_out": held_out,
-        "complete": True,
-        "shards": listed,
-    }
-    write_json(os.path.join(shards_folder, SIDECAR), meta)
-    names = {one["name"] for one in listed}
-    found = glob.glob(os.path.join(glob.escape(shards_folder), "data*.bin"))
-    if old := [path for path in found if os.path.basename(path) not in names]:
-        print(f"{len(old)} shards of before that are not in this source are deleted")
-    for path in old:
-        remove(path)
-    report(meta, shards_folder)
-    print(f"for validation: {listed[0]['documents']:,} documents, {listed[0]['tokens']:,} tokens")
+def about():
+    """What the sidecar says of where the shards come from."""
+    made_by = f"python webtext.py prepare {same_flags()}"
+    return {"valid_source": [full_source()], "made_by": made_by}
+
+
+def say_next(meta, preset=""):
+    report(meta, data_paths().shards)
     where = f"--data_dir={shlex.quote(data_dir)}" if data_dir else ""
     print(f"next: python train.py {f'{preset} {where}' if preset else data_paths().make_hint()}")
 
@@ -496,7 +403,8 @@ def prepare_tokenized():
     for name, there in (("data00.bin", valid_name), ("data01.bin", train_name)):
         path, source_key = os.path.join(paths.shards, name), f"{repo}@{revision}/{there}"
         one = kept.get(name, {"source": []})
-        if one["source"] == [source_key] and shard_is_whole(path, one, "uint16"):
+        is_same = one["source"] == [source_key] and os.path.exists(path)
+        if is_same and checksum(path) == [2 * one["tokens"], one["crc32"]]:
             print(f"{path} is there already")
         else:
             raw = os.path.join(downloads(), f"{quote(revision, safe='')}_{os.path.basename(there)}")
@@ -509,8 +417,9 @@ def prepare_tokenized():
             os.replace(raw, path)
         listed.append(one)
     tidy()
-    about = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
-    finish(about, listed, preset=preset)
+    shared = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
+    meta = write_sidecar(paths.shards, {**shared, **about(), "held_out": 0}, listed)
+    say_next(meta, preset)
 
 
 def get_tokenizer(repo, folder, path):

@@ -1,20 +1,21 @@
 """
-Text on disk as documents: which files there are, how they are cut into shards, what they say.
+Text on disk as documents: which files there are, how they are cut, what they say.
 
-Three shapes are read, told apart by the end of the name:
-  .txt    documents with <|endoftext|> between them (TinyStoriesV2-GPT4)
-  .json   a list of objects with the text under "story" or "text" (TinyStories_all_data)
-  .jsonl  one such object a line
-Documents lose the white space around them, and empty ones are passed over, as in llama2.c.
+Four shapes are read, told apart by the end of the name:
+  .txt      documents with <|endoftext|> between them (TinyStoriesV2-GPT4)
+  .json     a list of objects with the text under "story" or "text" (TinyStories_all_data)
+  .jsonl    one such object a line
+  .parquet  a table with a column "story" or "text"
+The first three may be compressed with gzip (.txt.gz) where a file is read from its beginning.
+Documents lose the white space around them, and empty ones are dropped, as in llama2.c.
 
-Files of any size can be read as a stream too, from their beginning: then .parquet tables, and the
-three compressed with gzip (.txt.gz), are known as well.
-
-To add a shape: a reader in READERS and a way to find its document borders in BORDERS; for streams
-one in STREAMS.
+To add a shape: a reader in READERS, and a way to find its document borders in BORDERS if a file
+can be cut into parts.
 """
 
+import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
@@ -27,10 +28,13 @@ from configurator import UserError
 SEPARATOR = b"<|endoftext|>"
 SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
 FIELDS = ("story", "text")
-MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut; the first is 2 % or more of it
+PLAIN = (".txt", ".json", ".jsonl")  # endings of files that can be read from anywhere
+READABLE = (*PLAIN, ".txt.gz", ".json.gz", ".jsonl.gz", ".parquet")  # or from the beginning
+MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
-UTF8 = "utf-8-sig"  # which passes over the mark that Windows puts before a file
-LONGEST = 1 << 28  # bytes of one document of a stream, which is in memory as a whole
+MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
+UTF8 = "utf-8-sig"  # which skips the byte order mark that Windows puts before a file
+LONGEST = 1 << 28  # bytes of one document, which is in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -48,55 +52,98 @@ class Span:
         return f"{name} {info.st_size} {info.st_mtime_ns} {self.start}-{self.end}"
 
 
-def text_files(source):
-    """The files behind a path: itself, or those of a folder with a known ending, sorted."""
-    if os.path.isfile(source):
-        if os.path.splitext(source)[1] not in READERS:
-            raise UserError(f"{source}: expected a file ending in {', '.join(READERS)}")
-        return [source]
-    if not os.path.isdir(source):
+@dataclass(frozen=True)
+class File:
+    """A file of text, read from its beginning: at `path`, once it is downloaded from `url`."""
+
+    name: str
+    size: int  # bytes
+    version: str  # changes when the content does
+    path: str
+    url: str = ""
+    is_valid: bool = False  # all of it is for validation
+
+    def key(self):
+        return [self.name, self.size, self.version]
+
+    def documents(self):
+        return (text for text, _ in stream_documents(self.path))
+
+
+@dataclass(frozen=True)
+class Section:
+    """Spans of files on this machine that make one shard."""
+
+    spans: tuple
+    is_valid: bool = False
+    url = ""
+
+    @property
+    def name(self):
+        return os.path.basename(self.spans[0].path)
+
+    @property
+    def path(self):
+        return self.spans[0].path
+
+    @property
+    def size(self):
+        return sum(span.end - span.start for span in self.spans)
+
+    def key(self):
+        return [span.key() for span in self.spans]
+
+    def documents(self):
+        return read_documents(self.spans)
+
+
+# ---- which files, and where to cut them
+
+
+def text_files(source, endings=PLAIN):
+    """The file `source`, or the files of that folder with one of `endings`, sorted."""
+    if not os.path.exists(source):
         raise UserError(f"{source} does not exist")
-    names = sorted(n for n in os.listdir(source) if os.path.splitext(n)[1] in READERS)
-    files = [os.path.join(source, n) for n in names if n != SIDECAR]
-    if not files:
-        raise UserError(f"folder {source} has no file ending in {', '.join(READERS)}")
-    return files
+    paths = [source]
+    if os.path.isdir(source):
+        paths = sorted(os.path.join(source, name) for name in os.listdir(source))
+        paths = [p for p in paths if os.path.isfile(p) and os.path.basename(p) != SIDECAR]
+    paths = [path for path in paths if path.lower().endswith(endings)]
+    if not paths:
+        raise UserError(
+            f"{source}: expected a file, or a folder of files, ending in {', '.join(endings)}"
+        )
+    return paths
 
 
 def plan_shards(source, valid_source=""):
     """
-    Cut a corpus into shards: a list of lists of Spans, the first of which is for validation: all of
-    `valid_source` where one is given, else the first part. Depends on the files alone.
+    Cut a corpus into Sections, one a shard; those of valid_source come first. Depends on the files
+    alone.
     """
-    files = text_files(source)
-    valid = []
+    files, valid = text_files(source), []
     if valid_source:
         valid_files = text_files(valid_source)
-        valid = [[Span(f, 0, os.path.getsize(f)) for f in valid_files]]
         files = [f for f in files if not any(os.path.samefile(f, v) for v in valid_files)]
         if not files:
             raise UserError(f"{valid_source} is all of {source}: nothing is left to train on")
+        valid = grouped([whole_file(path) for path in valid_files], LARGE_SHARD)
     total = sum(map(os.path.getsize, files))
     n = min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS)
     n = max(n, -(-total // LARGE_SHARD))
     spans = []
     for path in files:
-        size = os.path.getsize(path)
-        # The dataset's own JSON shards stay as they are; finding borders inside means parsing
-        whole = path.endswith(".json") and (len(files) > 1 or valid_source)
-        cuts = [] if whole else cut_points(path, max(1, round(n * size / max(total, 1))))
-        ends = [0, *cuts, size]
-        spans += [Span(path, a, b) for a, b in itertools.pairwise(ends) if b > a]
-    train = grouped(spans, total // n)
-    if len(train) + len(valid) < 2:
-        for _ in itertools.chain.from_iterable(map(read_documents, train)):
-            pass  # if it cannot be read at all, that says why
-        raise UserError(
-            f"{source} cannot be cut into a training and a validation part: expected several "
-            f"documents, in .txt files with {SEPARATOR.decode()} between them; "
-            f"or give a validation text with --valid_source"
-        )
-    return valid + train
+        # the dataset's own JSON files stay as they are; finding borders inside means parsing
+        whole = ending(path) == ".json" and (len(files) > 1 or valid_source)
+        n_parts = 1 if whole else max(1, round(n * os.path.getsize(path) / max(total, 1)))
+        spans += cut(whole_file(path), n_parts)
+    return [Section(tuple(group), True) for group in valid] + [
+        Section(tuple(group)) for group in grouped(spans, total // n)
+    ]
+
+
+def whole_file(path):
+    return Span(path, 0, os.path.getsize(path))
 
 
 def grouped(spans, size):
@@ -111,12 +158,15 @@ def grouped(spans, size):
     return groups
 
 
-def cut_points(path, n):
-    """Up to n - 1 byte offsets between documents that cut a file into about equal parts."""
-    size = os.path.getsize(path)
-    next_border = BORDERS[os.path.splitext(path)[1]](path)
-    cuts = {next_border(size * i // n) for i in range(1, n)}
-    return sorted(c for c in cuts if 0 < c < size)
+def cut(span, n):
+    """Up to n Spans of about equal size that make up a Span, cut between documents."""
+    ends = [span.start, span.end]
+    if n > 1:
+        next_border = BORDERS[ending(span.path)](span.path)
+        size = span.end - span.start
+        ends += {next_border(span.start + size * i // n) for i in range(1, n)}
+    ends = sorted(end for end in set(ends) if span.start <= end <= span.end)
+    return [Span(span.path, a, b) for a, b in itertools.pairwise(ends)]
 
 
 def border_after(mark):
@@ -142,7 +192,8 @@ def border_after(mark):
 
 def json_borders(path):
     """Like border_after for a JSON list: its objects are parsed once to find where they end."""
-    text = read_text(Span(path, 0, os.path.getsize(path)))
+    with open(path, "rb") as f, readable(path):
+        text = f.read().decode()
     decoder, borders, at, n_bytes = json.JSONDecoder(), [], 0, 0
     gap = re.compile(r"[\s,\[]*(?=\{)")
     while match := gap.match(text, at):
@@ -156,70 +207,53 @@ def json_borders(path):
     return lambda offset: next((b for b in borders[:-1] if b > offset), n_bytes)
 
 
-def read_text(span):
-    with open(span.path, "rb") as f:
-        f.seek(span.start)
-        data = f.read(span.end - span.start)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{span.path} is not UTF-8 at byte {span.start + e.start:,}; convert it, "
-            f"for example with iconv -t UTF-8"
-        ) from None
-
-
-def read_txt(span):
-    yield from read_text(span).split(SEPARATOR.decode())
-
-
-def text_field(item, where):
-    for field in FIELDS:
-        if isinstance(item, dict) and isinstance(item.get(field), str):
-            return item[field]
-    raise UserError(f"{where}: expected an object with a text under {' or '.join(FIELDS)}")
-
-
-def read_json(span):
-    text = read_text(span)
-    if span.end - span.start < os.path.getsize(span.path):  # a part of the list, cut between items
-        text = "[" + text.strip(" \t\r\n[],") + "]"
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{span.path} is not JSON: {e}") from None
-    yield from texts_of_list(items, span.path)
-
-
-def texts_of_list(items, path):
-    if not isinstance(items, list):
-        raise UserError(f"{path}: expected a JSON list of stories")
-    for i, item in enumerate(items):
-        yield text_field(item, f"{path}, item {i}")
-
-
-def read_jsonl(span):
-    for line in read_text(span).split("\n"):
-        if line.strip():
-            yield text_of_line(line, span.path)
-
-
-def text_of_line(line, where):
-    try:
-        return text_field(json.loads(line), where)
-    except (ValueError, RecursionError) as e:
-        why = getattr(e, "msg", str(e))
-        raise UserError(f"{where} has a line that is not JSON: {why}") from None
-
-
-READERS = {".txt": read_txt, ".json": read_json, ".jsonl": read_jsonl}
 BORDERS = {".txt": border_after(SEPARATOR), ".json": json_borders, ".jsonl": border_after(b"\n")}
 
 
+# ---- documents
+
+
+def ending(path):
+    """The key of READERS for a file, without .gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
 def read_documents(spans):
-    """The documents of a list of Spans, one str after another."""
+    """The documents of Spans, one str after another."""
     for span in spans:
-        yield from cleaned(READERS[os.path.splitext(span.path)[1]](span))
+        with open(span.path, "rb") as f:
+            f.seek(span.start)
+            data = f.read(span.end - span.start)
+            is_part = len(data) < os.path.getsize(span.path)
+        if is_part and ending(span.path) == ".json":  # cut between the items of the list
+            data = b"[" + data.strip(b" \t\r\n[],") + b"]"
+        with readable(span.path):
+            yield from cleaned(READERS[ending(span.path)](io.BytesIO(data), span.path))
+
+
+def stream_documents(path):
+    """
+    Yield (document, bytes of the file read so far) of a file that need not fit into memory; only a
+    .json list is read as a whole. Raises UserError if it is damaged.
+    """
+    with open(path, "rb") as raw, readable(path):
+        file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
+        for text in cleaned(READERS[ending(path)](file, path)):
+            yield text, raw.tell()
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turn what goes wrong while a file is read into a UserError."""
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        before = e.object[max(0, e.start - 40) : e.start].decode(errors="ignore")
+        raise UserError(
+            f"{path} is not UTF-8 after {before!r}; convert it, for example with iconv -t UTF-8"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is damaged or was cut off: {e}") from None
 
 
 def cleaned(texts):
@@ -230,35 +264,46 @@ def cleaned(texts):
             yield text.encode("utf-8", "replace").decode()
 
 
-# ---- streams
-
-
-def stream_ending(path):
-    """The key of STREAMS for a file, "" where there is none."""
-    name = path.lower()
-    ending = os.path.splitext(name.removesuffix(".gz"))[1]
-    is_known = ending in STREAMS and not (ending == ".parquet" and name.endswith(".gz"))
-    return ending if is_known else ""
-
-
-def stream_documents(path):
+def texts_of(span):
     """
-    Yield (document, bytes of the file read so far) of a file that need not fit into memory; only a
-    .json list is read as a whole. Raises UserError where it is damaged.
+    The texts in a Span: of a .txt file all it says, whatever it is, so that it may be cut anywhere;
+    else its documents.
     """
-    read = STREAMS[stream_ending(path)]
-    with open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
-        try:
-            for text in cleaned(read(file, path)):
-                yield text, raw.tell()
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8; convert it, for example with iconv") from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise UserError(f"{path} is damaged or was cut off: {e}") from None
+    if not is_plain(span.path):
+        yield from read_documents([span])
+        return
+    with open(span.path, "rb") as f:
+        f.seek(span.start)
+        yield f.read(span.end - span.start).decode(errors="replace")
 
 
-def stream_txt(file, path):
+def is_plain(path):
+    return ending(path) not in (".json", ".jsonl")
+
+
+def text_field(item, where):
+    for field in FIELDS:
+        if isinstance(item, dict) and isinstance(item.get(field), str):
+            return item[field]
+    raise UserError(f"{where}: expected an object with a text under {' or '.join(FIELDS)}")
+
+
+def texts_of_list(items, path):
+    if not isinstance(items, list):
+        raise UserError(f"{path}: expected a JSON list of stories")
+    for i, item in enumerate(items):
+        yield text_field(item, f"{path}, item {i}")
+
+
+def text_of_line(line, where):
+    try:
+        return text_field(json.loads(line), where)
+    except (ValueError, RecursionError) as e:
+        why = getattr(e, "msg", str(e))
+        raise UserError(f"{where} has a line that is not JSON: {why}") from None
+
+
+def read_txt(file, path):
     tail, mark = b"", SEPARATOR
     while chunk := file.read(1 << 20):
         *whole, tail = (tail + chunk).split(mark)
@@ -272,7 +317,7 @@ def stream_txt(file, path):
     yield tail.decode(UTF8)
 
 
-def stream_jsonl(file, path):
+def read_jsonl(file, path):
     for i in itertools.count(1):
         if not (line := file.readline(LONGEST)):
             return
@@ -280,7 +325,7 @@ def stream_jsonl(file, path):
             yield text_of_line(line.decode(UTF8), f"{path}, line {i:,},")
 
 
-def stream_json(file, path):
+def read_json(file, path):
     try:
         items = json.loads(file.read().decode(UTF8))
     except UnicodeDecodeError:
@@ -290,7 +335,7 @@ def stream_json(file, path):
     yield from texts_of_list(items, path)
 
 
-def stream_parquet(file, path):
+def read_parquet(file, path):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -312,12 +357,12 @@ def stream_parquet(file, path):
             for rows in table.iter_batches(1024, **words):
                 yield from (text for text in rows.column(0).to_pylist() if text)
     except (ArrowException, OSError) as e:
-        raise UserError(f"{path} is no parquet file, or damaged: {e}") from None
+        raise UserError(f"{path} is not a parquet file, or is damaged: {e}") from None
 
 
-STREAMS = {
-    ".txt": stream_txt,
-    ".json": stream_json,
-    ".jsonl": stream_jsonl,
-    ".parquet": stream_parquet,
+READERS = {
+    ".txt": read_txt,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
 }

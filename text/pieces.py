@@ -1,11 +1,10 @@
 """
-The work of webtext.py prepare, in parts that machines share: files of text are cut into pieces, the
-documents of a piece into batches for workers to encode; each piece becomes an array of ids for
-training and one for validation, and all machines' pieces together one set of shards.
+The books of the writer, and the pieces that machines share: files of text are cut into pieces, the
+documents of a piece into batches for workers to encode. Each piece becomes an array of ids for
+training and one for validation; the pieces of all machines together make one set of shards.
 """
 
 import contextlib
-import functools
 import glob
 import math
 import os
@@ -16,146 +15,115 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import UserError
-from dataset import (
-    SAVE_INTERVAL,
-    SIDECAR_FORMAT,
-    Documents,
-    cached_tokenizer,
-    document_key,
-    id_type,
-    shard_is_whole,
-    shard_size_fits,
+from system.files import atomic_write, checksum, read_json, write_json
+from text.corpus import (
+    MTIME,
+    SEPARATOR,
+    Section,
+    Span,
+    cut,
+    ending,
+    read_documents,
+    stream_documents,
 )
-from system.files import atomic_write, read_json, write_json
-from text.corpus import SEPARATOR, stream_documents
 
-MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
-PIECE = 1 << 27  # characters of text, at least, in a shard, but for the last of a file
+FORMAT = 2  # of shards.json and of the files in parts
+PARTS = "parts"  # the folder, beside the shards, of what each machine has done
+PIECE = 1 << 27  # characters of text, at least, in a shard, except for the last of a file
 BATCH = 1 << 20  # characters that a worker encodes at a time
+SPAN = 1 << 22  # bytes that a worker reads at a time
+SAVE_INTERVAL = 1.0  # seconds between two writes of what is done
 COUNTS = ("documents", "tokens", "bytes", "unk", "held_out")
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of text: here at `path`, or there at `url` until it is downloaded to `path`."""
-
-    name: str
-    size: int  # bytes
-    version: str  # changes when the content does
-    path: str
-    url: str = ""
-    is_valid: bool = False  # all of it is for validation
-
-    def key(self):
-        return [self.name, self.size, self.version]
-
-
-@dataclass(frozen=True)
 class Batch:
-    """Some documents of a file, in the shard `piece` of it, with how much of it is read, bytes."""
+    """Some documents of a File or Section: a list of them, or Spans that a worker reads."""
 
-    file: File
-    piece: int
-    texts: list
-    read: int
-    is_last: bool = False  # of its file: without texts, and `piece` is how many there are
+    file: object
+    piece: int  # number of the piece of the file that they are in
+    texts: list = ()
+    spans: tuple = ()
+    read: int = 0  # bytes of the file that are read by now
+    n_pieces: int | None = None  # of the file, in its last batch
+
+    @property
+    def is_empty(self):
+        return not (self.texts or self.spans)
+
+    def documents(self):
+        return self.texts or list(read_documents(self.spans))
 
 
 def batches_of(file, wanted):
-    """Yield the Batches of a file whose number of a piece is `wanted`, and a last one."""
-    piece, texts, n_batch, n_piece, at, text = 0, [], 0, 0, 0, ""
+    """Yield the Batches of the pieces of a file for which wanted(piece) is true; one at least."""
+    return (section_batches if isinstance(file, Section) else file_batches)(file, wanted)
+
+
+def section_batches(section, wanted):
+    """A Section is a piece by itself."""
+    spans, read = [], 0
+    for span in section.spans if wanted(0) else ():
+        # finding borders in a .json file means parsing all of it
+        spans += [span] if ending(span.path) == ".json" else cut(span, size_of(span) // SPAN)
+    for span in spans[:-1]:
+        read += size_of(span)
+        yield Batch(section, 0, spans=(span,), read=read)
+    yield Batch(section, 0, spans=tuple(spans[-1:]), read=section.size, n_pieces=1)
+
+
+def size_of(span: Span):
+    return span.end - span.start
+
+
+def file_batches(file, wanted):
+    """A File is read as a stream; a piece ends once it has PIECE characters."""
+    piece, texts, n_batch, n_piece, text = 0, [], 0, 0, ""
     for text, at in stream_documents(file.path):
         if n_piece >= PIECE:
             if texts:
-                yield Batch(file, piece, texts, at)
+                yield Batch(file, piece, texts, read=at)
             piece, texts, n_batch, n_piece = piece + 1, [], 0, 0
         n_piece += len(text)
         if wanted(piece):
             texts.append(text)
             n_batch += len(text)
             if n_batch >= BATCH:
-                yield Batch(file, piece, texts, at)
+                yield Batch(file, piece, texts, read=at)
                 texts, n_batch = [], 0
-    if texts:
-        yield Batch(file, piece, texts, at)
-    yield Batch(file, piece + bool(text), [], file.size, is_last=True)
-
-
-@functools.cache
-def known_documents(paths):
-    """The Documents of validation files."""
-    return Documents(text for path in paths for text, _ in stream_documents(path))
-
-
-def is_for_validation(text, frac):
-    """By a hash of the text, so that all copies of a document fall on one side."""
-    return int.from_bytes(document_key(text)[:8], "little") < frac * 2**64
-
-
-def encode_batch(batch, model_path, encoder, dtype, frac, valid_paths):
-    """
-    The ids of a Batch for training and for validation, two arrays, and of each its COUNTS. Where
-    there are files for validation, training documents that are in them are left out; else a part
-    `frac` of all is for validation.
-    """
-    tokenizer = cached_tokenizer(model_path)
-    encode = tokenizer.encoder(encoder)[1]
-    parts, n_held_out = {False: [], True: []}, 0
-    for text in batch.texts:
-        if not valid_paths:
-            parts[is_for_validation(text, frac)].append(text)
-        elif batch.file.is_valid or text not in known_documents(valid_paths):
-            parts[batch.file.is_valid].append(text)
-        else:
-            n_held_out += 1
-    found = []
-    for is_valid, texts in parts.items():
-        ids = tokenizer.encode_flat(texts, encode).astype(dtype)
-        n_unk = int((ids == tokenizer.unk_id).sum()) if tokenizer.unk_id >= 0 else 0
-        n_bytes = sum(len(text.encode()) for text in texts)
-        counts = len(texts), len(ids), n_bytes, n_unk, 0 if is_valid else n_held_out
-        found.append((ids, dict(zip(COUNTS, counts, strict=True))))
-    return found
+    yield Batch(file, piece, texts, read=file.size, n_pieces=piece + bool(text))
 
 
 class Part:
     """
-    What one machine has done, in parts/I_of_N.json: the pieces of each file, the arrays of its
-    validation documents beside it, and those of training beside shards.json. Parts of another
-    tokenizer, split or way to share the work are begun anew. by_file: each machine has files of its
-    own, since there are enough; else every n-th piece of each.
+    What machine i of n has done, in parts/I_of_N.json: the pieces of each file, the arrays of its
+    validation documents beside it, and those for training beside shards.json. A part of another
+    tokenizer or split, {`shared`}, or way to share the work is begun again. by_file: each machine
+    has files of its own, since there are enough; else every n-th piece of each.
     """
 
-    def __init__(self, shards_folder, i, n, tokenizer, files, split, by_file):
-        self.folder, self.i, self.n, self.by_file = shards_folder, i, n, by_file
-        self.saved = -math.inf
-        self.parts = os.path.join(shards_folder, "parts")
+    def __init__(self, folder, i, n, shared, files):
+        self.folder, self.i, self.n, self.saved = folder, i, n, -math.inf
+        self.parts = os.path.join(folder, PARTS)
         self.path = os.path.join(self.parts, f"{i}_of_{n}.json")
         self.lock()
-        self.dtype = id_type(tokenizer)
-        about = {
-            "format": SIDECAR_FORMAT,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": self.dtype,
-            "tokenizer_hash": tokenizer.hash,
-            "split": split,
-            "by_file": by_file,
-            "piece": PIECE,
-        }
+        self.dtype = shared["dtype"]
+        self.by_file = sum(not file.is_valid for file in files) >= n
+        shared = {**shared, "by_file": self.by_file, "piece": PIECE}
         self.meta = {
-            **about,
+            **shared,
             "files": {str(k): file.key() for k, file in enumerate(files)},
             "pieces": {},  # {file: [{"piece", "train": {...}, "valid": {...}}]}
             "finished": {},  # {file that this machine has read: how many pieces it has}
             "complete": False,
         }
-        # what a damaged file leads to is open-ended: then all of it is done again
+        # a damaged file can lead to any of these; then all of it is done again
         with contextlib.suppress(UserError, FileNotFoundError, KeyError, TypeError, AttributeError):
-            self.keep(read_json(self.path), about, files)
+            self.keep(read_json(self.path), shared, files)
         self.save()
 
     def lock(self):
-        """Until the process ends; UserError where another one does the same part."""
+        """Until the process ends; UserError if another process writes the same part."""
         os.makedirs(self.parts, exist_ok=True)
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
@@ -165,21 +133,21 @@ class Part:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another prepare is writing to {self.folder}: wait for it, or give another "
-                    f"--data_dir"
+                    f"another process is writing to {self.folder}: wait for it, or choose another "
+                    f"folder"
                 ) from None
             except OSError:  # a file system without locks
                 pass
 
-    def keep(self, old, about, files):
+    def keep(self, old, shared, files):
         """Take over what an earlier run has done of the same work."""
-        if any(old.get(name) != value for name, value in about.items()):
+        if any(old.get(name) != value for name, value in shared.items()):
             return
         for k, file in enumerate(files):
             if old["files"].get(str(k)) != file.key():
                 continue
-            found = {piece["piece"]: piece for piece in old["pieces"].get(str(k), [])}
-            whole = [piece for piece in found.values() if self.is_whole(k, piece)]
+            pieces = {entry["piece"]: entry for entry in old["pieces"].get(str(k), [])}
+            whole = [entry for entry in pieces.values() if self.is_whole(k, entry)]
             n_pieces = old["finished"].get(str(k))
             if whole:
                 self.meta["pieces"][str(k)] = whole
@@ -191,48 +159,48 @@ class Part:
             write_json(self.path, self.meta)
             self.saved = time.monotonic()
 
-    def name(self, k, piece, is_valid):
+    def array(self, k, piece, side):
+        """The path of the ids of a piece: side "train" or "valid"."""
         name = f"data_{k:05}_{piece:04}.bin"
-        return os.path.join(self.parts if is_valid else self.folder, name)
+        return os.path.join(self.parts if side == "valid" else self.folder, name)
 
-    def is_whole(self, k, piece):
-        return all(
-            not piece[side]["tokens"]
-            or shard_is_whole(
-                self.name(k, piece["piece"], side == "valid"), piece[side], self.dtype
-            )
-            for side in ("train", "valid")
-        )
+    def is_whole(self, k, entry):
+        """Whether the arrays of a piece are on disk as they were written."""
+        width = np.dtype(self.dtype).itemsize
+        for side in ("train", "valid"):
+            path, counts = self.array(k, entry["piece"], side), entry[side]
+            expected = [counts["tokens"] * width, counts["crc32"]]
+            if counts["tokens"] and not (os.path.exists(path) and checksum(path) == expected):
+                return False
+        return True
 
     def is_mine(self, k):
         """A function that says whether piece p of file k is this machine's."""
         return lambda p: (k if self.by_file else k + p) % self.n == self.i
 
     def todo(self, files):
-        """{File: function that says of a piece whether it is to be done} of this machine."""
-        found = {}
-        for k, file in enumerate(files):
-            if str(k) in self.meta["finished"] or (self.by_file and not self.is_mine(k)(0)):
-                continue
-            found[file] = self.wanted(k)
-        return found
+        """{file: function that says whether a piece of it is to be done} of this machine."""
+        return {
+            file: self.wanted(k)
+            for k, file in enumerate(files)
+            if str(k) not in self.meta["finished"] and (not self.by_file or self.is_mine(k)(0))
+        }
 
     def wanted(self, k):
         """A function that says whether piece p of file k is this machine's and not done."""
         is_mine = self.is_mine(k)
-        done = {piece["piece"] for piece in self.meta["pieces"].get(str(k), [])}
+        done = {entry["piece"] for entry in self.meta["pieces"].get(str(k), [])}
         return lambda p: is_mine(p) and p not in done
 
     def add(self, k, piece, results):
-        """Write what the batches of a piece came to."""
+        """Write a piece; results: of each of its batches (ids, counts) for both sides."""
         entry = {"piece": piece}
-        for is_valid, side in enumerate(("train", "valid")):
-            arrays = [result[is_valid][0] for result in results]
-            ids = np.concatenate([np.empty(0, self.dtype), *arrays])
-            counts = {c: sum(result[is_valid][1][c] for result in results) for c in COUNTS}
+        for side, batches in zip(("train", "valid"), zip(*results, strict=True), strict=True):
+            ids = np.concatenate([ids for ids, _ in batches])
             if len(ids):
-                with atomic_write(self.name(k, piece, is_valid)) as f:
-                    f.write(ids)  # tofile() does not say that a disk is full
+                with atomic_write(self.array(k, piece, side)) as f:
+                    f.write(ids)  # tofile() does not report a full disk
+            counts = {c: sum(counts[c] for _, counts in batches) for c in COUNTS}
             entry[side] = {**counts, "crc32": zlib.crc32(ids)}
         self.meta["pieces"].setdefault(str(k), []).append(entry)
         self.save(SAVE_INTERVAL)
@@ -244,36 +212,43 @@ class Part:
 
 @contextlib.contextmanager
 def saved_at_end(part):
-    """Save a Part whatever ends the block."""
+    """Save a Part however the block ends."""
     try:
         yield
     finally:
         part.save()
 
 
-def merge(shards_folder, n):
+# ---- from parts to one set of shards
+
+
+def merge(folder, n):
     """
-    Make data00.bin, for validation, of the parts of n machines. Returns what shards.json is to say:
-    a dict of what the parts share, its entries, and how many documents were held out. Raises
-    UserError where a part is missing, not finished, damaged, or of other work than the others.
+    Make data00.bin, for validation, of the parts of n machines. Returns what the parts share, a
+    dict, and the entries of the shards. Raises UserError if a part is missing, not finished,
+    damaged, or of other work than the others.
     """
-    parts = [os.path.join(shards_folder, "parts", f"{i}_of_{n}.json") for i in range(n)]
-    if missing := [path for path in parts if not os.path.exists(path)]:
-        there = sorted(glob.glob(os.path.join(glob.escape(shards_folder), "parts", "*.json")))
+    paths = [os.path.join(folder, PARTS, f"{i}_of_{n}.json") for i in range(n)]
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        there = sorted(glob.glob(os.path.join(glob.escape(folder), PARTS, "*.json")))
         raise UserError(
             f"{missing[0]} does not exist; there {'are' if there else 'is'} "
             f"{', '.join(map(os.path.basename, there)) or 'no part'}: prepare the missing ones"
         )
     try:
-        return merge_parts(shards_folder, parts, [read_json(path) for path in parts])
+        metas = [read_json(path) for path in paths]
+        check_parts(paths, metas)
+        train, valid = entries_of(folder, metas)
+        shared = {name: metas[0][name] for name in ("vocab_size", "dtype", "tokenizer_hash")}
+        return shared, [write_validation(folder, valid), *train]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise UserError(f"a file of {os.path.dirname(parts[0])} is damaged ({e!r})") from None
+        raise UserError(f"a file of {os.path.dirname(paths[0])} is damaged ({e!r})") from None
 
 
-def merge_parts(shards_folder, parts, metas):
-    """merge() of what is in the files `parts`."""
+def check_parts(paths, metas):
+    """Raise UserError unless the parts are finished, of the same work, and together all of it."""
     first = metas[0]
-    for path, meta in zip(parts, metas, strict=True):
+    for path, meta in zip(paths, metas, strict=True):
         if not meta["complete"]:
             raise UserError(f"{path} is not finished: run its prepare again")
         meta["files"] = {k: portable(key) for k, key in meta["files"].items()}
@@ -281,59 +256,70 @@ def merge_parts(shards_folder, parts, metas):
         for name in ("tokenizer_hash", "split", "files", "piece"):
             if meta[name] != first[name]:
                 raise UserError(
-                    f"{path} has another {name} than {parts[0]}: prepare one of them again"
+                    f"{path} has another {name} than {paths[0]}: prepare one of them again"
                 )
-    found = [
-        (int(k), entry["piece"], entry)
-        for meta in metas
-        for k, pieces in meta["pieces"].items()
-        for entry in pieces
+    there = [
+        (k, p["piece"]) for meta in metas for k, found in meta["pieces"].items() for p in found
     ]
-    entries = sorted(found, key=lambda one: one[:2])
-    expected = {
-        (int(k), p) for meta in metas for k, n in meta["finished"].items() for p in range(n)
-    }
-    read = {int(k) for meta in metas for k in meta["finished"]}
-    there = [one[:2] for one in entries]
+    expected = {(k, p) for meta in metas for k, n in meta["finished"].items() for p in range(n)}
+    read = {k for meta in metas for k in meta["finished"]}
     if set(there) != expected or len(there) != len(expected) or len(read) < len(first["files"]):
         raise UserError(
-            f"the parts in {os.path.dirname(parts[0])} do not make a whole: delete that folder and "
+            f"the parts in {os.path.dirname(paths[0])} do not make a whole: delete that folder and "
             f"prepare all of them again"
         )
-    dtype, train, valid = first["dtype"], [], []
-    for k, piece, entry in entries:
-        name = f"data_{k:05}_{piece:04}.bin"
-        source_key = [f"{first['files'][str(k)][0]} {piece}"]
-        for side, into, where in (("train", train, ""), ("valid", valid, "parts")):
-            if entry[side]["tokens"]:
-                path = os.path.join(shards_folder, where, name)
-                if not shard_size_fits(path, entry[side]["tokens"], dtype):
-                    raise UserError(f"{path} is missing or damaged: prepare that part again")
-                counted = {key: entry[side][key] for key in (*COUNTS, "crc32")}
-                into.append({"name": name, "source": source_key, **counted})
-    for what, found in (("train on", train), ("validate with", valid)):
-        if not found:
-            raise UserError(
-                f"there is no document to {what}: expected many documents, in .txt files with "
-                f"{SEPARATOR.decode()} between them; or another --valid_frac or --valid_source"
-            )
-    crc = 0
-    with atomic_write(os.path.join(shards_folder, "data00.bin")) as out:
-        for one in valid:
-            path = os.path.join(shards_folder, "parts", one["name"])
-            with open(path, "rb") as f:
-                data = f.read()
-            if zlib.crc32(data) != one["crc32"]:
-                raise UserError(f"{path} is damaged: prepare that part again")
-            crc = zlib.crc32(data, crc)
-            out.write(data)
-    counts = {c: sum(one[c] for one in valid) for c in COUNTS}
-    all_valid = {"name": "data00.bin", "source": ["validation"], **counts, "crc32": crc}
-    held_out = sum(one["held_out"] for one in train)
-    about = {name: first[name] for name in ("vocab_size", "dtype", "tokenizer_hash")}
-    return about, [all_valid, *train], held_out
 
 
 def portable(key):
     """The key of a File without what copies on other machines need not share."""
     return [x for x in key if not str(x).startswith(MTIME)]
+
+
+def entries_of(folder, metas):
+    """Entries, of a sidecar, of the arrays that the parts have for training and for validation."""
+    pieces = [
+        (int(k), entry["piece"], entry)
+        for meta in metas
+        for k, found in meta["pieces"].items()
+        for entry in found
+    ]
+    sides = {"train": [], "valid": []}
+    width = np.dtype(metas[0]["dtype"]).itemsize
+    for k, piece, entry in sorted(pieces, key=lambda x: x[:2]):
+        name = f"data_{k:05}_{piece:04}.bin"
+        source = [f"{metas[0]['files'][str(k)][0]} {piece}"]
+        for side, where in (("train", ""), ("valid", PARTS)):
+            counts = {key: entry[side][key] for key in (*COUNTS, "crc32")}
+            if counts["tokens"]:
+                path = os.path.join(folder, where, name)
+                if not shard_size_fits(path, counts["tokens"], width):
+                    raise UserError(f"{path} is missing or damaged: prepare that part again")
+                sides[side].append({"name": name, "source": source, **counts})
+    for side, entries in sides.items():
+        if not entries:
+            raise UserError(
+                f"there is no document to {'train on' if side == 'train' else 'validate with'}: "
+                f"expected many documents, in .txt files with {SEPARATOR.decode()} between them; "
+                f"or another --valid_frac or --valid_source"
+            )
+    return sides["train"], sides["valid"]
+
+
+def shard_size_fits(path, n_tokens, width):
+    return os.path.exists(path) and os.path.getsize(path) == n_tokens * width
+
+
+def write_validation(folder, entries):
+    """Write data00.bin from the validation arrays of the pieces; returns its entry."""
+    crc = 0
+    with atomic_write(os.path.join(folder, "data00.bin")) as out:
+        for entry in entries:
+            path = os.path.join(folder, PARTS, entry["name"])
+            with open(path, "rb") as f:
+                data = f.read()
+            if zlib.crc32(data) != entry["crc32"]:
+                raise UserError(f"{path} is damaged: prepare that part again")
+            crc = zlib.crc32(data, crc)
+            out.write(data)
+    counts = {c: sum(entry[c] for entry in entries) for c in COUNTS}
+    return {"name": "data00.bin", "source": ["validation"], **counts, "crc32": crc}

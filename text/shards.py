@@ -1,0 +1,376 @@
+"""
+The one writer of token shards: how text is split, encoded and written, and what is said of it.
+
+A shard is a bare array of ids, little-endian uint16 (uint32 if the vocabulary needs it), with a BOS
+before each document. shards.json in the same folder lists the shards; the first, data00.bin, is for
+validation. No document of it is in the others: a document goes to one side by the hash of its text,
+or, if there is a text for validation, training documents that are in that text too are left out.
+
+After an interruption the same command continues at the shard where it stopped; text/pieces.py
+keeps the books. What is in memory depends on the number of workers, not on the size of the text.
+"""
+
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError
+from system.files import atomic_write, remove, write_json
+from system.workers import in_order, over_spans
+from text.corpus import SEPARATOR, SIDECAR, is_plain, texts_of
+from text.pieces import FORMAT, Part, batches_of, merge, saved_at_end
+
+FIRST_WORDS = 20  # by which a document is compared first
+WHITE_SPACE = b" \t\n\v\f\r"
+TINY = 2_500_000  # bytes of text below which the size of the validation part is exact
+# bytes of text from which on a part of the documents is for validation
+FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
+
+
+# ---- the split
+
+
+def document_key(text):
+    """16 bytes, the same for two documents that differ only in ASCII white space."""
+    return hashlib.blake2b(text.encode().translate(None, WHITE_SPACE), digest_size=16).digest()
+
+
+def place_of(text):
+    """A number from 0 to 2 ** 64 - 1, the hash of a document."""
+    return int.from_bytes(document_key(text)[:8], "little")
+
+
+class Documents:
+    """A set of documents, compared without their white space."""
+
+    def __init__(self, texts):
+        self.keys, self.beginnings = set(), set()
+        for text in texts:
+            self.keys.add(document_key(text))
+            self.beginnings.add(" ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS]))
+
+    def __contains__(self, text):
+        beginning = " ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS])
+        return beginning in self.beginnings and document_key(text) in self.keys
+
+
+@functools.cache
+def known_documents(files):
+    """The Documents of some files, read once a process."""
+    return Documents(text for file in files for text in file.documents())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are for validation: all of the files `valid`, or else a part `frac`."""
+
+    frac: float
+    valid: tuple = ()
+
+    def key(self):
+        return [self.frac, *(file.key() for file in self.valid)]
+
+    def sides(self, texts, is_valid):
+        """Texts of a file as lists for training and for validation; `is_valid`: it is for that."""
+        train, valid = [], []
+        if is_valid:
+            valid = list(texts)
+        elif self.valid:
+            known = known_documents(self.valid)
+            train = [text for text in texts if text not in known]
+        else:
+            for text in texts:
+                (valid if place_of(text) < self.frac * 2**64 else train).append(text)
+        return train, valid
+
+
+def choose_split(files, frac=0.0):
+    """
+    The Split of a text in some files: those for validation, if there are any, else a part `frac` of
+    the documents (0: FRACTIONS), and one at least. The latter depends on the text alone. Raises
+    UserError if one side would have no document, unless files have yet to be downloaded.
+    """
+    if not 0 <= frac < 1:
+        raise UserError(f"valid_frac = {frac}: expected from 0 to below 1")
+    valid = tuple(file for file in files if file.is_valid)
+    train = [file for file in files if not file.is_valid]
+    is_here, where = not any(file.url for file in files), train[0].path
+    texts = itertools.chain.from_iterable(file.documents() for file in train)
+    if valid:
+        known = known_documents(valid)
+        if not known.keys:
+            raise UserError(f"{valid[0].path} has no text for validation: it is only white space")
+        if is_here and (first := next(texts, None)) is None:
+            raise UserError(f"{where} has no text to train on: it is only white space")
+        if is_here and first in known and all(text in known for text in texts):
+            raise UserError(
+                "every training document is in the validation text too: give another --valid_source"
+            )
+        return Split(0.0, valid)
+    size = sum(file.size for file in train)
+    split = Split(frac or next(part for least, part in FRACTIONS if size >= least))
+    if not is_here or (size >= TINY and has_both_sides(split, texts)):
+        return split
+    return Split(exact_fraction(train, split.frac))
+
+
+def has_both_sides(split, texts):
+    """Whether a Split has documents on both sides; reads only until that is known."""
+    sides = set()
+    for text in texts:
+        sides.add(bool(split.sides([text], False)[0]))
+        if len(sides) == 2:
+            return True
+    return False
+
+
+def exact_fraction(files, frac):
+    """The `frac` of a Split that has about that part of the bytes of a text, and one document."""
+    sizes = Counter()
+    for file in files:
+        for text in file.documents():
+            sizes[place_of(text)] += len(text.encode())
+    places = sorted(sizes)
+    if len(places) < 2:
+        raise UserError(
+            f"{files[0].path} cannot be split into a training and a validation part: expected "
+            f"several documents, in .txt files with {SEPARATOR.decode()} between them; or give a "
+            f"validation text with --valid_source"
+        )
+    n, size = 1, sizes[places[0]]
+    while n < len(places) - 1 and size < frac * sizes.total():
+        size += sizes[places[n]]
+        n += 1
+    return (places[n - 1] + places[n]) / 2**65
+
+
+def training_documents(files, split, vocab_mb, bring=iter):
+    """The first vocab_mb megabytes of the training documents of files, for a vocabulary."""
+    if vocab_mb < 1:
+        raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
+    n_bytes, limit = 0, vocab_mb * 1_000_000
+    files = [file for file in files if not file.is_valid]
+    size = sum(file.size for file in files)
+    with tqdm(total=min(limit, size), unit="B", unit_scale=True, desc="read") as bar:
+        for file in bring(files):
+            for text in file.documents():
+                if not split.sides([text], False)[0]:
+                    continue
+                yield text
+                n_bytes += (n := len(text.encode()))
+                bar.update(n)
+                if n_bytes >= limit:
+                    print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
+                    return
+
+
+def write_sample(path, texts):
+    """Write documents to a .txt file; returns their bytes."""
+    n_bytes = 0
+    with open(path, "wb") as f:
+        for text in texts:
+            data = text.encode()
+            f.write(data + SEPARATOR)
+            n_bytes += len(data)
+    return n_bytes
+
+
+# ---- writing
+
+
+def id_type(tokenizer):
+    """The smallest number format for the ids of a Tokenizer."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def encode_batch(batch, tokenizer, encoder, dtype, split):
+    """For training and for validation: the ids of a Batch, and its counts as a dict."""
+    encode, texts = tokenizer.encoder(encoder)[1], batch.documents()
+    sides = split.sides(texts, batch.file.is_valid)
+    n_held_out = len(texts) - sum(map(len, sides))
+    results = []
+    for texts, held_out in zip(sides, (n_held_out, 0), strict=True):
+        ids = tokenizer.encode_flat(texts, encode).astype(dtype)
+        counts = {
+            "documents": len(texts),
+            "tokens": len(ids),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "unk": int((ids == tokenizer.unk_id).sum()) if tokenizer.unk_id >= 0 else 0,
+            "held_out": held_out,
+        }
+        results.append((ids, counts))
+    return results
+
+
+def write_shards(
+    folder,
+    tokenizer,
+    files,
+    split,
+    num_workers,
+    encoder="auto",
+    about=None,
+    machine=(0, 1),
+    bring=iter,
+    done=None,
+):
+    """
+    Encode Files or Sections into the shards of a folder. Shards that are there already, of the same
+    text, tokenizer and split, are kept. Returns the finished sidecar, or None where several
+    machines share the work.
+
+    about: {"valid_source", "made_by"} of the sidecar: the text, and the command; machine: (i, n),
+    this one is i of n; bring(files): yields files once they can be read; done(file, part): called
+    when all of a file is in shards.
+    """
+    shared = {
+        "format": FORMAT,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": id_type(tokenizer),
+        "tokenizer_hash": tokenizer.hash,
+        "split": split.key(),
+    }
+    old = read_sidecar(folder)
+    part = Part(folder, *machine, shared, files)
+    todo = part.todo(files)
+    n_bytes = sum(file.size for file in todo)
+    what = "shards" if hasattr(files[0], "spans") else "files"
+    print(f"{len(todo)} of {len(files)} {what} to make, {n_bytes / 1e9:.2f} GB")
+    if old and todo:
+        if not part.meta["pieces"]:
+            print(f"the shards in {folder} are of another text, tokenizer or split: made again")
+        write_json(os.path.join(folder, SIDECAR), {**old, "complete": False})
+    words = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split
+    write_part(part, files, words, num_workers, bring, done)
+    return finish(folder, 1, about) if machine[1] == 1 else None
+
+
+def write_part(part, files, words, num_workers, bring, done):
+    """Do what is to do of a Part; words: those of encode_batch()."""
+    number, todo = {file: k for k, file in enumerate(files)}, part.todo(files)
+    batches = (batch for file in bring(todo) for batch in batches_of(file, todo[file]))
+    n_bytes = sum(file.size for file in todo)
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="encode", disable=not todo)
+    results, at, before = [], None, 0
+    with bar, saved_at_end(part):
+        for batch, result in in_order(encode_batch, batches, words, num_workers):
+            k = number[batch.file]
+            if results and at != (k, batch.piece):
+                part.add(*at, results)
+                results = []
+            if not batch.is_empty:
+                results, at = [*results, result], (k, batch.piece)
+            bar.update(before + batch.read - bar.n)
+            if batch.n_pieces is None:
+                continue
+            if results:
+                part.add(*at, results)
+                results = []
+            part.finish(k, batch.n_pieces)
+            before += batch.file.size
+            if done:
+                done(batch.file, part)
+    part.meta["complete"] = True
+    part.save()
+
+
+def finish(folder, n, about=None):
+    """
+    Make one set of shards of the parts of n machines: write data00.bin and the sidecar, and delete
+    shards that it does not list. Returns the sidecar.
+    """
+    shared, shards = merge(folder, n)
+    held_out = sum(shard["held_out"] for shard in shards)
+    return write_sidecar(folder, {**shared, **(about or {}), "held_out": held_out}, shards)
+
+
+def write_sidecar(folder, about, shards):
+    meta = {"format": FORMAT, **about, "complete": True, "shards": shards}
+    write_json(os.path.join(folder, SIDECAR), meta)
+    names = {shard["name"] for shard in shards}
+    for path in glob.glob(os.path.join(glob.escape(folder), "data*.bin")):
+        name = os.path.basename(path)
+        if name not in names and re.fullmatch(r"data(\d+|_\d+_\d+)\.bin", name):
+            remove(path)
+    return meta
+
+
+def report(meta, folder):
+    """Print what is in the shards of a folder."""
+    counts = ("documents", "tokens", "bytes", "unk")
+    total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
+    print(
+        f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
+        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
+        f"in {len(meta['shards'])} shards in {folder}"
+    )
+    valid = meta["shards"][0]
+    print(f"for validation: {valid['documents']:,} documents, {valid['tokens']:,} tokens")
+    if meta["held_out"]:
+        print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
+    if total["unk"]:
+        print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
+
+
+# ---- reading the sidecar
+
+
+def read_sidecar(folder):
+    """What shards.json of a folder says, or None if there is none."""
+    path = os.path.join(folder, SIDECAR)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        if meta["format"] > FORMAT:
+            raise UserError(f"{path} was written by a newer version of this program")
+        fields = [meta[k] for k in ("vocab_size", "tokenizer_hash", "complete")]
+        fields += [s[k] for s in meta["shards"] for k in ("name", "source", "documents", "bytes")]
+        names = [s["name"] for s in meta["shards"]]
+        if meta["dtype"] not in ("uint16", "uint32") or names != list(map(os.path.basename, names)):
+            raise ValueError
+        return meta
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
+
+
+# ---- one array instead of shards
+
+
+def encode_span(span, tokenizer, encoder, dtype):
+    """The ids of a Span: of a .txt file those of the text as it stands, else as in a shard."""
+    encode, texts = tokenizer.encoder(encoder)[1], list(texts_of(span))
+    ids = encode(texts)[0] if is_plain(span.path) else tokenizer.encode_flat(texts, encode)
+    return ids.astype(dtype)
+
+
+def write_npy(path, tokenizer, spans, num_workers, encoder="auto"):
+    """
+    Encode Spans into one NumPy array of ids: .txt as they stand, with the special tokens in them,
+    and the documents of others with a BOS before each. Returns how many ids there are, and their
+    number format.
+    """
+    dtype, n = id_type(tokenizer), 0
+    words = tokenizer, tokenizer.encoder(encoder)[0], dtype
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False}
+    with atomic_write(path) as f:
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
+        begin = f.tell()
+        for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
+            ids.tofile(f)
+            n += len(ids)
+        f.seek(0)
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})
+        assert f.tell() == begin  # numpy leaves room for any number
+        f.seek(0, os.SEEK_END)
+    return n, dtype
