@@ -55,7 +55,7 @@ def state_of(run, n_points):
     config, last = run.start.get("config", {}), run.train[-1] if run.train else {}
     age = None
     with contextlib.suppress(OSError):
-        age = max(0.0, time.time() - os.stat(run.log).st_mtime)
+        age = max(0.0, time.time() - os.stat(run.path).st_mtime)
     state = {
         "name": run.name,
         "state": run.end.get("reason", "running"),
@@ -91,7 +91,7 @@ class Watcher:
             try:
                 folders = find_folders(self.paths)
                 for folder, name in zip(folders, short_names(folders), strict=True):
-                    self.runs.setdefault(folder, Run(folder, name)).name = name
+                    self.runs.setdefault(folder, Run(folder)).name = name
                 self.problem = ""
             except UserError:  # it may come yet
                 self.problem = f"train.py has no log in {', '.join(self.paths)} yet"
@@ -124,9 +124,8 @@ class Watcher:
             return
         self.told = version
         run = names[path]
-        best = min(run.evals, key=lambda line: line["val_loss"], default={})
-        text = self.text_of(path)
-        self.story = {"text": text, "run": run.name, "step": best.get("step"), "time": version[1]}
+        text, step = self.text_of(path), run.best.get("step")
+        self.story = {"text": text, "run": run.name, "step": step, "time": version[1]}
 
     def text_of(self, model):
         """A story by model.bin, or a sentence on why there is none."""
@@ -154,7 +153,7 @@ class Watcher:
 
 def last_change(run):
     try:
-        return os.stat(run.log).st_mtime
+        return os.stat(run.path).st_mtime
     except OSError:
         return 0.0
 

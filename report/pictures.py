@@ -9,15 +9,16 @@ import contextlib
 import os
 
 from configurator import UserError
-from report.curves import (
-    AXES,
+from report.curves import AXES, smooth
+from report.sweeps import (
     in_order,
     is_number,
+    label_of,
     mean_and_sd,
     show,
-    smooth,
     summarize,
     sweep_axes,
+    title_of,
     value_of,
 )
 from system.files import atomic_write
@@ -199,14 +200,13 @@ def draw_sweep(lines, path, x="", curves="", theme="light"):
     value, label = value_of(lines)
     x, series = sweep_axes(lines, x)
     seeds = {line["varied"].get("seed") for line in lines}
-    title = lines[0].get("title") or lines[0].get("sweep", "")
     bars = f"{len(seeds)} seeds, bars: one standard deviation" if len(seeds) > 1 else "one seed"
     with canvas(path, 1, 2, theme, panel=(5.4, 4.0)) as (fig, [[left, right]]):
         draw_summary(left, summarize(lines, x, series, value), x, label)
         draw_curves(right, lines, x, series, value, curves or most_equal(lines), SCALE[theme])
         right.set(ylabel=label)
         right.set_ylim(*limits(lines, value))
-        fig.suptitle(f"{title} ({bars})", fontsize=11.5)
+        fig.suptitle(f"{title_of(lines)} ({bars})", fontsize=11.5)
 
 
 def most_equal(lines):
@@ -279,17 +279,19 @@ def draw_curves(ax, lines, x, series, value, against, scale):
     import matplotlib
 
     place, label, divisor = AXES[against]
-    kinds = {}
+    names = [name for name in (x, *series) if name]
+    settings = {}
     for line in in_order(lines, x, series):
-        key = tuple(line["varied"].get(name) for name in (x, *series) if name)
-        kinds.setdefault(key, []).append(line)
-    is_scale = bool(x) and all(is_number(key[0]) for key in kinds) and not series
-    for i, (key, of_key) in enumerate(kinds.items()):
+        settings.setdefault(tuple(map(line["varied"].get, names)), []).append(line)
+    is_scale = names == [x] and all(is_number(values[0]) for values in settings)
+    for i, (values, of_setting) in enumerate(settings.items()):
         style = look(i)
         if is_scale:
-            part = scale[0] + (scale[1] - scale[0]) * i / max(1, len(kinds) - 1)
+            part = scale[0] + (scale[1] - scale[0]) * i / max(1, len(settings) - 1)
             style["color"] = matplotlib.colormaps["viridis"](part)
-        for j, line in enumerate(of_key):
+        # a single name is the title of the legend
+        name = show(values[0]) if len(names) == 1 else label_of(of_setting[0]["varied"], names)
+        for j, line in enumerate(of_setting):
             points = [p for p in line.get("curve", []) if is_number(p.get(value))]
             ax.plot(
                 [p[place] / divisor for p in points],
@@ -299,20 +301,10 @@ def draw_curves(ax, lines, x, series, value, against, scale):
                 markersize=2.5,
                 linewidth=1,
                 alpha=0.8,
-                label=name_of(key, x, series) if j == 0 else None,
+                label=name if j == 0 else None,
             )
     ax.set_xlabel(label)
     ax.set_xlim(left=0)
-    if 1 < len(kinds) <= LEGEND:
+    if 1 < len(settings) <= LEGEND:
         title = "" if series or x in ("", "run") else x
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=8)
-
-
-def name_of(key, x, series):
-    """The label of a curve: its settings, with their names where there are several."""
-    names = [name for name in (x, *series) if name]
-    is_named = len(names) > 1
-    return ", ".join(
-        f"{name} = {show(value)}" if is_named and name != "run" else show(value)
-        for name, value in zip(names, key, strict=True)
-    )

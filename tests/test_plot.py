@@ -1,5 +1,6 @@
 """plot.py: curves from logs, pictures of runs and sweeps, and the page that follows a run."""
 
+import functools
 import http.client
 import json
 import math
@@ -12,8 +13,10 @@ import time
 import pytest
 from conftest import REPO, TINY, refused, script
 
-from report import curves
-from report.curves import find_runs, in_order, smooth, summarize, sweep_axes, thinned
+from report import sweeps
+from report.curves import find_runs, smooth, thinned
+from report.pictures import THEMES, draw_runs, draw_sweep
+from report.sweeps import compare, in_order, pooled_sd, summarize, sweep_axes
 
 needs_matplotlib = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("matplotlib"), reason="needs matplotlib"
@@ -45,24 +48,27 @@ def log_of(folder, n_steps=60, end=None, **config):
     return folder
 
 
+LENGTH = {"steps": 2, "tokens": 2, "train_s": 2}
+
+
 def line_of_sweep(status="finished", val=1.0, **varied):
     curve = [
         {"step": s, "tokens": s, "train_s": s, "val_loss": val, "val_bpb": val + 1 / s}
         for s in (1, 2)
     ]
     name = "_".join(f"{k}={v}" for k, v in varied.items())
-    about = {"name": name, "sweep": "a sweep", "varied": varied, "status": status}
+    about = {"name": name, "sweep": "a sweep", "varied": varied, "status": status, "config": {}}
     if status == "failed":
         return {**about, "error": "it failed"}
     final = val if status == "finished" else None
-    return {**about, "val_bpb": final, "val_loss": final, "curve": curve, "tokens": 2, "train_s": 2}
+    return {**about, "val_bpb": final, "val_loss": final, "curve": curve, **LENGTH}
 
 
 def test_a_log_is_read_as_it_grows(tmp_path):
     folder = log_of(tmp_path / "out")
     [run] = find_runs([folder])
     assert len(run.train) == 60 and len(run.evals) == 3 and not run.end
-    with open(run.log, "a") as f:
+    with open(run.path, "a") as f:
         f.write('{"kind": "train", "step": 61, "loss')  # half a line
         f.flush()
         assert len(run.read().train) == 60
@@ -70,7 +76,7 @@ def test_a_log_is_read_as_it_grows(tmp_path):
     run.read()
     assert run.train[-1] == {"kind": "train", "step": 61, "loss": 2.0} and run.end
     log_of(tmp_path / "new", n_steps=5)  # train.py writes a resumed log beside, and renames it
-    os.replace(tmp_path / "new" / "log.jsonl", run.log)
+    os.replace(tmp_path / "new" / "log.jsonl", run.path)
     assert len(run.read().train) == 5 and not run.end
 
 
@@ -107,47 +113,119 @@ def test_a_sweep_is_summed_up_by_setting_and_seed():
     grid = [line_of_sweep(batch=b, lr=lr, seed=1) for lr in (3, 1, 2) for b in (8, 4)]
     assert sweep_axes(grid) == ("lr", ["batch"]) and sweep_axes(grid, "batch") == ("batch", ["lr"])
     assert [line["varied"]["lr"] for line in in_order(grid, "lr", ["batch"])] == [1, 2, 3, 1, 2, 3]
-    assert curves.show(3e-4) == "3e-4" and curves.show(0.01) == "0.01" and curves.show("x") == "x"
+    assert sweeps.show(3e-4) == "3e-4" and sweeps.show(0.01) == "0.01" and sweeps.show("x") == "x"
+
+
+def write_results(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.parametrize(("theme", "ending"), [("light", "png"), ("dark", "svg")])
 def test_pictures_of_runs_and_sweeps(tmp_path, theme, ending):
-    a, b = log_of(tmp_path / "a", end="finished"), log_of(tmp_path / "b", n_steps=30)
-    sweep = tmp_path / "results.jsonl"
-    lines = [line_of_sweep(val=s * lr, lr=lr, seed=s) for s in (1, 2) for lr in (0.1, 1.0)]
-    lines += [line_of_sweep("diverged", lr=10.0, seed=1)]
-    sweep.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = tmp_path / "names.jsonl"
-    lines = [line_of_sweep(val=s, run=f"a name {s}", seed=1) for s in (1, 2)]
-    names.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pages = []
-    for what in (a, f"{a},{b}", sweep, names):
-        out = tmp_path / f"picture.{ending}"
-        done = script("plot.py", what, f"--out={out}", f"--theme={theme}")
-        assert done.returncode == 0, done.stderr
-        pages.append(out.read_bytes())
+    log_of(tmp_path / "a", end="finished")
+    log_of(tmp_path / "b", n_steps=30)
+    numbers = [line_of_sweep(val=s * lr, lr=lr, seed=s) for s in (1, 2) for lr in (0.1, 1.0)]
+    numbers += [line_of_sweep("diverged", lr=10.0, seed=1)]
+    names = [line_of_sweep(val=s, run=f"a name {s}", seed=1) for s in (1, 2)]
+    out, pages = str(tmp_path / f"picture.{ending}"), []
+    draw_one_panel = functools.partial(draw_runs, xs=["steps"], panels=["loss"])
+    for draw, what in (
+        (draw_one_panel, find_runs([str(tmp_path / "a")])),
+        (draw_one_panel, find_runs([str(tmp_path / name) for name in "ab"])),
+        (draw_sweep, numbers),
+        (draw_sweep, names),
+    ):
+        draw(what, out, theme=theme)
+        pages.append((tmp_path / out).read_bytes())
     if ending == "png":
         from matplotlib.image import imread
 
-        picture = imread(tmp_path / "picture.png")[..., :3]
-        assert picture[0, 0].mean() > 0.9 if theme == "light" else picture[0, 0].mean() < 0.2
+        picture = imread(out)[..., :3]
+        assert picture[0, 0].mean() > 0.9  # the paper is white
         assert len({tuple(p) for p in picture.reshape(-1, 3).round(1)}) > 5  # it shows something
     else:
         assert all(page.startswith(b"<?xml") and b"<svg" in page for page in pages)
+        assert all(THEMES["dark"][1].encode() in page for page in pages)
     assert len(set(pages)) == 4
 
 
 @needs_matplotlib
+def test_runs_go_into_one_picture(tmp_path):
+    a, b = log_of(tmp_path / "a", end="finished"), log_of(tmp_path / "b", n_steps=30)
+    done = script("plot.py", f"{a},{b}", f"--out={tmp_path / 'ab.svg'}", "--theme=dark")
+    assert done.returncode == 0, done.stderr
+    assert "ab.svg" in done.stdout and (tmp_path / "ab.svg").read_bytes().startswith(b"<?xml")
+
+
+@needs_matplotlib
 def test_a_sweep_is_printed_as_well(tmp_path):
-    path = tmp_path / "results.jsonl"
     lines = [line_of_sweep(val=v, lr=0.1, seed=i) for i, v in enumerate((1.0, 2.0))]
     lines += [line_of_sweep("diverged", lr=1.0, seed=1), line_of_sweep("failed", lr=2.0, seed=1)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = script("plot.py", path)
+    done = script("plot.py", write_results(tmp_path / "results.jsonl", lines))
     assert "1.5000 ± 0.7071 (2)" in done.stdout and "1 diverged" in done.stdout
-    assert "1 runs failed" in done.stdout and (tmp_path / "results.png").exists()
+    assert "lr=2.0_seed=1 failed: it failed" in done.stdout and "1 failed" in done.stdout
+    assert (tmp_path / "results.png").exists()
+
+
+# ---- the table of ablations
+
+
+def test_differences_within_two_standard_errors_are_noise():
+    groups = [1.0, 1.1, 0.9], [2.0, 2.4, 1.6], [5.0]  # variances 0.01, 0.16, and unknown
+    assert pooled_sd(groups) == pytest.approx(math.sqrt((0.01 + 0.16) / 2))
+    assert pooled_sd([[1.0], [2.0]]) is None
+    base = [1.0, 1.1, 0.9]
+    difference, is_beyond_noise = compare([1.2, 1.3, 1.1], base, 0.1)  # an error of 0.0816
+    assert difference == pytest.approx(0.2) and is_beyond_noise
+    assert compare([1.15, 1.25, 1.05], base, 0.1)[1] is False
+    assert compare([1.2], base, 0.1)[1] is False  # of one run, 0.115
+    assert compare([1.5], base, None)[1] is None
+
+
+def test_a_table_says_what_each_option_is_worth(tmp_path):
+    hardware = {"device_name": "a CPU", "threads": 2, "platform": "Linux", "torch": "2"}
+    lines = []
+    for name, val, train_s, arguments in (
+        ("recipe", 1.0, 10, ""),
+        ("softcap", 1.02, 20, "--logit_softcap=15"),
+        ("llama", 1.5, 5, "--arch=llama"),
+        ("better", 0.99, 10, ""),
+        ("llama+smear", 1.4, 5, "--arch=llama --smear=True"),
+    ):
+        for seed in (1, 2, 3):
+            line = line_of_sweep(val=val + (seed - 2) / 100, run=name, seed=seed)
+            line |= {"train_s": train_s, "steps": 100, "tokens": 1000, "arguments": arguments}
+            lines.append({**line, "hardware": hardware, "commit": "0123456789abcdef"})
+    lines.append(line_of_sweep("failed", run="broken", seed=1))
+    rows = {row[0]: row[1:] for row in sweeps.table(lines)}
+    # best first, and what is added to Llama after all that is compared with the recipe
+    assert list(rows)[1:] == ["better", "recipe", "softcap", "llama", "broken", "llama+smear"]
+    assert rows["recipe"] == ["", "1.0000 ± 0.0100 (3)", "", "", "100", "1.00"]
+    assert rows["softcap"] == (
+        ["`--logit_softcap=15`", "1.0200 ± 0.0100 (3)", "+0.0200", "yes", "200", "0.50"]
+    )
+    assert rows["better"][2:4] == ["-0.0100", "no"]
+    assert rows["llama"][2:] == ["+0.5000", "yes", "50", "2.00"]
+    assert rows["llama+smear"][2:] == ["-0.1000", "yes", "50", "1.00"]
+    assert rows["broken"] == ["", "1 failed", "", "", "", ""]
+    text = sweeps.section(lines)
+    assert "## a sweep" in text and "`recipe`" in text and "a CPU, 2 threads" in text
+    assert "a single run deviates by 0.0100" in text and "Commit: 012345678." in text
+    assert "| softcap" in text and "- run=broken_seed=1 failed: it failed" in text
+    one_seed = {row[0]: row[1:] for row in sweeps.table([x for x in lines if x["name"][-1] == "2"])}
+    assert one_seed["softcap"][1:4] == ["1.0200 (1)", "+0.0200", "?"]
+
+
+@needs_matplotlib
+def test_a_table_goes_to_a_file(tmp_path):
+    lines = [line_of_sweep(val=v, run=name, seed=1) for name, v in (("a", 1.0), ("b", 2.0))]
+    paths = [write_results(tmp_path / f"{i}.jsonl", lines) for i in range(2)]
+    table = tmp_path / "table.md"
+    done = script("plot.py", f"{paths[0]},{paths[1]}", f"--write={table}")
+    assert done.returncode == 0, done.stderr
+    assert table.read_text().count("## a sweep") == 2 and "+1.0000" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -160,6 +238,8 @@ def test_a_sweep_is_printed_as_well(tmp_path):
         (["out", "--panels=loss,weather"], ["weather", "grad_norm"]),
         (["good.jsonl", "--panels=loss"], ["--panels is of runs"]),
         (["out", "--theme=blue"], ["blue", "light, dark"]),
+        (["good.jsonl", "--write=table.txt"], ["table.txt", ".md"]),
+        (["out", "--write=table.md"], ["results of sweeps"]),
         (["out", "--smoothing=2"], ["smoothing", "0 to 1"]),
         (["broken.jsonl"], ["broken.jsonl", "no results"]),
         (["good.jsonl", "--x=weather"], ["weather", "lr"]),

@@ -1,18 +1,16 @@
 """
-Runs of train.py as a subprocess, what their logs say, and how fast their steps would be: what
-bench.py, ablate.py and sweep.py share.
+Runs of train.py in processes of their own, and how fast their steps would be: what sweep.py and
+bench/ share.
 
-A run is given as words of train.py's command line. It counts as done where its log ends well and
-has the settings that those words make.
+A run is given by train.py's command-line arguments. It is done if its log has ended and holds the
+settings that they stand for.
 """
 
 import ast
-import contextlib
 import functools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -25,12 +23,13 @@ from dataset import DataPaths
 from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer
 from optim import make_optimizer
 from system.hardware import pick_dtype
+from training.runlog import RunLog
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(REPO, "train.py")
-# settings that leave what a run computes as it is
-OF_THE_START = "out_dir resume on_finish picture".split()
-# settings that leave the work of a step as it is
+# settings that do not change what a run computes
+NOT_OF_THE_RUN = set("out_dir resume on_finish picture".split())
+# settings that do not change the time of a step
 SAME_WORK = set(
     "zero_init embedding_std head_std hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum "
     "momentum_warmup muon_weight_decay decay_shape muon_beta1 muon_beta2 base_learning_rate "
@@ -64,7 +63,7 @@ def same_run(settings, others):
     one of them lacks, being older, are taken to be the default.
     """
     default = defaults()
-    names = (settings.keys() | others.keys()) - set(OF_THE_START)
+    names = (settings.keys() | others.keys()) - NOT_OF_THE_RUN
     return all(
         settings.get(name, default.get(name)) == others.get(name, default.get(name))
         for name in names
@@ -76,37 +75,21 @@ def defaults():
     return train_settings()
 
 
-def start(words, out_dir, **options):
-    """Run train.py to its end; returns the CompletedProcess. options: of subprocess.run."""
-    return subprocess.run([sys.executable, TRAIN, *words, f"--out_dir={out_dir}"], **options)
-
-
-def read_log(out_dir):
-    """{"start": line, "evals": [lines], "end": line}, as far as the log in out_dir has them."""
-    path = os.path.join(out_dir, "log.jsonl")
-    run = {"evals": []}
-    if not os.path.exists(path):
-        return run
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for text in f:
-            with contextlib.suppress(ValueError):  # a line that was cut off
-                line = json.loads(text)
-                if line["kind"] == "eval":
-                    run["evals"].append(line)
-                else:
-                    run[line["kind"]] = line
-    return run
+def start(arguments, out_dir, **options):
+    """Run train.py and wait; returns the CompletedProcess. options: of subprocess.run."""
+    return subprocess.run([sys.executable, TRAIN, *arguments, f"--out_dir={out_dir}"], **options)
 
 
 def read_run(out_dir):
-    """read_log of a finished run; None where there is none, or it did not come to its end."""
-    run = read_log(out_dir)
-    ended = run.get("end", {}).get("reason") == "finished"
-    return run if ended and run["evals"] and "start" in run else None
+    """{"start": line, "evals": [lines], "end": line} of a finished run's log; otherwise None."""
+    log = RunLog(out_dir).read()
+    if log.end.get("reason") != "finished" or not log.evals or not log.start:
+        return None
+    return {"start": log.start, "evals": log.evals, "end": log.end}
 
 
 def shards_hint(settings, data_dir):
-    """The commands that make the shards of these settings in one line; "" where they are there."""
+    """The commands that make the shards of these settings, in one line; "" if they exist."""
     paths = DataPaths(data_dir, settings["vocab_source"], settings["vocab_size"])
     if os.path.isdir(paths.shards) and any(n.endswith(".bin") for n in os.listdir(paths.shards)):
         return ""
@@ -133,6 +116,31 @@ def args_of(settings):
     args = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
     paths = DataPaths("", settings["vocab_source"], settings["vocab_size"])
     return ModelArgs.from_dict({**args, "vocab_size": paths.vocab_size})
+
+
+def work_of(config, threads):
+    """A key of the settings that decide the speed of a run's steps."""
+    names = {f.name for f in fields(ModelArgs)} - SAME_WORK | set(
+        "batch_size gradient_accumulation_steps optimizer dtype compile attention fp8_head "
+        "activation_checkpointing neuron_beta".split()
+    )
+    kept = {k: v for k, v in config.items() if k in names}
+    return json.dumps([kept, config["device"], threads], sort_keys=True)
+
+
+def flops_of_step(config):
+    with torch.device("meta"):
+        return model_of(config).flops_per_token() * tokens_of_step(config)
+
+
+def tokens_per_second(config, device, budget_s):
+    """The speed of training steps of random tokens, measured for about budget_s seconds."""
+    torch._dynamo.reset()  # it stops compiling after a few different models
+    torch.manual_seed(1)
+    step = stepper(config, device)
+    seconds_of(step, 1, device)  # with compilation
+    n = min(50, max(1, round(budget_s / seconds_of(step, 1, device))))
+    return n * tokens_of_step(config) / seconds_of(step, n, device)
 
 
 def stepper(settings, device):
@@ -232,36 +240,3 @@ def race(plain, ours, sprint):
             seconds = time_to(evals, target, clock)
             found |= {f"{name}_{clock}": seconds, f"{name}_{clock}_ratio": plain_s / seconds}
     return found
-
-
-# ---- differences
-
-
-def pooled_sd(groups):
-    """
-    The standard deviation of one run around the mean of its like, from groups of runs that differ
-    by their seed alone: taken to be the same in all groups, it is known better than in any of them.
-    None where no group has two.
-    """
-    groups = [values for values in groups if len(values) > 1]
-    if not groups:
-        return None
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
-    return math.sqrt(squares / sum(len(values) - 1 for values in groups))
-
-
-def compare(values, base, sd):
-    """
-    Mean of some results, its difference to that of `base`, and whether this is more than two
-    standard errors, sd being the standard deviation of one result; None where that is unknown.
-    """
-    mean = statistics.mean(values)
-    difference, beyond_noise = mean - statistics.mean(base), None
-    if sd is not None:
-        beyond_noise = abs(difference) > 2 * sd * math.sqrt(1 / len(values) + 1 / len(base))
-    return {
-        "mean": mean,
-        "n": len(values),
-        "difference": difference,
-        "beyond_noise": beyond_noise,
-    }

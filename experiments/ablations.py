@@ -1,0 +1,60 @@
+"""
+What each option is worth: the recipe of ten minutes on two cores with one choice changed, and plain
+Llama with one option added (`llama+...`, compared with `llama`). On equal text; for equal time add
+--equal_bytes=0 --equal_minutes=1 and another --out_dir. To add an option: a row.
+"""
+
+title = "What each option is worth"
+# short runs want smaller steps than those of ten minutes
+base = "config/speedrun_cpu.py --batch_size=4"
+runs = """
+recipe:
+no-qk_norm: --qk_norm=False
+norm_gains: --norm_gains=True
+untied: --tie_embeddings=False
+swiglu: --activation=swiglu
+no-embedding_norm: --embedding_norm=False
+no-residual_scalars: --residual_scalars=False
+no-bigram: --bigram_rows=0
+no-window: --sliding_window=0
+no-value_embeddings: --value_embeddings=0
+no-smear: --smear=False
+no-neuron_beta: --neuron_beta=0
+no-momentum_warmup: --momentum_warmup=0
+no-grad_clip: --grad_clip=0
+adamw-2e-3: --optimizer=adamw --base_learning_rate=2e-3 --warmup_iters=20
+adamw-6e-3: --optimizer=adamw --base_learning_rate=6e-3 --warmup_iters=20
+float32: --dtype=float32
+zero_init: --zero_init=True
+untied-zero_init: --tie_embeddings=False --zero_init=True
+softcap: --logit_softcap=15
+dropout: --dropout=0.1
+decay: --muon_weight_decay=0.1
+warmup: --warmup_iters=20
+bigram-4096: --bigram_rows=4096
+window-128: --sliding_window=128
+heads-4: --n_heads=4
+hidden_lr-0.01: --hidden_lr=0.01
+hidden_lr-0.04: --hidden_lr=0.04
+cosine: --cooldown_shape=cosine
+batch-2: --batch_size=2
+batch-8: --batch_size=8
+context-512: --max_seq_len=512 --batch_size=8
+vocab-2048: --vocab_size=2048
+vocab-8192: --vocab_size=8192
+portable: --arch=portable
+llama: --arch=llama
+llama+qk_norm: --arch=llama --qk_norm=True
+llama+no-norm_gains: --arch=llama --norm_gains=False
+llama+relu2: --arch=llama --activation=relu2
+llama+embedding_norm: --arch=llama --embedding_norm=True
+llama+residual_scalars: --arch=llama --residual_scalars=True
+llama+value_embeddings: --arch=llama --value_embeddings=-1
+llama+bigram: --arch=llama --bigram_rows=16384
+llama+smear: --arch=llama --smear=True
+llama+window: --arch=llama --sliding_window=64
+"""
+equal_bytes = 3_100_000  # about 800,000 tokens of the recipe's vocabulary, a minute on two cores
+evals = 1
+eval_windows = 2000  # the whole of a shorter validation text
+rounds = 5

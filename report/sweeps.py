@@ -1,0 +1,283 @@
+"""The results of a sweep, results.jsonl of sweep.py: read, grouped by setting, and as a table."""
+
+import json
+import math
+import statistics
+
+from configurator import UserError
+
+# what a result needs to be drawn, by its status
+FIELDS = {
+    "finished": "name varied config val_loss val_bpb steps tokens train_s curve".split(),
+    "diverged": "name varied config curve".split(),
+    "failed": "name varied config error".split(),
+}
+
+
+def read_results(path):
+    """(results, numbers of the lines that are not results) of results.jsonl."""
+    results, bad = [], []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for number, text in enumerate(f, 1):
+                try:
+                    line = json.loads(text)
+                    for name in FIELDS[line["status"]]:
+                        line[name]
+                    results.append(line)
+                except (ValueError, KeyError, TypeError):
+                    bad.append(number)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    return results, bad
+
+
+def read_sweep(path):
+    """The results of a sweep to draw. Raises UserError if no run has one."""
+    results, bad = read_results(path)
+    if not results:
+        raise UserError(f"{path} has no results of sweep.py")
+    if bad:
+        numbers = ", ".join(map(str, bad))
+        print(f"warning: {path}: skipping lines that are not results: {numbers}")
+    if all(line["status"] == "failed" for line in results):
+        raise UserError(
+            f"{path} has no result: all runs failed, the first with {results[0]['error']}"
+        )
+    return results
+
+
+def title_of(results):
+    return results[0].get("title") or results[0].get("sweep", "")
+
+
+def value_of(results):
+    """The field that a sweep is judged by, and its label: bits per byte where they are known."""
+    finished = [line for line in results if line["status"] == "finished"]
+    if all(line["val_bpb"] is not None for line in finished):
+        return "val_bpb", "validation loss (bits per byte)"
+    return "val_loss", "validation loss (nats a token)"
+
+
+# ---- groups of runs
+
+
+def sweep_axes(results, x=""):
+    """
+    (setting of the x axis, settings that tell its series apart) of a sweep, from the names in
+    `varied` without the seed. The default x is the setting with the most values.
+    """
+    values = {}
+    for line in results:
+        for name, value in line["varied"].items():
+            if name != "seed":
+                values.setdefault(name, {})[value] = None
+    if x and x not in values:
+        raise UserError(f"x = {x}: this sweep varies {', '.join(values) or 'the seed alone'}")
+    if not values:
+        return "", []
+    x = x or max(values, key=lambda name: len(values[name]))
+    return x, [name for name in values if name != x]
+
+
+def in_order(results, x, series):
+    """The results sorted by their settings: numbers by size, names as they came."""
+    places = {}
+    for line in results:
+        for name, value in line["varied"].items():
+            of_name = places.setdefault(name, {})
+            of_name.setdefault(value, len(of_name))
+
+    def rank(line):
+        pairs = [(name, line["varied"].get(name)) for name in (*series, x) if name]
+        return [v if is_number(v) else places.get(n, {}).get(v, -1) for n, v in pairs]
+
+    return sorted(results, key=rank)
+
+
+def summarize(results, x, series, value):
+    """
+    [(label of a series, [(x, values of the finished seeds, number that diverged)])], see in_order.
+    value: a field of the results.
+    """
+    table = {}
+    for line in in_order(results, x, series):
+        if line["status"] == "failed":
+            continue
+        row = table.setdefault(label_of(line["varied"], series), {})
+        values, diverged = row.setdefault(line["varied"].get(x, ""), ([], []))
+        if line["status"] == "finished" and line[value] is not None:
+            values.append(line[value])
+        else:
+            diverged.append(line["name"])
+    return [
+        (label, [(place, values, len(bad)) for place, (values, bad) in row.items()])
+        for label, row in table.items()
+    ]
+
+
+def label_of(varied, names):
+    """Some of a run's settings as a label; the name of a run stands for itself."""
+    return ", ".join(
+        show(varied[name]) if name == "run" else f"{name} = {show(varied[name])}"
+        for name in names
+        if name in varied
+    )
+
+
+def show(value):
+    """A setting's value in a label."""
+    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e4:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ---- statistics
+
+
+def mean_and_sd(values):
+    """Mean and standard deviation (0 of a single value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def pooled_sd(groups):
+    """
+    The standard deviation of a single run, pooled over groups of runs that differ only in their
+    seed. It is taken to be the same in all groups. None if no group has two runs.
+    """
+    groups = [values for values in groups if len(values) > 1]
+    if not groups:
+        return None
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
+    return math.sqrt(squares / sum(len(values) - 1 for values in groups))
+
+
+def compare(values, base, sd):
+    """
+    (difference of the means of two lists, whether it exceeds two standard errors); sd: of a single
+    value. The second is None if sd is None.
+    """
+    difference = statistics.mean(values) - statistics.mean(base)
+    if sd is None:
+        return difference, None
+    return difference, abs(difference) > 2 * sd * math.sqrt(1 / len(values) + 1 / len(base))
+
+
+# ---- the table
+
+SHOWN = {None: "?", True: "yes", False: "no"}
+HEADING = "run|settings|{}|difference|beyond noise|ms a step|tok/s, relative"
+MACHINE = "Machine: {device_name}, {threads} threads, {platform}, torch {torch}."
+EXPLANATION = """\
+Figures are the mean of a run's seeds (their number is in brackets) and their standard deviation;
+lower is better. *Difference* is to the first run, `{first}`, and for a run `a+b` to the run `a`.
+*Beyond noise* says whether it exceeds two standard errors{noise};
+of many rows one in twenty passes by luck. Speeds are medians of the runs themselves.
+"""
+
+
+class Group:
+    """The runs of a sweep that differ only in their seed."""
+
+    def __init__(self, label, runs, value):
+        self.label, self.runs = label, runs
+        finished = [run for run in runs if run["status"] == "finished"]
+        self.values = [run[value] for run in finished]
+        self.tokens_s = median_of(run["tokens"] / run["train_s"] for run in finished)
+        self.step_s = median_of(run["train_s"] / run["steps"] for run in finished)
+        self.mean = statistics.mean(self.values) if finished else math.inf
+
+    def outcome(self):
+        """Mean, standard deviation and number of its values, and how many runs have none."""
+        parts = [f"{n} {s}" for s in ("diverged", "failed") if (n := self.count(s))]
+        if self.values:
+            spread = f" ± {mean_and_sd(self.values)[1]:.4f}" if len(self.values) > 1 else ""
+            parts.insert(0, f"{self.mean:.4f}{spread} ({len(self.values)})")
+        return " ".join(parts)
+
+    def count(self, status):
+        return sum(run["status"] == status for run in self.runs)
+
+
+def median_of(values):
+    values = list(values)
+    return statistics.median(values) if values else None
+
+
+def groups_of(results, x=""):
+    """{label: Group} of a sweep, see in_order."""
+    value, _ = value_of(results)
+    place, series = sweep_axes(results, x)
+    runs = {}
+    for line in in_order(results, place, series):
+        label = label_of(line["varied"], (*series, place)) or title_of(results)
+        runs.setdefault(label, []).append(line)
+    return {label: Group(label, lines, value) for label, lines in runs.items()}
+
+
+def table(results, x=""):
+    """
+    What each setting of a sweep is worth, as rows of text with the heading first. A run `a+b` is
+    compared with `a` if there is one, any other with the first. Named runs are sorted by what they
+    are compared with, then best first.
+    """
+    groups = groups_of(results, x)
+    labels = list(groups)
+    sd = pooled_sd(group.values for group in groups.values())
+    bases = {}
+    for label in labels:
+        before, plus, _ = label.partition("+")
+        bases[label] = before if plus and before in groups else labels[0]
+    if "run" in results[0]["varied"]:
+        labels.sort(key=lambda label: (list(groups).index(bases[label]), groups[label].mean))
+    unit = value_of(results)[1].partition("(")[2].rstrip(")")
+    rows = [HEADING.format(unit).split("|")]
+    for label in labels:
+        group, base = groups[label], groups[bases[label]]
+        arguments = group.runs[0].get("arguments")
+        difference = beyond = ms = relative = ""
+        if group.values and base.values:
+            ms, relative = f"{1000 * group.step_s:,.0f}", f"{group.tokens_s / base.tokens_s:.2f}"
+            if group is not base:
+                number, is_beyond = compare(group.values, base.values, sd)
+                difference, beyond = f"{number:+.4f}", SHOWN[is_beyond]
+        settings = f"`{arguments}`" if arguments else ""
+        rows.append([label, settings, group.outcome(), difference, beyond, ms, relative])
+    return rows
+
+
+def markdown(rows):
+    """Rows of text as a Markdown table, aligned so that a terminal shows it well."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def failures(results):
+    """A sentence for each run that failed."""
+    return [f"{r['name']} failed: {r['error']}" for r in results if r["status"] == "failed"]
+
+
+def section(results, x=""):
+    """A sweep as a section of a Markdown document: meaning, machine and table."""
+    groups = groups_of(results, x)
+    sd = pooled_sd(group.values for group in groups.values())
+    noise = "" if sd is None else f" (a single run deviates by {sd:.4f}, pooled over all rows)"
+    measured = [line for line in results if "hardware" in line]
+    machines = {MACHINE.format(**line["hardware"]) for line in measured}
+    commits = {line["commit"][:9] for line in measured} - {""}
+    lines = [
+        f"## {title_of(results)}\n",
+        EXPLANATION.format(first=next(iter(groups)), noise=noise),
+        *sorted(machines),
+        f"Commit: {', '.join(sorted(commits))}.\n",
+        markdown(table(results, x)) + "\n",
+        *(f"- {sentence}" for sentence in failures(results)),
+    ]
+    return "\n".join(lines)
