@@ -1,4 +1,4 @@
-"""bench.py, ablate.py and what they share: reading runs, times to a target, the table's numbers."""
+"""bench/, ablate.py and what they share: reading runs, times to a target, the table's numbers."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def test_speedrun_does_not_repeat_complete_runs(tmp_path, practice, recipe):
     flags = [f"--data_dir={practice}", f"--out={out}", "--seeds=3", "--device=cpu"]
     flags += [f"--plain={recipe}", f"--ours={recipe}", f"--sprint={recipe}"]
     flags += ["--plain_eval_interval=50", "--ours_eval_interval=500"]
-    done = script("bench.py", "speedrun", *flags)
+    done = script("bench.speedrun", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is complete") == 9 and "training plain" not in done.stdout
     assert "final: plain 1.0000, ours 0.6000, ours in 0.33 minutes 0.9500" in done.stdout
@@ -144,7 +144,7 @@ def test_speedrun_does_not_repeat_complete_runs(tmp_path, practice, recipe):
 def test_train_measures_a_shape(tmp_path):
     flags = "--shapes=given --dim=32 --n_layers=2 --n_heads=4 --vocab_size=128 --batch_size=2"
     more = "--max_seq_len=32 --train_rounds=2 --train_steps=1 --ways=plain,eager --device=cpu"
-    done = script("bench.py", "train", *flags.split(), *more.split())
+    done = script("bench.train", *flags.split(), *more.split())
     assert done.returncode == 0, done.stderr
     rows = [text.split() for text in done.stdout.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["plain", "eager"]
@@ -204,12 +204,15 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
 
 
 def test_wrong_words_are_one_sentence(tmp_path, practice):
-    refused(script("bench.py", "trains"), "train, speedrun, loader, checkpoint", "'trains'")
-    refused(script("bench.py", "train", "--ways=fast"), "'fast'", "plain, eager")
-    refused(script("bench.py", "train", f"--llama2c={tmp_path}"), "no checkout")
-    refused(script("bench.py", "speedrun", "--minutes=0"), "above 0")
-    words = ["speedrun", f"--data_dir={practice}", f"--out={tmp_path}"]
-    refused(script("bench.py", *words), "train_vocab --vocab_size=4096", "pretokenize")
+    refused(script("bench", "train"), "'train'", "python -m bench")
+    refused(script("bench.train", "--ways=fast"), "'fast'", "plain, eager")
+    refused(script("bench.train", f"--llama2c={tmp_path}"), "not a checkout")
+    refused(script("bench.speedrun", "--minutes=0"), "above 0")
+    words = [f"--data_dir={practice}", f"--out={tmp_path}"]
+    refused(script("bench.speedrun", *words), "train_vocab --vocab_size=4096", "pretokenize")
+    refused(script("bench.infer", "--engine=nowhere"), "'nowhere' does not exist", "make run")
+    refused(script("bench.tokenizer"), "--source=PATH is missing")
+    refused(script("bench.scaling", "--processes=one"), "'one'", "like 1,2")
 
 
 def test_wrong_words_of_ablate_are_one_sentence(tmp_path, practice):
