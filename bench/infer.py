@@ -145,13 +145,13 @@ def llama2c_speed(name, kind, task, n):
     return story_speed(binary, name, kind, n, "-t", "1" if task == "story" else "0")
 
 
-def measure(n):
+def measure(row):
     """Measure a row of CASES and print its line of the table."""
-    *case, other = CASES[n]
-    name, kind, task, _ = case
+    *case, other = row
+    name, kind, task, n = case
     measures = {"ours": partial(our_speed, *case)}
     if other == "one story":
-        measures["peer"] = lambda: our_speed(name, kind, "decode", case[-1])[0]
+        measures["peer"] = lambda: our_speed(name, kind, "decode", n)[0]
     elif peer and other == "llama.cpp":
         measures["peer"] = partial(llama_cpp_speed, *case)
     elif llama2c and other == "llama2.c":
@@ -166,11 +166,12 @@ def measure(n):
 
 
 def main():
-    numbers = [int(n) for n in cases.split(",")] if cases else range(len(CASES))
+    known = [str(n) for n in range(len(CASES))]
+    numbers = cases.split(",") if cases else known
     if not os.path.exists(engine):
         raise UserError(f"engine = {engine!r} does not exist; build it with: make run")
-    if not set(numbers) <= set(range(len(CASES))):
-        raise UserError(f"cases = {cases}: expected numbers from 0 to {len(CASES) - 1}")
+    if not set(numbers) <= set(known):
+        raise UserError(f"cases = {cases!r}: expected some of {','.join(known)}")
     at_least(1, infer_rounds=infer_rounds)
     os.makedirs(models, exist_ok=True)
     open_device()
@@ -181,7 +182,7 @@ def main():
         f"{'model':<6} {'format':<6} {'task':<11} {'ours':>9} {'of memory':>9} {'peer':>9}   ratio"
     )
     for n in numbers:
-        measure(n)
+        measure(CASES[int(n)])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ runs at the same time: what the machine itself allows.
 """
 
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from bench.common import alternate, at_least, open_device, print_table
 from configurator import UserError, configure
 from dataset import DataPaths
 from report.curves import Run
-from training.runs import TRAIN, train_settings
+from training.settings import TRAIN, resolved
 
 # -----------------------------------------------------------------------------
 processes = "1,2"  # how many, on GPUs one each; a step is the same for all
@@ -65,19 +66,16 @@ def speed_of(n, kind, words, where):
         errors = process.communicate()[1]
         if process.returncode:
             raise UserError(f"{n} {kind} failed: {errors.strip()[-300:]}")
-        steps = Run(f"{where}/run{i}", "").read().train
+        steps = Run(folder=f"{where}/run{i}", name="").read().train
         total += statistics.median(line["tok_s"] for line in steps[3:])
         shutil.rmtree(f"{where}/run{i}")
     return total
 
 
 def main():
-    try:
-        counts = sorted({int(n) for n in processes.split(",")} | {1})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", processes):
         raise UserError(f"processes = {processes!r}: expected numbers with commas, like 1,2")
+    counts = sorted({int(n) for n in processes.split(",")} | {1})
     at_least(5, scaling_steps=scaling_steps)
     at_least(1, scaling_rounds=scaling_rounds)
     torch_device, torch_dtype = open_device(device, dtype)
@@ -86,7 +84,7 @@ def main():
     words += [f"--dtype={str(torch_dtype).removeprefix('torch.')}"]
     ways = [(n, kind) for n in counts for kind in (("apart", "DDP", "FSDP") if n > 1 else [""])]
     with tempfile.TemporaryDirectory(dir=folder or None) as where:
-        random_shards(where, train_settings(words))
+        random_shards(where, resolved(tuple(words)))
         words.append(f"--data_dir={where}")
         measures = {way: partial(speed_of, *way, words, where) for way in ways}
         speeds = alternate(measures, scaling_rounds)

@@ -19,7 +19,8 @@ from report.curves import find_runs
 from report.pictures import draw_runs
 from system.files import write_json
 from system.hardware import describe, git_commit
-from training.runs import race, read_run, same_run, shards_hint, start, train_settings, value_at
+from training.runs import race, read_run, same_run, shards_hint, start, value_at
+from training.settings import resolved
 
 # -----------------------------------------------------------------------------
 data_dir = "data"  # with the shards of both recipes' vocabularies
@@ -37,7 +38,10 @@ device = "auto"
 
 
 def plan(torch_device):
-    """[(recipe, minutes, out_dir, words of train.py)] of every run, a seed after the other."""
+    """
+    Yield (recipe, minutes, out_dir, words of train.py, the settings that they stand for) for every
+    run, one seed after the other.
+    """
     scale = minutes / 10
     recipes = {
         "plain": (plain, minutes, max(1, round(plain_eval_interval * scale))),
@@ -49,17 +53,19 @@ def plan(torch_device):
             words = [recipe, f"--data_dir={os.path.abspath(data_dir)}", f"--device={torch_device}"]
             words += [f"--max_minutes={length}", f"--eval_interval={interval}", f"--seed={seed}"]
             words.append("--picture=False")
-            settings = train_settings(words)
-            words.append(f"--eval_iters={math.ceil(eval_windows / settings['batch_size'])}")
+            settings = resolved(tuple(words))
+            n = math.ceil(eval_windows / settings["batch_size"])
+            words.append(f"--eval_iters={n}")
+            settings = settings | {"eval_iters": n}
             if hint := shards_hint(settings, data_dir):
                 raise UserError(f"{data_dir} lacks the shards of {recipe}; make them with: {hint}")
-            yield name, length, os.path.join(out, f"{name}-{seed}"), words
+            yield name, length, os.path.join(out, f"{name}-{seed}"), words, settings
 
 
-def finished_run(name, length, where, words):
-    """The run of these words as runs.read_run returns it; trained first if it is not there."""
+def finished_run(name, length, where, words, settings):
+    """The run of these words as runs.read_run returns it; trained first if it does not exist."""
     run = read_run(where)
-    if run and same_run(run["start"]["config"], train_settings(words)):
+    if run and same_run(run["start"]["config"], settings):
         print(f"{where} is complete", flush=True)
     else:
         print(f"training {name} for {length:.3g} minutes in {where}", flush=True)
@@ -147,7 +153,7 @@ def main():
     write_results(os.path.join(out, "speedrun.json"), runs, result, races, torch_device)
     picture = os.path.join(out, "speedrun.png")
     try:
-        draw_runs(find_runs([where for *_, where, _ in planned]), picture, ["time"], ["bpb"])
+        draw_runs(find_runs([where for _, _, where, *_ in planned]), picture, ["time"], ["bpb"])
         print(f"wrote {picture}")
     except UserError as e:
         print(f"no picture: {e}")

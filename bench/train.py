@@ -21,7 +21,8 @@ from bench.common import alternate, at_least, median_and_range, open_device, pri
 from configurator import UserError, configure
 from system.hardware import DTYPES, peak_flops
 from system.memory import tune_malloc
-from training.runs import model_of, seconds_of, stepper, tokens_of_step, train_settings
+from training.runs import model_of, seconds_of, stepper, tokens_of_step
+from training.settings import resolved
 
 # -----------------------------------------------------------------------------
 shapes = "128,288"  # names in SHAPES; or given: dim, n_layers, n_heads and so on, as set here
@@ -90,7 +91,7 @@ def settings_of(shape, way, torch_dtype):
         f"--batch_size={batch_size} --max_seq_len={max_seq_len} "
         f"--dtype={str(torch_dtype).removeprefix('torch.')} {SHAPES[shape]} "
     )
-    return train_settings((words + WAYS.get(way, WAYS["plain"])).split())
+    return resolved(tuple((words + WAYS.get(way, WAYS["plain"])).split()))
 
 
 def bench_shape(shape, wanted, torch_device, torch_dtype):
