@@ -7,9 +7,10 @@
 # make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
 # make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes for
 #              each of SEEDS=1, with shards of both vocabularies in DATA), the loader, the
-#              checkpoints (10 minutes), two processes (4), the engine (5), and with TEXT=PATH, a .txt file with
-#              <|endoftext|> between documents, the tokenizers (3); LLAMA2C=PATH, a checkout of
-#              llama2.c, and LLAMA_BENCH=PATH, llama.cpp's llama-bench, are measured beside ours
+#              checkpoints (10 minutes), two processes (4), the engine (5), and with TEXT=PATH, a
+#              .txt file with <|endoftext|> between documents, the tokenizers (3). LLAMA2C=PATH, a
+#              checkout of llama2.c, and LLAMA_BENCH=PATH, llama.cpp's llama-bench, are measured
+#              beside ours. `python -m bench` lists the benchmarks
 # make lint    ruff; make clean: removes what was built, not data, models or environment
 #
 # PYTHON=...   the Python to begin from; a fitting torch that it has is used as it is
@@ -69,13 +70,13 @@ fuzz: dev
 	.venv/bin/python tests/fuzz.py --seconds=$(FUZZ_SECONDS)
 
 bench: dev run
-	.venv/bin/python bench.py train --llama2c=$(LLAMA2C)
-	.venv/bin/python bench.py speedrun --data_dir=$(DATA) --seeds=$(SEEDS)
-	.venv/bin/python bench.py loader
-	.venv/bin/python bench.py checkpoint
-	.venv/bin/python bench.py scaling
-	.venv/bin/python bench.py infer --llama2c=$(LLAMA2C) --peer=$(LLAMA_BENCH)
-	$(if $(TEXT),.venv/bin/python bench.py tokenizer --source=$(TEXT) --llama2c=$(LLAMA2C))
+	.venv/bin/python -m bench.train --llama2c=$(LLAMA2C)
+	.venv/bin/python -m bench.speedrun --data_dir=$(DATA) --seeds=$(SEEDS)
+	.venv/bin/python -m bench.loader
+	.venv/bin/python -m bench.checkpoint
+	.venv/bin/python -m bench.scaling
+	.venv/bin/python -m bench.infer --llama2c=$(LLAMA2C) --peer=$(LLAMA_BENCH)
+	$(if $(TEXT),.venv/bin/python -m bench.tokenizer --source=$(TEXT) --llama2c=$(LLAMA2C))
 
 lint: dev
 	.venv/bin/ruff check .

@@ -134,7 +134,7 @@ def read_override_file(path, namespace, settings):
     """
     found = path
     if not os.path.isfile(found):  # `config/x.py` works from any directory
-        found = os.path.join(os.path.dirname(os.path.abspath(namespace["__file__"])), path)
+        found = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
     if not os.path.isfile(found):
         is_folder = os.path.isdir(path) or os.path.isdir(found)
         raise UserError(f"override file {path} {'is a folder' if is_folder else 'does not exist'}")
@@ -189,6 +189,8 @@ def comments_of(path):
 
 def print_help(namespace, settings, positional):
     script = os.path.basename(namespace["__file__"])
+    if spec := namespace.get("__spec__"):  # started by python -m
+        script = f"-m {spec.name}"
     print((namespace.get("__doc__") or script).strip() + "\n")
     words = f" {positional.upper()}" if positional else ""
     print(f"usage: python {script}{words} [--key=value ...] [override_file.py ...]")

@@ -56,9 +56,15 @@ zygote = Zygote()
 
 
 def script(name, *words, cwd=None, env=None, **options):
-    """Run one of the repository's scripts as a user would; returns the CompletedProcess."""
+    """
+    Run one of the repository's scripts, "train.py" or a module such as "bench.train", as a user
+    would; returns the CompletedProcess.
+    """
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch may set it in the process of the tests
-    command = [sys.executable, str(REPO / name), *map(str, words)]
+    program = [str(REPO / name)]
+    if not program[0].endswith(".py"):
+        program, cwd = ["-m", name], cwd or REPO
+    command = [sys.executable, *program, *map(str, words)]
     if sys.platform == "linux" and not options:
         return zygote.run(command, cwd, dict(env or os.environ))
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, **options)

@@ -1,11 +1,14 @@
-"""bench.py, ablate.py and what they share: reading runs, times to a target, the table's numbers."""
+"""bench/, ablate.py and what they share: reading runs, times to a target, the table's numbers."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
-from conftest import TINY, refused, script
+from conftest import REPO, TINY, refused, script
 
+from configurator import UserError, apply
+from dataset import DataPaths
 from training import runs as trials
 
 
@@ -105,34 +108,39 @@ def recipe(tmp_path):
     return path
 
 
-def test_speedrun_does_not_repeat_complete_runs(tmp_path, practice, recipe):
-    """All runs of three seeds are there, so nothing is trained."""
-    out = tmp_path / "out"
+def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
+    """All runs of two seeds are complete, so nothing is trained and no shard is read."""
+    out, data = tmp_path / "out", tmp_path / "data"
+    shards = Path(
+        DataPaths(data, "custom", trials.train_settings([str(recipe)])["vocab_size"]).shards
+    )
+    shards.mkdir(parents=True)
+    (shards / "data00.bin").touch()
     curves = {
         "plain": (10, 50, [line(5, 2.0), line(10, 1.0)]),
         "ours": (10, 500, [line(2, 1.5), line(4, 0.9), line(10, 0.6)]),
         "sprint": (10 / 30, 1_000_000_000, [line(0.6, 0.95)]),
     }
-    for seed in (1337, 1338, 1339):
+    for seed in (1337, 1338):
         for name, (minutes, interval, evals) in curves.items():
-            words = f"--data_dir={practice} --device=cpu --max_minutes={minutes} --seed={seed} "
+            words = f"--data_dir={data} --device=cpu --max_minutes={minutes} --seed={seed} "
             words += f"--eval_interval={interval} --eval_iters=250"
             settings = trials.train_settings([str(recipe), *words.split()])
             write_log(out / f"{name}-{seed}", settings, evals)
-    flags = [f"--data_dir={practice}", f"--out={out}", "--seeds=3", "--device=cpu"]
+    flags = [f"--data_dir={data}", f"--out={out}", "--seeds=2", "--device=cpu"]
     flags += [f"--plain={recipe}", f"--ours={recipe}", f"--sprint={recipe}"]
     flags += ["--plain_eval_interval=50", "--ours_eval_interval=500"]
-    done = script("bench.py", "speedrun", *flags)
+    done = script("bench.speedrun", *flags)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is complete") == 9 and "training plain" not in done.stdout
+    assert done.stdout.count("is complete") == 6 and "training plain" not in done.stdout
     assert "final: plain 1.0000, ours 0.6000, ours in 0.33 minutes 0.9500" in done.stdout
     lines = done.stdout.splitlines()
     ours, sprint = (next(t for t in lines if end in t) for end in ("on its way", "ends there"))
     assert ours.split()[-6:] == ["220", "s", "2.7x", "244", "s", "2.7x"]
     assert sprint.split()[-6:] == ["36", "s", "16.7x", "43", "s", "15.3x"]
     result = json.loads((out / "speedrun.json").read_text())
-    assert result["median"]["target"] == 1.0 and len(result["seeds"]) == 3
-    assert [e["val_bpb"] for e in result["runs"]["ours"][2]["evals"]] == [1.5, 0.9, 0.6]
+    assert result["median"]["target"] == 1.0 and len(result["seeds"]) == 2
+    assert [e["val_bpb"] for e in result["runs"]["ours"][1]["evals"]] == [1.5, 0.9, 0.6]
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -141,10 +149,41 @@ def test_speedrun_does_not_repeat_complete_runs(tmp_path, practice, recipe):
         assert (out / "speedrun.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_benchmark_is_listed_and_lists_its_settings():
+    names = {path.stem for path in (REPO / "bench").glob("*.py")} - {
+        "__init__",
+        "__main__",
+        "common",
+    }
+    listed = script("bench").stdout
+    assert listed.count("python -m bench.") == len(names) == 7
+    for name in names:
+        assert f"python -m bench.{name} " in listed
+        done = script(f"bench.{name}", "--help")
+        assert done.returncode == 0 and f"usage: python -m bench.{name} [--key=value" in done.stdout
+
+
+def test_benchmarks_take_override_files_of_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"__file__": str(REPO / "bench" / "loader.py"), "batch_size": 1}
+    with pytest.raises(UserError, match=r"config/story.py: unknown setting"):
+        apply(settings, ["config/story.py"])
+
+
+def test_loader_and_checkpoint_print_their_tables():
+    done = script("bench.loader", "--n_tokens=20000", "--batch_size=2", "--max_seq_len=32")
+    assert done.returncode == 0, done.stderr
+    assert [row.split()[0] for row in done.stdout.splitlines()[-2:]] == ["alone", "in"]
+    flags = "--dim=32 --n_layers=1 --n_heads=2 --vocab_size=64 --max_seq_len=16 --step_size=1"
+    done = script("bench.checkpoint", *flags.split(), "--save_interval=2", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "a checkpoint of 0 MB" in done.stdout and "+0.0%" in done.stdout
+
+
 def test_train_measures_a_shape(tmp_path):
     flags = "--shapes=given --dim=32 --n_layers=2 --n_heads=4 --vocab_size=128 --batch_size=2"
     more = "--max_seq_len=32 --train_rounds=2 --train_steps=1 --ways=plain,eager --device=cpu"
-    done = script("bench.py", "train", *flags.split(), *more.split())
+    done = script("bench.train", *flags.split(), *more.split())
     assert done.returncode == 0, done.stderr
     rows = [text.split() for text in done.stdout.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["plain", "eager"]
@@ -203,13 +242,16 @@ def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
     assert str(practice) not in text and "python ablate.py --clear=0.1 --compile=False" in text
 
 
-def test_wrong_words_are_one_sentence(tmp_path, practice):
-    refused(script("bench.py", "trains"), "train, speedrun, loader, checkpoint", "'trains'")
-    refused(script("bench.py", "train", "--ways=fast"), "'fast'", "plain, eager")
-    refused(script("bench.py", "train", f"--llama2c={tmp_path}"), "no checkout")
-    refused(script("bench.py", "speedrun", "--minutes=0"), "above 0")
-    words = ["speedrun", f"--data_dir={practice}", f"--out={tmp_path}"]
-    refused(script("bench.py", *words), "train_vocab --vocab_size=4096", "pretokenize")
+def test_wrong_words_are_one_sentence(tmp_path):
+    refused(script("bench", "train"), "'train'", "python -m bench")
+    refused(script("bench.train", "--ways=fast"), "'fast'", "plain, eager")
+    refused(script("bench.train", f"--llama2c={tmp_path}"), "not a checkout")
+    refused(script("bench.speedrun", "--minutes=0"), "above 0")
+    words = [f"--data_dir={tmp_path}", f"--out={tmp_path}"]
+    refused(script("bench.speedrun", *words), "train_vocab --vocab_size=4096", "pretokenize")
+    refused(script("bench.infer", "--engine=nowhere"), "'nowhere' does not exist", "make run")
+    refused(script("bench.tokenizer"), "--source=PATH is missing")
+    refused(script("bench.scaling", "--processes=one"), "'one'", "like 1,2")
 
 
 def test_wrong_words_of_ablate_are_one_sentence(tmp_path, practice):

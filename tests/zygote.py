@@ -3,6 +3,8 @@ Runs scripts for the tests in forks of one process that has loaded torch already
 what a short script does. Each line of its input is a request, each line of its output an answer:
 
     {"argv": [script, words...], "cwd": folder, "env": {}, "out": file, "err": file} -> exit status
+
+argv may also be ["-m", module, words...].
 """
 
 import atexit
@@ -23,7 +25,7 @@ import tqdm  # noqa: F401
 
 
 def run(request):
-    """As `python script words...` would, from the beginning of the script to the exit status."""
+    """As `python argv...` would, from the beginning of the script to the exit status."""
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -31,10 +33,15 @@ def run(request):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_TRUNC), number)
     sys.argv = request["argv"]
-    sys.path[0] = os.path.dirname(sys.argv[0])
+    is_module = sys.argv[0] == "-m"
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(sys.argv[0])
     status = 0
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if is_module:
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):

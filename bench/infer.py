@@ -1,0 +1,190 @@
+"""
+Tokens/s of the C engine, and of its peers beside it, on models of random weights.
+
+    python -m bench.infer                       # ours alone; `make run` builds it
+    python -m bench.infer --peer=LLAMA_BENCH    # and llama.cpp's llama-bench; needs .[export]
+    python -m bench.infer --llama2c=PATH        # and run.c of a checkout of karpathy/llama2.c
+
+To add a case: a line in CASES.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import statistics
+from functools import partial
+
+import torch
+
+from bench.common import alternate, at_least, open_device, output_of, ratio
+from configurator import UserError, configure
+from formats.gguf import write_gguf
+from formats.modelbin import DTYPES, export_model
+from model import ModelArgs, Transformer
+from tokenizer import SentencePiece, sentencepiece_model
+
+# -----------------------------------------------------------------------------
+engine = "run"  # ours, as make run builds it
+peer = ""  # llama.cpp's llama-bench
+llama2c = ""  # a checkout of karpathy/llama2.c
+cases = ""  # numbers of rows of CASES, with commas; empty: all
+infer_rounds = 3  # in which ours and the peer alternate
+threads = 2
+models = "out/random"  # folder of the random models, which are kept
+# -----------------------------------------------------------------------------
+
+# shapes by llama2.c's names for them
+MODELS = {
+    "260K": {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172},
+    "15M": {"dim": 288, "n_layers": 6, "n_heads": 6},
+    "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
+    "360M": {"dim": 960, "n_layers": 32, "n_heads": 15, "n_kv_heads": 5},
+}
+VOCABULARIES = {"260K": 512, "15M": 32000, "110M": 32000, "360M": 49152}
+# model, number format, what is measured on how many tokens, the program it is measured beside
+CASES = (
+    ("110M", "int8", "decode", 128, "llama.cpp"),
+    ("15M", "int8", "decode", 128, "llama.cpp"),
+    ("360M", "int8", "decode", 128, "llama.cpp"),
+    ("110M", "int4", "decode", 128, "llama.cpp"),
+    ("110M", "fp32", "decode", 128, "llama2.c"),
+    ("110M", "int8", "prefill", 128, "llama.cpp"),
+    ("15M", "int8", "16 stories", 128, "one story"),
+    ("260K", "fp32", "decode", 512, "llama2.c"),  # its clock counts whole milliseconds
+    ("15M", "fp32", "story", 256, "llama2.c"),  # sampled with top-p 0.9, and printed
+    ("260K", "fp32", "story", 512, "llama2.c"),
+)
+GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
+
+
+def random_transformer(name):
+    """A model of MODELS, as sure of its next token as a trained one, whose text has no end."""
+    torch.manual_seed(1)
+    args = ModelArgs(**MODELS[name], vocab_size=VOCABULARIES[name], max_seq_len=512)
+    model = Transformer(args)
+    with torch.no_grad():
+        model.tok_embeddings.weight[1:3] *= 0.01  # BOS and EOS
+        for layer in model.layers:  # or the tied head would always repeat the token before
+            layer.attention.wo.weight *= 30
+            layer.feed_forward.w2.weight *= 30
+        # the logits' std becomes 5: then 10 to 100 of 32,000 tokens have 0.9 of the probability
+        model.norm.weight *= 5 / (model.tok_embeddings.weight.std() * args.dim**0.5)
+    return model
+
+
+@functools.cache
+def fake_tokenizer(size):
+    """A SentencePiece tokenizer of `size` pieces, most of which mean nothing."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    types = [2, 3, 3] + [6] * 256 + [1] * (size - len(pieces))
+    pieces += [f"p{i}" for i in range(len(pieces), size)]
+    return SentencePiece("", sentencepiece_model(pieces, [-float(i) for i in range(size)], types))
+
+
+def model_file(name, kind):
+    """The path of a model, made if it does not exist: kind is one of DTYPES, or of GGUF_TYPES."""
+    path = os.path.join(models, f"{name}_{kind}.{'bin' if kind in DTYPES else 'gguf'}")
+    if not os.path.exists(path):
+        print(f"making {path}", flush=True)
+        model = random_transformer(name)
+        if kind in DTYPES:
+            export_model(model, path, dtype=kind)
+        else:
+            write_gguf(model, path, kind, fake_tokenizer(model.args.vocab_size), {})
+    return path
+
+
+def run(*command):
+    return output_of(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+
+def number_in(pattern, text, program):
+    match = re.search(pattern, text)
+    if not match:
+        raise UserError(f"{program} printed no {pattern!r}: {text[-200:]!r}")
+    return float(match[1])
+
+
+def our_speed(name, kind, task, n):
+    """(tokens/s of ours, percentage of the memory's speed that its decoding reaches)."""
+    binary = os.path.abspath(engine)
+    if task == "story":
+        return story_speed(binary, name, kind, n), math.nan
+    stories = "16" if task == "16 stories" else "1"
+    # with as many of the threads as help
+    text = run(binary, model_file(name, kind), "--bench", "-n", str(n), "-b", stories)
+    line = "prefill" if task == "prefill" else "decode"
+    speed = number_in(rf"{line}: ([0-9.]+) tok/s", text, engine)
+    return speed, number_in(r"decode, ([0-9.]+) %", text, engine)
+
+
+def llama_cpp_speed(name, kind, task, n):
+    path = model_file(name, GGUF_TYPES[kind])
+    sizes = ["-p", str(n), "-n", "0"] if task == "prefill" else ["-p", "0", "-n", str(n)]
+    text = run(peer, "-m", path, "-t", str(threads), "-r", "3", "-o", "json", *sizes)
+    return json.loads(text[text.index("[") : text.rindex("]") + 1])[0]["avg_ts"]
+
+
+def story_speed(binary, name, kind, n, *options):
+    """Tokens/s that ours or llama2.c's engine reports for a story with its random tokenizer."""
+    tokenizer = os.path.join(models, f"tok{VOCABULARIES[name]}.bin")
+    fake_tokenizer(VOCABULARIES[name]).export(tokenizer)
+    path = model_file(name, kind)
+    text = run(binary, path, "-z", tokenizer, "-s", "1", "-n", str(n), *options)
+    return number_in(r"achieved tok/s: ([0-9.]+)", text, binary)
+
+
+def llama2c_speed(name, kind, task, n):
+    """Tokens/s of its run.c, built as its `make runomp` does."""
+    binary = os.path.join(models, "llama2c_run")
+    if not os.path.exists(binary):
+        flags = ["-Ofast", "-fopenmp", "-march=native", os.path.join(llama2c, "run.c"), "-lm"]
+        run("cc", *flags, "-o", binary)
+    return story_speed(binary, name, kind, n, "-t", "1" if task == "story" else "0")
+
+
+def measure(row):
+    """Measure a row of CASES and print its line of the table."""
+    *case, other = row
+    name, kind, task, n = case
+    measures = {"ours": partial(our_speed, *case)}
+    if other == "one story":
+        measures["peer"] = lambda: our_speed(name, kind, "decode", n)[0]
+    elif peer and other == "llama.cpp":
+        measures["peer"] = partial(llama_cpp_speed, *case)
+    elif llama2c and other == "llama2.c":
+        measures["peer"] = partial(llama2c_speed, *case)
+    results = alternate(measures, infer_rounds)
+    ours, shares = zip(*results["ours"], strict=True)
+    print(f"{name:<6} {kind:<6} {task:<11} {statistics.median(ours):>9,.0f}", end="")
+    print(f"{statistics.median(shares):>8.0f} %" if task == "decode" else " " * 10, end="")
+    if theirs := results.get("peer"):
+        print(f" {statistics.median(theirs):>9,.0f} {ratio(ours, theirs):>6.2f}x  {other}", end="")
+    print(flush=True)
+
+
+def main():
+    known = [str(n) for n in range(len(CASES))]
+    numbers = cases.split(",") if cases else known
+    if not os.path.exists(engine):
+        raise UserError(f"engine = {engine!r} does not exist; build it with: make run")
+    if not set(numbers) <= set(known):
+        raise UserError(f"cases = {cases!r}: expected some of {','.join(known)}")
+    at_least(1, infer_rounds=infer_rounds)
+    os.makedirs(models, exist_ok=True)
+    open_device()
+    print(
+        f"tokens/s with {threads} threads, random weights, medians of {infer_rounds} rounds in "
+        "which ours and the peer alternate; of memory: share of what the same threads read per "
+        "second, measured in between\n"
+        f"{'model':<6} {'format':<6} {'task':<11} {'ours':>9} {'of memory':>9} {'peer':>9}   ratio"
+    )
+    for n in numbers:
+        measure(CASES[int(n)])
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

@@ -1,0 +1,168 @@
+"""
+MB/s of training and applying tokenizers, with every encoder that is installed, beside peers.
+
+    python -m bench.tokenizer --source=text.txt
+    python -m bench.tokenizer --source=text.txt --llama2c=PATH
+
+Peers are Hugging Face's tokenizers, where it is installed, and the pretokenize of a checkout of
+karpathy/llama2.c.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from functools import partial
+from importlib.util import find_spec
+
+from bench.common import CPU, alternate, at_least, open_device, output_of, print_table, ratio
+from bpe import BPETokenizer, all_pieces, train_bpe
+from configurator import UserError, configure
+from formats.hftokenizer import tokenizer_json
+from text.corpus import SEPARATOR, whole_file
+from text.shards import write_npy
+from tokenizer import ByteLevel, SentencePiece, train_sentencepiece
+from training.runs import REPO, seconds_of
+
+# -----------------------------------------------------------------------------
+source = ""  # a .txt file with <|endoftext|> between documents
+llama2c = ""  # a checkout of karpathy/llama2.c, to measure its pretokenize too
+tokenizer_rounds = 5  # in which the ways alternate
+threads = 2  # processes, where a way uses several
+folder = ""  # where to write; empty: a new temporary folder
+# -----------------------------------------------------------------------------
+
+END = SEPARATOR.decode()
+PEER = "Hugging Face tokenizers"
+
+
+def measure(task, n_bytes, ways):
+    """Time `ways`, {name: function}; print their speeds, and each one's ratio to the last."""
+    measures = {name: partial(seconds_of, way, 1, CPU) for name, way in ways.items()}
+    times = alternate(measures, tokenizer_rounds)
+    *_, base = times.values()
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        speed = f"{n_bytes / median / 1e6:.1f}"
+        rows.append([f"  {name}", speed, f"{median:.2f}", f"{ratio(base, seconds):.2f}x"])
+    print()
+    print_table([task, "MB/s", "seconds", "ratio"], rows)
+
+
+def peer_train(path, size):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"initial_alphabet": alphabet, "special_tokens": [END], "show_progress": False}
+    tokenizer.train([path], trainers.BpeTrainer(vocab_size=size, **options))
+
+
+def peer_encode(text, documents):
+    from tokenizers import Tokenizer
+
+    Tokenizer.from_str(text).encode_batch(documents)
+
+
+def bench_training(task, n_bytes, path, size, processes):
+    ways = {"ours": partial(train_bpe, path, size, [END], processes)}
+    if find_spec("tokenizers"):
+        ways[PEER] = partial(peer_train, path, size)
+    measure(task, n_bytes, ways)
+
+
+def encoders(kind, path, documents):
+    """A function for each encoder; each makes a new tokenizer of `kind`, whose cache is empty."""
+
+    def encode(name):
+        kind(path).encoder(name)[1](documents)
+
+    return {name: partial(encode, name) for name in kind.ENCODERS}
+
+
+def bench_bpe(where, documents, n_bytes):
+    """Apply byte-level BPE, with files in the folder `where`."""
+    vocab, merges = train_bpe(source, 10_000, [END], threads)
+    path = os.path.join(where, "bpe.model")
+    BPETokenizer(vocab, merges, [END]).save(path)
+
+    def stream():
+        with open(source, encoding="utf-8", newline="") as f:
+            for _ in BPETokenizer(vocab, merges, [END]).encode_iterable(f):
+                pass
+
+    def to_file(encoder):
+        spans = all_pieces([whole_file(source)], [END])
+        write_npy(os.path.join(where, "ids.npy"), ByteLevel(path), spans, threads, encoder)
+
+    ways = {"own, encode_iterable of the lines": stream}
+    ways |= reversed(encoders(ByteLevel, path, documents).items())
+    if find_spec("tokenizers"):
+        text = json.dumps(tokenizer_json(ByteLevel(path)))
+        ways[f"{PEER}, all cores"] = partial(peer_encode, text, documents)
+    measure("encode byte-level BPE of 10,000, one core", n_bytes, ways)
+    ways = {name: partial(to_file, name) for name in ByteLevel.ENCODERS}
+    measure("the same from file to file, with processes", n_bytes, ways)
+
+
+def bench_sentencepiece(where, documents, n_bytes):
+    """Apply SentencePiece, in this process and as the whole command that writes shards."""
+    print("\ntraining SentencePiece of 4,096", flush=True)
+    data = os.path.join(where, "data")
+    stories = os.path.join(data, "TinyStories_all_data")
+    os.makedirs(stories)
+    path = os.path.join(data, "tok4096.model")
+    with open(path, "wb") as f:
+        f.write(train_sentencepiece(documents, 4096)[0])
+    ways = encoders(SentencePiece, path, documents)
+    measure("encode SentencePiece of 4,096, one core", n_bytes, ways)
+
+    for i in range(20):
+        with open(os.path.join(stories, f"data{i:02}.json"), "w", encoding="utf-8") as f:
+            json.dump([{"story": text} for text in documents[i::20] if text], f)
+    shards = os.path.join(data, "tok4096")
+
+    def pretokenize(folder, *flags, **options):
+        shutil.rmtree(shards, ignore_errors=True)
+        script = os.path.join(os.path.abspath(folder), "tinystories.py")
+        output_of([sys.executable, script, "pretokenize", "--vocab_size=4096", *flags], **options)
+        if not os.path.isdir(shards):
+            raise UserError(f"{script} did not write {shards}")
+
+    ours = partial(pretokenize, REPO, f"--data_dir={data}", f"--num_workers={threads}")
+    ways = {f"ours, {name}": partial(ours, f"--encoder={name}") for name in SentencePiece.ENCODERS}
+    if llama2c:
+        ways["llama2.c"] = partial(pretokenize, llama2c, cwd=where)
+    measure("pretokenize with SentencePiece of 4,096: the whole command", n_bytes, ways)
+
+
+def main():
+    if not source:
+        raise UserError("--source=PATH is missing: a .txt file with <|endoftext|> in between")
+    at_least(1, tokenizer_rounds=tokenizer_rounds)
+    open_device()
+    with open(source, encoding="utf-8", newline="") as f:
+        text = f.read()
+    documents = [part.strip() for part in text.split(END)]
+    n_bytes = len(text.encode())
+    print(
+        f"{n_bytes / 1e6:.1f} MB, {threads} processes where there are several; medians of "
+        f"{tokenizer_rounds} rounds, and the ratio to the last"
+    )
+    with tempfile.TemporaryDirectory(dir=folder or None) as where:
+        small = os.path.join(where, "small.txt")
+        with open(small, "w", encoding="utf-8", newline="") as f:
+            f.write(text[:133_000])
+        bench_training("train 500 on 133 kB, one process", 133_000, small, 500, 1)
+        bench_training("train 10,000", n_bytes, source, 10_000, threads)
+        bench_bpe(where, documents, n_bytes)
+        bench_sentencepiece(where, documents, n_bytes)
+
+
+if __name__ == "__main__":  # worker processes import this file again
+    configure(globals())
+    main()

@@ -1,0 +1,156 @@
+"""
+Tokens/s of training steps, of plain Llama's and of ours, side by side.
+
+    python -m bench.train --shapes=128 --ways=plain,modded
+    python -m bench.train --llama2c=PATH   # beside a checkout of karpathy/llama2.c
+
+plain: plain Llama, AdamW, float32; eager: the same model and optimizer in --dtype; compiled: and
+compiled; modded: our architecture, Muon, compiled.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+from functools import partial
+
+import torch
+
+from bench.common import alternate, at_least, median_and_range, open_device, print_table, ratio
+from configurator import UserError, configure
+from system.hardware import DTYPES, peak_flops
+from system.memory import tune_malloc
+from training.runs import model_of, seconds_of, stepper, tokens_of_step
+from training.settings import resolved
+
+# -----------------------------------------------------------------------------
+shapes = "128,288"  # names in SHAPES; or given: dim, n_layers, n_heads and so on, as set here
+ways = "plain,eager,compiled,modded"  # names in WAYS
+llama2c = ""  # a checkout of karpathy/llama2.c, to measure it too
+train_rounds = 7  # in which the ways alternate
+train_steps = 4  # of each way in a round
+max_seq_len = 256  # tokens a sequence
+# the shape "given"
+dim = 512  # 42 million parameters, as llama2.c's stories42M
+n_layers = 8
+n_heads = 8
+vocab_size = 32000
+batch_size = 32  # sequences a step
+device = "auto"
+dtype = "auto"
+# -----------------------------------------------------------------------------
+
+# in train.py's words
+SHAPES = {
+    "128": "--dim=128 --n_layers=5 --n_heads=8 --n_kv_heads=4 --vocab_size=512 --batch_size=32",
+    "288": "--dim=288 --n_layers=6 --n_heads=6 --vocab_size=4096 --batch_size=16",
+    "given": "",
+}
+WAYS = {
+    "plain": "--arch=llama --optimizer=adamw --dtype=float32 --compile=False",
+    "eager": "--arch=llama --optimizer=adamw --compile=False",
+    "compiled": "--arch=llama --optimizer=adamw --compile=True",
+    "modded": "--arch=modded --optimizer=muon --compile=True",
+}
+
+
+def llama2c_stepper(settings, torch_device):
+    """
+    As runs.stepper, of llama2.c's model and optimizer in float32; compiled where that makes it
+    faster, which it does not at a dim of 128.
+    """
+    path = os.path.join(llama2c, "model.py")
+    spec = importlib.util.spec_from_file_location("llama2c_model", path)
+    theirs = sys.modules["llama2c_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    names = "dim n_layers n_heads n_kv_heads vocab_size max_seq_len".split()
+    sizes = {name: settings[name] or None for name in names}  # n_kv_heads may be 0, as n_heads
+    model = theirs.Transformer(theirs.ModelArgs(**sizes, multiple_of=32)).to(torch_device)
+    with contextlib.redirect_stdout(None):  # it reports on the optimizer
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch_device.type)
+    call = torch.compile(model) if settings["dim"] > 128 else model
+    shape = (settings["batch_size"], max_seq_len + 1)
+    tokens = torch.randint(0, settings["vocab_size"], shape, device=torch_device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step():
+        call(x, y)
+        model.last_loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def settings_of(shape, way, torch_dtype):
+    """train.py's settings for one of WAYS at one of SHAPES, or at the one given."""
+    words = (
+        f"--dim={dim} --n_layers={n_layers} --n_heads={n_heads} --vocab_size={vocab_size} "
+        f"--batch_size={batch_size} --max_seq_len={max_seq_len} "
+        f"--dtype={str(torch_dtype).removeprefix('torch.')} {SHAPES[shape]} "
+    )
+    return resolved(tuple((words + WAYS.get(way, WAYS["plain"])).split()))
+
+
+def bench_shape(shape, wanted, torch_device, torch_dtype):
+    """Measure the ways `wanted`, a list of names, at one of SHAPES, and print their table."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    dtypes = {torch.float32, torch_dtype}
+    measures = {"peaks": lambda: {d: peak_flops(torch_device, d) for d in dtypes}}
+    runs = {way: settings_of(shape, way, torch_dtype) for way in wanted}
+    first = {}
+    for way, settings in runs.items():
+        try:
+            step = (llama2c_stepper if way == "llama2c" else stepper)(settings, torch_device)
+        except ValueError as e:
+            raise UserError(f"shape {shape}: {e}") from None
+        first[way] = seconds_of(step, 1, torch_device)
+        seconds_of(step, 1, torch_device)
+        measures[way] = partial(seconds_of, step, train_steps, torch_device)
+    results = alternate(measures, train_rounds)
+    rows = []
+    for way, settings in runs.items():
+        n = train_steps * tokens_of_step(settings)
+        peaks = [of_dtype[DTYPES[settings["dtype"]]] for of_dtype in results["peaks"]]
+        flops = model_of(settings).flops_per_token()
+        speeds = [n / t for t in results[way]]
+        share = f"{ratio([flops * v for v in speeds], peaks):.1%}" if all(peaks) else "unknown"
+        relative = f"{ratio(results[wanted[0]], results[way]):.2f}x"
+        figures = median_and_range(speeds, ",.0f")
+        rows.append([way, *figures, relative, share, f"{first[way]:.1f} s"])
+    print(
+        f"\n{shape}: dim {settings['dim']}, {settings['n_layers']} layers, vocabulary "
+        f"{settings['vocab_size']}, {settings['batch_size']} x {max_seq_len} tokens a step"
+    )
+    print_table(["way", "tok/s", "from", "to", "ratio", "of peak", "first step"], rows)
+
+
+def main():
+    wanted, names = ways.split(","), shapes.split(",")
+    for kind, given, known in (("ways", wanted, WAYS), ("shapes", names, SHAPES)):
+        if unknown := [name for name in given if name not in known]:
+            raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
+    at_least(1, train_rounds=train_rounds, train_steps=train_steps)
+    if llama2c:
+        if not os.path.exists(os.path.join(llama2c, "model.py")):
+            raise UserError(f"llama2c = {llama2c!r} is not a checkout: it has no model.py")
+        wanted = ["llama2c", *wanted]
+    torch_device, torch_dtype = open_device(device, dtype)
+    print(
+        f"medians of {train_rounds} rounds of {train_steps} steps; ratio: to the first line; of "
+        "peak: of the products this machine can do in the number format; first step: with "
+        "compilation"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compilation is measured in full
+        for name in names:
+            bench_shape(name, wanted, torch_device, torch_dtype)
+
+
+if __name__ == "__main__":
+    configure(globals())
+    tune_malloc()  # as train.py does
+    main()
