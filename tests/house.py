@@ -18,8 +18,8 @@ FLOORS = (
     ("tokenizer.py",),
     ("dataset.py",),
     ("attention.py", "loss.py", "model.py", "optim.py"),
-    ("formats/",),
     ("training/",),
+    ("formats/",),  # which reads checkpoints
     ("report/",),
     ("bench/",),
     (
