@@ -5,12 +5,18 @@ README.md and doc/ agree with the code: the file tree, links, settings, log fiel
 """
 
 import re
+import shlex
 
 import house
 from conftest import REPO, read_log, script
 
+from configurator import PRINT_SETTINGS
+
 REWRITE = "rewrite it with: python tests/test_docs.py"
 SETTINGS, ARCHITECTURE = REPO / "doc" / "settings.md", REPO / "doc" / "architecture.md"
+# export.py and modal_app.py have options of other kinds
+WITH_SETTINGS = {"tinystories.py", "webtext.py", "train.py", "sample.py", "generate.py"}
+WITH_SETTINGS |= {"sweep.py", "plot.py"}
 ABSENT = {"mfu"}  # fields that depend on the machine
 
 SETTINGS_HEAD = """\
@@ -105,7 +111,29 @@ def test_links_lead_to_files_and_headings_that_exist():
             assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
 
 
-def test_pages_open_with_the_question_that_they_answer_and_readme_links_to_each():
+def documented_commands():
+    """(script, words) of every command in code blocks that calls a script with settings."""
+    commands = set()
+    for page in pages():
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            names = [i for i, word in enumerate(words) if word in WITH_SETTINGS]
+            if names and words[0] in ("python", "torchrun"):
+                end = words.index("&&") if "&&" in words else len(words)
+                commands.add((words[names[0]], *words[names[0] + 1 : end]))
+    return sorted(commands)
+
+
+def test_documented_commands_have_settings_that_exist():
+    commands = documented_commands()
+    assert len(commands) > 40
+    for name, *words in commands:
+        done = script(name, *words, PRINT_SETTINGS, cwd=REPO)
+        assert done.returncode == 0, f"{name} {shlex.join(words)}: {done.stderr}"
+
+
+def test_readme_is_short_and_links_to_each_page():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     assert len(readme.encode()) <= 14_000
     for page in (REPO / "doc").glob("*.md"):
