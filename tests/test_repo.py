@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import house
 import pytest
 import torch
 from conftest import REPO
@@ -122,3 +123,41 @@ def test_the_default_is_the_winning_recipe():
     default = train_settings()
     differing = {name for name in default if default[name] != recipe[name]}
     assert differing <= {"max_iters", "compile"}
+
+
+# ---- the arrows between modules
+
+
+def test_every_module_is_on_a_floor():
+    """If this fails: add the module to FLOORS of tests/house.py and to doc/architecture.md."""
+    paths = house.module_paths().values()
+    assert [path for path in paths if house.floor(path) == len(house.FLOORS)] == []
+
+
+def test_imports_have_no_cycle():
+    assert house.cycle(house.arrows()) == []
+
+
+def test_nobody_imports_a_script():
+    assert [(a, b) for a, b in house.arrows_of_paths() if b in house.SCRIPTS] == []
+
+
+def test_no_import_points_up():
+    """A module imports from its own floor, or from those before it in FLOORS of tests/house.py."""
+    arrows = house.arrows_of_paths()
+    assert [(a, b) for a, b in arrows if house.floor(b) > house.floor(a)] == []
+
+
+def test_the_reader_of_imports_sees_all_of_them_but_those_of_a_main_block():
+    source = """
+import a.b, numpy
+from c import d, e
+def f():
+    from .near import g
+if __name__ == "__main__":
+    import h
+"""
+    names = ["a", "a.b", "c", "c.d", "p.near", "h"]
+    assert house.imports_of(source, "p.here", names) == {"a.b", "c", "c.d", "p.near"}
+    assert house.cycle({"a": {"b"}, "b": {"a"}, "c": {"a"}}) in (["a", "b", "a"], ["b", "a", "b"])
+    assert house.cycle({"a": {"b"}, "b": set()}) == []
