@@ -70,6 +70,14 @@ def orthogonalize(matrices, n_steps):
     return X.mT if is_tall else X
 
 
+def part_for(target, value):
+    """This rank's part of a whole tensor, spread over the ranks as the DTensor `target` is."""
+    from torch.distributed.tensor import distribute_tensor  # takes a second to load
+
+    # every rank has the whole, so none has to send it
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
 class Muon(torch.optim.Optimizer):
     """
     Momentum whose update of a matrix is made orthogonal (Jordan et al. 2024,
@@ -125,8 +133,6 @@ class Muon(torch.optim.Optimizer):
         scale = group["lr"] * max(1, rows / columns) ** 0.5
         is_spread = hasattr(nesterov[0], "full_tensor")
         if is_spread:  # FSDP: every rank works on the whole, and keeps its part of it
-            from training.sharded import part_for
-
             nesterov = [u.full_tensor() for u in nesterov]
         whole = torch.stack(nesterov).to(group["product_dtype"])
         updates = orthogonalize(whole, group["n_steps"]).to(params[0].dtype)

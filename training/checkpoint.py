@@ -47,6 +47,7 @@ import torch
 
 from configurator import UserError
 from model import ModelArgs, Transformer
+from optim import part_for
 from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
 from system.progress import print_line
 from training import parallel
@@ -491,9 +492,7 @@ def restore(model, optimizer, checkpoint, path):
                         f"{name} is {tuple(value.shape)}, expected {tuple(target.shape)}"
                     )
                 if hasattr(target, "full_tensor"):  # spread over the ranks
-                    from training import sharded
-
-                    value = sharded.part_for(target, value)
+                    value = part_for(target, value)
                 target.copy_(value)
     except KeyError as e:
         raise UserError(f"{path} does not fit this model: it has no {e.args[0]}") from None

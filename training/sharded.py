@@ -9,7 +9,6 @@ import pickle
 import warnings
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import distribute_tensor
 
 CONTENTS = {  # what a table of contents, a pickle, is made of
     "torch": {"Size", "float32", "float16", "bfloat16", "int64"},
@@ -81,9 +80,3 @@ def read(folder, tensors, may_be_new):
 
 def first_failure(error):
     return next(iter(error.failures.values()))[0]
-
-
-def part_for(target, value):
-    """This rank's part of a whole tensor, spread as the DTensor `target` is."""
-    # every rank has read the whole, so none has to send it
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
