@@ -142,8 +142,9 @@ def args_of(config, path):
     rope = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = config.get(name) or {}
-        is_plain = isinstance(value, dict) and value.items() <= {**value, **PLAIN_ROPE}.items()
-        is_plain = is_plain and value.keys() <= {*PLAIN_ROPE, "rope_theta"}
+        is_plain = isinstance(value, dict) and all(
+            key == "rope_theta" or one == PLAIN_ROPE.get(key) for key, one in value.items()
+        )
         expect(is_plain, path, name, value, "rotary angles without scaling")
         rope |= value
     for name in FIELDS.values():

@@ -2,8 +2,8 @@
 What the formats share: the tensors of a model by their names elsewhere, which of its options a
 format carries, and how a model is put together from the tensors of a file.
 
-To add a tensor: its row in NAMES. A reader may raise any error on a damaged file: load() of
-formats/table.py turns it into one sentence.
+To add a tensor: its row in NAMES. Readers of huggingface.py and gguf.py may raise any error on a
+damaged file: load() of table.py turns it into one sentence.
 """
 
 import math
