@@ -213,11 +213,14 @@ class SentencePiece(Tokenizer):
                 pieces.append(piece.replace(SPACE, " ").encode())
         return pieces
 
+    @functools.cached_property
+    def pieces(self):
+        return self.piece_bytes()
+
     def decode(self, ids):
         """The text of `ids` as run.c prints it, without the space that encoding puts first."""
         ids = [i for i in ids if not self.sp.is_control(i)]
-        pieces = self.piece_bytes()
-        text = b"".join(pieces[i] for i in ids)
+        text = b"".join(self.pieces[i] for i in ids)
         if ids and not (self.sp.is_unknown(ids[0]) or self.sp.is_byte(ids[0])):
             text = text.removeprefix(b" ")
         return text.decode("utf-8", errors="replace")

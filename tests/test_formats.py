@@ -349,9 +349,9 @@ def test_autotokenizer_has_our_ids(tmp_path, tokenizers, which):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = [*generated_texts(4000, seed=4), "<|endoftext|>", "a<|endoftext|><|end|> b"]
     texts += [c * n for c in ("a", " ", "\n", "ha", "é") for n in range(24)] + ["\0", "a\0b"]
-    for text in texts:
+    for text, their_ids in zip(texts, theirs(texts)["input_ids"], strict=True):
         ids = tokenizer.encode(text)
-        assert theirs(text)["input_ids"] == ids, text
+        assert their_ids == ids, text
         if which != 105 and "<|" not in text:
             assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
     ids = [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id]
@@ -605,7 +605,7 @@ def test_damaged_model_bins(tmp_path, tokenizers):
             with pytest.raises(UserError, match=r"no model.bin that this version reads|ends at"):
                 read_bin(path)
         rng = np.random.default_rng(0)
-        for _ in range(200):  # every field of the headers
+        for _ in range(60):  # every field of the headers
             broken = bytearray(data)
             at = int(rng.integers(0, 28 if version == 0 else 100)) // 4 * 4
             values = (0, -1, 2, 7, 1 << 20, 0x7FFFFFFF, int(rng.integers(1 << 31)))
