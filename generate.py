@@ -14,7 +14,6 @@ import os
 import time
 
 import torch
-from tqdm import tqdm
 
 from configurator import UserError, configure, settings_of
 from dataset import DataPaths, TokenData
@@ -35,6 +34,7 @@ from report.stories import (
 )
 from report.storypage import write_page
 from system.hardware import pick_device, pick_dtype
+from system.progress import progress
 from text.corpus import stream_documents, text_files
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runs import read_log
@@ -174,7 +174,7 @@ for name, (model, found, _) in loaded.items():
     prompt, generator = prompts[name], torch.Generator().manual_seed(seed)
     limit = min(max_new_tokens, model.room_after(prompt))
     prompt_text, told[name] = found.decode(prompt), []
-    bar = tqdm(total=num_samples, unit=" stories", desc=name, disable=None)
+    bar = progress(total=num_samples, unit=" stories", desc=name)
     began = time.perf_counter()
     for first in range(0, num_samples, batch_size):
         n = min(batch_size, num_samples - first)
