@@ -250,20 +250,10 @@ def some_of(items, n, seed):
 # ---- figures
 
 
-def number(value):
-    return f"{value:,}"
-
-
-def one_digit(value):
-    return f"{value:,.1f}"
-
-
-def three_digits(value):
-    return f"{value:.3f}"
-
-
-def four_digits(value):
-    return f"{value:.4f}"
+number = "{:,}".format
+one_digit = "{:,.1f}".format
+three_digits = "{:.3f}".format
+four_digits = "{:.4f}".format
 
 
 def percent(value):

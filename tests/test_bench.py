@@ -10,6 +10,7 @@ from conftest import REPO, TINY, refused, script
 from configurator import UserError, apply
 from dataset import DataPaths
 from training import runs as trials
+from training.settings import resolved
 
 
 def line(minutes, bpb, **more):
@@ -34,15 +35,14 @@ def write_log(folder, settings, evals, reason="finished"):
 
 
 def test_settings_of_train_are_its_own_with_the_words_and_the_preset():
-    assert trials.train_settings()["arch"] == "modded"
-    assert trials.train_settings()["qk_norm"] is True
-    found = trials.train_settings(["config/plain_llama2c.py", "--seed=3", "--arch=portable"])
+    assert resolved()["arch"] == "modded"
+    assert resolved()["qk_norm"] is True
+    found = resolved(("config/plain_llama2c.py", "--seed=3", "--arch=portable"))
     assert found["dtype"] == "float32" and found["seed"] == 3
     assert found["qk_norm"] and found["bigram_rows"] == 0 and "START" not in found
-    kept = trials.train_settings(["--arch=portable", "--qk_norm=False"])
-    assert kept["qk_norm"] is False
+    assert resolved(("--arch=portable", "--qk_norm=False"))["qk_norm"] is False
     with pytest.raises(Exception, match="did you mean --dim"):
-        trials.train_settings(["--dimm=3"])
+        resolved(("--dimm=3",))
 
 
 def test_a_log_is_a_run_only_where_it_came_to_its_end(tmp_path):
@@ -98,9 +98,7 @@ def recipe(tmp_path):
 def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
     """All runs of two seeds are complete, so nothing is trained and no shard is read."""
     out, data = tmp_path / "out", tmp_path / "data"
-    shards = Path(
-        DataPaths(data, "custom", trials.train_settings([str(recipe)])["vocab_size"]).shards
-    )
+    shards = Path(DataPaths(data, "custom", resolved((str(recipe),))["vocab_size"]).shards)
     shards.mkdir(parents=True)
     (shards / "data00.bin").touch()
     curves = {
@@ -112,7 +110,7 @@ def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
         for name, (minutes, interval, evals) in curves.items():
             words = f"--data_dir={data} --device=cpu --max_minutes={minutes} --seed={seed} "
             words += f"--eval_interval={interval} --eval_iters=250"
-            settings = trials.train_settings([str(recipe), *words.split()])
+            settings = resolved((str(recipe), *words.split()))
             write_log(out / f"{name}-{seed}", settings, evals)
     flags = [f"--data_dir={data}", f"--out={out}", "--seeds=2", "--device=cpu"]
     flags += [f"--plain={recipe}", f"--ours={recipe}", f"--sprint={recipe}"]

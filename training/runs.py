@@ -23,10 +23,7 @@ from system.hardware import pick_dtype
 from training.runlog import RunLog
 from training.settings import SAME_RESULT, SAME_WORK, TRAIN, resolved
 
-
-def train_settings(arguments=()):
-    """{name: value} of train.py's settings, see settings.resolved."""
-    return resolved(tuple(arguments))
+REPO = os.path.dirname(TRAIN)
 
 
 def same_run(config, other):
