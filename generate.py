@@ -127,7 +127,7 @@ def tell(name, model, tokenizer, prompt):
     """num_samples stories (Story) by a model, from the ids of a prompt; prints the speed."""
     model.dtype = compute_dtype
     generator = torch.Generator().manual_seed(seed)
-    limit = min(max_new_tokens, model.room_behind(prompt))
+    limit = min(max_new_tokens, model.room_after(prompt))
     prompt_text, stories, started = tokenizer.decode(prompt), [], time.perf_counter()
     bar = progress(total=num_samples, unit=" stories", desc=name)
     for first in range(0, num_samples, batch_size):
