@@ -14,7 +14,6 @@ import os
 import time
 
 import torch
-from tqdm import tqdm
 
 from configurator import UserError, configure, settings_of
 from dataset import DataPaths, TokenData
@@ -35,9 +34,10 @@ from report.stories import (
 )
 from report.storypage import write_page
 from system.hardware import pick_device, pick_dtype
+from system.progress import progress
 from text.corpus import stream_documents, text_files
 from training.checkpoint import RUN_FILE, load_checkpoint
-from training.runs import read_log
+from training.runlog import RunLog
 
 # -----------------------------------------------------------------------------
 models = "out"  # folders of runs, or anything that export.py reads, with commas between them
@@ -97,23 +97,23 @@ def check_target(name, path, endings):
 
 
 def bits_per_byte_of(path, facts):
-    """What a model reached in validation, from its checkpoint or the log beside it; or None."""
+    """What a model reached in validation, from its checkpoint or the log beside it, or None."""
     if "validation" in facts:  # "0.7 bits per byte"
         return float(facts["validation"].split()[0])
-    evals = read_log(os.path.dirname(path))["evals"] if path.endswith("model.bin") else []
-    best = min(evals, key=lambda line: line["val_loss"], default={})
-    return best.get("val_bpb")
+    if not path.endswith("model.bin"):
+        return None
+    return RunLog(os.path.dirname(path)).read().best.get("val_bpb")
 
 
 def data_of(path, tokenizer):
     """
-    (where they lie, the TokenData) of the shards that a model was trained on. Raises UserError
-    where they are not there any more, or it is not known which they were.
+    (folder, TokenData) of the shards that a model was trained on. Raises UserError if they do not
+    exist any more, or if nothing says which they were.
     """
     if recognize(path) == "checkpoint":
         config = load_checkpoint(path).get("config", {})
     else:  # the log beside a model.bin
-        config = read_log(os.path.dirname(path)).get("start", {}).get("config", {})
+        config = RunLog(os.path.dirname(path)).read().start.get("config", {})
     names = ("data_dir", "vocab_source", "vocab_size")
     if any(name not in config for name in names):
         raise UserError("it does not say what it was trained on")
@@ -121,6 +121,38 @@ def data_of(path, tokenizer):
     if not os.path.isdir(paths.shards):
         raise UserError(f"its token shards, {paths.shards}, are not there")
     return paths.shards, TokenData(paths, 1, tokenizer, check=False)
+
+
+def tell(name, model, tokenizer, prompt):
+    """num_samples stories (Story) by a model, from the ids of a prompt; prints the speed."""
+    model.dtype = compute_dtype
+    generator = torch.Generator().manual_seed(seed)
+    limit = min(max_new_tokens, model.room_after(prompt))
+    prompt_text, stories, started = tokenizer.decode(prompt), [], time.perf_counter()
+    bar = progress(total=num_samples, unit=" stories", desc=name)
+    for first in range(0, num_samples, batch_size):
+        n = min(batch_size, num_samples - first)
+        draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
+        new, ended = [[] for _ in range(n)], set()
+        for step in model.generate_batch(prompt, draws, temperature, top_k, top_p, tokenizer.stop):
+            for i, token in enumerate(step):
+                if token is None:
+                    ended.add(i)
+                else:
+                    new[i].append(token)
+            bar.update(first + len(ended) - bar.n)
+        bar.update(first + n - bar.n)
+        stories += [
+            Story(tokenizer.decode([*prompt, *ids]), len(ids), i in ended, prompt_text)
+            for i, ids in enumerate(new)
+        ]
+    bar.close()
+    took, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
+    print(
+        f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {took:.1f} s, "
+        f"{n_tokens / took:,.0f} tokens/s"
+    )
+    return stories
 
 
 names = [name for name in models.split(",") if name.strip()]
@@ -139,8 +171,8 @@ if json:
 source_files = text_files(source) if source else []
 valid_files = text_files(valid_source) if valid_source else []
 
-device = pick_device(device)
-dtype = pick_dtype(dtype, device)
+torch_device = pick_device(device)
+compute_dtype = pick_dtype(dtype, torch_device)
 loaded, prompts = {}, {}
 for name, path in paths.items():
     loaded[name], prompts[name] = load_teller(path, start, tokenizer)
@@ -167,38 +199,10 @@ elif reference and data:
 if reference and not real:
     notes.append("There are no real stories to compare with: --valid_source= names a text.")
 
-told = {}  # name: list of Story
-for name, (model, found, _) in loaded.items():
-    model = model.to(device).eval()
-    model.dtype = dtype
-    prompt, generator = prompts[name], torch.Generator().manual_seed(seed)
-    limit = min(max_new_tokens, model.room_after(prompt))
-    prompt_text, told[name] = found.decode(prompt), []
-    bar = tqdm(total=num_samples, unit=" stories", desc=name, disable=None)
-    began = time.perf_counter()
-    for first in range(0, num_samples, batch_size):
-        n = min(batch_size, num_samples - first)
-        draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
-        new, ended = [[] for _ in range(n)], set()
-        for step in model.generate_batch(prompt, draws, temperature, top_k, top_p, found.stop):
-            for story, token in enumerate(step):
-                if token is not None:
-                    new[story].append(token)
-            now = {story for story, token in enumerate(step) if token is None}
-            bar.update(len(now - ended))
-            ended = now
-        bar.update(n - len(ended))
-        told[name] += [
-            Story(found.decode([*prompt, *ids]), len(ids), story in ended, prompt_text)
-            for story, ids in enumerate(new)
-        ]
-    bar.close()
-    took, n_tokens = time.perf_counter() - began, sum(story.n_tokens for story in told[name])
-    print(
-        f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {took:.1f} s, "
-        f"{n_tokens / took:,.0f} tokens/s"
-    )
-
+told = {  # name: list of Story
+    name: tell(name, model.to(torch_device).eval(), loaded_tokenizer, prompts[name])
+    for name, (model, loaded_tokenizer, _) in loaded.items()
+}
 if real:
     told[REAL] = [Story(text, n_tokens) for text, n_tokens in real]
 

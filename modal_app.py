@@ -173,10 +173,10 @@ def prepare_for(words, source, machines):
     before a GPU waits for it.
     """
     from dataset import DataPaths
-    from training.runs import train_settings
+    from training.settings import resolved
 
     reload()
-    settings = train_settings(words)
+    settings = resolved(tuple(words))
     paths = DataPaths(data_dir_of(source), settings["vocab_source"], settings["vocab_size"])
     try:
         with open(os.path.join(paths.shards, "shards.json"), encoding="utf-8") as f:

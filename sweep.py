@@ -33,33 +33,8 @@ import time
 from dataclasses import dataclass
 from itertools import product
 
+from configurator import UserError, configure
 from system.memory import tune_malloc
-
-tune_malloc()  # as train.py does
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from configurator import UserError, configure  # noqa: E402
-from dataset import DataPaths, read_sidecar  # noqa: E402
-from optim import OPTIMIZERS  # noqa: E402
-from report.sweeps import read_results  # noqa: E402
-from system.files import atomic_write, read_json, remove, write_json  # noqa: E402
-from system.hardware import pick_device  # noqa: E402
-from training.rundir import WORTH_KEEPING, FolderInUse, RunDir  # noqa: E402
-from training.runlog import RunLog  # noqa: E402
-from training.runs import (  # noqa: E402
-    NOT_OF_THE_RUN,
-    TRAIN,
-    args_of,
-    flops_of_step,
-    same_run,
-    shards_hint,
-    tokens_of_step,
-    tokens_per_second,
-    train_settings,
-    work_of,
-)
 
 # -----------------------------------------------------------------------------
 # what to run
@@ -88,8 +63,32 @@ dry_run = False  # print the list and the estimate, and stop
 configure(globals())
 # -----------------------------------------------------------------------------
 
+tune_malloc()  # as train.py does, whose speed is measured here
+
+import torch
+
+from dataset import DataPaths, read_sidecar
+from optim import OPTIMIZERS
+from report.sweeps import read_results
+from system.files import atomic_write, read_json, remove, write_json
+from system.hardware import pick_device
+from system.progress import print_line, progress
+from training.rundir import WORTH_KEEPING, FolderInUse, RunDir
+from training.runlog import RunLog
+from training.runs import (
+    args_of,
+    flops_of_step,
+    same_run,
+    shards_hint,
+    tokens_of_step,
+    tokens_per_second,
+    work_of,
+)
+from training.settings import SAME_RESULT, TRAIN, resolved
+
 START_UP_S = 8  # of a run: loading torch and the data, writing its files; a guess
-SLOW_STEP = 3e11  # operations; on a CPU such a step is not tried only for an estimate
+# an estimate alone tries no step of more operations, and none after so many seconds
+SLOW_STEP, ESTIMATE_S = 3e11, 20
 CPU_SPEED = 1e11  # operations a second, assumed instead
 BYTES_PER_TOKEN = 4  # assumed for the estimate while there are no shards
 
@@ -111,6 +110,10 @@ class PlannedRun:
     @property
     def output(self):
         return f"{self.folder}.log"
+
+    def set(self, **settings):
+        self.arguments += [f"--{name}={value}" for name, value in settings.items()]
+        self.config |= settings
 
     def logged(self):
         """The log in its folder; an empty one if that is of another run."""
@@ -158,7 +161,7 @@ def axes_of_grid():
         values = values.split(",")
         if not equals or not all(values):
             raise UserError(f"grid: {part!r}: expected NAME=VALUE,VALUE")
-        if name == "run" or name in NOT_OF_THE_RUN or name in axes:
+        if name == "run" or name in SAME_RESULT or name in axes:
             raise UserError(
                 f"grid: {part!r}: expected a setting of train.py that changes the run, once"
             )
@@ -210,18 +213,20 @@ def plan(device_name):
     shared += [f"--device={device_name}", "--keep_last=1", "--picture=False"]
     seed_values = [None] if "seed" in axes else range(first_seed, first_seed + seeds)
     for seed, (row, own), values in product(seed_values, listed_runs(), product(*axes.values())):
-        varied = dict(zip(axes, values, strict=True))
+        of_grid = [f"--{name}={value}" for name, value in zip(axes, values, strict=True)]
+        arguments = [*shared, *own, *of_grid]
+        config = dict(resolved(tuple(arguments)))
+        varied = ({"run": row} if row else {}) | {name: config[name] for name in axes}
+        run = PlannedRun("", varied, own, arguments, config)
         if seed is not None:
             varied["seed"] = seed
-        arguments = [*shared, *own, *(f"--{name}={value}" for name, value in varied.items())]
-        config = train_settings(arguments)
-        varied = ({"run": row} if row else {}) | {name: config[name] for name in varied}
+            run.set(seed=seed)
         check_run(config, varied)
         parts = (value if name == "run" else f"{name}={value}" for name, value in varied.items())
-        name = re.sub(r"[^\w.=+-]+", "_", "_".join(parts))
-        if name in planned:
-            raise UserError(f"two runs of this sweep are {name}: leave one of them out")
-        planned[name] = PlannedRun(name, varied, own, arguments, config)
+        run.name = re.sub(r"[^\w.=+-]+", "_", "_".join(parts))
+        if run.name in planned:
+            raise UserError(f"two runs of this sweep are {run.name}: leave one of them out")
+        planned[run.name] = run
     return list(planned.values())
 
 
@@ -230,21 +235,25 @@ def plan(device_name):
 
 def measure(planned, torch_device):
     """
-    {key of work_of: tokens/s} of the runs. Each is the median of several rounds over all of them,
-    since a machine's speed wanders. The speeds are kept in speeds.json: lengths depend on them, and
-    a sweep that continues must plan the same runs again. 0 where a step cannot be measured.
+    Set the speeds of the runs, in tokens/s, as far as a step of theirs can be measured. Each is the
+    median of several rounds over all of them, since a machine's speed wanders. Speeds are kept in
+    speeds.json: lengths depend on them, and a sweep that continues must plan the same runs again.
     """
     path = os.path.join(sweep_dir, "speeds.json")
     known = read_json(path) if os.path.exists(path) else {}
-    configs = {work_of(run.config, threads): run.config for run in planned}
-    speeds, guessed = {key: [] for key in configs.keys() - known.keys()}, set()
-    todo = [key for key in configs if key in speeds] * (rounds if equal_minutes else 1)
-    for key in tqdm(todo, desc="measuring speeds", disable=not todo, leave=False):
-        config = configs[key]
+    # an estimate does not wait for compilation
+    changes = {} if equal_minutes else {"compile": "False"}
+    configs = {run: run.config | changes for run in planned}
+    keys = {run: work_of(config, threads) for run, config in configs.items()}
+    new = {key: configs[run] for run, key in keys.items() if key not in known}
+    speeds, guessed, started = {key: [] for key in new}, set(), time.monotonic()
+    todo = list(new.items()) * (rounds if equal_minutes else 1)
+    for key, config in progress(todo, desc="measuring speeds", disable=not todo, leave=False):
         n_flops = flops_of_step(config)
         if config["optimizer"] not in OPTIMIZERS or n_flops <= 0:
             continue  # train.py says what is wrong with it
-        if torch_device.type == "cpu" and n_flops > SLOW_STEP and not equal_minutes:
+        is_long = n_flops > SLOW_STEP or time.monotonic() - started > ESTIMATE_S
+        if torch_device.type == "cpu" and is_long and not equal_minutes:
             speeds[key].append(tokens_of_step(config) * CPU_SPEED / n_flops)
             guessed.add(config["dim"])
             continue
@@ -252,16 +261,17 @@ def measure(planned, torch_device):
             budget_s = 2.0 if equal_minutes else 0.5
             speeds[key].append(tokens_per_second(config, torch_device, budget_s))
         except (RuntimeError, ValueError) as e:  # a GPU's memory; train.py adapts, or says why not
-            tqdm.write(f"a step cannot be measured: {str(e).splitlines()[0]}")
+            print_line(f"a step cannot be measured: {str(e).splitlines()[0]}")
     if guessed:
         dims = ", ".join(map(str, sorted(guessed)))
-        print(f"too large to try here (dim {dims}): assuming 100 billion operations a second")
+        print(f"too long to try here (dim {dims}): assuming 100 billion operations a second")
     known |= {key: round(statistics.median(s), 1) for key, s in speeds.items() if s}
     if todo and not dry_run:
         write_json(path, known)
-    if equal_minutes and configs.keys() - known.keys():
+    if equal_minutes and set(keys.values()) - known.keys():
         raise UserError("equal_minutes needs the speeds of all runs, and some cannot be measured")
-    return {key: known.get(key, 0.0) for key in configs}
+    for run, key in keys.items():
+        run.speed = known.get(key, 0.0)
 
 
 def shards_of(config):
@@ -281,28 +291,25 @@ def tokens_in(n_bytes, config):
 
 
 def give_length(run):
-    """Add the arguments that set a run's length and evaluations, and estimate its seconds."""
+    """Set a run's length and its evaluations, and estimate its seconds."""
     config, size = run.config, tokens_of_step(run.config)
     if size < 1:  # train.py says what is wrong with it
         return
-    n_steps = config["max_iters"]
-    if equal_tokens or equal_bytes or equal_minutes:
-        n_tokens = equal_tokens or equal_minutes * 60 * run.speed
-        if equal_bytes:
-            n_tokens = tokens_in(equal_bytes, config)
-        n_steps = max(1, round(n_tokens / size))
-        run.arguments.append(f"--max_iters={n_steps}")
+    n_tokens = equal_tokens or equal_minutes * 60 * run.speed
+    if equal_bytes:
+        n_tokens = tokens_in(equal_bytes, config)
+    if n_tokens:
+        run.set(max_iters=max(1, round(n_tokens / size)))
     if eval_windows:
-        run.arguments.append(f"--eval_iters={math.ceil(eval_windows / config['batch_size'])}")
+        run.set(eval_iters=math.ceil(eval_windows / config["batch_size"]))
     if evals and not config["max_minutes"]:
-        run.arguments.append(f"--eval_interval={math.ceil(n_steps / evals)}")
-    run.config = config = train_settings(run.arguments)
+        run.set(eval_interval=math.ceil(config["max_iters"] / evals))
     if not run.speed:
         return
-    train_s = 60 * config["max_minutes"] or n_steps * size / run.speed
+    train_s = 60 * config["max_minutes"] or config["max_iters"] * size / run.speed
     n_valid = config["eval_iters"] * config["batch_size"] * config["max_seq_len"]
     n_valid = min([n_valid, *(shard["tokens"] for shard in shards_of(config)[:1])])
-    n_evals = evals or math.ceil(n_steps / config["eval_interval"])
+    n_evals = evals or math.ceil(config["max_iters"] / config["eval_interval"])
     run.seconds += train_s + n_evals * n_valid / (3 * run.speed)  # forward is a third of a step
 
 
@@ -466,7 +473,7 @@ class Runner:
             process.terminate() if is_first else process.kill()
         if is_first:
             with contextlib.suppress(RuntimeError):  # while another line is printed
-                tqdm.write("stopping the runs, each with a checkpoint; Ctrl-C again kills them")
+                print_line("stopping the runs, each with a checkpoint; Ctrl-C again kills them")
 
     def before_exec(self):
         """In the process of a run: stop with a checkpoint if the sweep is killed (Linux)."""
@@ -510,7 +517,7 @@ class Runner:
         """Do some runs, and print what came of each."""
         waiting, slots = list(todo), list(range(jobs))
         total_s = round(sum(run.seconds for run in todo))
-        bar = tqdm(total=total_s, unit="s", desc="of the estimate", dynamic_ncols=True)
+        bar = progress(total=total_s, unit="s", desc="of the estimate", dynamic_ncols=True)
         while (waiting and not self.stopping) or self.running:
             while waiting and slots and not self.stopping:
                 run, slot = waiting.pop(0), slots.pop(0)
@@ -522,7 +529,7 @@ class Runner:
             for process in [p for p in self.running if p.poll() is not None]:
                 run, slot = self.running.pop(process)
                 slots.append(slot)
-                tqdm.write(self.finish(run, process.returncode))
+                print_line(self.finish(run, process.returncode))
                 bar.update(round(run.seconds))
         bar.close()
 
@@ -557,9 +564,8 @@ if hints and not dry_run:
     raise UserError(f"there are no shards for this sweep; make them with: {' && '.join(hints)}")
 folder = None if dry_run else lock_folder()
 results = Results(planned)
-speeds = measure(planned, torch_device)
+measure(planned, torch_device)
 for run in planned:
-    run.speed = speeds[work_of(run.config, threads)]
     give_length(run)
 results.check()
 todo = []

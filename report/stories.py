@@ -18,11 +18,11 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import UserError
 from dataset import CHUNK, mixed
 from system.files import atomic_write
+from system.progress import progress
 from text.corpus import stream_documents
 
 BREAK = "\0"  # between documents: a word that no story has, so that no n-gram goes across
@@ -229,7 +229,7 @@ def documents_of_shard(shard, tokenizer):
 
 def stream_past(overlap, pieces, n_bytes):
     """Feed an Overlap what pieces_of_files or pieces_of_shards yields, n_bytes in all."""
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="training text", disable=None)
+    bar = progress(total=n_bytes, unit="B", unit_scale=True, desc="training text")
     with bar:
         for text, size in pieces:
             overlap.feed(text)
@@ -250,20 +250,10 @@ def some_of(items, n, seed):
 # ---- figures
 
 
-def number(value):
-    return f"{value:,}"
-
-
-def one_digit(value):
-    return f"{value:,.1f}"
-
-
-def three_digits(value):
-    return f"{value:.3f}"
-
-
-def four_digits(value):
-    return f"{value:.4f}"
+number = "{:,}".format
+one_digit = "{:,.1f}".format
+three_digits = "{:.3f}".format
+four_digits = "{:.4f}".format
 
 
 def percent(value):

@@ -1,4 +1,4 @@
-"""bench/, ablate.py and what they share: reading runs, times to a target, the table's numbers."""
+"""bench/ and what it shares with sweep.py: reading runs, times to a target."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from conftest import REPO, TINY, refused, script
 from configurator import UserError, apply
 from dataset import DataPaths
 from training import runs as trials
+from training.settings import resolved
 
 
 def line(minutes, bpb, **more):
@@ -34,15 +35,14 @@ def write_log(folder, settings, evals, reason="finished"):
 
 
 def test_settings_of_train_are_its_own_with_the_words_and_the_preset():
-    assert trials.train_settings()["arch"] == "modded"
-    assert trials.train_settings()["qk_norm"] is True
-    found = trials.train_settings(["config/plain_llama2c.py", "--seed=3", "--arch=portable"])
+    assert resolved()["arch"] == "modded"
+    assert resolved()["qk_norm"] is True
+    found = resolved(("config/plain_llama2c.py", "--seed=3", "--arch=portable"))
     assert found["dtype"] == "float32" and found["seed"] == 3
     assert found["qk_norm"] and found["bigram_rows"] == 0 and "START" not in found
-    kept = trials.train_settings(["--arch=portable", "--qk_norm=False"])
-    assert kept["qk_norm"] is False
+    assert resolved(("--arch=portable", "--qk_norm=False"))["qk_norm"] is False
     with pytest.raises(Exception, match="did you mean --dim"):
-        trials.train_settings(["--dimm=3"])
+        resolved(("--dimm=3",))
 
 
 def test_a_log_is_a_run_only_where_it_came_to_its_end(tmp_path):
@@ -85,19 +85,6 @@ def test_a_race_compares_both_clocks():
     assert missed["sprint_train_s"] == math.inf and missed["sprint_train_s_ratio"] == 0
 
 
-def test_differences_within_two_standard_errors_are_noise():
-    groups = [1.0, 1.1, 0.9], [2.0, 2.4, 1.6], [5.0]  # variances 0.01, 0.16, and unknown
-    assert trials.pooled_sd(groups) == pytest.approx(math.sqrt((0.01 + 0.16) / 2))
-    assert trials.pooled_sd([[1.0], [2.0]]) is None
-    base = [1.0, 1.1, 0.9]
-    found = trials.compare([1.2, 1.3, 1.1], base, 0.1)  # an error of 0.0816
-    assert found["mean"] == pytest.approx(1.2)
-    assert found["difference"] == pytest.approx(0.2) and found["beyond_noise"]
-    assert not trials.compare([1.15, 1.25, 1.05], base, 0.1)["beyond_noise"]
-    assert not trials.compare([1.2], base, 0.1)["beyond_noise"]  # of one run, 0.115
-    assert trials.compare([1.5], base, None)["beyond_noise"] is None
-
-
 @pytest.fixture
 def recipe(tmp_path):
     """The tiny model of the tests as a recipe: an override file."""
@@ -111,9 +98,7 @@ def recipe(tmp_path):
 def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
     """All runs of two seeds are complete, so nothing is trained and no shard is read."""
     out, data = tmp_path / "out", tmp_path / "data"
-    shards = Path(
-        DataPaths(data, "custom", trials.train_settings([str(recipe)])["vocab_size"]).shards
-    )
+    shards = Path(DataPaths(data, "custom", resolved((str(recipe),))["vocab_size"]).shards)
     shards.mkdir(parents=True)
     (shards / "data00.bin").touch()
     curves = {
@@ -125,7 +110,7 @@ def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
         for name, (minutes, interval, evals) in curves.items():
             words = f"--data_dir={data} --device=cpu --max_minutes={minutes} --seed={seed} "
             words += f"--eval_interval={interval} --eval_iters=250"
-            settings = trials.train_settings([str(recipe), *words.split()])
+            settings = resolved((str(recipe), *words.split()))
             write_log(out / f"{name}-{seed}", settings, evals)
     flags = [f"--data_dir={data}", f"--out={out}", "--seeds=2", "--device=cpu"]
     flags += [f"--plain={recipe}", f"--ours={recipe}", f"--sprint={recipe}"]
@@ -190,58 +175,6 @@ def test_train_measures_a_shape(tmp_path):
     assert rows[0][4] == "1.00x" and rows[0][5].endswith("%")
 
 
-ABLATE = "--tokens=1024 --rounds=1 --compile=False --device=cpu --eval_windows=8".split()
-
-
-def test_ablation_trains_once_and_makes_the_table(tmp_path, practice, recipe):
-    flags = [*ABLATE, f"--data_dir={practice}", f"--out_dir={tmp_path / 'abl'}"]
-    flags += [f"--recipe={recipe}"]
-    first = script("ablate.py", "--only=softcap,warmup", "--jobs=2", "--seeds=1", *flags)
-    assert first.returncode == 0, first.stderr
-    assert "recipe, equal tokens, seed 1337" in first.stdout
-    path = tmp_path / "abl" / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    measured = {(r["row"], r["kind"]): r for r in lines}
-    assert {row for row, kind in measured if kind == "tokens"} == {"recipe", "softcap", "warmup"}
-    assert {row for row, kind in measured if kind == "speed"} == {"softcap"}  # others work the same
-    assert measured["softcap", "speed"]["ratio"] > 0
-    for result in measured.values():
-        assert "error" not in result
-        if result["kind"] == "tokens":
-            assert result["val_bpb"] > 0 and result["step"] == 2
-    # with three seeds, all made up: nothing is trained, and a row that differs clearly has one
-    results = []
-    softcap, untied = {"logit_softcap": 15.0}, {"tie_embeddings": False}
-    speed = measured["softcap", "speed"]
-    for name, words, bpb in (
-        ("recipe", {}, 1.0),
-        ("softcap", softcap, 1.02),
-        ("untied", untied, 1.5),
-    ):
-        results.append({**speed, "row": name, "config": {**speed["base"], **words}, "ratio": 0.5})
-        for i in range(3):
-            for kind, steps in (("tokens", 2), ("time", 1)):
-                result = measured["recipe", "tokens"]
-                config = {**result["config"], **words, "seed": 1337 + i, "max_iters": steps}
-                number = {"kind": kind, "val_bpb": bpb + i / 100}
-                results.append({**result, "row": name, "config": config, **number})
-    path.write_text("\n".join(json.dumps(r) for r in results) + '\n{"row": "cut o')
-    before = path.read_text()
-    table = tmp_path / "doc.md"
-    only = "--only=softcap,untied,heads-4,vocab-8192"
-    done = script("ablate.py", *flags, only, "--clear=0.1", f"--write={table}")
-    assert done.returncode == 0, done.stderr
-    assert path.read_text() == before and "vocab-8192 is left out" in done.stdout
-    text = table.read_text()
-    rows = {t.split()[1]: t for t in text.splitlines() if t.startswith("| ")}
-    assert "| 1.0100 (3) |  |  | 1.0100 (3) |  |  | 1.00 |" in rows["recipe"]
-    assert "| 1.0300 (3) | +0.0200 | yes | 1.0300 (3) | +0.0200 | yes | 0.50 |" in rows["softcap"]
-    assert "1.5000 (1) | +0.4900 | yes" in rows["untied"] and "heads-4" not in rows
-    assert "A single run deviates by 0.0100 at equal text and 0.0100 at equal time" in text
-    assert "- vocab-8192 is not measured" in text
-    assert str(practice) not in text and "python ablate.py --clear=0.1 --compile=False" in text
-
-
 def test_wrong_words_are_one_sentence(tmp_path):
     refused(script("bench", "train"), "'train'", "python -m bench")
     refused(script("bench.train", "--ways=fast"), "'fast'", "plain, eager")
@@ -252,11 +185,3 @@ def test_wrong_words_are_one_sentence(tmp_path):
     refused(script("bench.infer", "--engine=nowhere"), "'nowhere' does not exist", "make run")
     refused(script("bench.tokenizer"), "--source=PATH is missing")
     refused(script("bench.scaling", "--processes=one"), "'one'", "like 1,2")
-
-
-def test_wrong_words_of_ablate_are_one_sentence(tmp_path, practice):
-    here = [f"--out_dir={tmp_path}", f"--data_dir={practice}"]
-    refused(script("ablate.py", "--only=nothing", *here), "'nothing'", "recipe")
-    refused(script("ablate.py", "--kinds=luck", *here), "tokens, time")
-    refused(script("ablate.py", "--seeds=0", *here), "above 0")
-    refused(script("ablate.py", *here), "lacks the shards of config/speedrun_cpu.py")

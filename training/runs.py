@@ -6,8 +6,6 @@ A run is given by train.py's command-line arguments. It is done if its log has e
 settings that they stand for.
 """
 
-import ast
-import functools
 import json
 import math
 import os
@@ -18,61 +16,23 @@ from dataclasses import fields
 
 import torch
 
-from configurator import apply, settings_of
 from dataset import DataPaths
-from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs, Transformer
+from model import ACTIVATION_CHECKPOINTING, ModelArgs, Transformer
 from optim import make_optimizer
 from system.hardware import pick_dtype
 from training.runlog import RunLog
+from training.settings import SAME_RESULT, SAME_WORK, TRAIN, resolved
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TRAIN = os.path.join(REPO, "train.py")
-# settings that do not change what a run computes
-NOT_OF_THE_RUN = set("out_dir resume on_finish picture".split())
-# settings that do not change the time of a step
-SAME_WORK = set(
-    "zero_init embedding_std head_std hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum "
-    "momentum_warmup muon_weight_decay decay_shape muon_beta1 muon_beta2 base_learning_rate "
-    "weight_decay beta1 beta2 warmup_iters cooldown_frac cooldown_shape final_lr_frac".split()
-)
+REPO = os.path.dirname(TRAIN)
 
 
-def train_settings(words=()):
+def same_run(config, other):
     """
-    {name: value} of every setting of train.py as `words` leave them, those of --arch included.
-    Raises UserError for words that train.py would not take.
+    Whether two dicts of train.py's settings are of the same run, wherever it writes. A setting that
+    one of them lacks, because it is older, has its default.
     """
-    settings = {"__file__": TRAIN}
-    with open(TRAIN, encoding="utf-8") as f:
-        body = ast.parse(f.read()).body
-    for node in body:
-        if not isinstance(node, ast.Assign):
-            continue
-        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "configure":
-            break
-        if isinstance(node.value, ast.Constant):
-            settings[node.targets[0].id] = node.value.value
-    given = apply(settings, words)
-    options = ARCHS.get(settings["arch"], {})
-    return settings_of(settings) | {k: v for k, v in options.items() if k not in given}
-
-
-def same_run(settings, others):
-    """
-    Whether two dicts of train.py's settings are of the same run, wherever it writes. Settings that
-    one of them lacks, being older, are taken to be the default.
-    """
-    default = defaults()
-    names = (settings.keys() | others.keys()) - NOT_OF_THE_RUN
-    return all(
-        settings.get(name, default.get(name)) == others.get(name, default.get(name))
-        for name in names
-    )
-
-
-@functools.cache
-def defaults():
-    return train_settings()
+    config, other = ({**resolved(), **settings} for settings in (config, other))
+    return all(config[name] == other.get(name) for name in config.keys() - SAME_RESULT)
 
 
 def start(arguments, out_dir, **options):
@@ -120,12 +80,8 @@ def args_of(settings):
 
 def work_of(config, threads):
     """A key of the settings that decide the speed of a run's steps."""
-    names = {f.name for f in fields(ModelArgs)} - SAME_WORK | set(
-        "batch_size gradient_accumulation_steps optimizer dtype compile attention fp8_head "
-        "activation_checkpointing neuron_beta".split()
-    )
-    kept = {k: v for k, v in config.items() if k in names}
-    return json.dumps([kept, config["device"], threads], sort_keys=True)
+    kept = {name: value for name, value in config.items() if name not in SAME_WORK}
+    return json.dumps([kept, threads], sort_keys=True)
 
 
 def flops_of_step(config):

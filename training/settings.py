@@ -66,7 +66,10 @@ FIXED = {*OPTIONS, "arch", "vocab_source", "optimizer"} - {"dropout"}
 # two finished runs that differ only in these have computed the same
 SAME_RESULT = names_of("folder", "away", "estimate")
 # a step takes the same time whatever these are
-SAME_WORK = names_of("initialization", "rates", "moments", "decay", "schedule")
+SAME_WORK = {"data_dir", "seed"} | names_of(
+    *("folder", "start", "intervals", "initialization", "length"),
+    *("rates", "moments", "decay", "schedule", "away", "estimate"),
+)
 SECRET = {"on_finish"}  # which may hold a token, and checkpoints and logs are shown around
 
 
