@@ -15,7 +15,7 @@ from conftest import REPO
 
 from model import ModelArgs, Transformer
 from system import bootstrap
-from training.runs import train_settings
+from training.settings import resolved
 
 
 def tracked(*patterns):
@@ -45,7 +45,7 @@ def documented_presets():
 
 @pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.py")), ids=lambda p: p.name)
 def test_presets_are_what_their_table_says(path):
-    settings = train_settings([str(path)])
+    settings = resolved((str(path),))
     sizes = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
     with torch.device("meta"):
         model = Transformer(ModelArgs(**sizes))
@@ -119,8 +119,8 @@ def test_no_script_needs_an_optional_package():
 
 def test_the_default_is_the_winning_recipe():
     """`python train.py` alone is the recipe of the speedrun, but for how long it runs."""
-    recipe = train_settings([str(REPO / "config" / "speedrun_cpu.py")])
-    default = train_settings()
+    recipe = resolved((str(REPO / "config" / "speedrun_cpu.py"),))
+    default = resolved()
     differing = {name for name in default if default[name] != recipe[name]}
     assert differing <= {"max_iters", "compile"}
 
