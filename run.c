@@ -903,7 +903,7 @@ static void forward(Pass *p) {
     const bool is_swiglu = c->activation == SWIGLU;
 
     for (size_t l = 0; l < n_layers; l++) {
-        // x (n, dim) = the embedding, or x + added of the layer before; normed (n, dim) = rmsnorm(x)
+        // x (n, dim) = the embedding, or x + added; normed (n, dim) = rmsnorm(x)
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) {
             float *x = m->x + i * width, *x0 = m->x0 + i * width, *added = m->added + i * width;
@@ -936,7 +936,7 @@ static void forward(Pass *p) {
             wait_for_all(p);
         }
 
-        // mixed (n, n_heads * head_dim): of each head softmax(q @ k^T / sqrt(head_dim)) @ v, with RoPE
+        // mixed (n, n_heads * head_dim) = RoPE and softmax(q @ k^T / sqrt(head_dim)) @ v, by heads
         attention(p, l);
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) finish_input(m, &m->mixed, &w->wo[l], i);
