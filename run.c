@@ -268,6 +268,9 @@ typedef struct {
     size_t stride;
 } Product;
 
+// The activation of the feed-forward, numbered as in the header of the file.
+typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
+
 typedef struct {
     const char *name;
     void (*rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps);
@@ -332,8 +335,6 @@ static const Kernels *pick_kernels(void) {
 
 // ------------------------------------------------------------------------------------------------
 // The model file: a header and the weights, see doc/format.md
-
-typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
 // The header of version 3; the windows follow it, int32 (n_layers). Versions 0 to 2 have fewer
 // fields; the others get the values of Llama 2, with the options NORM_GAINS and, if tied,
