@@ -268,6 +268,9 @@ typedef struct {
     size_t stride;
 } Product;
 
+// The activation of the feed-forward, numbered as in the header of the file.
+typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
+
 typedef struct {
     const char *name;
     void (*rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps);
@@ -332,8 +335,6 @@ static const Kernels *pick_kernels(void) {
 
 // ------------------------------------------------------------------------------------------------
 // The model file: a header and the weights, see doc/format.md
-
-typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
 // The header of version 3; the windows follow it, int32 (n_layers). Versions 0 to 2 have fewer
 // fields; the others get the values of Llama 2, with the options NORM_GAINS and, if tied,
@@ -903,7 +904,7 @@ static void forward(Pass *p) {
     const bool is_swiglu = c->activation == SWIGLU;
 
     for (size_t l = 0; l < n_layers; l++) {
-        // x (n, dim) = the embedding, or x + added of the layer before; normed (n, dim) = rmsnorm(x)
+        // x (n, dim) = the embedding, or x + added; normed (n, dim) = rmsnorm(x)
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) {
             float *x = m->x + i * width, *x0 = m->x0 + i * width, *added = m->added + i * width;
@@ -936,7 +937,7 @@ static void forward(Pass *p) {
             wait_for_all(p);
         }
 
-        // mixed (n, n_heads * head_dim): of each head softmax(q @ k^T / sqrt(head_dim)) @ v, with RoPE
+        // mixed (n, n_heads * head_dim) = RoPE and softmax(q @ k^T / sqrt(head_dim)) @ v, by heads
         attention(p, l);
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) finish_input(m, &m->mixed, &w->wo[l], i);
