@@ -1,19 +1,26 @@
 """From text on disk to shards and batches: tinystories.py, corpus.py, dataset.py."""
 
+import fcntl
 import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+import zlib
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import bin_of, refused, script
+from conftest import REPO, bin_of, refused, script
 
 from configurator import UserError
 from dataset import DataPaths, TokenData
-from text.corpus import plan_shards, read_documents
+from text.corpus import plan_shards
+from text.shards import choose_split
 from text.synth import make_stories
 from tokenizer import open_tokenizer
 
@@ -77,6 +84,10 @@ def write_source(folder, kind):
     return str(path)
 
 
+def documents_of(sections):
+    return [document for section in sections for document in section.documents()]
+
+
 KINDS = ["txt", "txt without a last mark", "json", "indented json", "jsonl", "folder"]
 
 
@@ -84,8 +95,8 @@ KINDS = ["txt", "txt without a last mark", "json", "indented json", "jsonl", "fo
 def test_no_document_is_lost_or_cut(tmp_path, kind):
     plan = plan_shards(write_source(tmp_path / "source", kind))
     assert len(plan) == 10
-    assert [d for spans in plan for d in read_documents(spans)] == DOCUMENTS
-    assert all(list(read_documents(spans)) for spans in plan)
+    assert documents_of(plan) == DOCUMENTS
+    assert all(map(documents_of, zip(plan, strict=True)))
 
 
 def test_a_validation_text_is_the_first_shard(tmp_path):
@@ -93,8 +104,8 @@ def test_a_validation_text_is_the_first_shard(tmp_path):
     valid = tmp_path / "valid.jsonl"
     valid.write_text('{"text": "unseen"}\n')
     plan = plan_shards(source, str(valid))
-    assert list(read_documents(plan[0])) == ["unseen"]
-    assert [d for spans in plan[1:] for d in read_documents(spans)] == DOCUMENTS
+    assert list(plan[0].documents()) == ["unseen"]
+    assert documents_of(plan[1:]) == DOCUMENTS
 
 
 def test_a_validation_text_in_the_same_folder_is_not_trained_on(tmp_path):
@@ -102,8 +113,8 @@ def test_a_validation_text_in_the_same_folder_is_not_trained_on(tmp_path):
     write_source(source, "txt")
     (source / "valid.txt").write_text("unseen <|endoftext|> unheard")
     plan = plan_shards(str(source), str(source / "valid.txt"))
-    assert list(read_documents(plan[0])) == ["unseen", "unheard"]
-    assert [d for spans in plan[1:] for d in read_documents(spans)] == DOCUMENTS
+    assert list(plan[0].documents()) == ["unseen", "unheard"]
+    assert documents_of(plan[1:]) == DOCUMENTS
 
 
 def test_many_small_files_share_shards(tmp_path):
@@ -111,13 +122,13 @@ def test_many_small_files_share_shards(tmp_path):
         (tmp_path / f"{i:03}.txt").write_text(document)
     plan = plan_shards(str(tmp_path))
     assert 10 <= len(plan) <= 21
-    assert [d for spans in plan for d in read_documents(spans)] == DOCUMENTS
+    assert documents_of(plan) == DOCUMENTS
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n' * 20)
     plan = plan_shards(str(tmp_path))
-    assert {d for spans in plan for d in read_documents(spans)} == {"a ? b"}
+    assert set(documents_of(plan)) == {"a ? b"}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +149,7 @@ def test_text_that_cannot_be_read(tmp_path, name, data, part):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(UserError, match=part):
-        for spans in plan_shards(str(path)):
-            list(read_documents(spans))
+        choose_split(plan_shards(str(path)))
 
 
 # ---- pretokenize
@@ -173,7 +183,8 @@ def test_shards_hold_every_document_behind_a_bos(folder, tokenizers):
         assert shard["documents"] == len(found) and shard["tokens"] == len(tokens)
         assert shard["bytes"] == sum(len(d.encode()) for d in found)
         documents += found
-    assert documents == DOCUMENTS
+        assert found == [document for document in DOCUMENTS if document in set(found)]  # in order
+    assert sorted(documents) == sorted(DOCUMENTS)
     assert (folder / "tok512.bin").read_bytes() == bin_of(tokenizers[512]).read_bytes()
 
 
@@ -185,17 +196,17 @@ def test_finished_shards_are_kept_and_stale_ones_made_again(folder):
         return {p.name: p.stat().st_mtime_ns for p in shards.glob("*.bin")}
 
     before = times()
-    os.remove(shards / "data03.bin")
-    (shards / "data05.bin").write_bytes(b"cut short")
+    os.remove(shards / "data_00003_0000.bin")
+    (shards / "data_00005_0000.bin").write_bytes(b"cut short")
     done = pretokenize(folder)
-    assert "8 of 10 shards are there already" in done.stdout
+    assert "2 of 10 shards to make" in done.stdout
     changed = {name for name, t in times().items() if before[name] != t}
-    assert changed == {"data03.bin", "data05.bin"}
+    assert changed == {"data00.bin", "data_00003_0000.bin", "data_00005_0000.bin"}
     # another text, and then another tokenizer: nothing old may be taken for new
     with open(folder / "source" / "a.txt", "a") as f:
         f.write("One more.")
     done = pretokenize(folder)
-    assert "already" not in done.stdout
+    assert "10 of 10 shards to make" in done.stdout and "made again" in done.stdout
     shutil.copy(folder / "tok512.model", folder / "old.model")
     flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
     assert script("tinystories.py", "train_vocab", *flags, "--vocab_mb=1").returncode == 1  # small
@@ -211,25 +222,33 @@ def test_a_smaller_corpus_leaves_no_old_shards(folder):
     assert names == {s["name"] for s in meta["shards"]} and len(names) < 10
 
 
-def test_a_failing_worker_stops_the_job_and_names_the_shard(folder):
+def test_a_failing_worker_stops_the_job_and_names_the_place(folder):
+    assert pretokenize(folder).returncode == 0
+    (folder / "valid.txt").write_text("Unseen.")
     with open(folder / "source" / "a.txt", "ab") as f:
+        n_bytes = f.tell()
         f.write(b"\xff")
-    refused(pretokenize(folder), "shard data09.bin", "a.txt", "not UTF-8")
+    done = pretokenize(folder, f"--valid_source={folder / 'valid.txt'}")
+    refused(done, "a.txt is not UTF-8", f"at byte {n_bytes:,}")
     meta = json.loads((folder / "tok512" / "shards.json").read_text())
     assert not meta["complete"]
+    paths = DataPaths(folder, "custom", 512)
     with pytest.raises(UserError, match="is not finished yet"):
-        TokenData(DataPaths(folder, "custom", 512), 16)
+        TokenData(paths, 16)
+    os.remove(folder / "tok512" / "shards.json")  # as if it were the first time
+    with pytest.raises(UserError, match="is not finished yet"):
+        TokenData(paths, 16)
 
 
 def test_a_corpus_without_documents_leaves_the_shards_as_they_are(folder):
     assert pretokenize(folder).returncode == 0
     shards = folder / "tok512"
-    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    before = contents_of(shards)
     (folder / "empty.txt").write_text("<|endoftext|>\n" * 1000)
     (folder / "source" / "a.txt").rename(folder / "a.txt")
     words = ["pretokenize", "--vocab_size=512", f"--data_dir={folder}"]
     for source, valid, part in (
-        ("empty", "", "has no text for validation"),
+        ("empty", "", "has no text to train on"),
         ("empty", "a", "has no text to train on"),
         ("a", "empty", "has no text for validation"),
         ("a", "same", "every training document is in the validation text"),
@@ -238,7 +257,96 @@ def test_a_corpus_without_documents_leaves_the_shards_as_they_are(folder):
         flags = [f"--source={folder / source}.txt"]
         flags += [f"--valid_source={folder / valid}.txt"] if valid else []
         refused(script("tinystories.py", *words, *flags), part)
-        assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+        assert contents_of(shards) == before
+
+
+def contents_of(folder):
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("n, n_valid", [(2, 1), (3, 1), (7, 1), (40, 4)])
+def test_a_tiny_text_has_a_document_for_each_side(folder, n, n_valid):
+    texts = [f"Story {i}. " + "Ben ran. " * 50 for i in range(n)]
+    (folder / "source" / "a.txt").write_text("<|endoftext|>".join(texts))
+    done = pretokenize(folder)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((folder / "tok512" / "shards.json").read_text())
+    assert meta["shards"][0]["documents"] == n_valid
+    assert sum(shard["documents"] for shard in meta["shards"]) == n
+    (folder / "source" / "a.txt").write_text("<|endoftext|>".join(texts[:1] * 3))
+    refused(pretokenize(folder), "expected several documents", "--valid_source")
+
+
+def test_both_scripts_hold_out_the_same_documents(tmp_path, tokenizers):
+    """One split rule: tinystories.py and webtext.py, each with its own way to cut the text."""
+    source = write_source(tmp_path / "source", "jsonl")
+    tokenizer, found = tokenizers["gpt2"], []
+    for name, stage in (("tinystories.py", "pretokenize"), ("webtext.py", "prepare")):
+        data = tmp_path / name
+        data.mkdir()
+        shutil.copy(tokenizer.model_path, data / "bpe600.model")
+        flags = [f"--data_dir={data}", f"--source={source}", "--vocab_size=600"]
+        flags += ["--vocab_source=bpe"] if name == "tinystories.py" else []
+        done = script(name, stage, *flags)
+        assert done.returncode == 0, done.stderr
+        data = TokenData(DataPaths(data, "bpe", 600), 16, tokenizer)
+        found.append([np.concatenate(shards).tolist() for shards in (data.valid, data.train)])
+    assert found[0] == found[1]
+
+
+def test_killed_in_the_middle_it_continues_at_the_shard(folder):
+    texts = [f"{i} {text}" for i in range(40) for text in DOCUMENTS]
+    (folder / "source" / "a.txt").write_text("<|endoftext|>".join(texts))
+    flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
+    flags += ["--num_workers=1", "--encoder=sentencepiece"]
+    command = [sys.executable, REPO / "tinystories.py", "pretokenize", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shards = folder / "tok512"
+    while len(list(shards.glob("data_*.bin"))) < 3 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= len(list(shards.glob("data_*.bin"))) < 10, "too fast to be killed in between"
+    assert not (shards / "shards.json").exists()
+    done = script("tinystories.py", "pretokenize", *flags)
+    assert done.returncode == 0, done.stderr
+    interrupted = contents_of(shards)
+    shutil.rmtree(shards)
+    assert script("tinystories.py", "pretokenize", *flags).returncode == 0
+    once = contents_of(shards)
+    assert once.keys() == interrupted.keys()
+    assert all(once[p] == interrupted[p] for p in once if p.endswith(".bin"))
+
+
+def test_two_processes_do_not_write_the_same_folder(folder):
+    assert pretokenize(folder).returncode == 0
+    with open(folder / "tok512" / "parts" / "0_of_1.json.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(pretokenize(folder), "another process is writing")
+    assert pretokenize(folder).returncode == 0
+
+
+def test_shards_of_earlier_versions_are_read_and_replaced(folder, tokenizers):
+    """In the sidecar of format 2 with the first part of the text as validation."""
+    shards, tokenizer = folder / "tok512", tokenizers[512]
+    shards.mkdir()
+    entries = []
+    for i, texts in enumerate((DOCUMENTS[:50], DOCUMENTS[50:250], DOCUMENTS[250:])):
+        ids = np.array([i for text in texts for i in tokenizer.encode(text)], "<u2")
+        ids.tofile(shards / f"data{i:02}.bin")
+        counts = {"documents": len(texts), "tokens": len(ids), "unk": 0, "held_out": 0}
+        counts |= {"bytes": sum(len(text.encode()) for text in texts), "crc32": zlib.crc32(ids)}
+        entries.append({"name": f"data{i:02}.bin", "source": [f"a.txt 9 9 {i}-9"], **counts})
+    meta = {"format": 2, "vocab_size": 512, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
+    meta |= {"valid_source": ["a.txt 9 9 0-9"], "complete": True, "shards": entries, "held_out": 0}
+    (shards / "shards.json").write_text(json.dumps(meta))
+    data = TokenData(DataPaths(folder, "custom", 512), 16, tokenizer)
+    assert len(data.train) == 2 and data.valid_bytes == entries[0]["bytes"]
+    done = pretokenize(folder)
+    assert done.returncode == 0, done.stderr
+    assert "of another text, tokenizer or split: made again" in done.stdout
+    assert not (shards / "data01.bin").exists()
+    assert TokenData(DataPaths(folder, "custom", 512), 16, tokenizer).valid_bytes > 0
 
 
 def test_missing_tokenizers(tmp_path):
@@ -367,15 +475,17 @@ def test_sidecars_that_do_not_fit(folder, tokenizers):
         other = DataPaths(folder, "custom", 300)
         other.shards = paths.shards
         TokenData(other, 16)
-    shard = folder / "tok512" / "data02.bin"
+    shard = folder / "tok512" / "data_00002_0000.bin"
     whole = shard.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     shard.write_bytes(flipped)
-    with pytest.raises(UserError, match=r"data02.bin has changed; make it anew with: python"):
+    with pytest.raises(
+        UserError, match=r"data_00002_0000.bin has changed; make it again with: python"
+    ):
         TokenData(paths, 16)
     shard.write_bytes(whole + b"xx")
-    with pytest.raises(UserError, match=r"data02.bin is missing or damaged"):
+    with pytest.raises(UserError, match=r"data_00002_0000.bin is missing or damaged"):
         TokenData(paths, 16)
     sidecar.write_text(json.dumps({**meta, "tokenizer_hash": "0"}))
     with pytest.raises(UserError, match="another tokenizer"):

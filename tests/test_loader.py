@@ -19,9 +19,9 @@ from dataset import (
     round_keys,
     valid_batches,
     valid_windows,
-    write_shards,
 )
-from text.corpus import plan_shards, read_documents
+from text.corpus import plan_shards
+from text.shards import choose_split, write_shards
 
 CASES = range(25)
 
@@ -196,26 +196,31 @@ def test_nothing_of_validation_is_trained_on(tmp_path, tokenizers):
     texts = [texts[i] for i in rng.permutation(len(texts))]
     source = tmp_path / "a.txt"
     source.write_text("<|endoftext|>".join(texts))
-    plan, tokenizer = plan_shards(str(source)), tokenizers[512]
-    meta = write_shards(str(tmp_path / "tok512"), tokenizer, plan, num_workers=2)
+    tokenizer = tokenizers[512]
+    (tmp_path / "valid.txt").write_text("<|endoftext|>".join(texts[:30]))
+    for valid in ("", str(tmp_path / "valid.txt")):
+        files = plan_shards(str(source), valid)
+        split = choose_split(files)
+        meta = write_shards(str(tmp_path / "tok512"), tokenizer, files, split, num_workers=2)
+        data = TokenData(DataPaths(tmp_path, "custom", 512), 8, tokenizer)
+        trained = plain(d for shard in data.train for d in documents(shard, tokenizer))
+        held_out = plain(d for shard in data.valid for d in documents(shard, tokenizer))
+        assert trained and held_out and not held_out.keys() & trained.keys()
+        assert held_out.keys() | trained.keys() == plain(texts).keys()
+        expected = plain(texts)  # of these, copies of a validation text are left out
+        assert trained == Counter({d: n for d, n in expected.items() if d not in held_out})
+        n_held_out = sum(expected[d] for d in held_out) if valid else 0
+        assert meta["held_out"] == n_held_out
+        assert held_out == plain(texts[:30]) if valid else held_out.keys() <= expected.keys()
 
-    def plain(documents):
-        return Counter(" ".join(text.split()) for text in documents)
 
-    held_out = plain(read_documents(plan[0]))
-    data = TokenData(DataPaths(tmp_path, "custom", 512), 8, tokenizer)
+def plain(texts):
+    return Counter(" ".join(text.split()) for text in texts)
 
-    def documents(shard):
-        starts = [*np.flatnonzero(shard == tokenizer.bos_id), len(shard)]
-        return [tokenizer.decode(shard[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
-    trained = plain(d for shard in data.train for d in documents(shard))
-    assert plain(d for shard in data.valid for d in documents(shard)) == held_out
-    assert held_out and not held_out.keys() & trained.keys()
-    assert held_out.keys() | trained.keys() == plain(texts).keys()
-    n_held_out = sum(shard["held_out"] for shard in meta["shards"])
-    assert n_held_out == sum(plain(texts)[d] for d in held_out) - sum(held_out.values()) > 0
-    assert trained == Counter({d: n for d, n in plain(texts).items() if d not in held_out})
+def documents(shard, tokenizer):
+    starts = [*np.flatnonzero(shard == tokenizer.bos_id), len(shard)]
+    return [tokenizer.decode(shard[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
 def test_left_out_documents_are_said_and_another_validation_text_changes_all(tmp_path, stories):

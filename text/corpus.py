@@ -227,7 +227,7 @@ def read_documents(spans):
             is_part = len(data) < os.path.getsize(span.path)
         if is_part and ending(span.path) == ".json":  # cut between the items of the list
             data = b"[" + data.strip(b" \t\r\n[],") + b"]"
-        with readable(span.path):
+        with readable(span.path, data, span.start):
             yield from cleaned(READERS[ending(span.path)](io.BytesIO(data), span.path))
 
 
@@ -243,14 +243,14 @@ def stream_documents(path):
 
 
 @contextlib.contextmanager
-def readable(path):
-    """Turn what goes wrong while a file is read into a UserError."""
+def readable(path, data=b"", start=0):
+    """UserErrors for what goes wrong while a file, or `data` at byte `start` of it, is read."""
     try:
         yield
     except UnicodeDecodeError as e:
-        before = e.object[max(0, e.start - 40) : e.start].decode(errors="ignore")
+        at = f" at byte {start + data.find(e.object) + e.start:,}" if data else ""
         raise UserError(
-            f"{path} is not UTF-8 after {before!r}; convert it, for example with iconv -t UTF-8"
+            f"{path} is not UTF-8{at}; convert it, for example with iconv -t UTF-8"
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path} is damaged or was cut off: {e}") from None

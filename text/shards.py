@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configurator import UserError
 from system.files import atomic_write, remove, write_json
 from system.workers import in_order, over_spans
-from text.corpus import SEPARATOR, SIDECAR, is_plain, texts_of
+from text.corpus import SEPARATOR, SIDECAR, Section, is_plain, texts_of
 from text.pieces import FORMAT, Part, batches_of, merge, saved_at_end
 
 FIRST_WORDS = 20  # by which a document is compared first
@@ -34,6 +34,7 @@ WHITE_SPACE = b" \t\n\v\f\r"
 TINY = 2_500_000  # bytes of text below which the size of the validation part is exact
 # bytes of text from which on a part of the documents is for validation
 FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
+ONLY_WHITE = "{} has no text to train on: only white space"
 
 
 # ---- the split
@@ -108,9 +109,9 @@ def choose_split(files, frac=0.0):
     if valid:
         known = known_documents(valid)
         if not known.keys:
-            raise UserError(f"{valid[0].path} has no text for validation: it is only white space")
+            raise UserError(f"{valid[0].path} has no text for validation: only white space")
         if is_here and (first := next(texts, None)) is None:
-            raise UserError(f"{where} has no text to train on: it is only white space")
+            raise UserError(ONLY_WHITE.format(where))
         if is_here and first in known and all(text in known for text in texts):
             raise UserError(
                 "every training document is in the validation text too: give another --valid_source"
@@ -140,6 +141,8 @@ def exact_fraction(files, frac):
         for text in file.documents():
             sizes[place_of(text)] += len(text.encode())
     places = sorted(sizes)
+    if not places:
+        raise UserError(ONLY_WHITE.format(files[0].path))
     if len(places) < 2:
         raise UserError(
             f"{files[0].path} cannot be split into a training and a validation part: expected "
@@ -243,8 +246,8 @@ def write_shards(
     part = Part(folder, *machine, shared, files)
     todo = part.todo(files)
     n_bytes = sum(file.size for file in todo)
-    what = "shards" if hasattr(files[0], "spans") else "files"
-    print(f"{len(todo)} of {len(files)} {what} to make, {n_bytes / 1e9:.2f} GB")
+    what = "shards to make" if isinstance(files[0], Section) else "files to read"
+    print(f"{len(todo)} of {len(files)} {what}, {n_bytes / 1e9:.2f} GB")
     if old and todo:
         if not part.meta["pieces"]:
             print(f"the shards in {folder} are of another text, tokenizer or split: made again")
