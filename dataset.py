@@ -21,9 +21,9 @@ import shlex
 import zlib
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import UserError
+from system.progress import progress
 from text.corpus import SIDECAR
 from text.pieces import PARTS, shard_size_fits
 from text.shards import read_sidecar
@@ -144,7 +144,7 @@ class TokenData:
     def check_contents(shards, crcs, vocab_size, again):
         """Read every shard through: raise UserError for changed bytes or an id >= vocab_size."""
         n_bytes = sum(shard.nbytes for shard in shards)
-        bar = tqdm(
+        bar = progress(
             total=n_bytes, unit="B", unit_scale=True, desc="check", disable=n_bytes < SLOW_CHECK
         )
         with bar:

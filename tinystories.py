@@ -18,11 +18,10 @@ import os
 import shlex
 import shutil
 
-from tqdm import tqdm
-
 from configurator import UserError, configure
 from dataset import DataPaths
 from system.files import atomic_write, download, unpack
+from system.progress import progress
 from system.workers import worker_count
 from text.corpus import plan_shards, text_files
 from text.shards import choose_split, report, training_documents, write_shards
@@ -135,7 +134,7 @@ def synth_stage():
     part = stories + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
-    all_stories = iter(tqdm(make_stories(n_stories, seed), total=n_stories, desc="stories"))
+    all_stories = iter(progress(make_stories(n_stories, seed), total=n_stories, desc="stories"))
     for i in range(N_JSON):
         n = n_stories * (i + 1) // N_JSON - n_stories * i // N_JSON
         with open(os.path.join(part, f"data{i:02}.json"), "w", encoding="utf-8") as f:

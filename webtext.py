@@ -33,15 +33,15 @@ from concurrent.futures import Future
 from urllib.parse import quote
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import UserError, configure
 from dataset import CHUNK, DataPaths
 from formats.hftokenizer import byte_level_from_json
 from system.files import atomic_write, checksum, download, remove
+from system.progress import progress
 from system.remote import need, reason, secret
 from system.workers import worker_count
-from text.corpus import MTIME, READABLE, File, text_files
+from text.corpus import READABLE, File, file_here, text_files
 from text.pieces import COUNTS
 from text.shards import (
     choose_split,
@@ -154,10 +154,7 @@ def files_here(path, is_valid):
     if not os.path.exists(path):
         names = ", ".join([*TOKENIZED, *SOURCES])
         raise UserError(f"{path!r} does not exist: expected {names}, hf:user/name, or a path")
-    return [
-        File(os.path.basename(one), info.st_size, f"{MTIME}{info.st_mtime_ns}", one, "", is_valid)
-        for one, info in ((one, os.stat(one)) for one in text_files(path, READABLE))
-    ]
+    return [file_here(one, is_valid) for one in text_files(path, READABLE)]
 
 
 def is_readable(name):
@@ -448,7 +445,7 @@ def counted(path, name, source_key, tokenizer):
     if size % 2 or not size:
         raise UserError(f"{path} has {size} bytes, which are no uint16 ids: delete it")
     shard = dict.fromkeys(COUNTS, 0) | {"crc32": 0}
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"count {name}")
+    bar = progress(total=size, unit="B", unit_scale=True, desc=f"count {name}")
     with bar, open(path, "rb") as f:
         while len(ids := np.fromfile(f, "<u2", CHUNK)):
             if (top := int(ids.max())) >= tokenizer.vocab_size:

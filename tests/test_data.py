@@ -94,7 +94,7 @@ KINDS = ["txt", "txt without a last mark", "json", "indented json", "jsonl", "fo
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_document_is_lost_or_cut(tmp_path, kind):
     plan = plan_shards(write_source(tmp_path / "source", kind))
-    assert len(plan) == 10
+    assert len(plan) == (1 if "json" in kind and kind != "jsonl" else 10)
     assert documents_of(plan) == DOCUMENTS
     assert all(map(documents_of, zip(plan, strict=True)))
 

@@ -9,8 +9,7 @@ Four shapes are read, told apart by the end of the name:
 The first three may be compressed with gzip (.txt.gz) where a file is read from its beginning.
 Documents lose the white space around them, and empty ones are dropped, as in llama2.c.
 
-To add a shape: a reader in READERS, and a way to find its document borders in BORDERS if a file
-can be cut into parts.
+To add a shape: a reader in READERS, and in MARKS what its documents end in, if something does.
 """
 
 import contextlib
@@ -19,7 +18,6 @@ import io
 import itertools
 import json
 import os
-import re
 import zlib
 from dataclasses import dataclass
 
@@ -27,6 +25,7 @@ from configurator import UserError
 
 SEPARATOR = b"<|endoftext|>"
 SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
+MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # at the end of a document
 FIELDS = ("story", "text")
 PLAIN = (".txt", ".json", ".jsonl")  # endings of files that can be read from anywhere
 READABLE = (*PLAIN, ".txt.gz", ".json.gz", ".jsonl.gz", ".parquet")  # or from the beginning
@@ -54,7 +53,10 @@ class Span:
 
 @dataclass(frozen=True)
 class File:
-    """A file of text, read from its beginning: at `path`, once it is downloaded from `url`."""
+    """
+    A file of text at `path`, once it is downloaded from `url`, which is read from its beginning; or
+    `spans` of files here, which make one shard.
+    """
 
     name: str
     size: int  # bytes
@@ -62,39 +64,28 @@ class File:
     path: str
     url: str = ""
     is_valid: bool = False  # all of it is for validation
+    spans: tuple = ()
 
     def key(self):
         return [self.name, self.size, self.version]
 
     def documents(self):
+        if self.spans:
+            return read_documents(self.spans)
         return (text for text, _ in stream_documents(self.path))
 
 
-@dataclass(frozen=True)
-class Section:
-    """Spans of files on this machine that make one shard."""
+def file_here(path, is_valid=False):
+    """The File of a path."""
+    info = os.stat(path)
+    version = f"{MTIME}{info.st_mtime_ns}"
+    return File(os.path.basename(path), info.st_size, version, path, "", is_valid)
 
-    spans: tuple
-    is_valid: bool = False
-    url = ""
 
-    @property
-    def name(self):
-        return os.path.basename(self.spans[0].path)
-
-    @property
-    def path(self):
-        return self.spans[0].path
-
-    @property
-    def size(self):
-        return sum(span.end - span.start for span in self.spans)
-
-    def key(self):
-        return [span.key() for span in self.spans]
-
-    def documents(self):
-        return read_documents(self.spans)
+def file_of_spans(spans, is_valid=False):
+    path, version = spans[0].path, "; ".join(span.key() for span in spans)
+    size = sum(span.end - span.start for span in spans)
+    return File(os.path.basename(path), size, version, path, "", is_valid, tuple(spans))
 
 
 # ---- which files, and where to cut them
@@ -118,28 +109,25 @@ def text_files(source, endings=PLAIN):
 
 def plan_shards(source, valid_source=""):
     """
-    Cut a corpus into Sections, one a shard; those of valid_source come first. Depends on the files
+    Cut a corpus into Files, one a shard; those of valid_source come first. Depends on the files
     alone.
     """
-    files, valid = text_files(source), []
+    paths, valid = text_files(source), []
     if valid_source:
-        valid_files = text_files(valid_source)
-        files = [f for f in files if not any(os.path.samefile(f, v) for v in valid_files)]
-        if not files:
+        valid = text_files(valid_source)
+        paths = [p for p in paths if not any(os.path.samefile(p, v) for v in valid)]
+        if not paths:
             raise UserError(f"{valid_source} is all of {source}: nothing is left to train on")
-        valid = grouped([whole_file(path) for path in valid_files], LARGE_SHARD)
-    total = sum(map(os.path.getsize, files))
-    n = min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS)
-    n = max(n, -(-total // LARGE_SHARD))
-    spans = []
-    for path in files:
-        # the dataset's own JSON files stay as they are; finding borders inside means parsing
-        whole = ending(path) == ".json" and (len(files) > 1 or valid_source)
-        n_parts = 1 if whole else max(1, round(n * os.path.getsize(path) / max(total, 1)))
-        spans += cut(whole_file(path), n_parts)
-    return [Section(tuple(group), True) for group in valid] + [
-        Section(tuple(group)) for group in grouped(spans, total // n)
-    ]
+        valid = grouped(map(whole_file, valid), LARGE_SHARD)
+    total = sum(map(os.path.getsize, paths))
+    n = max(min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS), -(-total // LARGE_SHARD))
+    parts = (
+        cut(whole_file(path), round(n * os.path.getsize(path) / max(total, 1))) for path in paths
+    )
+    train = grouped(itertools.chain.from_iterable(parts), total // n)
+    if len(paths) == 1 and ending(paths[0]) == ".json":  # read once, for all workers
+        return [*(file_of_spans(spans, True) for spans in valid), file_here(paths[0])]
+    return [file_of_spans(spans, i < len(valid)) for i, spans in enumerate(valid + train)]
 
 
 def whole_file(path):
@@ -159,55 +147,29 @@ def grouped(spans, size):
 
 
 def cut(span, n):
-    """Up to n Spans of about equal size that make up a Span, cut between documents."""
-    ends = [span.start, span.end]
-    if n > 1:
-        next_border = BORDERS[ending(span.path)](span.path)
-        size = span.end - span.start
-        ends += {next_border(span.start + size * i // n) for i in range(1, n)}
-    ends = sorted(end for end in set(ends) if span.start <= end <= span.end)
+    """
+    Up to n Spans of about equal size that make up a Span, cut between documents. A .json file stays
+    whole: to find its documents is to parse it.
+    """
+    ends, size = {span.start, span.end}, span.end - span.start
+    if n > 1 and ending(span.path) in MARKS:
+        mark = MARKS[ending(span.path)]
+        with open(span.path, "rb") as f:
+            ends |= {border_after(f, span.start + size * i // n, mark) for i in range(1, n)}
+    ends = sorted(end for end in ends if span.start <= end <= span.end)
     return [Span(span.path, a, b) for a, b in itertools.pairwise(ends)]
 
 
-def border_after(mark):
-    """For files whose documents end in `mark`: a function path -> (offset -> next border)."""
-
-    def finder(path):
-        def next_border(offset):
-            with open(path, "rb") as f:
-                f.seek(offset)
-                tail = b""
-                while chunk := f.read(1 << 16):
-                    window = tail + chunk
-                    at = window.find(mark)
-                    if at >= 0:
-                        return f.tell() - len(window) + at + len(mark)
-                    tail = window[-len(mark) :]
-            return os.path.getsize(path)
-
-        return next_border
-
-    return finder
-
-
-def json_borders(path):
-    """Like border_after for a JSON list: its objects are parsed once to find where they end."""
-    with open(path, "rb") as f, readable(path):
-        text = f.read().decode()
-    decoder, borders, at, n_bytes = json.JSONDecoder(), [], 0, 0
-    gap = re.compile(r"[\s,\[]*(?=\{)")
-    while match := gap.match(text, at):
-        try:
-            _, end = decoder.raw_decode(text, match.end())
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path} is not JSON: {e}") from None
-        n_bytes += len(text[at:end].encode())
-        borders.append(n_bytes)
-        at = end
-    return lambda offset: next((b for b in borders[:-1] if b > offset), n_bytes)
-
-
-BORDERS = {".txt": border_after(SEPARATOR), ".json": json_borders, ".jsonl": border_after(b"\n")}
+def border_after(f, offset, mark):
+    """Where the first `mark` in an open file, from `offset` on, ends; or the end of the file."""
+    f.seek(offset)
+    tail = b""
+    while chunk := f.read(1 << 16):
+        window = tail + chunk
+        if (at := window.find(mark)) >= 0:
+            return f.tell() - len(window) + at + len(mark)
+        tail = window[-len(mark) :]
+    return f.tell()
 
 
 # ---- documents
@@ -224,9 +186,6 @@ def read_documents(spans):
         with open(span.path, "rb") as f:
             f.seek(span.start)
             data = f.read(span.end - span.start)
-            is_part = len(data) < os.path.getsize(span.path)
-        if is_part and ending(span.path) == ".json":  # cut between the items of the list
-            data = b"[" + data.strip(b" \t\r\n[],") + b"]"
         with readable(span.path, data, span.start):
             yield from cleaned(READERS[ending(span.path)](io.BytesIO(data), span.path))
 

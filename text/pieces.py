@@ -16,16 +16,7 @@ import numpy as np
 
 from configurator import UserError
 from system.files import atomic_write, checksum, read_json, write_json
-from text.corpus import (
-    MTIME,
-    SEPARATOR,
-    Section,
-    Span,
-    cut,
-    ending,
-    read_documents,
-    stream_documents,
-)
+from text.corpus import MTIME, SEPARATOR, File, cut, read_documents, stream_documents
 
 FORMAT = 2  # of shards.json and of the files in parts
 PARTS = "parts"  # the folder, beside the shards, of what each machine has done
@@ -38,9 +29,9 @@ COUNTS = ("documents", "tokens", "bytes", "unk", "held_out")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents of a File or Section: a list of them, or Spans that a worker reads."""
+    """Some documents of a File: a list of them, or Spans that a worker reads."""
 
-    file: object
+    file: File
     piece: int  # number of the piece of the file that they are in
     texts: list = ()
     spans: tuple = ()
@@ -57,27 +48,22 @@ class Batch:
 
 def batches_of(file, wanted):
     """Yield the Batches of the pieces of a file for which wanted(piece) is true; one at least."""
-    return (section_batches if isinstance(file, Section) else file_batches)(file, wanted)
+    return (span_batches if file.spans else stream_batches)(file, wanted)
 
 
-def section_batches(section, wanted):
-    """A Section is a piece by itself."""
+def span_batches(file, wanted):
+    """All of `spans` is one piece."""
     spans, read = [], 0
-    for span in section.spans if wanted(0) else ():
-        # finding borders in a .json file means parsing all of it
-        spans += [span] if ending(span.path) == ".json" else cut(span, size_of(span) // SPAN)
+    for span in file.spans if wanted(0) else ():
+        spans += cut(span, (span.end - span.start) // SPAN)
     for span in spans[:-1]:
-        read += size_of(span)
-        yield Batch(section, 0, spans=(span,), read=read)
-    yield Batch(section, 0, spans=tuple(spans[-1:]), read=section.size, n_pieces=1)
+        read += span.end - span.start
+        yield Batch(file, 0, spans=(span,), read=read)
+    yield Batch(file, 0, spans=tuple(spans[-1:]), read=file.size, n_pieces=1)
 
 
-def size_of(span: Span):
-    return span.end - span.start
-
-
-def file_batches(file, wanted):
-    """A File is read as a stream; a piece ends once it has PIECE characters."""
+def stream_batches(file, wanted):
+    """A piece ends once it has PIECE characters."""
     piece, texts, n_batch, n_piece, text = 0, [], 0, 0, ""
     for text, at in stream_documents(file.path):
         if n_piece >= PIECE:
@@ -208,15 +194,6 @@ class Part:
     def finish(self, k, n_pieces):
         self.meta["finished"][str(k)] = n_pieces
         self.save(SAVE_INTERVAL)
-
-
-@contextlib.contextmanager
-def saved_at_end(part):
-    """Save a Part however the block ends."""
-    try:
-        yield
-    finally:
-        part.save()
 
 
 # ---- from parts to one set of shards

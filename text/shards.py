@@ -17,24 +17,21 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import UserError
 from system.files import atomic_write, remove, write_json
+from system.progress import progress
 from system.workers import in_order, over_spans
-from text.corpus import SEPARATOR, SIDECAR, Section, is_plain, texts_of
-from text.pieces import FORMAT, Part, batches_of, merge, saved_at_end
+from text.corpus import SEPARATOR, SIDECAR, is_plain, texts_of
+from text.pieces import FORMAT, Part, batches_of, merge
 
-FIRST_WORDS = 20  # by which a document is compared first
 WHITE_SPACE = b" \t\n\v\f\r"
-TINY = 2_500_000  # bytes of text below which the size of the validation part is exact
+TINY = 2_500_000  # bytes of text below which the validation part has as many documents as it should
 # bytes of text from which on a part of the documents is for validation
 FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
-ONLY_WHITE = "{} has no text to train on: only white space"
 
 
 # ---- the split
@@ -50,24 +47,10 @@ def place_of(text):
     return int.from_bytes(document_key(text)[:8], "little")
 
 
-class Documents:
-    """A set of documents, compared without their white space."""
-
-    def __init__(self, texts):
-        self.keys, self.beginnings = set(), set()
-        for text in texts:
-            self.keys.add(document_key(text))
-            self.beginnings.add(" ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS]))
-
-    def __contains__(self, text):
-        beginning = " ".join(text.split(None, FIRST_WORDS)[:FIRST_WORDS])
-        return beginning in self.beginnings and document_key(text) in self.keys
-
-
 @functools.cache
-def known_documents(files):
-    """The Documents of some files, read once a process."""
-    return Documents(text for file in files for text in file.documents())
+def keys_of(files):
+    """The document_key() of all documents of some files, read once a process."""
+    return frozenset(document_key(text) for file in files for text in file.documents())
 
 
 @dataclass(frozen=True)
@@ -86,8 +69,8 @@ class Split:
         if is_valid:
             valid = list(texts)
         elif self.valid:
-            known = known_documents(self.valid)
-            train = [text for text in texts if text not in known]
+            known = keys_of(self.valid)
+            train = [text for text in texts if document_key(text) not in known]
         else:
             for text in texts:
                 (valid if place_of(text) < self.frac * 2**64 else train).append(text)
@@ -104,55 +87,46 @@ def choose_split(files, frac=0.0):
         raise UserError(f"valid_frac = {frac}: expected from 0 to below 1")
     valid = tuple(file for file in files if file.is_valid)
     train = [file for file in files if not file.is_valid]
-    is_here, where = not any(file.url for file in files), train[0].path
     texts = itertools.chain.from_iterable(file.documents() for file in train)
+    if any(file.url for file in files):
+        texts = None
+    elif (first := next(texts, None)) is None:
+        raise UserError(f"{train[0].path} has no text to train on: only white space")
+    else:
+        texts = itertools.chain([first], texts)
     if valid:
-        known = known_documents(valid)
-        if not known.keys:
+        known = keys_of(valid)
+        if not known:
             raise UserError(f"{valid[0].path} has no text for validation: only white space")
-        if is_here and (first := next(texts, None)) is None:
-            raise UserError(ONLY_WHITE.format(where))
-        if is_here and first in known and all(text in known for text in texts):
+        if texts and all(document_key(text) in known for text in texts):
             raise UserError(
                 "every training document is in the validation text too: give another --valid_source"
             )
         return Split(0.0, valid)
     size = sum(file.size for file in train)
-    split = Split(frac or next(part for least, part in FRACTIONS if size >= least))
-    if not is_here or (size >= TINY and has_both_sides(split, texts)):
-        return split
-    return Split(exact_fraction(train, split.frac))
+    frac = frac or next(part for least, part in FRACTIONS if size >= least)
+    return Split(checked_fraction(texts, frac, size, train[0].path) if texts else frac)
 
 
-def has_both_sides(split, texts):
-    """Whether a Split has documents on both sides; reads only until that is known."""
-    sides = set()
+def checked_fraction(texts, frac, size, path):
+    """
+    `frac`, if it leaves documents on both sides; else, and for a text of less than TINY bytes, what
+    holds out that part of the different documents, and one at least.
+    """
+    places, sides = set(), set()
     for text in texts:
-        sides.add(bool(split.sides([text], False)[0]))
-        if len(sides) == 2:
-            return True
-    return False
-
-
-def exact_fraction(files, frac):
-    """The `frac` of a Split that has about that part of the bytes of a text, and one document."""
-    sizes = Counter()
-    for file in files:
-        for text in file.documents():
-            sizes[place_of(text)] += len(text.encode())
-    places = sorted(sizes)
-    if not places:
-        raise UserError(ONLY_WHITE.format(files[0].path))
+        places.add(place_of(text))
+        sides.add(place_of(text) < frac * 2**64)
+        if size >= TINY and len(sides) == 2:
+            return frac
     if len(places) < 2:
         raise UserError(
-            f"{files[0].path} cannot be split into a training and a validation part: expected "
-            f"several documents, in .txt files with {SEPARATOR.decode()} between them; or give a "
+            f"{path} cannot be split into a training and a validation part: expected several "
+            f"documents, in .txt files with {SEPARATOR.decode()} between them; or give a "
             f"validation text with --valid_source"
         )
-    n, size = 1, sizes[places[0]]
-    while n < len(places) - 1 and size < frac * sizes.total():
-        size += sizes[places[n]]
-        n += 1
+    places = sorted(places)
+    n = min(max(1, round(frac * len(places))), len(places) - 1)
     return (places[n - 1] + places[n]) / 2**65
 
 
@@ -163,7 +137,7 @@ def training_documents(files, split, vocab_mb, bring=iter):
     n_bytes, limit = 0, vocab_mb * 1_000_000
     files = [file for file in files if not file.is_valid]
     size = sum(file.size for file in files)
-    with tqdm(total=min(limit, size), unit="B", unit_scale=True, desc="read") as bar:
+    with progress(total=min(limit, size), unit="B", unit_scale=True, desc="read") as bar:
         for file in bring(files):
             for text in file.documents():
                 if not split.sides([text], False)[0]:
@@ -224,10 +198,10 @@ def write_shards(
     about=None,
     machine=(0, 1),
     bring=iter,
-    done=None,
+    done=lambda file, part: None,
 ):
     """
-    Encode Files or Sections into the shards of a folder. Shards that are there already, of the same
+    Encode Files into the shards of a folder. Shards that are there already, of the same
     text, tokenizer and split, are kept. Returns the finished sidecar, or None where several
     machines share the work.
 
@@ -246,7 +220,7 @@ def write_shards(
     part = Part(folder, *machine, shared, files)
     todo = part.todo(files)
     n_bytes = sum(file.size for file in todo)
-    what = "shards to make" if isinstance(files[0], Section) else "files to read"
+    what = "shards to make" if files[0].spans else "files to read"
     print(f"{len(todo)} of {len(files)} {what}, {n_bytes / 1e9:.2f} GB")
     if old and todo:
         if not part.meta["pieces"]:
@@ -262,9 +236,9 @@ def write_part(part, files, words, num_workers, bring, done):
     number, todo = {file: k for k, file in enumerate(files)}, part.todo(files)
     batches = (batch for file in bring(todo) for batch in batches_of(file, todo[file]))
     n_bytes = sum(file.size for file in todo)
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="encode", disable=not todo)
+    bar = progress(total=n_bytes, unit="B", unit_scale=True, desc="encode", disable=not todo)
     results, at, before = [], None, 0
-    with bar, saved_at_end(part):
+    try:
         for batch, result in in_order(encode_batch, batches, words, num_workers):
             k = number[batch.file]
             if results and at != (k, batch.piece):
@@ -280,10 +254,11 @@ def write_part(part, files, words, num_workers, bring, done):
                 results = []
             part.finish(k, batch.n_pieces)
             before += batch.file.size
-            if done:
-                done(batch.file, part)
-    part.meta["complete"] = True
-    part.save()
+            done(batch.file, part)
+        part.meta["complete"] = True
+    finally:
+        part.save()
+        bar.close()
 
 
 def finish(folder, n, about=None):
@@ -299,11 +274,13 @@ def finish(folder, n, about=None):
 def write_sidecar(folder, about, shards):
     meta = {"format": FORMAT, **about, "complete": True, "shards": shards}
     write_json(os.path.join(folder, SIDECAR), meta)
-    names = {shard["name"] for shard in shards}
-    for path in glob.glob(os.path.join(glob.escape(folder), "data*.bin")):
-        name = os.path.basename(path)
-        if name not in names and re.fullmatch(r"data(\d+|_\d+_\d+)\.bin", name):
-            remove(path)
+    kept = {shard["name"] for shard in shards}
+    there = map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "data*.bin")))
+    old = [name for name in there if re.fullmatch(r"data(\d+|_\d+_\d+)\.bin", name)]
+    if old := [name for name in old if name not in kept]:
+        print(f"{len(old)} earlier shards that are not of this text are deleted")
+    for name in old:
+        remove(os.path.join(folder, name))
     return meta
 
 
