@@ -248,7 +248,9 @@ def measure(planned, torch_device):
     new = {key: configs[run] for run, key in keys.items() if key not in known}
     speeds, guessed, started = {key: [] for key in new}, set(), time.monotonic()
     todo = list(new.items()) * (rounds if equal_minutes else 1)
-    for key, config in progress(todo, desc="measuring speeds", disable=not todo, leave=False):
+    for key, config in progress(
+        todo, desc="measuring speeds", unit="run", disable=not todo, leave=False
+    ):
         n_flops = flops_of_step(config)
         if config["optimizer"] not in OPTIMIZERS or n_flops <= 0:
             continue  # train.py says what is wrong with it

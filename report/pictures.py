@@ -266,6 +266,8 @@ def draw_summary(ax, found, x, label):
         ax.set_xlabel(x)
     else:
         turn = {"rotation": 20, "ha": "right"} if max(len(str(o)) for o in order) > 8 else {}
+        if len(order) > LEGEND:
+            turn = {"rotation": 90, "fontsize": 7}
         ax.set_xticks(range(len(order)), [show(o) for o in order], **turn)
         ax.set_xlim(-0.5, len(order) - 0.5)
         ax.set_xlabel("" if x in ("", "run") else x)
