@@ -24,9 +24,15 @@ from system.files import atomic_write, download, unpack
 from system.progress import progress
 from system.workers import worker_count
 from text.corpus import plan_shards, text_files
-from text.shards import choose_split, report, training_documents, write_shards
+from text.shards import choose_split, training_documents, write_shards
 from text.synth import make_stories
-from tokenizer import cached_tokenizer, open_tokenizer, train_byte_level, train_sentencepiece
+from tokenizer import (
+    export_beside,
+    open_tokenizer,
+    tokenizer_to_encode,
+    train_byte_level,
+    train_sentencepiece,
+)
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
@@ -53,10 +59,6 @@ pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, o
 encoder = "auto"  # auto: the fastest that is installed; gigatoken, sentencepiece, tiktoken, own
 # -----------------------------------------------------------------------------
 
-# of encoders that another could replace
-FASTER = dict.fromkeys(
-    ("sentencepiece", "tiktoken", "own"), " (several times as fast: pip install .[fast])"
-)
 V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 ARCHIVE = "TinyStories_all_data.tar.gz"
 N_JSON = 20  # JSON files of the practice corpus
@@ -118,8 +120,7 @@ def download_pretokenized():
         archive = os.path.join(data_dir, f"{name}.tar.gz")
         fetch("enio/TinyStories", f"{name}/{name}.tar.gz", archive)
         unpack(archive, paths.shards)
-    hint = DataPaths(data_dir, "custom", pretokenized).make_hint()
-    print(f"next: python train.py {hint}")
+    print(f"next: python train.py {paths.make_hint()}")
 
 
 def synth_stage():
@@ -182,8 +183,7 @@ def train_vocab_stage():
         bpe.save(paths.tokenizer_model)
     else:
         train_sentencepiece_vocab(paths, list(texts), workers)
-    open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
-    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+    export_beside(paths)
     print(f"next: python tinystories.py pretokenize {same_flags()}")
 
 
@@ -204,32 +204,21 @@ def train_sentencepiece_vocab(paths, texts, workers):
 
 def pretokenize_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
-    if not os.path.exists(paths.tokenizer_model):
-        if paths.is_llama2:
-            raise UserError(
-                f"Llama 2's tokenizer.model, which Meta gives out with its weights, belongs at "
-                f"{paths.tokenizer_model}; put it there, or train a vocabulary of your own "
-                f"with: python tinystories.py train_vocab --vocab_size=4096"
-            )
-        raise UserError(
-            f"{paths.tokenizer_model} does not exist; train it with: "
-            f"python tinystories.py train_vocab {same_flags()}"
+    hint = f"train it with: python tinystories.py train_vocab {same_flags()}"
+    if paths.is_llama2:
+        hint = (
+            "Llama 2's tokenizer.model, which Meta gives out with its weights, belongs there; or "
+            "train a vocabulary of your own: python tinystories.py train_vocab --vocab_size=4096"
         )
-    tokenizer = cached_tokenizer(paths.tokenizer_model)
-    if tokenizer.vocab_size != paths.vocab_size:
-        raise UserError(
-            f"{paths.tokenizer_model} has {tokenizer.vocab_size} pieces, not {paths.vocab_size}"
-        )
+    tokenizer = tokenizer_to_encode(paths, encoder, hint)
     tokenizer.export(paths.tokenizer_bin)
-    name, _ = tokenizer.encoder(encoder)
-    print(f"encoding with {name}{FASTER.get(name, '')}")
     workers, files = worker_count(num_workers), plan_shards(*corpus())
     split = choose_split(files, valid_frac)
     about = {
         "valid_source": [os.path.abspath(corpus()[0])],
         "made_by": f"python tinystories.py pretokenize {same_flags()}",
     }
-    report(write_shards(paths.shards, tokenizer, files, split, workers, name, about), paths.shards)
+    write_shards(paths.shards, tokenizer, files, split, workers, about, encoder)
     print(f"next: python train.py {paths.make_hint()}")
 
 

@@ -38,11 +38,10 @@ from collections import Counter
 import numpy as np
 import sentencepiece
 
-from bpe import PATTERNS, BPETokenizer, as_visible, ranges, train_on
+from bpe import PATTERNS, BPETokenizer, as_visible, pattern, ranges, train_bpe
 from configurator import UserError, one_sentence_errors
 from system.files import atomic_write
-from text.corpus import SEPARATOR, whole_file
-from text.shards import write_sample
+from text.corpus import SEPARATOR
 
 SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
@@ -146,10 +145,8 @@ def read_model(path):
 def flattened(lists):
     """Lists or arrays of ids as (ids one after another, uint32; ids of each)."""
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
-    if all(isinstance(ids, np.ndarray) for ids in lists):
-        return np.concatenate([np.empty(0, np.uint32), *lists]), counts
-    ids = itertools.chain.from_iterable(lists)
-    return np.fromiter(ids, np.uint32, int(counts.sum())), counts
+    arrays = (np.asarray(ids, np.uint32) for ids in lists)
+    return np.concatenate([np.empty(0, np.uint32), *arrays]), counts
 
 
 class SentencePiece(Tokenizer):
@@ -373,6 +370,34 @@ def opened(model_path, mtime_ns):
     return open_tokenizer(model_path)
 
 
+def tokenizer_to_encode(paths, encoder, hint):
+    """
+    The Tokenizer of some DataPaths; prints which encoder will be used. Raises UserError where it is
+    missing (`hint`: how to get it), has another size, or has no such encoder.
+    """
+    path = paths.tokenizer_model
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; {hint}")
+    tokenizer = cached_tokenizer(path)
+    if tokenizer.vocab_size != paths.vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens, not {paths.vocab_size}: give that number "
+            f"as --vocab_size"
+        )
+    name, _ = tokenizer.encoder(encoder)
+    faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
+    print(f"encoding with {name}{faster}")
+    return tokenizer
+
+
+def export_beside(paths):
+    """Write the tokenizer file of run.c beside the model of some DataPaths, and say so."""
+    tokenizer = open_tokenizer(paths.tokenizer_model)
+    tokenizer.export(paths.tokenizer_bin)
+    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+    return tokenizer
+
+
 def c_tokenizer_path(model_path):
     """data/tok128.model -> data/tok128.bin"""
     return model_path.removesuffix(".model") + ".bin"
@@ -452,16 +477,15 @@ def train_byte_level(texts, vocab_size, folder, num_workers=1, pattern_name="gpt
     Train byte-level BPE on documents, an iterable of str, by way of a temporary file in `folder`.
     Raises UserError if the text is too small for the size.
     """
-    if pattern_name not in PATTERNS:
-        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
+    pattern(pattern_name)  # UserError for an unknown name, before the texts are read
     special = [SEPARATOR.decode()]
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as sample_folder:
         sample = os.path.join(sample_folder, "sample.txt")
-        n_bytes = write_sample(sample, texts)
-        print(f"training {vocab_size:,} tokens on {n_bytes:,} bytes of text")
-        spans = [whole_file(sample)]
-        vocab, merges = train_on(spans, vocab_size, special, num_workers, pattern_name)
+        with open(sample, "wb") as f:
+            f.writelines(text.encode() + SEPARATOR for text in texts)
+        print(f"training {vocab_size:,} tokens on {os.path.getsize(sample):,} bytes of text")
+        vocab, merges = train_bpe(sample, vocab_size, special, num_workers, pattern_name)
     if len(vocab) < vocab_size:
         raise UserError(
             f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
