@@ -28,7 +28,6 @@ from text.shards import choose_split, training_documents, write_shards
 from text.synth import make_stories
 from tokenizer import (
     export_beside,
-    open_tokenizer,
     tokenizer_to_encode,
     train_byte_level,
     train_sentencepiece,
@@ -77,6 +76,16 @@ def fetch(repo, name, path):
     download(address, path)
 
 
+def fetch_folder(repo, name, folder):
+    """Download an archive like fetch() and unpack it to `folder`, unless that holds something."""
+    if os.path.isdir(folder) and os.listdir(folder):
+        print(f"{folder} is there already; delete it to unpack it again")
+        return
+    archive = os.path.join(data_dir, os.path.basename(name))
+    fetch(repo, name, archive)
+    unpack(archive, folder)
+
+
 def download_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
     if pretokenized:
@@ -86,18 +95,13 @@ def download_stage():
             fetch("roneneldan/TinyStories", name, os.path.join(data_dir, name))
         next_steps()
     elif dataset == "all_data":
-        if os.path.isdir(paths.stories) and os.listdir(paths.stories):
-            if is_practice_corpus(paths.stories):
-                raise UserError(
-                    f"{paths.stories} holds the practice corpus; delete the folder first, "
-                    f"or download into another with --data_dir"
-                )
-            print(f"{paths.stories} is there already; delete it to unpack it again")
-        else:
-            archive = os.path.join(data_dir, ARCHIVE)
-            fetch("roneneldan/TinyStories", ARCHIVE, archive)
-            unpack(archive, paths.stories)
-            print(f"{len(text_files(paths.stories))} files of stories are in {paths.stories}")
+        if is_practice_corpus(paths.stories):
+            raise UserError(
+                f"{paths.stories} holds the practice corpus; delete the folder first, "
+                f"or download into another with --data_dir"
+            )
+        fetch_folder("roneneldan/TinyStories", ARCHIVE, paths.stories)
+        print(f"{len(text_files(paths.stories))} files of stories are in {paths.stories}")
         next_steps()
     else:
         raise UserError(f"dataset = {dataset!r}: expected all_data or v2")
@@ -110,16 +114,8 @@ def download_pretokenized():
     paths = DataPaths(data_dir, "custom", pretokenized)
     fetch("enio/TinyStories", f"{name}/{name}.model", paths.tokenizer_model)
     fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
-    tokenizer = open_tokenizer(paths.tokenizer_model)
-    tokenizer.export(paths.tokenizer_bin)
-    if tokenizer.caveat():
-        print(tokenizer.caveat())
-    if os.path.isdir(paths.shards) and os.listdir(paths.shards):
-        print(f"{paths.shards} is there already; delete it to unpack it again")
-    else:
-        archive = os.path.join(data_dir, f"{name}.tar.gz")
-        fetch("enio/TinyStories", f"{name}/{name}.tar.gz", archive)
-        unpack(archive, paths.shards)
+    export_beside(paths.tokenizer_model)
+    fetch_folder("enio/TinyStories", f"{name}/{name}.tar.gz", paths.shards)
     print(f"next: python train.py {paths.make_hint()}")
 
 
@@ -183,7 +179,7 @@ def train_vocab_stage():
         bpe.save(paths.tokenizer_model)
     else:
         train_sentencepiece_vocab(paths, list(texts), workers)
-    export_beside(paths)
+    export_beside(paths.tokenizer_model)
     print(f"next: python tinystories.py pretokenize {same_flags()}")
 
 

@@ -390,17 +390,18 @@ def tokenizer_to_encode(paths, encoder, hint):
     return tokenizer
 
 
-def export_beside(paths):
-    """Write the tokenizer file of run.c beside the model of some DataPaths, and say so."""
-    tokenizer = open_tokenizer(paths.tokenizer_model)
-    tokenizer.export(paths.tokenizer_bin)
-    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
-    return tokenizer
-
-
 def c_tokenizer_path(model_path):
     """data/tok128.model -> data/tok128.bin"""
     return model_path.removesuffix(".model") + ".bin"
+
+
+def export_beside(model_path):
+    """Write the tokenizer file of run.c beside a model; prints its name, and the caveat."""
+    tokenizer = open_tokenizer(model_path)
+    tokenizer.export(c_tokenizer_path(model_path))
+    print(f"{model_path} is ready, and {c_tokenizer_path(model_path)} for ./run")
+    if tokenizer.caveat():
+        print(tokenizer.caveat())
 
 
 # ---- SentencePiece models
@@ -528,13 +529,18 @@ def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
+def cutting_steps(pattern_name):
+    """The pretokenizers that cut by a pattern and make bytes visible."""
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern_name]}}
+    split |= {"behavior": "Isolated", "invert": False}
+    return [split, {**BYTE_LEVEL, "use_regex": False}]
+
+
 def byte_level_json(bpe):
     """tokenizer.json of a BPETokenizer, as a dict, without a token before each text."""
-    cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
+    cut = {**BYTE_LEVEL, "use_regex": True}  # by GPT-2's pattern
     if bpe.pattern_name != "gpt2":
-        split = {"type": "Split", "pattern": {"Regex": PATTERNS[bpe.pattern_name]}}
-        split |= {"behavior": "Isolated", "invert": False}
-        cut = {"type": "Sequence", "pretokenizers": [split, cut]}
+        cut = {"type": "Sequence", "pretokenizers": cutting_steps(bpe.pattern_name)}
     return bpe_json(
         {i: text for text, i in bpe.special.items()},
         normalizer=None,
@@ -585,9 +591,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "-t", "--tokenizer-model", "--tokenizer_model", default="tokenizer.model", metavar="PATH"
     )
-    model_path = parser.parse_args().tokenizer_model
-    tokenizer = open_tokenizer(model_path)
-    tokenizer.export(c_tokenizer_path(model_path))
-    print(f"wrote {c_tokenizer_path(model_path)}")
-    if tokenizer.caveat():
-        print(tokenizer.caveat())
+    export_beside(parser.parse_args().tokenizer_model)

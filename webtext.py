@@ -251,7 +251,7 @@ def train_vocab_stage():
     texts = training_documents(files, how_to_split(files), vocab_mb, fetch)
     bpe = train_byte_level(texts, vocab_size, paths.data_dir, workers, pattern_name)
     bpe.save(paths.tokenizer_model)
-    export_beside(paths)
+    export_beside(paths.tokenizer_model)
     print(f"next: python webtext.py prepare {same_flags()}")
 
 
@@ -359,7 +359,7 @@ def prepare_tokenized():
     if not os.path.exists(paths.tokenizer_model):
         get_tokenizer(repo, os.path.dirname(train_name), tokenizer_path)
         byte_level_from_json(tokenizer_path).save(paths.tokenizer_model)
-        export_beside(paths)
+        export_beside(paths.tokenizer_model)
     tokenizer = open_tokenizer(paths.tokenizer_model)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{source} has {tokenizer.vocab_size} tokens: give that as --vocab_size")

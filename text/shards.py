@@ -237,7 +237,7 @@ def write_part(part, files, words, num_workers, bring, done):
             if results and at != (k, batch.piece):
                 part.add(*at, results)
                 results = []
-            if not batch.is_empty:
+            if batch.texts or batch.spans:
                 results, at = [*results, result], (k, batch.piece)
             bar.update(before + batch.read - bar.n)
             if batch.n_pieces is None:

@@ -20,21 +20,23 @@ ANIMALS = (
     "lamb monkey"
 ).split()
 ANIMAL_NAMES = "Fluffy Spot Bella Coco Pip Whiskers Sunny Berry Patch Honey".split()
-SIZES = ["little", "small", "young", "tiny"]
-MOODS = ["happy", "kind", "curious", "brave", "shy", "clever", "gentle", "cheerful", "quiet"]
-COLORS = ["red", "blue", "green", "yellow", "pink", "white", "brown", "purple", "orange"]
-LOOKS = ["big", "shiny", "soft", "pretty", "new", "old", "round", "warm"]
-PLACES = (  # the last word is the place's name
+PLACES = (  # the last word names the place
     "in the park, in the garden, in the forest, at the beach, on the farm, at school, by the lake, "
     "in the village, by the river, on the hill, at the playground, at the market"
 ).split(", ")
 TOYS = "ball kite doll car boat drum hat teddy train puzzle scarf balloon book robot".split()
 FOODS = "apple cookie sandwich pancake pear muffin carrot bun".split()
-MEALS = "cake soup bread pie rice porridge".split()
-SMALL_THINGS = "key ring button shell coin spoon sock feather marble ribbon".split()
-GROWN_UPS = ["mom", "dad", "grandma", "grandpa", "teacher", "neighbor"]
-WEATHER = ["sunny", "windy", "warm", "cold", "rainy", "bright", "snowy"]
-FRUIT = ["apples", "pears", "berries", "nuts", "carrots", "cherries"]
+WORDS = {  # for slots that are drawn independently
+    "meal": "cake soup bread pie rice porridge".split(),
+    "thing": "key ring button shell coin spoon sock feather marble ribbon".split(),
+    "color": ["red", "blue", "green", "yellow", "pink", "white", "brown", "purple", "orange"],
+    "look": ["big", "shiny", "soft", "pretty", "new", "old", "round", "warm"],
+    "size": ["little", "small", "young", "tiny"],
+    "mood": ["happy", "kind", "curious", "brave", "shy", "clever", "gentle", "cheerful", "quiet"],
+    "weather": ["sunny", "windy", "warm", "cold", "rainy", "bright", "snowy"],
+    "adult": ["mom", "dad", "grandma", "grandpa", "teacher", "neighbor"],
+    "fruit": ["apples", "pears", "berries", "nuts", "carrots", "cherries"],
+}
 
 
 class Character:
@@ -76,16 +78,8 @@ class Story:
             "at": at_place,
             "toy": self.toy,
             "food": self.food,
-            "meal": rng.choice(MEALS),
-            "thing": rng.choice(SMALL_THINGS),
-            "color": rng.choice(COLORS),
-            "look": rng.choice(LOOKS),
-            "size": rng.choice(SIZES),
-            "mood": rng.choice(MOODS),
-            "weather": rng.choice(WEATHER),
-            "adult": rng.choice(GROWN_UPS),
-            "fruit": rng.choice(FRUIT),
         }
+        self.slots |= {slot: rng.choice(words) for slot, words in WORDS.items()}
         self.paragraphs, self.current = [], []
         self.features, self.summary = {"Dialogue"}, ""
 
@@ -273,22 +267,11 @@ def learn(s):
 def lost(s):
     """A thing is lost and looked for in one place after another."""
     thing = s.rng.choice([s.slots["thing"], s.toy])
-    spots = s.rng.sample(
-        [
-            "under the bed",
-            "behind the door",
-            "in the tall grass",
-            "under a big stone",
-            "in the kitchen",
-            "behind a tree",
-            "in {his} pocket",
-            "in a basket",
-            "under the table",
-            "next to the old well",
-        ],
-        3,
-    )
-    first, second, found = (spot.format(**s.slots) for spot in spots)
+    spots = (
+        "under the bed, behind the door, in the tall grass, under a big stone, in the kitchen, "
+        "behind a tree, in {his} pocket, in a basket, under the table, next to the old well"
+    ).split(", ")
+    first, second, found = (spot.format(**s.slots) for spot in s.rng.sample(spots, 3))
     s.slots.update(lost=thing, spot1=first, spot2=second, spot3=found)
     s.slots.update(moral="you should take care of your things")
     s.say(
