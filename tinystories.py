@@ -175,8 +175,7 @@ def train_vocab_stage():
     files, workers = plan_shards(*corpus()), worker_count(num_workers)
     texts = training_documents(files, choose_split(files, valid_frac), vocab_mb)
     if vocab_source == "bpe":
-        bpe = train_byte_level(texts, vocab_size, data_dir, workers, pattern_name)
-        bpe.save(paths.tokenizer_model)
+        train_byte_level(texts, vocab_size, paths.tokenizer_model, workers, pattern_name)
     else:
         train_sentencepiece_vocab(paths, list(texts), workers)
     export_beside(paths.tokenizer_model)

@@ -473,13 +473,13 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
     return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
 
 
-def train_byte_level(texts, vocab_size, folder, num_workers=1, pattern_name="gpt2"):
+def train_byte_level(texts, vocab_size, model_path, num_workers, pattern_name):
     """
-    Train byte-level BPE on documents, an iterable of str, by way of a temporary file in `folder`.
-    Raises UserError if the text is too small for the size.
+    Train byte-level BPE on documents, an iterable of str, by way of a temporary file beside
+    model_path, and save it there. Raises UserError if the text is too small for the size.
     """
     pattern(pattern_name)  # UserError for an unknown name, before the texts are read
-    special = [SEPARATOR.decode()]
+    special, folder = [SEPARATOR.decode()], os.path.dirname(model_path) or "."
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as sample_folder:
         sample = os.path.join(sample_folder, "sample.txt")
@@ -492,7 +492,7 @@ def train_byte_level(texts, vocab_size, folder, num_workers=1, pattern_name="gpt
             f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
             f"vocab_size"
         )
-    return BPETokenizer(vocab, merges, special, pattern_name)
+    BPETokenizer(vocab, merges, special, pattern_name).save(model_path)
 
 
 def proto_module():

@@ -249,8 +249,7 @@ def train_vocab_stage():
         raise UserError(f"vocab_size = {vocab_size}: expected 257 to 1,000,000")
     paths, files = data_paths(), all_files()
     texts = training_documents(files, how_to_split(files), vocab_mb, fetch)
-    bpe = train_byte_level(texts, vocab_size, paths.data_dir, workers, pattern_name)
-    bpe.save(paths.tokenizer_model)
+    train_byte_level(texts, vocab_size, paths.tokenizer_model, workers, pattern_name)
     export_beside(paths.tokenizer_model)
     print(f"next: python webtext.py prepare {same_flags()}")
 
@@ -281,7 +280,7 @@ def this_machine():
 def prepare_stage():
     if source in TOKENIZED:
         return prepare_tokenized()
-    i, n = this_machine()
+    machine = this_machine()
     workers = worker_count(num_workers)
     check_folder()
     paths = data_paths()
@@ -291,16 +290,7 @@ def prepare_stage():
     files = all_files()
     split = how_to_split(files)
     meta = write_shards(
-        paths.shards,
-        tokenizer,
-        files,
-        split,
-        workers,
-        about(),
-        encoder,
-        (i, n),
-        fetched,
-        drop,
+        paths.shards, tokenizer, files, split, workers, about(), encoder, machine, fetched, drop
     )
     for file in files:
         if file.url and file.is_valid and not keep_raw:
@@ -309,8 +299,8 @@ def prepare_stage():
     if meta:
         return say_next()
     print(
-        f"part {shard} is done; once all {n} are, in one folder: "
-        f"python webtext.py merge {same_flags()} --shards={n}"
+        f"part {shard} is done; once all {machine[1]} are, in one folder: "
+        f"python webtext.py merge {same_flags()} --shards={machine[1]}"
     )
 
 
