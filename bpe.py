@@ -252,12 +252,7 @@ class Symbols:
         self.weights = array("q", weights.tobytes())
         self.counts = {}  # {(id, id): how often}
         self.places = defaultdict(partial(array, "i"))  # {(id, id): where}; may be out of date
-        self.find_pairs()
-
-    def find_pairs(self):
-        """Set counts and places of the pairs of bytes."""
-        ids, weights = np.frombuffer(self.ids, np.int32), np.frombuffer(self.weights, np.int64)
-        first = np.flatnonzero(np.frombuffer(self.right, np.int32) >= 0)  # where a pair begins
+        first = np.flatnonzero(right >= 0)  # where a pair of bytes begins
         codes = ids[first] << 8 | ids[first + 1]
         totals = np.bincount(codes, weights[first], 1 << 16)
         order = np.argsort(codes, kind="stable")
@@ -449,8 +444,6 @@ class BPETokenizer:
                 raise ValueError("it is damaged or not JSON") from None
             if value["type"] != TYPE:
                 raise ValueError(f"its type is {value['type']!r}, not {TYPE!r}")
-            if not isinstance(value["special_tokens"], list):
-                raise ValueError("its special_tokens are not a list")
             vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
             merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
             return cls(vocab, merges, value["special_tokens"], value["pattern"])

@@ -153,10 +153,6 @@ def files_here(path, is_valid):
     return [file_here(one, is_valid) for one in text_files(path, READABLE)]
 
 
-def is_readable(name):
-    return name.lower().endswith(READABLE)
-
-
 def files_of_hub():
     """The Files of a dataset of the hub. Raises UserError where the hub does not answer."""
     repo, inside, valid = SOURCES.get(source) or (source.removeprefix(HUB), "", "")
@@ -166,7 +162,7 @@ def files_of_hub():
     hub = need("huggingface_hub", "web")
     api = hub.HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
     words = {"repo_type": "dataset", "revision": revision}
-    is_file = is_readable(inside)
+    is_file = inside.lower().endswith(READABLE)
     try:
         tree = list(
             api.list_repo_tree(repo, None if is_file else inside or None, recursive=True, **words)
@@ -174,9 +170,9 @@ def files_of_hub():
     except Exception as e:  # of the hub, of the network, of the name
         raise UserError(f"cannot list {repo} at {endpoint}: {reason(e)}") from None
     files = {entry.path: entry for entry in tree if hasattr(entry, "size")}
-    wanted = filter(None, (inside, valid)) if is_file else sorted(filter(is_readable, files))
+    readable = sorted(name for name in files if name.lower().endswith(READABLE))
     found = []
-    for name in wanted:
+    for name in filter(None, (inside, valid)) if is_file else readable:
         if name not in files:
             raise UserError(f"{repo} at {endpoint} has no file {name}")
         size, version = files[name].size, files[name].blob_id
