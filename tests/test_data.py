@@ -314,7 +314,8 @@ def test_killed_in_the_middle_it_continues_at_the_shard(folder):
     shutil.rmtree(shards)
     assert script("tinystories.py", "pretokenize", *flags).returncode == 0
     once = contents_of(shards)
-    assert once.keys() == interrupted.keys()
+    # what was being written when it was killed may be left, as a .part
+    assert once.keys() == {path for path in interrupted if not path.endswith(".part")}
     assert all(once[p] == interrupted[p] for p in once if p.endswith(".bin"))
 
 
