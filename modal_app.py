@@ -111,23 +111,6 @@ def answer(result):
     return result
 
 
-def commit():
-    """Make what was written to the volume last, for others to see."""
-    if not modal.is_local():
-        volume.commit()
-
-
-def reload():
-    """See what others have committed since this container began."""
-    if not modal.is_local():
-        volume.reload()
-
-
-def tree():
-    """The folder with the scripts."""
-    return HERE if modal.is_local() else Path(APP_DIR)
-
-
 def check(command, status):
     """Raise UserError, or Killed, unless a command ended with status 0."""
     if status < 0:
@@ -138,7 +121,7 @@ def check(command, status):
 
 def call(*command, stdout=None):
     """Run a command among the scripts, no shell between; returns its stdout where it is piped."""
-    done = subprocess.run(command, cwd=tree(), stdout=stdout)
+    done = subprocess.run(command, cwd=APP_DIR, stdout=stdout)
     check(command, done.returncode)
     return done.stdout
 
@@ -151,7 +134,7 @@ def step(script, *words, makes=""):
     try:
         call(sys.executable, script, *words)
     finally:
-        commit()
+        volume.commit()
 
 
 @app.function(cpu=CORES, timeout=DAY)
@@ -160,7 +143,7 @@ def prepare(source, vocab_size, machines, flags):
     """The text, the vocabulary and the shards of a source; `flags` are for the script."""
     from dataset import DataPaths
 
-    reload()
+    volume.reload()
     kind = "custom" if source in STORIES else "bpe"
     make_data(source, DataPaths(data_dir_of(source), kind, vocab_size), machines, flags)
 
@@ -175,7 +158,7 @@ def prepare_for(words, source, machines):
     from dataset import DataPaths
     from training.settings import resolved
 
-    reload()
+    volume.reload()
     settings = resolved(tuple(words))
     paths = DataPaths(data_dir_of(source), settings["vocab_source"], settings["vocab_size"])
     try:
@@ -233,7 +216,7 @@ def make_web_data(source, paths, machines, flags):
             f"{len(failed)} of {machines} machines failed, the first with: "
             f"{next(iter(failed.values()))}; the same command does their shards again"
         )
-    reload()
+    volume.reload()
     step("webtext.py", "merge", *words, f"--shards={machines}")
 
 
@@ -241,7 +224,7 @@ def make_web_data(source, paths, machines, flags):
 @told
 def prepare_shard(i, n, words):
     """The part of machine `i` of `n` in a large corpus."""
-    reload()
+    volume.reload()
     step("webtext.py", "prepare", *words, f"--shard={i}/{n}")
 
 
@@ -250,7 +233,7 @@ def prepare_shard(i, n, words):
 @told
 def train(words, out_dir, n_gpus):
     """Run train.py with these words, on with the latest checkpoint in out_dir if there is one."""
-    reload()
+    volume.reload()
     launch = [sys.executable]
     if n_gpus > 1:  # as torchrun does
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_gpus}"]
@@ -265,7 +248,7 @@ def watch(command, checkpoint):
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # in a session of its own: at a second signal, as the system might send, train.py ends unsaved
-    process = subprocess.Popen(command, cwd=tree(), start_new_session=True)
+    process = subprocess.Popen(command, cwd=APP_DIR, start_new_session=True)
     seen = written_at(checkpoint)
     try:
         while True:
@@ -273,7 +256,7 @@ def watch(command, checkpoint):
                 return process.wait(timeout=POLL_S)
             if (now := written_at(checkpoint)) not in (seen, None):
                 seen = now
-                commit()
+                volume.commit()
     except BaseException:
         process.terminate()
         process.wait()
@@ -281,7 +264,7 @@ def watch(command, checkpoint):
     finally:
         process.kill()  # if a further interrupt left it running
         signal.signal(signal.SIGTERM, before)
-        commit()
+        volume.commit()
 
 
 def written_at(path):
@@ -294,7 +277,7 @@ def written_at(path):
 @told
 def inference(prompt, out_dir, flags):
     """The story that ./run tells by out_dir's model.bin; the prompt is one word of its command."""
-    reload()
+    volume.reload()
     model = os.path.join(VOLUME_DIR, out_dir, "model.bin")
     if not os.path.exists(model):
         raise UserError(
@@ -303,7 +286,7 @@ def inference(prompt, out_dir, flags):
         )
     os.makedirs(ENGINE_DIR, exist_ok=True)
     for name in ("run.c", "kernels.h", "Makefile"):  # with their times: make runs once a container
-        shutil.copy2(tree() / name, ENGINE_DIR)
+        shutil.copy2(os.path.join(APP_DIR, name), ENGINE_DIR)
     call("make", "--no-print-directory", "-C", ENGINE_DIR, "run")
     command = [os.path.join(ENGINE_DIR, "run"), model, "-i", prompt, *flags]
     return call(*command, stdout=subprocess.PIPE).decode(errors="replace")

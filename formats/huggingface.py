@@ -186,11 +186,6 @@ def windows_of(config, kind, path):
 # ---- reading a folder
 
 
-def is_folder(path):
-    """Whether a path is a folder of this kind."""
-    return os.path.isfile(os.path.join(path, "config.json"))
-
-
 def weight_files(folder):
     """Paths of the safetensors files of a folder: one, else those that an index names."""
     single = os.path.join(folder, "model.safetensors")
@@ -379,21 +374,19 @@ def check_replaceable(folder):
         return
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {folder}: it is a file; name a folder")
-    names, readme = os.listdir(folder), os.path.join(folder, "README.md")
-    for name in names:
-        if not OURS.fullmatch(name) or not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(
-                f"cannot write {folder}: it holds {name}, which is not of an export; name another"
-            )
-    if not names:
-        return
-    if not os.path.isfile(readme):
-        raise UserError(f"cannot write {folder}: it holds {names[0]}; name another")
-    with open(readme, encoding="utf-8", errors="replace") as f:
-        if MARK not in f.read():
-            raise UserError(
-                f"cannot write {folder}: {readme} was not written by export.py; name another"
-            )
+    paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
+    others = [n for n, path in paths.items() if not (OURS.fullmatch(n) and os.path.isfile(path))]
+    why = ""
+    if others:
+        why = f"it holds {others[0]}, which is not of an export"
+    elif "README.md" in paths:
+        with open(paths["README.md"], encoding="utf-8", errors="replace") as f:
+            if MARK not in f.read():
+                why = f"{f.name} was not written by export.py"
+    elif paths:
+        why = f"it holds {min(paths)}, but no README.md of an export"
+    if why:
+        raise UserError(f"cannot write {folder}: {why}; name another")
 
 
 # ---- one safetensors file, with our names

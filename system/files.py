@@ -30,7 +30,7 @@ def atomic_write(path, mode="wb"):
     A folder or a device is not replaced: UserError.
     """
     path = os.fspath(path)
-    if os.path.exists(path) and not os.path.isfile(path):
+    if (os.path.exists(path) and not os.path.isfile(path)) or not os.path.basename(path):
         raise UserError(f"cannot write {path}: it is a folder or a device, not a file")
     folder = os.path.dirname(path) or "."
     is_new = not os.path.isdir(folder)
@@ -277,7 +277,12 @@ def unpack(archive, folder):
         # opened by hand: the position in the archive is the progress
         with bar, open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
             for member in tar:
-                extract_member(tar, member, part)
+                if os.path.isabs(member.name) or not (member.isreg() or member.isdir()):
+                    raise UserError(
+                        f"{archive} was refused: {member.name!r} is a link, a device or an "
+                        f"absolute path"
+                    )
+                tar.extract(member, part, filter="data")
                 bar.update(raw.tell() - bar.n)
             check_end(tar)
         entries = os.listdir(part)
@@ -288,18 +293,16 @@ def unpack(archive, folder):
         if os.path.isdir(folder):
             os.rmdir(folder)
         os.rename(top, folder)
-    except OSError as e:
-        if e.errno:
+    except tarfile.FilterError as e:
+        raise UserError(f"{archive} was refused: {e}") from None
+    except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
+        if isinstance(e, OSError) and e.errno:
             raise UserError(f"cannot unpack {archive} to {folder}: {e.strerror}") from None
-        raise UserError(damaged(archive, e)) from None
-    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
-        raise UserError(damaged(archive, e)) from None
+        raise UserError(
+            f"{archive} is no whole tar archive ({e}); delete it and download it again"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def damaged(archive, error):
-    return f"{archive} is no whole tar archive ({error}); delete it and download it again"
 
 
 def check_end(tar):
@@ -309,19 +312,3 @@ def check_end(tar):
         raise tarfile.ReadError("its end mark is not where its last file ends")
     while tar.fileobj.read(1 << 20):
         pass
-
-
-def extract_member(tar, member, root):
-    """Write one regular file of an archive below `root`; links, devices and `..` are refused."""
-    name = os.path.normpath(member.name)
-    if os.path.isabs(name) or name.split(os.sep)[0] == ".." or "\\" in name or ":" in name:
-        raise UserError(f"archive member {member.name!r} points outside the archive; refused")
-    target = os.path.join(root, name)
-    if member.isdir():
-        os.makedirs(target, exist_ok=True)
-    elif member.isreg():
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with tar.extractfile(member) as src, open(target, "wb") as dst:
-            shutil.copyfileobj(src, dst, 1 << 20)
-    else:
-        raise UserError(f"archive member {member.name!r} is no regular file; refused")

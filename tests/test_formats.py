@@ -188,7 +188,7 @@ def test_a_theta_that_is_a_whole_number(tmp_path, tokenizers):
     del config["rope_parameters"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rope_theta": 500000}))
     loaded = load(str(tmp_path / "hf"))
-    formats.write_gguf(loaded.model, str(tmp_path / "m.gguf"), "fp32", loaded.tokenizer, {})
+    gguffile.write_gguf(loaded.model, str(tmp_path / "m.gguf"), "fp32", loaded.tokenizer, {})
     field = gguf.GGUFReader(tmp_path / "m.gguf").fields["llama.rope.freq_base"]
     assert field.types == [gguf.GGUFValueType.FLOAT32] and field.contents() == 500000
 
@@ -729,7 +729,7 @@ def test_tokenizers_of_other_kinds(tmp_path, stories):
             assert theirs(text)["input_ids"] == tokenizer.encode(text), text
     with pytest.raises(UserError, match="which folds spaces"):
         tokenizer = open_tokenizer(tmp_path / "0.model")
-        formats.write_gguf(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
+        gguffile.write_gguf(sized(tokenizer), str(tmp_path / "m"), "fp32", tokenizer, {})
     for words, part in (
         ({"model_type": "unigram"}, "is not BPE"),
         ({"normalization_rule_name": "nmt_nfkc"}, "replaces characters"),
