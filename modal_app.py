@@ -16,7 +16,6 @@ To add a source of text, touch VOCAB_SIZES and make_data().
 
 import contextlib
 import functools
-import json
 import os
 import posixpath
 import re
@@ -37,7 +36,7 @@ except ImportError:
     sys.exit("error: modal is not installed here: pip install .[modal]")
 
 from configurator import UserError, one_sentence_errors
-from system.files import atomic_write
+from system.files import atomic_write, read_json
 from system.remote import secret
 
 HERE = Path(__file__).resolve().parent
@@ -161,10 +160,10 @@ def prepare_for(words, source, machines):
     volume.reload()
     settings = resolved(tuple(words))
     paths = DataPaths(data_dir_of(source), settings["vocab_source"], settings["vocab_size"])
-    try:
-        with open(os.path.join(paths.shards, "shards.json"), encoding="utf-8") as f:
-            is_complete = json.load(f).get("complete", True)
-    except FileNotFoundError:  # BabyLlama's shards have none, and are all there or not at all
+    sidecar = os.path.join(paths.shards, "shards.json")
+    if os.path.exists(sidecar):
+        is_complete = read_json(sidecar).get("complete", True)
+    else:  # BabyLlama's shards have none, and are all there or not at all
         is_complete = source == "babyllama" and os.path.exists(paths.shards)
     if not is_complete:
         make_data(source, paths, machines, [])
@@ -322,8 +321,7 @@ def files_of(path, entries):
         beside = [p for p in entries if posixpath.dirname(p) == posixpath.dirname(path)]
         top = [p for p in entries if "/" not in p]
         raise UserError(absent(path, "on the volume", beside or top))
-    inner = {p: entry for p, entry in entries.items() if p == path or p.startswith(f"{path}/")}
-    return {p: entry for p, entry in inner.items() if is_file(entry)}
+    return {p: e for p, e in entries.items() if is_file(e) and f"{p}/".startswith(f"{path}/")}
 
 
 def absent(path, where, names):

@@ -189,14 +189,12 @@ def windows_of(config, kind, path):
 def weight_files(folder):
     """Paths of the safetensors files of a folder: one, else those that an index names."""
     single = os.path.join(folder, "model.safetensors")
-    index = f"{single}.index.json"
+    index, paths = f"{single}.index.json", [single]
     if os.path.isfile(index) and not os.path.isfile(single):
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        if not names:
             raise UserError(f"{index} cannot be read: it has no weight_map")
         paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
-    else:
-        paths = [single]
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist; expected the weights of {folder} there")
@@ -355,10 +353,9 @@ def folder_files(model, dtype, tokenizer, facts):
 
 def converted(name, tensor, dtype):
     """A tensor in a number format of TORCH_DTYPES; UserError where a number becomes infinite."""
-    found = tensor.to(TORCH_DTYPES[dtype]).contiguous()
-    if dtype == "fp16":
-        check_range(name, tensor, torch.finfo(torch.float16).max, dtype)
-    return found
+    number_format = TORCH_DTYPES[dtype]
+    check_range(name, tensor, torch.finfo(number_format).max, dtype)
+    return tensor.to(number_format).contiguous()
 
 
 # what write_folder() makes

@@ -275,8 +275,6 @@ class Bytes:
     def __init__(self, path):
         self.path, self.at = path, 0
         try:
-            if os.path.isdir(path):
-                raise UserError(f"{path} is a folder; expected a model.bin")
             self.size = os.path.getsize(path)
             self.data = np.memmap(path, np.uint8, "r") if self.size else np.empty(0, np.uint8)
         except OSError as e:

@@ -232,29 +232,26 @@ def load_teller(path, start, tokenizer=""):
 # ---- writing
 
 
-def check_file(path, name, tokenizer):
-    """Raise UserError unless a file can be written to path, and its tokenizer beside it as name."""
+@contextlib.contextmanager
+def with_tokenizer(path, name, tokenizer):
+    """
+    For the block that writes a model to path: write its tokenizer beside it as name, unless it is
+    there. Raises UserError before the block where path is no file, or name is another tokenizer.
+    """
     if os.path.basename(path) in ("", name) or os.path.isdir(path):
         raise UserError(f"cannot write {path!r}: it is a folder, or the tokenizer's; name a file")
     beside = os.path.join(os.path.dirname(path), name)
-    if not tokenizer or not os.path.exists(beside):
-        return
-    with open(beside, "rb") as f:
-        data = f.read()
-    if data in (tokenizer.c_file(), tokenizer.proto):
-        return
-    if not name.endswith(".model") or open_tokenizer(beside).c_file() != tokenizer.c_file():
-        raise UserError(
-            f"cannot write {path}: {beside} is of another tokenizer; name a file in another folder"
-        )
-
-
-@contextlib.contextmanager
-def with_tokenizer(path, name, tokenizer):
-    """While a model is written to path, and its tokenizer beside it unless it is there."""
-    check_file(path, name, tokenizer)
+    if tokenizer and os.path.exists(beside):
+        with open(beside, "rb") as f:
+            is_same = f.read() in (tokenizer.c_file(), tokenizer.proto)
+        if not is_same and name.endswith(".model"):
+            is_same = open_tokenizer(beside).c_file() == tokenizer.c_file()
+        if not is_same:
+            raise UserError(
+                f"cannot write {path}: {beside} is of another tokenizer; name a file in another "
+                f"folder"
+            )
     yield
-    beside = os.path.join(os.path.dirname(path), name)
     if tokenizer and not os.path.exists(beside):
         with atomic_write(beside) as f:
             f.write(tokenizer.proto if name.endswith(".model") else tokenizer.c_file())

@@ -145,15 +145,10 @@ def describe(device):
 def git_commit():
     """The commit of this repository, with "+" where files were changed since; "" outside git."""
     folder = Path(__file__).resolve().parent.parent
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    command = "git --git-dir=.git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return ""
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.check_output(
+            command, cwd=folder, text=True, stderr=subprocess.DEVNULL
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -487,7 +487,7 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([out, f"--from-hf={tmp_path / 'none'}"], "is not a folder"),
         ([out, f"--from-hf={finished}"], "cannot read"),
         ([out, f"--from-gguf={bin_}"], "is damaged or not a GGUF file"),
-        ([out, f"--from-gguf={tmp_path / 'none'}"], "is not a file"),
+        ([out, f"--from-gguf={tmp_path / 'none'}"], "cannot read"),
         ([out, best, f"--from-bin={bin_}"], "--from-bin and --checkpoint: expected one of them"),
         (["", best], "the path to write is empty"),
         ([f"{out}/", best], "is a folder, or the tokenizer's"),
