@@ -145,73 +145,57 @@ def complete(shards):
     return parsed(read(os.path.join(shards, "shards.json"))).get("complete", False)
 
 
-def step(number, title, action, done=""):
-    """Do one of the steps, or say that it is done; print how long it took."""
+def step(number, title, done, action, *words):
+    """Do one of the steps, action(*words), or say what of it is done; print how long it took."""
     print(f"[{number}/7] {title}", flush=True)
     if done:
         print(f"   there already ({done})")
         return
     begin = time.monotonic()
-    action()
+    action(*words)
     print(f"   took {time.monotonic() - begin:.0f} s", flush=True)
 
 
+def script(*words):
+    call(venv_python(), "-u", *words, shown=False)
+
+
+def train_model(model, flags):
+    best = os.path.join(OUT, "best.pt")
+    if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
+        script("export.py", model, f"--checkpoint={best}")
+        return
+    script("train.py", CONFIG, *flags, f"--out_dir={OUT}", "--resume=auto")
+    if not finished(OUT):
+        raise StepFailed("training was stopped; the same command goes on from there")
+
+
 def story():
-    vocab = [f"--data_dir={DATA}", f"--vocab_size={VOCAB_SIZE}"]
+    flags = [f"--data_dir={DATA}", f"--vocab_size={VOCAB_SIZE}"]
     stories = os.path.join(DATA, "TinyStories_all_data")
     shards = os.path.join(DATA, f"tok{VOCAB_SIZE}")
     model = os.path.join(OUT, "model.bin")
-    python = venv_python()
-
-    def script(*words):
-        call(python, "-u", *words, shown=False)
-
-    def there(path):
-        return path if os.path.exists(path) else ""
-
-    step(1, f"Python environment in {VENV}", lambda: make_venv("requirements.txt"))
-    step(2, "the C engine, ./run", lambda: call("make", "--no-print-directory", "run"))
-    step(
-        3,
-        f"a practice corpus of 20,000 stories in {stories}",
-        lambda: script("tinystories.py", "synth", f"--data_dir={DATA}"),
-        there(stories),
+    stages = (
+        (f"a practice corpus of 20,000 stories in {stories}", "synth", stories),
+        (f"a vocabulary of {VOCAB_SIZE} pieces", "train_vocab", f"{shards}.model"),
+        ("the stories as tokens", "pretokenize", shards),
     )
-    step(
-        4,
-        f"a vocabulary of {VOCAB_SIZE} pieces",
-        lambda: script("tinystories.py", "train_vocab", *vocab),
-        there(f"{shards}.model"),
-    )
-    step(
-        5,
-        "the stories as tokens",
-        lambda: script("tinystories.py", "pretokenize", *vocab),
-        shards if complete(shards) else "",
-    )
-    best = os.path.join(OUT, "best.pt")
 
-    def train_model():
-        if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
-            script("export.py", model, f"--checkpoint={best}")
-        else:
-            script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", "--resume=auto")
-            if not finished(OUT):
-                raise StepFailed("training was stopped; the same command goes on from there")
-
-    step(
-        6,
-        f"training a small model into {OUT} (about 2 minutes on two idle cores)",
-        train_model,
-        model if finished(OUT) and os.path.exists(model) else "",
-    )
-    step(7, "a story", lambda: call("./run", model, "-t", "0.7", "-i", "Once upon a time"))
+    step(1, f"Python environment in {VENV}", "", make_venv, "requirements.txt")
+    step(2, "the C engine, ./run", "", call, "make", "--no-print-directory", "run")
+    for number, (title, stage, result) in enumerate(stages, 3):
+        is_done = complete(result) if result == shards else os.path.exists(result)
+        step(number, title, is_done and result, script, "tinystories.py", stage, *flags)
+    title = f"training a small model into {OUT} (about 2 minutes on two idle cores)"
+    is_done = finished(OUT) and os.path.exists(model)
+    step(6, title, is_done and model, train_model, model, flags)
+    step(7, "a story", "", call, "./run", model, "-t", "0.7", "-i", "Once upon a time")
     print(
         f"""
 Three commands to try next:
   ./run {model} -t 0.7 -i "One day, a little fox"
-  {python} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
-  {python} tinystories.py download    # the real TinyStories; README.md goes on from there"""
+  {venv_python()} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
+  {venv_python()} tinystories.py download    # the real TinyStories; README.md goes on from there"""
     )
 
 
