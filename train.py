@@ -334,7 +334,8 @@ if s.attention != "sdpa" and not s.eval_only:
 model.dtype, model.fp8_head = compute_dtype, s.fp8_head
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[s.activation_checkpointing]
-is_compiled = fit.worth_compiling(s, model, step_size * s.max_seq_len, this_device)
+tokens_a_step = step_size * s.max_seq_len
+is_compiled = fit.worth_compiling(s, model, tokens_a_step, this_device, is_sharded)
 if is_compiled:  # kept with the run; before torch.optim, which chooses a place of its own
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(s.out_dir, "compiled"))
 
@@ -582,6 +583,6 @@ else:
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
-    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}{' --fsdp' if s.fsdp else ''}"
+    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}{' --fsdp' if is_sharded else ''}"
     say(f"to continue: {launch} train.py {flags}")
 away.wrap_up(all_arrived, finished)

@@ -1,7 +1,7 @@
 """
 The folder of a training run: one run at a time, its log, and what an earlier run left.
 
-log.jsonl has one JSON object a line; README.md says what is in it.
+log.jsonl has one JSON object a line; doc/log-fields.md explains them.
 """
 
 import contextlib
