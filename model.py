@@ -6,8 +6,8 @@ embeddings and a SwiGLU feed-forward, RMSNorm, no biases. An option is a field o
 `if` that names it; ARCHS lists three useful choices. Checkpoints carry all of ModelArgs, model.bin
 what run.c needs. Parameter names are those of llama2.c and of Meta's release.
 
-To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c, its
-formula in activate() of kernels.h, and the places in run.c that ask for SWIGLU; class MLP in
+To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c,
+is_gated() there if it has a gate, and its formula in activate() of kernels.h; class MLP in
 formats/modeling_modded_llama.py; the row `activation` in doc/format.md. Cases for it in OPTIONS of
 tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py prove it.
 

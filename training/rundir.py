@@ -74,7 +74,7 @@ class RunDir:
     def set_aside_earlier_run(self):
         """
         Move what an earlier run left to `previous`, or previous_2 and so on where there is one from
-        before; what came to no checkpoint is not worth that. The next call completes a call that
+        before; a run without a checkpoint is not kept. The next call completes a call that
         was interrupted.
         """
         moving = self.file("moving")
