@@ -398,7 +398,7 @@ if FIRST:
         ):
             shutil.copyfileobj(source, target)
     else:
-        print(f"without {paths.tokenizer_model}, bits per byte are unknown and no story can be printed")
+        print(f"without {paths.tokenizer_model}, bits per byte are unknown and ./run needs one")
     run.open_log(state.iter_num, state.evaluated)
 parallel.wait_for_all()
 away = Away(s, is_new=not start.is_resumed)
@@ -585,6 +585,6 @@ else:
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
-    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}{' --fsdp' if is_sharded else ''}"
-    say(f"to continue: {launch} train.py {flags}")
+    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}"
+    say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
 away.wrap_up(all_arrived, finished)
