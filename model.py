@@ -400,18 +400,18 @@ class Transformer(nn.Module):
     def embed(self, tokens, cache):
         """tokens (B, T) -> what the first layer reads, (B, T, dim); cache: as in forward."""
         args = self.args
-        x = self.tok_embeddings(tokens).to(self.dtype)
+        first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
+        before = torch.cat((first, tokens[:, :-1]), dim=1)  # (B, T), the token before; -1: none
+        ids = torch.cat((first.clamp(min=0), tokens), dim=1) if args.smear else tokens
+        x = self.tok_embeddings(ids).to(self.dtype)
         if args.embedding_norm:
             x = self.embedding_norm(x)
         if args.smear:
-            first = torch.zeros_like(x[:, :1]) if cache is None else cache.embedding
-            before = torch.cat((first, x[:, :-1]), dim=1)  # (B, T, dim)
-            if cache is not None:
-                cache.embedding = x[:, -1:]
-            x = x + torch.sigmoid(linear(x, self.smear_gate.weight)) * before
+            earlier, x = x[:, :-1], x[:, 1:]  # (B, T, dim) each
+            gate = torch.sigmoid(linear(x, self.smear_gate.weight)) * (before >= 0)[..., None]
+            x = x + gate * earlier
         if args.bigram_rows:
-            first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
-            rows = bigram_hash(torch.cat((first, tokens[:, :-1]), dim=1), tokens, args.bigram_rows)
+            rows = bigram_hash(before, tokens, args.bigram_rows)  # (B, T)
             x = x + self.bigram_embeddings(rows).to(x.dtype)
         return self.dropout(x)
 
@@ -588,8 +588,6 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.n = 0
         self.token = torch.full((batch_size, 1), -1, device=device)  # the last; -1: there is none
-        # the embedding of that token, for the option smear
-        self.embedding = torch.zeros(batch_size, 1, args.dim, device=device, dtype=dtype)
 
     def append(self, layer, k, v):
         """Store k, v (B, n_kv_heads, T, head_dim) after the filled part; return all up to them."""
@@ -600,8 +598,7 @@ class KVCache:
 
     def keep(self, rows):
         """Drop all rows of the batch except these, a list."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.token, self.embedding = self.token[rows], self.embedding[rows]
+        self.k, self.v, self.token = self.k[:, rows], self.v[:, rows], self.token[rows]
 
 
 def likeliest(logits, temperature, top_k=0, top_p=1.0):
