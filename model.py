@@ -18,6 +18,7 @@ a row in experiments/ablations.py.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -163,11 +164,11 @@ LIMITS = {
     "norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
     "dropout": (0, 1),
-    "logit_softcap": (0, 1e6),
-    "sliding_window": (0, 1 << 24),
+    "logit_softcap": (0, sys.float_info.max),
+    "sliding_window": (0, math.inf),
     "bigram_rows": (0, 1 << 28),
-    "embedding_std": (0, 1e6),
-    "head_std": (0, 1e6),
+    "embedding_std": (0, sys.float_info.max),
+    "head_std": (0, sys.float_info.max),
     "vocab_multiple": (1, 1 << 16),
 }
 
