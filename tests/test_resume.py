@@ -115,7 +115,7 @@ def test_resume_auto_starts_goes_on_and_ends(whole, practice, tmp_path):
     assert first.returncode == 0 and "0 of 20 steps done" in first.stdout
     second = train(practice, out, "--resume=auto", "--max_iters=20")
     assert second.returncode == 0, second.stderr
-    assert f"the run in {out} has done its 20 steps" in second.stdout
+    assert f"the run in {out} is complete (20 steps)" in second.stdout
     third = train(practice, out, "--resume=auto", "--max_iters=25")
     assert third.returncode == 0 and "20 of 25 steps done" in third.stdout
     assert not (out / "previous").exists()
