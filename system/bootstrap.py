@@ -146,7 +146,7 @@ def complete(shards):
 
 
 def step(number, title, done, action, *words):
-    """Do one of the steps, action(*words), or say what of it is done; print how long it took."""
+    """Call action(*words) and print how long it took, or say that its result `done` is there."""
     print(f"[{number}/7] {title}", flush=True)
     if done:
         print(f"   there already ({done})")
