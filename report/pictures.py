@@ -47,11 +47,6 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
     A figure of rows x columns panels in a theme: (figure, axes as a list of rows), written to path,
     .png or .svg, when the block ends.
     """
-    kind = os.path.splitext(path)[1]
-    if kind not in ENDINGS:
-        raise UserError(f"{path}: expected a name that ends in .png or .svg")
-    if theme not in THEMES:
-        raise UserError(f"theme = {theme!r}: expected one of {', '.join(THEMES)}")
     try:
         import matplotlib
 
@@ -61,15 +56,9 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
         raise UserError("pictures need matplotlib: pip install .[plot]") from None
     ink, paper, grid = THEMES[theme]
     settings = {
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-        "savefig.facecolor": paper,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "axes.titlecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
+        **{f"{part}.facecolor": paper for part in ("figure", "axes", "savefig")},
+        **{f"axes.{part}color": ink for part in ("label", "edge", "title")},
+        **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
         "grid.color": grid,
         "grid.linewidth": 0.6,
         "axes.grid": True,
@@ -87,6 +76,7 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
         fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             yield fig, axes
+            kind = os.path.splitext(path)[1]
             about = {"Date": None} if kind == ".svg" else {}
             with atomic_write(path) as f:
                 fig.savefig(f, format=kind[1:], dpi=130, metadata=about)
