@@ -135,8 +135,6 @@ def check_settings():
     given = [name for name, value in lengths.items() if value]
     if len(given) > 1:
         raise UserError(f"{given[0]} and {given[1]} exclude each other: give one of them")
-    if out_dir and os.path.isfile(out_dir):
-        raise UserError(f"out_dir = {out_dir} is a file: name a folder")
     if not grid.strip() and not runs.strip():
         raise UserError(
             "nothing to sweep: name a file such as experiments/lr.py, or give "
@@ -389,11 +387,11 @@ class Results:
                     remove(path)
         return True
 
-    def keep_failed(self, run):
+    def keep_failed(self, run, exit_status):
         """Keep the last line that a run printed as its error."""
         with open(run.output, encoding="utf-8", errors="replace") as f:
             lines = f.read().strip().splitlines()
-        error = lines[-1].removeprefix("error: ") if lines else "it ended without a message"
+        error = lines[-1].removeprefix("error: ") if lines else f"no message, status {exit_status}"
         self.keep({**about(run), "status": "failed", "error": error})
 
 
@@ -442,7 +440,7 @@ def result_of(run):
 def sentence_of(line):
     """What to print about a result."""
     if line["status"] == "failed":
-        return f"{line['name']}: failed: {line['error']}"
+        return f"{line['name']}: failed: {line['error']} (see {sweep_dir}/{line['name']}.log)"
     if line["status"] == "diverged":
         return f"{line['name']}: diverged at step {line['steps']}"
     bpb = f", {line['val_bpb']:.4f} bits per byte" if line["val_bpb"] else ""
@@ -497,14 +495,12 @@ class Runner:
         with open(run.output, "a", encoding="utf-8") as f:
             return subprocess.Popen(command, stdout=f, stderr=f, env=environment, **options)
 
-    def finish(self, run, status):
+    def finish(self, run, exit_status):
         """Keep what became of a run whose process has ended; returns a sentence about it."""
         if not self.results.keep_ended(run):
             if self.stopping:
                 return f"{run.name}: stopped"
-            self.results.keep_failed(run)
-            line = self.results.lines[run.name]
-            return f"{run.name}: failed with status {status}: {line['error']} ({run.output})"
+            self.results.keep_failed(run, exit_status)
         return sentence_of(self.results.lines[run.name])
 
     def run_all(self, todo):

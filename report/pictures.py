@@ -277,7 +277,7 @@ def draw_curves(ax, lines, x, series, value, against, scale):
         settings.setdefault(tuple(map(line["varied"].get, names)), []).append(line)
     is_scale = names == [x] and all(is_number(values[0]) for values in settings)
     for i, (values, of_setting) in enumerate(settings.items()):
-        style = look(i)
+        style = look(i) | {"marker": MARKERS[i % len(MARKERS)], "markersize": 2.5, "linewidth": 1}
         if is_scale:
             part = scale[0] + (scale[1] - scale[0]) * i / max(1, len(settings) - 1)
             style["color"] = matplotlib.colormaps["viridis"](part)
@@ -285,16 +285,8 @@ def draw_curves(ax, lines, x, series, value, against, scale):
         name = show(values[0]) if len(names) == 1 else label_of(of_setting[0]["varied"], names)
         for j, line in enumerate(of_setting):
             points = [p for p in line.get("curve", []) if is_number(p.get(value))]
-            ax.plot(
-                [p[place] / divisor for p in points],
-                [p[value] for p in points],
-                **style,
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=2.5,
-                linewidth=1,
-                alpha=0.8,
-                label=name if j == 0 else None,
-            )
+            at, values_at = [p[place] / divisor for p in points], [p[value] for p in points]
+            ax.plot(at, values_at, **style, alpha=0.8, label=name if j == 0 else None)
     ax.set_xlabel(label)
     ax.set_xlim(left=0)
     if 1 < len(settings) <= LEGEND:
