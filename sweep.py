@@ -390,8 +390,8 @@ class Results:
     def keep_failed(self, run, exit_status):
         """Keep the last line that a run printed as its error."""
         with open(run.output, encoding="utf-8", errors="replace") as f:
-            lines = f.read().strip().splitlines()
-        error = lines[-1].removeprefix("error: ") if lines else f"no message, status {exit_status}"
+            output = f.read().strip() or f"it ended without a message, with status {exit_status}"
+        error = output.splitlines()[-1].removeprefix("error: ")
         self.keep({**about(run), "status": "failed", "error": error})
 
 
