@@ -19,6 +19,7 @@ import ast
 import contextlib
 import difflib
 import json
+import math
 import os
 import sys
 import tokenize
@@ -225,6 +226,14 @@ def apply(namespace, argv, positional=None):
         given |= set(changes)
         settings = settings_of(namespace)
     return given
+
+
+def check_range(least, most=math.inf, **settings):
+    """Raise UserError for the first of some numbers, given by name, that is out of the range."""
+    for name, value in settings.items():
+        if not least <= value <= most or value == math.inf:
+            among = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
+            raise UserError(f"{name} = {value}: expected {among}")
 
 
 def configure(namespace, positional=None, argv=None):

@@ -67,7 +67,7 @@ def test_times_to_a_target_are_interpolated():
     assert trials.time_to(evals, 0.9) == pytest.approx(225)
     assert trials.time_to(evals, 2.5) == 60  # at the first evaluation or before it
     assert trials.time_to(evals, 0.5) == math.inf
-    assert trials.value_at(evals, 30) is None
+    assert math.isnan(trials.value_at(evals, 30))
     assert trials.value_at(evals, 60) == 2.0
     assert trials.value_at(evals, 90) == 1.5
     assert trials.value_at(evals, 1000) == 0.8
