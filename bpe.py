@@ -34,10 +34,10 @@ from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import UserError, configure
 from system.files import atomic_write
+from system.progress import progress
 from system.workers import over_spans, worker_count
 from text.corpus import Span, cut, is_plain, plan_shards, text_files, texts_of, whole_file
 
@@ -90,6 +90,8 @@ def ranges():
 @cache
 def pattern(name="gpt2"):
     """A compiled pattern of PATTERNS; ranges() stand for the classes that Python's re lacks."""
+    if name not in PATTERNS:
+        raise UserError(f"pattern_name = {name!r}: expected {' or '.join(PATTERNS)}")
     text = PATTERNS[name].replace(r"\S", r"[^\s]")
     for kind, named in {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}.items():
         own = "".join(f"{chr(a)}-{chr(b)}" for a, b, of in ranges() if of == kind)
@@ -131,8 +133,7 @@ def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, patter
 
 def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
     """train_bpe() on a list of Spans."""
-    if pattern_name not in PATTERNS:
-        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
+    pattern(pattern_name)  # UserError for an unknown name
     special_tokens = checked_special(special_tokens)
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
@@ -207,7 +208,7 @@ def merge_all(counts, n_merges):
     heap = [entry(count, pair) for pair, count in text.counts.items()]
     heapq.heapify(heap)
     merges = []
-    bar = tqdm(total=n_merges, desc="merge", unit="merge", mininterval=0.5)
+    bar = progress(total=n_merges, desc="merge", unit="merge")
     while heap and len(merges) < n_merges:
         old_count, _, _, pair = heapq.heappop(heap)
         count = text.counts.get(pair, 0)
@@ -251,12 +252,7 @@ class Symbols:
         self.weights = array("q", weights.tobytes())
         self.counts = {}  # {(id, id): how often}
         self.places = defaultdict(partial(array, "i"))  # {(id, id): where}; may be out of date
-        self.find_pairs()
-
-    def find_pairs(self):
-        """Set counts and places of the pairs of bytes."""
-        ids, weights = np.frombuffer(self.ids, np.int32), np.frombuffer(self.weights, np.int64)
-        first = np.flatnonzero(np.frombuffer(self.right, np.int32) >= 0)  # where a pair begins
+        first = np.flatnonzero(right >= 0)  # where a pair of bytes begins
         codes = ids[first] << 8 | ids[first + 1]
         totals = np.bincount(codes, weights[first], 1 << 16)
         order = np.argsort(codes, kind="stable")
@@ -448,10 +444,6 @@ class BPETokenizer:
                 raise ValueError("it is damaged or not JSON") from None
             if value["type"] != TYPE:
                 raise ValueError(f"its type is {value['type']!r}, not {TYPE!r}")
-            if value["pattern"] not in PATTERNS:
-                raise ValueError(f"its pattern is {value['pattern']!r}, not one of {[*PATTERNS]}")
-            if not isinstance(value["special_tokens"], list):
-                raise ValueError("its special_tokens are not a list")
             vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
             merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
             return cls(vocab, merges, value["special_tokens"], value["pattern"])
@@ -637,7 +629,7 @@ if __name__ == "__main__":
     configure(globals(), positional="stage")
 
     from formats.hftokenizer import VocabularyFiles, byte_level_from_json
-    from text.shards import choose_split, report, write_npy, write_shards
+    from text.shards import choose_split, write_npy, write_shards
     from tokenizer import ByteLevel
 
     files = VocabularyFiles(model, also_tiktoken, also_hf)
@@ -694,4 +686,4 @@ if __name__ == "__main__":
                 "made_by": f"python bpe.py encode --source={source} --model={model} --out={out}",
             }
             split = choose_split(plan)
-            report(write_shards(out, tokenizer, plan, split, workers, about=about), out)
+            write_shards(out, tokenizer, plan, split, workers, about)

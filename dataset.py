@@ -104,10 +104,10 @@ class TokenData:
         again = f"python tinystories.py pretokenize {paths.make_hint()}"
         meta = read_sidecar(folder)
         if meta is None:
-            names, dtype = names_without_sidecar(paths, again), "uint16"
+            listed, dtype = [{"name": n} for n in names_without_sidecar(paths, again)], "uint16"
         else:
             again = meta.get("made_by", again)
-            names, dtype = [s["name"] for s in meta["shards"]], meta["dtype"]
+            listed, dtype = meta["shards"], meta["dtype"]
             check_sidecar(meta, folder, vocab_size, tokenizer, again)
         if tokenizer and tokenizer.vocab_size != vocab_size:
             raise UserError(
@@ -115,12 +115,11 @@ class TokenData:
             )
         width = np.dtype(dtype).itemsize
         shards, crcs = [], []
-        longest = max((s["tokens"] for s in meta["shards"][1:]), default=0) if meta else 0
-        for i, name in enumerate(names):
-            path = os.path.join(folder, name)
+        longest = max((entry.get("tokens", 0) for entry in listed[1:]), default=0)
+        for i, entry in enumerate(listed):
+            path = os.path.join(folder, entry["name"])
             n_tokens = (os.path.getsize(path) if os.path.exists(path) else 0) // width
-            expected = meta["shards"][i]["tokens"] if meta else n_tokens
-            if not shard_size_fits(path, expected, width):
+            if not shard_size_fits(path, entry.get("tokens", n_tokens), width):
                 raise UserError(f"shard {path} is missing or damaged; run: {again}")
             if n_tokens < seq_len + 1 and i and longest > seq_len:
                 continue  # no window of it, but of others: the rest of a file, or a small one
@@ -130,7 +129,7 @@ class TokenData:
                     f"{seq_len + 1}: give more text or a smaller --max_seq_len"
                 )
             shards.append(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
-            crcs.append(meta["shards"][i].get("crc32") if meta else None)
+            crcs.append(entry.get("crc32"))
         if check:
             self.check_contents(shards, crcs, vocab_size, again)
         self.valid, self.train = shards[:1], shards[1:]
@@ -138,7 +137,8 @@ class TokenData:
         if meta:
             self.valid_bytes = meta["shards"][0]["bytes"]
         elif tokenizer:
-            self.valid_bytes = sum(map(tokenizer.bytes_in, chunks(self.valid[0])))
+            parts = np.split(self.valid[0], range(CHUNK, len(self.valid[0]), CHUNK))
+            self.valid_bytes = sum(map(tokenizer.bytes_in, parts))
 
     @staticmethod
     def check_contents(shards, crcs, vocab_size, again):
@@ -203,10 +203,6 @@ def check_sidecar(meta, folder, vocab_size, tokenizer, again):
             f"{folder} was made with another tokenizer than "
             f"{tokenizer.model_path} is now; run: {again}"
         )
-
-
-def chunks(shard):
-    return (shard[i : i + CHUNK] for i in range(0, len(shard), CHUNK))
 
 
 def mixed(x):

@@ -24,9 +24,14 @@ from system.files import atomic_write, download, unpack
 from system.progress import progress
 from system.workers import worker_count
 from text.corpus import plan_shards, text_files
-from text.shards import choose_split, report, training_documents, write_shards
+from text.shards import choose_split, training_documents, write_shards
 from text.synth import make_stories
-from tokenizer import cached_tokenizer, open_tokenizer, train_byte_level, train_sentencepiece
+from tokenizer import (
+    export_beside,
+    tokenizer_to_encode,
+    train_byte_level,
+    train_sentencepiece,
+)
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
@@ -53,10 +58,6 @@ pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, o
 encoder = "auto"  # auto: the fastest that is installed; gigatoken, sentencepiece, tiktoken, own
 # -----------------------------------------------------------------------------
 
-# of encoders that another could replace
-FASTER = dict.fromkeys(
-    ("sentencepiece", "tiktoken", "own"), " (several times as fast: pip install .[fast])"
-)
 V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 ARCHIVE = "TinyStories_all_data.tar.gz"
 N_JSON = 20  # JSON files of the practice corpus
@@ -75,6 +76,16 @@ def fetch(repo, name, path):
     download(address, path)
 
 
+def fetch_folder(repo, name, folder):
+    """Download an archive like fetch() and unpack it to `folder`, unless that holds something."""
+    if os.path.isdir(folder) and os.listdir(folder):
+        print(f"{folder} is there already; delete it to unpack it again")
+        return
+    archive = os.path.join(data_dir, os.path.basename(name))
+    fetch(repo, name, archive)
+    unpack(archive, folder)
+
+
 def download_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
     if pretokenized:
@@ -84,18 +95,13 @@ def download_stage():
             fetch("roneneldan/TinyStories", name, os.path.join(data_dir, name))
         next_steps()
     elif dataset == "all_data":
-        if os.path.isdir(paths.stories) and os.listdir(paths.stories):
-            if is_practice_corpus(paths.stories):
-                raise UserError(
-                    f"{paths.stories} holds the practice corpus; delete the folder first, "
-                    f"or download into another with --data_dir"
-                )
-            print(f"{paths.stories} is there already; delete it to unpack it again")
-        else:
-            archive = os.path.join(data_dir, ARCHIVE)
-            fetch("roneneldan/TinyStories", ARCHIVE, archive)
-            unpack(archive, paths.stories)
-            print(f"{len(text_files(paths.stories))} files of stories are in {paths.stories}")
+        if is_practice_corpus(paths.stories):
+            raise UserError(
+                f"{paths.stories} holds the practice corpus; delete the folder first, "
+                f"or download into another with --data_dir"
+            )
+        fetch_folder("roneneldan/TinyStories", ARCHIVE, paths.stories)
+        print(f"{len(text_files(paths.stories))} files of stories are in {paths.stories}")
         next_steps()
     else:
         raise UserError(f"dataset = {dataset!r}: expected all_data or v2")
@@ -108,18 +114,9 @@ def download_pretokenized():
     paths = DataPaths(data_dir, "custom", pretokenized)
     fetch("enio/TinyStories", f"{name}/{name}.model", paths.tokenizer_model)
     fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
-    tokenizer = open_tokenizer(paths.tokenizer_model)
-    tokenizer.export(paths.tokenizer_bin)
-    if tokenizer.caveat():
-        print(tokenizer.caveat())
-    if os.path.isdir(paths.shards) and os.listdir(paths.shards):
-        print(f"{paths.shards} is there already; delete it to unpack it again")
-    else:
-        archive = os.path.join(data_dir, f"{name}.tar.gz")
-        fetch("enio/TinyStories", f"{name}/{name}.tar.gz", archive)
-        unpack(archive, paths.shards)
-    hint = DataPaths(data_dir, "custom", pretokenized).make_hint()
-    print(f"next: python train.py {hint}")
+    export_beside(paths.tokenizer_model)
+    fetch_folder("enio/TinyStories", f"{name}/{name}.tar.gz", paths.shards)
+    print(f"next: python train.py {paths.make_hint()}")
 
 
 def synth_stage():
@@ -178,12 +175,10 @@ def train_vocab_stage():
     files, workers = plan_shards(*corpus()), worker_count(num_workers)
     texts = training_documents(files, choose_split(files, valid_frac), vocab_mb)
     if vocab_source == "bpe":
-        bpe = train_byte_level(texts, vocab_size, data_dir, workers, pattern_name)
-        bpe.save(paths.tokenizer_model)
+        train_byte_level(texts, vocab_size, paths.tokenizer_model, workers, pattern_name)
     else:
         train_sentencepiece_vocab(paths, list(texts), workers)
-    open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
-    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
+    export_beside(paths.tokenizer_model)
     print(f"next: python tinystories.py pretokenize {same_flags()}")
 
 
@@ -204,32 +199,21 @@ def train_sentencepiece_vocab(paths, texts, workers):
 
 def pretokenize_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
-    if not os.path.exists(paths.tokenizer_model):
-        if paths.is_llama2:
-            raise UserError(
-                f"Llama 2's tokenizer.model, which Meta gives out with its weights, belongs at "
-                f"{paths.tokenizer_model}; put it there, or train a vocabulary of your own "
-                f"with: python tinystories.py train_vocab --vocab_size=4096"
-            )
-        raise UserError(
-            f"{paths.tokenizer_model} does not exist; train it with: "
-            f"python tinystories.py train_vocab {same_flags()}"
+    hint = f"train it with: python tinystories.py train_vocab {same_flags()}"
+    if paths.is_llama2:
+        hint = (
+            "Llama 2's tokenizer.model, which Meta gives out with its weights, belongs there; or "
+            "train a vocabulary of your own: python tinystories.py train_vocab --vocab_size=4096"
         )
-    tokenizer = cached_tokenizer(paths.tokenizer_model)
-    if tokenizer.vocab_size != paths.vocab_size:
-        raise UserError(
-            f"{paths.tokenizer_model} has {tokenizer.vocab_size} pieces, not {paths.vocab_size}"
-        )
+    tokenizer = tokenizer_to_encode(paths, encoder, hint)
     tokenizer.export(paths.tokenizer_bin)
-    name, _ = tokenizer.encoder(encoder)
-    print(f"encoding with {name}{FASTER.get(name, '')}")
     workers, files = worker_count(num_workers), plan_shards(*corpus())
     split = choose_split(files, valid_frac)
     about = {
         "valid_source": [os.path.abspath(corpus()[0])],
         "made_by": f"python tinystories.py pretokenize {same_flags()}",
     }
-    report(write_shards(paths.shards, tokenizer, files, split, workers, name, about), paths.shards)
+    write_shards(paths.shards, tokenizer, files, split, workers, about, encoder)
     print(f"next: python train.py {paths.make_hint()}")
 
 

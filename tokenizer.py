@@ -38,11 +38,10 @@ from collections import Counter
 import numpy as np
 import sentencepiece
 
-from bpe import PATTERNS, BPETokenizer, as_visible, ranges, train_on
+from bpe import PATTERNS, BPETokenizer, as_visible, pattern, ranges, train_bpe
 from configurator import UserError, one_sentence_errors
 from system.files import atomic_write
-from text.corpus import SEPARATOR, whole_file
-from text.shards import write_sample
+from text.corpus import SEPARATOR
 
 SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
@@ -146,10 +145,8 @@ def read_model(path):
 def flattened(lists):
     """Lists or arrays of ids as (ids one after another, uint32; ids of each)."""
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
-    if all(isinstance(ids, np.ndarray) for ids in lists):
-        return np.concatenate([np.empty(0, np.uint32), *lists]), counts
-    ids = itertools.chain.from_iterable(lists)
-    return np.fromiter(ids, np.uint32, int(counts.sum())), counts
+    arrays = (np.asarray(ids, np.uint32) for ids in lists)
+    return np.concatenate([np.empty(0, np.uint32), *arrays]), counts
 
 
 class SentencePiece(Tokenizer):
@@ -373,9 +370,38 @@ def opened(model_path, mtime_ns):
     return open_tokenizer(model_path)
 
 
+def tokenizer_to_encode(paths, encoder, hint):
+    """
+    The Tokenizer of some DataPaths; prints which encoder will be used. Raises UserError where it is
+    missing (`hint`: how to get it), has another size, or has no such encoder.
+    """
+    path = paths.tokenizer_model
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; {hint}")
+    tokenizer = cached_tokenizer(path)
+    if tokenizer.vocab_size != paths.vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens, not {paths.vocab_size}: give that number "
+            f"as --vocab_size"
+        )
+    name, _ = tokenizer.encoder(encoder)
+    faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
+    print(f"encoding with {name}{faster}")
+    return tokenizer
+
+
 def c_tokenizer_path(model_path):
     """data/tok128.model -> data/tok128.bin"""
     return model_path.removesuffix(".model") + ".bin"
+
+
+def export_beside(model_path):
+    """Write the tokenizer file of run.c beside a model; prints its name, and the caveat."""
+    tokenizer = open_tokenizer(model_path)
+    tokenizer.export(c_tokenizer_path(model_path))
+    print(f"{model_path} is ready, and {c_tokenizer_path(model_path)} for ./run")
+    if tokenizer.caveat():
+        print(tokenizer.caveat())
 
 
 # ---- SentencePiece models
@@ -447,27 +473,26 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
     return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
 
 
-def train_byte_level(texts, vocab_size, folder, num_workers=1, pattern_name="gpt2"):
+def train_byte_level(texts, vocab_size, model_path, num_workers, pattern_name):
     """
-    Train byte-level BPE on documents, an iterable of str, by way of a temporary file in `folder`.
-    Raises UserError if the text is too small for the size.
+    Train byte-level BPE on documents, an iterable of str, by way of a temporary file beside
+    model_path, and save it there. Raises UserError if the text is too small for the size.
     """
-    if pattern_name not in PATTERNS:
-        raise UserError(f"pattern_name = {pattern_name!r}: expected {' or '.join(PATTERNS)}")
-    special = [SEPARATOR.decode()]
+    pattern(pattern_name)  # UserError for an unknown name, before the texts are read
+    special, folder = [SEPARATOR.decode()], os.path.dirname(model_path) or "."
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as sample_folder:
         sample = os.path.join(sample_folder, "sample.txt")
-        n_bytes = write_sample(sample, texts)
-        print(f"training {vocab_size:,} tokens on {n_bytes:,} bytes of text")
-        spans = [whole_file(sample)]
-        vocab, merges = train_on(spans, vocab_size, special, num_workers, pattern_name)
+        with open(sample, "wb") as f:
+            f.writelines(text.encode() + SEPARATOR for text in texts)
+        print(f"training {vocab_size:,} tokens on {os.path.getsize(sample):,} bytes of text")
+        vocab, merges = train_bpe(sample, vocab_size, special, num_workers, pattern_name)
     if len(vocab) < vocab_size:
         raise UserError(
             f"this text has pairs for {len(vocab):,} tokens only: give it more text or a smaller "
             f"vocab_size"
         )
-    return BPETokenizer(vocab, merges, special, pattern_name)
+    BPETokenizer(vocab, merges, special, pattern_name).save(model_path)
 
 
 def proto_module():
@@ -504,13 +529,18 @@ def sentencepiece_model(pieces, scores, types, add_dummy_prefix=True):
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
+def cutting_steps(pattern_name):
+    """The pretokenizers that cut by a pattern and make bytes visible."""
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern_name]}}
+    split |= {"behavior": "Isolated", "invert": False}
+    return [split, {**BYTE_LEVEL, "use_regex": False}]
+
+
 def byte_level_json(bpe):
     """tokenizer.json of a BPETokenizer, as a dict, without a token before each text."""
-    cut = {**BYTE_LEVEL, "use_regex": bpe.pattern_name == "gpt2"}
+    cut = {**BYTE_LEVEL, "use_regex": True}  # by GPT-2's pattern
     if bpe.pattern_name != "gpt2":
-        split = {"type": "Split", "pattern": {"Regex": PATTERNS[bpe.pattern_name]}}
-        split |= {"behavior": "Isolated", "invert": False}
-        cut = {"type": "Sequence", "pretokenizers": [split, cut]}
+        cut = {"type": "Sequence", "pretokenizers": cutting_steps(bpe.pattern_name)}
     return bpe_json(
         {i: text for text, i in bpe.special.items()},
         normalizer=None,
@@ -561,9 +591,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "-t", "--tokenizer-model", "--tokenizer_model", default="tokenizer.model", metavar="PATH"
     )
-    model_path = parser.parse_args().tokenizer_model
-    tokenizer = open_tokenizer(model_path)
-    tokenizer.export(c_tokenizer_path(model_path))
-    print(f"wrote {c_tokenizer_path(model_path)}")
-    if tokenizer.caveat():
-        print(tokenizer.caveat())
+    export_beside(parser.parse_args().tokenizer_model)

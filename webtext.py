@@ -22,8 +22,8 @@ Many machines share the work with --shard=0/8, --shard=1/8 ...; once their files
 To add a source: a line in SOURCES.
 """
 
-import collections
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -47,12 +47,11 @@ from text.shards import (
     choose_split,
     finish,
     read_sidecar,
-    report,
     training_documents,
     write_shards,
     write_sidecar,
 )
-from tokenizer import cached_tokenizer, open_tokenizer, train_byte_level
+from tokenizer import export_beside, open_tokenizer, tokenizer_to_encode, train_byte_level
 
 # -----------------------------------------------------------------------------
 stage = ""  # train_vocab, prepare or merge
@@ -135,14 +134,11 @@ def all_files():
         found = files_of_hub()
     else:
         found = files_here(source, False)
+    valid = [file for file in found if file.is_valid]
     if valid_source:
-        found = [file for file in found if not file.is_valid]
         valid = files_here(valid_source, True)
-        same = {os.path.realpath(file.path) for file in valid}
-        found = [file for file in found if os.path.realpath(file.path) not in same]
-    else:
-        valid = [file for file in found if file.is_valid]
-    train = [file for file in found if not file.is_valid]
+    same = {os.path.realpath(file.path) for file in valid}
+    train = [f for f in found if not f.is_valid and os.path.realpath(f.path) not in same]
     if not train:
         raise UserError(f"{source} has no file to train on beside those for validation")
     if n_files < 0:
@@ -157,10 +153,6 @@ def files_here(path, is_valid):
     return [file_here(one, is_valid) for one in text_files(path, READABLE)]
 
 
-def is_readable(name):
-    return name.lower().endswith(READABLE)
-
-
 def files_of_hub():
     """The Files of a dataset of the hub. Raises UserError where the hub does not answer."""
     repo, inside, valid = SOURCES.get(source) or (source.removeprefix(HUB), "", "")
@@ -170,7 +162,7 @@ def files_of_hub():
     hub = need("huggingface_hub", "web")
     api = hub.HfApi(endpoint=endpoint, token=secret("HF_TOKEN") or False)
     words = {"repo_type": "dataset", "revision": revision}
-    is_file = is_readable(inside)
+    is_file = inside.lower().endswith(READABLE)
     try:
         tree = list(
             api.list_repo_tree(repo, None if is_file else inside or None, recursive=True, **words)
@@ -178,17 +170,15 @@ def files_of_hub():
     except Exception as e:  # of the hub, of the network, of the name
         raise UserError(f"cannot list {repo} at {endpoint}: {reason(e)}") from None
     files = {entry.path: entry for entry in tree if hasattr(entry, "size")}
-    wanted = [inside, valid] if is_file else sorted(filter(is_readable, files))
+    readable = sorted(name for name in files if name.lower().endswith(READABLE))
     found = []
-    for name in wanted:
-        if name and name not in files:
+    for name in filter(None, (inside, valid)) if is_file else readable:
+        if name not in files:
             raise UserError(f"{repo} at {endpoint} has no file {name}")
-        if name:
-            entry = files[name]
-            # by its content, so that no other version is taken for it
-            local = os.path.join(downloads(), f"{entry.blob_id[:16]}_{os.path.basename(name)}")
-            size, version = entry.size, entry.blob_id
-            found.append(File(name, size, version, local, address(repo, name), name == valid))
+        size, version = files[name].size, files[name].blob_id
+        # by its content, so that no other version is taken for it
+        local = os.path.join(downloads(), f"{version[:16]}_{os.path.basename(name)}")
+        found.append(File(name, size, version, local, address(repo, name), name == valid))
     if not found:
         where = f"{repo}/{inside}" if inside else repo
         raise UserError(f"{where} at {endpoint} has no file ending in {', '.join(READABLE)}")
@@ -225,16 +215,10 @@ def fetch(file):
 
 def fetched(files):
     """Yield Files that are here, the next one being downloaded meanwhile."""
-    waiting = collections.deque()
-    for file in files:
-        waiting.append((file, in_background(fetch, file)))
-        if len(waiting) == 2:
-            first, done = waiting.popleft()
-            done.result()
-            yield first
-    for last, done in waiting:
+    begun = ((file, in_background(fetch, file)) for file in files)
+    for (file, done), _ in itertools.pairwise(itertools.chain(begun, [None])):
         done.result()
-        yield last
+        yield file
 
 
 def in_background(function, *words):
@@ -251,12 +235,6 @@ def in_background(function, *words):
     return future
 
 
-def fetched_one_by_one(files):
-    for file in files:
-        fetch(file)
-        yield file
-
-
 # ---- stages
 
 
@@ -266,17 +244,10 @@ def train_vocab_stage():
     if not 257 <= vocab_size <= 1_000_000:
         raise UserError(f"vocab_size = {vocab_size}: expected 257 to 1,000,000")
     paths, files = data_paths(), all_files()
-    texts = training_documents(files, how_to_split(files), vocab_mb, fetched_one_by_one)
-    save_tokenizer(
-        train_byte_level(texts, vocab_size, paths.data_dir, workers, pattern_name), paths
-    )
+    texts = training_documents(files, how_to_split(files), vocab_mb, fetch)
+    train_byte_level(texts, vocab_size, paths.tokenizer_model, workers, pattern_name)
+    export_beside(paths.tokenizer_model)
     print(f"next: python webtext.py prepare {same_flags()}")
-
-
-def save_tokenizer(bpe, paths):
-    bpe.save(paths.tokenizer_model)
-    open_tokenizer(paths.tokenizer_model).export(paths.tokenizer_bin)
-    print(f"wrote {paths.tokenizer_model}, and {paths.tokenizer_bin} for ./run")
 
 
 def tidy():
@@ -305,45 +276,27 @@ def this_machine():
 def prepare_stage():
     if source in TOKENIZED:
         return prepare_tokenized()
-    i, n = this_machine()
-    worker_count(num_workers)
+    machine = this_machine()
+    workers = worker_count(num_workers)
     check_folder()
     paths = data_paths()
-    if not os.path.exists(paths.tokenizer_model):
-        raise UserError(
-            f"{paths.tokenizer_model} does not exist; train it with: "
-            f"python webtext.py train_vocab {same_flags()}; or bring one with bpe.py import"
-        )
-    tokenizer = cached_tokenizer(paths.tokenizer_model)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"{paths.tokenizer_model} has {tokenizer.vocab_size} tokens: give that")
+    train_it = f"train it with: python webtext.py train_vocab {same_flags()}"
+    hint = f"{train_it}; or bring one with bpe.py import"
+    tokenizer = tokenizer_to_encode(paths, encoder, hint)
     files = all_files()
     split = how_to_split(files)
-    name, _ = tokenizer.encoder(encoder)
-    faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
-    print(f"encoding with {name}{faster}")
     meta = write_shards(
-        paths.shards,
-        tokenizer,
-        files,
-        split,
-        worker_count(num_workers),
-        name,
-        about(),
-        (i, n),
-        fetched,
-        drop,
+        paths.shards, tokenizer, files, split, workers, about(), encoder, machine, fetched, drop
     )
     for file in files:
         if file.url and file.is_valid and not keep_raw:
             remove(file.path)
     tidy()
     if meta:
-        say_next(meta)
-        return
+        return say_next()
     print(
-        f"part {shard} is done; once all {n} are, in one folder: "
-        f"python webtext.py merge {same_flags()} --shards={n}"
+        f"part {shard} is done; once all {machine[1]} are, in one folder: "
+        f"python webtext.py merge {same_flags()} --shards={machine[1]}"
     )
 
 
@@ -359,7 +312,8 @@ def merge_stage():
         raise UserError(f"{source} is ready-made: there is nothing to merge")
     if shards < 1:
         raise UserError(f"shards = {shards}: expected how many machines there were")
-    say_next(finish(data_paths().shards, shards, about()))
+    finish(data_paths().shards, shards, about())
+    say_next()
 
 
 def about():
@@ -368,8 +322,7 @@ def about():
     return {"valid_source": [full_source()], "made_by": made_by}
 
 
-def say_next(meta, preset=""):
-    report(meta, data_paths().shards)
+def say_next(preset=""):
     where = f"--data_dir={shlex.quote(data_dir)}" if data_dir else ""
     print(f"next: python train.py {f'{preset} {where}' if preset else data_paths().make_hint()}")
 
@@ -391,7 +344,8 @@ def prepare_tokenized():
     tokenizer_path = os.path.join(paths.data_dir, "tokenizer.json")
     if not os.path.exists(paths.tokenizer_model):
         get_tokenizer(repo, os.path.dirname(train_name), tokenizer_path)
-        save_tokenizer(byte_level_from_json(tokenizer_path), paths)
+        byte_level_from_json(tokenizer_path).save(paths.tokenizer_model)
+        export_beside(paths.tokenizer_model)
     tokenizer = open_tokenizer(paths.tokenizer_model)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{source} has {tokenizer.vocab_size} tokens: give that as --vocab_size")
@@ -415,8 +369,8 @@ def prepare_tokenized():
         listed.append(one)
     tidy()
     shared = {"vocab_size": vocab_size, "dtype": "uint16", "tokenizer_hash": tokenizer.hash}
-    meta = write_sidecar(paths.shards, {**shared, **about(), "held_out": 0}, listed)
-    say_next(meta, preset)
+    write_sidecar(paths.shards, {**shared, **about(), "held_out": 0}, listed)
+    say_next(preset)
 
 
 def get_tokenizer(repo, folder, path):

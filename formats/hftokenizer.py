@@ -11,7 +11,7 @@ from bpe import PATTERNS, BPETokenizer
 from configurator import UserError
 from system.files import atomic_write, read_json
 from text.corpus import text_files
-from tokenizer import SPACE, ByteLevel, bpe_json, byte_level_json
+from tokenizer import BYTE_LEVEL, SPACE, ByteLevel, bpe_json, byte_level_json, cutting_steps
 
 
 def tokenizer_json(tokenizer):
@@ -97,11 +97,10 @@ def byte_level_from_json(path):
         model, cut = data["model"], data["pre_tokenizer"]
         added = sorted(data["added_tokens"], key=lambda token: token["id"])
         pattern_name = pattern_of(cut)
-        wrong = [name for name in ("byte_fallback", "dropout") if model.get(name)]
+        options = ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")
+        wrong = [name for name in options if model.get(name)]
         wrong += ["normalizer"] if data.get("normalizer") else []
         wrong += [] if model["type"] == "BPE" else [f"model {model['type']}"]
-        marks = ("end_of_word_suffix", "continuing_subword_prefix")
-        wrong += [mark for mark in marks if model.get(mark)]
         flags = ("lstrip", "rstrip", "single_word")
         wrong += [f"{flag} of a token" for token in added for flag in flags if token[flag]]
         wrong += [] if pattern_name else [f"the pre_tokenizer {str(cut)[:100]}"]
@@ -122,18 +121,11 @@ def byte_level_from_json(path):
 def pattern_of(cut):
     """The name in PATTERNS of what a pre_tokenizer does; None for anything else."""
     steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    last = steps[-1] if steps else {"type": "nothing"}
-    if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(steps) > 2:
-        return None
-    if len(steps) == 1:
-        return "gpt2" if last.get("use_regex", True) else None
-    split = steps[0]
-    if split["type"] != "Split" or last.get("use_regex", True):
-        return None
-    if split["behavior"] != "Isolated" or split["invert"]:
-        return None
-    regex = split["pattern"].get("Regex")
-    return next((name for name, text in PATTERNS.items() if text == regex), None)
+    if steps and steps[-1]["type"] == "ByteLevel":
+        steps = [*steps[:-1], {"use_regex": True, **steps[-1], "trim_offsets": True}]
+    if steps == [{**BYTE_LEVEL, "use_regex": True}]:
+        return "gpt2"
+    return next((name for name in PATTERNS if steps == cutting_steps(name)), None)
 
 
 def tokenizer_config(tokenizer, max_seq_len):

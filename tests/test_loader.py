@@ -201,7 +201,7 @@ def test_nothing_of_validation_is_trained_on(tmp_path, tokenizers):
     for valid in ("", str(tmp_path / "valid.txt")):
         files = plan_shards(str(source), valid)
         split = choose_split(files)
-        meta = write_shards(str(tmp_path / "tok512"), tokenizer, files, split, num_workers=2)
+        meta = write_shards(str(tmp_path / "tok512"), tokenizer, files, split, 2, {})
         data = TokenData(DataPaths(tmp_path, "custom", 512), 8, tokenizer)
         trained = plain(d for shard in data.train for d in documents(shard, tokenizer))
         held_out = plain(d for shard in data.valid for d in documents(shard, tokenizer))

@@ -247,21 +247,6 @@ def text_field(item, where):
     raise UserError(f"{where}: expected an object with a text under {' or '.join(FIELDS)}")
 
 
-def texts_of_list(items, path):
-    if not isinstance(items, list):
-        raise UserError(f"{path}: expected a JSON list of stories")
-    for i, item in enumerate(items):
-        yield text_field(item, f"{path}, item {i}")
-
-
-def text_of_line(line, where):
-    try:
-        return text_field(json.loads(line), where)
-    except (ValueError, RecursionError) as e:
-        why = getattr(e, "msg", str(e))
-        raise UserError(f"{where} has a line that is not JSON: {why}") from None
-
-
 def read_txt(file, path):
     tail, mark = b"", SEPARATOR
     while chunk := file.read(1 << 20):
@@ -277,21 +262,28 @@ def read_txt(file, path):
 
 
 def read_jsonl(file, path):
-    for i in itertools.count(1):
-        if not (line := file.readline(LONGEST)):
-            return
+    for i, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
         if line.strip():
-            yield text_of_line(line.decode(UTF8), f"{path}, line {i:,},")
+            where = f"{path}, line {i:,},"
+            yield text_field(parsed(line, f"{where} has a line that"), where)
 
 
 def read_json(file, path):
+    items = parsed(file.read(), path)
+    if not isinstance(items, list):
+        raise UserError(f"{path}: expected a JSON list of stories")
+    for i, item in enumerate(items):
+        yield text_field(item, f"{path}, item {i}")
+
+
+def parsed(data, what):
+    """What JSON, in bytes, says. UserError: `what` is not JSON."""
+    text = data.decode(UTF8)
     try:
-        items = json.loads(file.read().decode(UTF8))
-    except UnicodeDecodeError:
-        raise
+        return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON: {e}") from None
-    yield from texts_of_list(items, path)
+        why = str(e).replace("line 1 column", "column")  # of a .jsonl it would mislead
+        raise UserError(f"{what} is not JSON: {why}") from None
 
 
 def read_parquet(file, path):

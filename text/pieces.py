@@ -38,10 +38,6 @@ class Batch:
     read: int = 0  # bytes of the file that are read by now
     n_pieces: int | None = None  # of the file, in its last batch
 
-    @property
-    def is_empty(self):
-        return not (self.texts or self.spans)
-
     def documents(self):
         return self.texts or list(read_documents(self.spans))
 
@@ -64,20 +60,18 @@ def span_batches(file, wanted):
 
 def stream_batches(file, wanted):
     """A piece ends once it has PIECE characters."""
-    piece, texts, n_batch, n_piece, text = 0, [], 0, 0, ""
+    piece, texts, n_batch, n_piece = 0, [], 0, 0
     for text, at in stream_documents(file.path):
-        if n_piece >= PIECE:
-            if texts:
-                yield Batch(file, piece, texts, read=at)
-            piece, texts, n_batch, n_piece = piece + 1, [], 0, 0
         n_piece += len(text)
         if wanted(piece):
             texts.append(text)
             n_batch += len(text)
-            if n_batch >= BATCH:
-                yield Batch(file, piece, texts, read=at)
-                texts, n_batch = [], 0
-    yield Batch(file, piece, texts, read=file.size, n_pieces=piece + bool(text))
+        if texts and (n_batch >= BATCH or n_piece >= PIECE):
+            yield Batch(file, piece, texts, read=at)
+            texts, n_batch = [], 0
+        if n_piece >= PIECE:
+            piece, n_piece = piece + 1, 0
+    yield Batch(file, piece, texts, read=file.size, n_pieces=piece + bool(n_piece))
 
 
 class Part:
@@ -214,16 +208,26 @@ def merge(folder, n):
         )
     try:
         metas = [read_json(path) for path in paths]
-        check_parts(paths, metas)
-        train, valid = entries_of(folder, metas)
+        pieces = [  # (number of the file, piece of it, what its part says of it)
+            (int(k), entry["piece"], entry)
+            for meta in metas
+            for k, entries in meta["pieces"].items()
+            for entry in entries
+        ]
+        pieces.sort(key=lambda x: x[:2])
+        check_parts(paths, metas, [x[:2] for x in pieces])
+        train, valid = entries_of(folder, metas[0], pieces)
         shared = {name: metas[0][name] for name in ("vocab_size", "dtype", "tokenizer_hash")}
         return shared, [write_validation(folder, valid), *train]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise UserError(f"a file of {os.path.dirname(paths[0])} is damaged ({e!r})") from None
 
 
-def check_parts(paths, metas):
-    """Raise UserError unless the parts are finished, of the same work, and together all of it."""
+def check_parts(paths, metas, pieces):
+    """
+    Raise UserError unless the parts are finished, of the same work, and together all of it. pieces:
+    (file, piece) of all of them, sorted.
+    """
     first = metas[0]
     for path, meta in zip(paths, metas, strict=True):
         if not meta["complete"]:
@@ -235,12 +239,9 @@ def check_parts(paths, metas):
                 raise UserError(
                     f"{path} has another {name} than {paths[0]}: prepare one of them again"
                 )
-    there = [
-        (k, p["piece"]) for meta in metas for k, found in meta["pieces"].items() for p in found
-    ]
-    expected = {(k, p) for meta in metas for k, n in meta["finished"].items() for p in range(n)}
-    read = {k for meta in metas for k in meta["finished"]}
-    if set(there) != expected or len(there) != len(expected) or len(read) < len(first["files"]):
+    finished = {int(k): n for meta in metas for k, n in meta["finished"].items()}
+    expected = [(k, p) for k, n in sorted(finished.items()) for p in range(n)]
+    if pieces != expected or len(finished) < len(first["files"]):
         raise UserError(
             f"the parts in {os.path.dirname(paths[0])} do not make a whole: delete that folder and "
             f"prepare all of them again"
@@ -252,19 +253,16 @@ def portable(key):
     return [x for x in key if not str(x).startswith(MTIME)]
 
 
-def entries_of(folder, metas):
-    """Entries, of a sidecar, of the arrays that the parts have for training and for validation."""
-    pieces = [
-        (int(k), entry["piece"], entry)
-        for meta in metas
-        for k, found in meta["pieces"].items()
-        for entry in found
-    ]
+def entries_of(folder, meta, pieces):
+    """
+    Entries, of a sidecar, of the arrays of all pieces for training and for validation; meta: what
+    some part says.
+    """
     sides = {"train": [], "valid": []}
-    width = np.dtype(metas[0]["dtype"]).itemsize
-    for k, piece, entry in sorted(pieces, key=lambda x: x[:2]):
+    width = np.dtype(meta["dtype"]).itemsize
+    for k, piece, entry in pieces:
         name = f"data_{k:05}_{piece:04}.bin"
-        source = [f"{metas[0]['files'][str(k)][0]} {piece}"]
+        source = [f"{meta['files'][str(k)][0]} {piece}"]
         for side, where in (("train", ""), ("valid", PARTS)):
             counts = {key: entry[side][key] for key in (*COUNTS, "crc32")}
             if counts["tokens"]:

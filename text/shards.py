@@ -130,15 +130,19 @@ def checked_fraction(texts, frac, size, path):
     return (places[n - 1] + places[n]) / 2**65
 
 
-def training_documents(files, split, vocab_mb, bring=iter):
-    """The first vocab_mb megabytes of the training documents of files, for a vocabulary."""
+def training_documents(files, split, vocab_mb, fetch=lambda file: None):
+    """
+    The first vocab_mb megabytes of the training documents of files, for a vocabulary. fetch(file):
+    called before a file is read.
+    """
     if vocab_mb < 1:
         raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
     n_bytes, limit = 0, vocab_mb * 1_000_000
     files = [file for file in files if not file.is_valid]
     size = sum(file.size for file in files)
     with progress(total=min(limit, size), unit="B", unit_scale=True, desc="read") as bar:
-        for file in bring(files):
+        for file in files:
+            fetch(file)
             for text in file.documents():
                 if not split.sides([text], False)[0]:
                     continue
@@ -148,17 +152,6 @@ def training_documents(files, split, vocab_mb, bring=iter):
                 if n_bytes >= limit:
                     print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
                     return
-
-
-def write_sample(path, texts):
-    """Write documents to a .txt file; returns their bytes."""
-    n_bytes = 0
-    with open(path, "wb") as f:
-        for text in texts:
-            data = text.encode()
-            f.write(data + SEPARATOR)
-            n_bytes += len(data)
-    return n_bytes
 
 
 # ---- writing
@@ -194,8 +187,8 @@ def write_shards(
     files,
     split,
     num_workers,
+    about,
     encoder="auto",
-    about=None,
     machine=(0, 1),
     bring=iter,
     done=lambda file, part: None,
@@ -244,7 +237,7 @@ def write_part(part, files, words, num_workers, bring, done):
             if results and at != (k, batch.piece):
                 part.add(*at, results)
                 results = []
-            if not batch.is_empty:
+            if batch.texts or batch.spans:
                 results, at = [*results, result], (k, batch.piece)
             bar.update(before + batch.read - bar.n)
             if batch.n_pieces is None:
@@ -261,17 +254,18 @@ def write_part(part, files, words, num_workers, bring, done):
         bar.close()
 
 
-def finish(folder, n, about=None):
+def finish(folder, n, about):
     """
-    Make one set of shards of the parts of n machines: write data00.bin and the sidecar, and delete
-    shards that it does not list. Returns the sidecar.
+    Make one set of shards of the parts of n machines: write data00.bin and the sidecar. Returns the
+    sidecar.
     """
     shared, shards = merge(folder, n)
     held_out = sum(shard["held_out"] for shard in shards)
-    return write_sidecar(folder, {**shared, **(about or {}), "held_out": held_out}, shards)
+    return write_sidecar(folder, {**shared, **about, "held_out": held_out}, shards)
 
 
 def write_sidecar(folder, about, shards):
+    """Write shards.json, delete shards that it does not list, and print what is there."""
     meta = {"format": FORMAT, **about, "complete": True, "shards": shards}
     write_json(os.path.join(folder, SIDECAR), meta)
     kept = {shard["name"] for shard in shards}
@@ -281,6 +275,7 @@ def write_sidecar(folder, about, shards):
         print(f"{len(old)} earlier shards that are not of this text are deleted")
     for name in old:
         remove(os.path.join(folder, name))
+    report(meta, folder)
     return meta
 
 
@@ -345,12 +340,9 @@ def write_npy(path, tokenizer, spans, num_workers, encoder="auto"):
     header = {"descr": np.dtype(dtype).str, "fortran_order": False}
     with atomic_write(path) as f:
         np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
-        begin = f.tell()
         for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
             ids.tofile(f)
             n += len(ids)
         f.seek(0)
-        np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})
-        assert f.tell() == begin  # numpy leaves room for any number
-        f.seek(0, os.SEEK_END)
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})  # has room for any number
     return n, dtype

@@ -20,31 +20,23 @@ ANIMALS = (
     "lamb monkey"
 ).split()
 ANIMAL_NAMES = "Fluffy Spot Bella Coco Pip Whiskers Sunny Berry Patch Honey".split()
-SIZES = ["little", "small", "young", "tiny"]
-MOODS = ["happy", "kind", "curious", "brave", "shy", "clever", "gentle", "cheerful", "quiet"]
-COLORS = ["red", "blue", "green", "yellow", "pink", "white", "brown", "purple", "orange"]
-LOOKS = ["big", "shiny", "soft", "pretty", "new", "old", "round", "warm"]
-PLACES = [
-    ("park", "in the park"),
-    ("garden", "in the garden"),
-    ("forest", "in the forest"),
-    ("beach", "at the beach"),
-    ("farm", "on the farm"),
-    ("school", "at school"),
-    ("lake", "by the lake"),
-    ("village", "in the village"),
-    ("river", "by the river"),
-    ("hill", "on the hill"),
-    ("playground", "at the playground"),
-    ("market", "at the market"),
-]
+PLACES = (  # the last word names the place
+    "in the park, in the garden, in the forest, at the beach, on the farm, at school, by the lake, "
+    "in the village, by the river, on the hill, at the playground, at the market"
+).split(", ")
 TOYS = "ball kite doll car boat drum hat teddy train puzzle scarf balloon book robot".split()
 FOODS = "apple cookie sandwich pancake pear muffin carrot bun".split()
-MEALS = "cake soup bread pie rice porridge".split()
-SMALL_THINGS = "key ring button shell coin spoon sock feather marble ribbon".split()
-GROWN_UPS = ["mom", "dad", "grandma", "grandpa", "teacher", "neighbor"]
-WEATHER = ["sunny", "windy", "warm", "cold", "rainy", "bright", "snowy"]
-FRUIT = ["apples", "pears", "berries", "nuts", "carrots", "cherries"]
+WORDS = {  # for slots that are drawn independently
+    "meal": "cake soup bread pie rice porridge".split(),
+    "thing": "key ring button shell coin spoon sock feather marble ribbon".split(),
+    "color": ["red", "blue", "green", "yellow", "pink", "white", "brown", "purple", "orange"],
+    "look": ["big", "shiny", "soft", "pretty", "new", "old", "round", "warm"],
+    "size": ["little", "small", "young", "tiny"],
+    "mood": ["happy", "kind", "curious", "brave", "shy", "clever", "gentle", "cheerful", "quiet"],
+    "weather": ["sunny", "windy", "warm", "cold", "rainy", "bright", "snowy"],
+    "adult": ["mom", "dad", "grandma", "grandpa", "teacher", "neighbor"],
+    "fruit": ["apples", "pears", "berries", "nuts", "carrots", "cherries"],
+}
 
 
 class Character:
@@ -68,7 +60,8 @@ class Story:
         self.rng = rng
         hero = Character(rng)
         friend = Character(rng, taken=(hero.name,))
-        self.place, at_place = rng.choice(PLACES)
+        at_place = rng.choice(PLACES)
+        self.place = at_place.split()[-1]
         self.toy, self.food = rng.choice(TOYS), rng.choice(FOODS)
         self.slots = {
             "hero": hero.name,
@@ -80,29 +73,15 @@ class Story:
             "kind": hero.kind,
             "friend": friend.name,
             "fhe": friend.he,
-            "fHe": friend.he.capitalize(),
-            "fhis": friend.his,
-            "fhim": friend.him,
             "fkind": friend.kind,
             "place": self.place,
             "at": at_place,
             "toy": self.toy,
             "food": self.food,
-            "meal": rng.choice(MEALS),
-            "thing": rng.choice(SMALL_THINGS),
-            "color": rng.choice(COLORS),
-            "look": rng.choice(LOOKS),
-            "size": rng.choice(SIZES),
-            "mood": rng.choice(MOODS),
-            "weather": rng.choice(WEATHER),
-            "adult": rng.choice(GROWN_UPS),
-            "fruit": rng.choice(FRUIT),
         }
+        self.slots |= {slot: rng.choice(words) for slot, words in WORDS.items()}
         self.paragraphs, self.current = [], []
-        self.features, self.summary, self.moral = {"Dialogue"}, "", ""
-
-    def slot(self, **more):
-        self.slots.update(more)
+        self.features, self.summary = {"Dialogue"}, ""
 
     def say(self, *wordings):
         """Add one of some wordings, its slots filled, to the paragraph."""
@@ -200,7 +179,7 @@ def out_of_reach(s):
             ("on a high shelf", "up the shelf"),
         ]
     )
-    s.slot(where=where, how=how, moral="it is good to ask for help")
+    s.slots.update(where=where, how=how, moral="it is good to ask for help")
     s.say(
         "One day, {he} threw {his} {toy} too high, and it got stuck {where}.",
         "The wind took {his} {color} {toy} and dropped it {where}.",
@@ -249,8 +228,8 @@ def learn(s):
             ("jump rope", "{he} got all tied up", "count to three and jump"),
         ]
     )
-    s.slot(skill=skill, tip=tip, fail=fail.format(**s.slots))
-    s.slot(moral="you get better if you keep trying")
+    s.slots.update(skill=skill, tip=tip, fail=fail.format(**s.slots))
+    s.slots.update(moral="you get better if you keep trying")
     s.say(
         "More than anything, {hero} wanted to {skill}.",
         "{hero} saw others {skill} and wanted to do it too.",
@@ -288,24 +267,13 @@ def learn(s):
 def lost(s):
     """A thing is lost and looked for in one place after another."""
     thing = s.rng.choice([s.slots["thing"], s.toy])
-    spots = s.rng.sample(
-        [
-            "under the bed",
-            "behind the door",
-            "in the tall grass",
-            "under a big stone",
-            "in the kitchen",
-            "behind a tree",
-            "in {his} pocket",
-            "in a basket",
-            "under the table",
-            "next to the old well",
-        ],
-        3,
-    )
-    first, second, found = (spot.format(**s.slots) for spot in spots)
-    s.slot(lost=thing, spot1=first, spot2=second, spot3=found)
-    s.slot(moral="you should take care of your things")
+    spots = (
+        "under the bed, behind the door, in the tall grass, under a big stone, in the kitchen, "
+        "behind a tree, in {his} pocket, in a basket, under the table, next to the old well"
+    ).split(", ")
+    first, second, found = (spot.format(**s.slots) for spot in s.rng.sample(spots, 3))
+    s.slots.update(lost=thing, spot1=first, spot2=second, spot3=found)
+    s.slots.update(moral="you should take care of your things")
     s.say(
         "One day, {he} could not find {his} {color} {lost}.",
         "{hero} had a {look} {color} {lost}, but one morning it was gone.",
@@ -340,7 +308,7 @@ def lost(s):
 def share(s):
     """Two want the same thing, quarrel, and find a way."""
     what = s.rng.choice([s.toy, s.food])
-    s.slot(what=what, moral="sharing is more fun than fighting")
+    s.slots.update(what=what, moral="sharing is more fun than fighting")
     s.features.add("Conflict")
     s.say(
         "One {weather} day, {hero} and {friend} found a {look} {what} {at}.",
@@ -389,7 +357,7 @@ def build(s):
             ("bridge", "it broke in the middle", "use a strong log"),
         ]
     )
-    s.slot(made=made, mishap=mishap, fix=fix, moral="two friends can do more than one")
+    s.slots.update(made=made, mishap=mishap, fix=fix, moral="two friends can do more than one")
     s.say(
         "{hero} wanted to make a {made} for {his} {adult}.",
         "One {weather} morning, {hero} began to make a {made}.",
@@ -420,7 +388,7 @@ def build(s):
 def new_friend(s):
     """Somebody is alone and shy."""
     gift = s.rng.choice([s.toy, s.food, s.slots["thing"]])
-    s.slot(gift=gift, moral="a small gift can make a big friend")
+    s.slots.update(gift=gift, moral="a small gift can make a big friend")
     s.say(
         "But {hero} had nobody to play with.",
         "{hero} was new {at} and did not know anyone.",
@@ -455,7 +423,7 @@ def new_friend(s):
 def greedy(s):
     """A warning is not heard, and it ends badly."""
     s.features.add("BadEnding")
-    s.slot(moral="it is better to listen")
+    s.slots.update(moral="it is better to listen")
     s.say(
         "{hero} loved {fruit} more than anything.",
         "One day, {hero} found a tree full of {fruit} {at}.",
