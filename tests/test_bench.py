@@ -95,6 +95,7 @@ def recipe(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
     """All runs of two seeds are complete, so nothing is trained and no shard is read."""
     out, data = tmp_path / "out", tmp_path / "data"

@@ -149,6 +149,7 @@ def finished(tmp_path_factory, tokenizers):
     return folder
 
 
+@pytest.mark.slow
 def test_from_a_run_to_a_folder_and_on(tmp_path, finished, run):
     """sample.py tells the same of a run, of what was made of it, and ./run of its model.bin."""
     best, folder, back = finished / "best.pt", tmp_path / "hf", tmp_path / "back" / "ckpt.pt"
@@ -767,6 +768,7 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_upload_and_download(hub, tmp_path, finished):
     folder = tmp_path / "hf"
     words = [folder, "--format=hf", f"--checkpoint={finished / 'best.pt'}"]

@@ -146,6 +146,7 @@ def write(root, *names):
 # ---- the whole way
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_story_and_back_to_an_empty_volume(cloud, tmp_path, capfd):
     flags = f"{' '.join(TINY)} --vocab_size=105 --max_iters=12 --eval_interval=6 --save_interval=3"
     modal_app.main(
@@ -188,6 +189,7 @@ def test_from_nothing_to_a_story_and_back_to_an_empty_volume(cloud, tmp_path, ca
     assert not list(cloud.root.iterdir())
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_a_killed_one_had_got_to(cloud, practice, monkeypatch):
     """SIGKILL at the first commit, which is at the first checkpoint; the same command goes on."""
     shutil.copytree(practice, cloud.root / "data" / "practice")
@@ -508,6 +510,7 @@ def python(*words, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
+@pytest.mark.slow
 def test_the_command_line_without_an_account(tmp_path):
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "COLUMNS": "200"}
     run = ["-m", "modal", "run", REPO / "modal_app.py"]

@@ -256,6 +256,7 @@ def test_accumulated_batches_are_one_batch(practice, tmp_path):
         torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     # a rate that does not depend on max_iters, so that a run in two parts can equal one in one
     words = ["--dtype=bfloat16", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
@@ -268,6 +269,7 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_decay_that_falls_shrinks_less(practice, tmp_path):
     """Less than one that stays, and more than none."""
     norms = []
@@ -282,6 +284,7 @@ def test_a_decay_that_falls_shrinks_less(practice, tmp_path):
     assert norms[0] > 1.02 * norms[1] > 1.04 * norms[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--dropout=0.1"], ["--dtype=bfloat16", "--sliding_window=8"]])
 def test_activation_checkpointing_changes_no_loss(practice, tmp_path, words):
     losses = []
@@ -385,6 +388,7 @@ def test_sample_refuses(trained, words, part):
     refused(script("sample.py", f"--out_dir={trained}", *words), part)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("more", [[], ["--activation_checkpointing=selective"]])
 def test_compiled_layers_train_alike(practice, tmp_path, more):
@@ -403,6 +407,7 @@ def test_compiled_layers_train_alike(practice, tmp_path, more):
     assert not (tmp_path / "False" / "compiled").exists()
 
 
+@pytest.mark.slow
 def test_wrong_compiled_code_is_not_used(practice, tmp_path):
     code = f"""
 import sys, model
