@@ -1,5 +1,5 @@
 # make story   from nothing to a story: environment, practice corpus, vocabulary, training, text
-# make test    all tests
+# make test    the quick tests; make test-slow: all others
 # make run     the C engine; make debug: run_debug, the same with sanitizers; make libllama2: the
 #              engine as a shared library, see lib/llama2.h and examples/llama2.py
 # make test-peers   the GGUF files that export.py writes, run by llama.cpp (llama-cpp-python)
@@ -30,7 +30,7 @@ CFLAGS ?= $(STRICT) -O3 $(if $(filter x86_64,$(shell uname -m)),,$(call has,-mcp
 SANITIZE = $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
 
-.PHONY: story test test-arm test-peers bench fuzz lint clean debug libllama2 dev
+.PHONY: story test test-slow test-arm test-peers bench fuzz lint clean debug libllama2 dev
 
 run: run.c kernels.h
 	$(CC) $(CFLAGS) run.c -o run -lm
@@ -53,10 +53,13 @@ dev:
 test: dev
 	.venv/bin/python -m pytest
 
+test-slow: dev
+	.venv/bin/python -m pytest -m "slow and not peers"
+
 # the numbers alone: everything else is the same C on every machine
 test-arm: dev
 	ENGINE_CC=aarch64-linux-gnu-gcc ENGINE_FLAGS="-march=armv8.2-a+dotprod -static" \
-	ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest tests/test_run.py -k "logits or bits"
+	ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest -m "not peers" tests/test_run.py -k "logits or bits"
 
 PEER = llama-cpp-python==0.3.36
 
@@ -64,7 +67,7 @@ test-peers: dev
 	@.venv/bin/python -c "import llama_cpp" 2>/dev/null || { \
 	  echo "llama.cpp is missing. It is compiled in ten to twenty minutes by:"; \
 	  echo "    .venv/bin/python -m pip install $(PEER)"; exit 1; }
-	.venv/bin/python -m pytest -m slow tests/test_peers.py
+	.venv/bin/python -m pytest -m peers tests/test_peers.py
 
 fuzz: dev
 	.venv/bin/python tests/fuzz.py --seconds=$(FUZZ_SECONDS)

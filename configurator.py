@@ -16,13 +16,15 @@ with its default and its comment.
 """
 
 import ast
+import contextlib
 import difflib
 import json
+import math
 import os
 import sys
 import tokenize
 
-SETTING_TYPES = (bool, int, float, str)
+SETTING_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 PRINT_SETTINGS = "--print-settings"  # for programs that need to know what a command line means
 
 
@@ -61,16 +63,16 @@ def settings_of(namespace):
     return {
         name: value
         for name, value in namespace.items()
-        if isinstance(value, SETTING_TYPES) and not name.startswith("_") and not name.isupper()
+        if type(value) in SETTING_TYPES and not name.startswith("_") and not name.isupper()
     }
 
 
-def check_name(name, settings):
+def check_name(name, settings, where=""):
     """Raise UserError, naming the nearest setting, where `name` is none of them."""
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
-        raise UserError(f"unknown setting --{name}: {hint}")
+        raise UserError(f"{where}unknown setting --{name}: {hint}")
 
 
 def parse(name, text, default):
@@ -84,19 +86,14 @@ def parse(name, text, default):
             return True
         if word.lower() in ("false", "0", "no", "off"):
             return False
-        raise UserError(f"--{name}={text}: expected True or False")
-    try:
+        raise UserError(f"--{name}={text}: expected {SETTING_TYPES[bool]}")
+    with contextlib.suppress(ValueError):
         return kind(word)
-    except ValueError:
-        pass
-    try:  # 1e4 is a good way to write an int
+    with contextlib.suppress(ValueError):  # 1e4 is a good way to write an int
         value = float(word)
-        if kind is int and value.is_integer():
+        if value.is_integer():
             return int(value)
-    except ValueError:
-        pass
-    expected = {int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"--{name}={text}: expected {expected}, like {default}")
+    raise UserError(f"--{name}={text}: expected {SETTING_TYPES[kind]}, like {default}")
 
 
 def coerce(name, value, default, where):
@@ -108,8 +105,8 @@ def coerce(name, value, default, where):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    expected = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    raise UserError(f"{where}: {name} = {value!r}: expected {expected[kind]}, like {default!r}")
+    expected = SETTING_TYPES[kind]
+    raise UserError(f"{where}: {name} = {value!r}: expected {expected}, like {default!r}")
 
 
 def assigned_names(tree, path):
@@ -153,10 +150,7 @@ def read_override_file(path, namespace, settings):
     for name in names:
         if name.startswith("_"):
             continue
-        try:
-            check_name(name, settings)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
+        check_name(name, settings, f"{path}: ")
         overrides[name] = coerce(name, scope[name], settings[name], path)
     return overrides
 
@@ -232,6 +226,14 @@ def apply(namespace, argv, positional=None):
         given |= set(changes)
         settings = settings_of(namespace)
     return given
+
+
+def check_range(least, most=math.inf, **settings):
+    """Raise UserError for the first of some numbers, given by name, that is out of the range."""
+    for name, value in settings.items():
+        if not least <= value <= most or value == math.inf:
+            among = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
+            raise UserError(f"{name} = {value}: expected {among}")
 
 
 def configure(namespace, positional=None, argv=None):

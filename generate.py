@@ -29,10 +29,10 @@ from report.stories import (
     read_prompt,
     rows_of,
     some_of,
-    stream_past,
     write_lines,
 )
 from report.storypage import write_page
+from report.tables import print_table
 from system.hardware import pick_device, pick_dtype
 from system.progress import progress
 from text.corpus import stream_documents, text_files
@@ -62,7 +62,7 @@ configure(globals(), positional="models")
 # -----------------------------------------------------------------------------
 
 REAL = "real stories"  # the name of their column
-END_OF_PAGE = 4096  # bytes in which a page says who made it
+MADE_BY = b"Made by generate.py"  # in the footer of a page
 settings = settings_of(globals())
 check_sampling(settings, num_samples=1, max_new_tokens=1, top_k=0, batch_size=1, ngram=1)
 start = read_prompt(start)
@@ -89,10 +89,8 @@ def check_target(name, path, endings):
         raise UserError(f"cannot write {path}: give another place with --{name}=PATH")
     if os.path.exists(path):  # a log and a corpus end in .jsonl too
         with open(path, "rb") as f:
-            begin = f.read(10)
-            f.seek(max(0, os.path.getsize(path) - END_OF_PAGE))
-            end = f.read()
-        if b"generate.py" not in end if name == "out" else not begin.startswith(b'{"model": '):
+            content = f.read()
+        if MADE_BY not in content if name == "out" else not content.startswith(b'{"model": '):
             raise UserError(f"{path} exists, and is not by generate.py: name another file")
 
 
@@ -221,7 +219,10 @@ for where in dict.fromkeys(texts.values()):
         pieces = pieces_of_shards(shards, loaded[compared[0]][1])
         n_bytes = sum(shard.nbytes for shard in shards)
     began = time.perf_counter()
-    stream_past(overlap, pieces, n_bytes)
+    with progress(total=n_bytes, unit="B", unit_scale=True, desc="training text") as bar:
+        for text, size in pieces:
+            overlap.feed(text)
+            bar.update(size)
     took = time.perf_counter() - began
     print(f"training text: {overlap.n_words:,} words, {overlap.n_words / took:,.0f} words/s")
     whose = f" of {', '.join(compared)}" if len(set(texts.values())) > 1 else ""
@@ -239,13 +240,7 @@ title = f"Stories by {' and '.join(names)}"
 write_page(out, title, told, overlaps, columns, ngram, n_words, notes, settings)
 if json:
     write_lines(json, columns, settings)
-rows = [["", *columns, ""], *rows_of(columns, ngram, n_words)]
-widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
 print()
-for label, *values, _ in rows:
-    cells = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
-    print(f"{label:<{widths[0]}}  {'  '.join(cells)}")
-print()
-for note in notes:
-    print(note)
+print_table(["", *columns], [row[:-1] for row in rows_of(columns, ngram, n_words)])
+print("", *notes, sep="\n")
 print(f"wrote {out}, which says what each figure means")

@@ -154,11 +154,11 @@ static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_
     }
 }
 
-// h = silu(h) * gate (n), or relu(h)^2 if gate is NULL. Both have room for whole vectors.
-static void KERNEL(activate)(float *h, const float *gate, size_t n) {
+// h (n) = silu(h) * gate, or relu(h)^2. h and gate have room for whole vectors.
+static void KERNEL(activate)(Activation kind, float *h, const float *gate, size_t n) {
     for (size_t i = 0; i < n; i += LANES) {
         Floats v = KERNEL(load)(h + i);
-        if (gate) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(gate + i);
+        if (kind == SWIGLU) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(gate + i);
         else v = KERNEL(choose)(v > 0.0f, v * v, KERNEL(splat)(0.0f));
         KERNEL(store)(h + i, v);
     }

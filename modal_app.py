@@ -16,7 +16,6 @@ To add a source of text, touch VOCAB_SIZES and make_data().
 
 import contextlib
 import functools
-import json
 import os
 import posixpath
 import re
@@ -37,7 +36,7 @@ except ImportError:
     sys.exit("error: modal is not installed here: pip install .[modal]")
 
 from configurator import UserError, one_sentence_errors
-from system.files import atomic_write
+from system.files import atomic_write, read_json
 from system.remote import secret
 
 HERE = Path(__file__).resolve().parent
@@ -111,23 +110,6 @@ def answer(result):
     return result
 
 
-def commit():
-    """Make what was written to the volume last, for others to see."""
-    if not modal.is_local():
-        volume.commit()
-
-
-def reload():
-    """See what others have committed since this container began."""
-    if not modal.is_local():
-        volume.reload()
-
-
-def tree():
-    """The folder with the scripts."""
-    return HERE if modal.is_local() else Path(APP_DIR)
-
-
 def check(command, status):
     """Raise UserError, or Killed, unless a command ended with status 0."""
     if status < 0:
@@ -138,7 +120,7 @@ def check(command, status):
 
 def call(*command, stdout=None):
     """Run a command among the scripts, no shell between; returns its stdout where it is piped."""
-    done = subprocess.run(command, cwd=tree(), stdout=stdout)
+    done = subprocess.run(command, cwd=APP_DIR, stdout=stdout)
     check(command, done.returncode)
     return done.stdout
 
@@ -151,7 +133,7 @@ def step(script, *words, makes=""):
     try:
         call(sys.executable, script, *words)
     finally:
-        commit()
+        volume.commit()
 
 
 @app.function(cpu=CORES, timeout=DAY)
@@ -160,7 +142,7 @@ def prepare(source, vocab_size, machines, flags):
     """The text, the vocabulary and the shards of a source; `flags` are for the script."""
     from dataset import DataPaths
 
-    reload()
+    volume.reload()
     kind = "custom" if source in STORIES else "bpe"
     make_data(source, DataPaths(data_dir_of(source), kind, vocab_size), machines, flags)
 
@@ -175,13 +157,13 @@ def prepare_for(words, source, machines):
     from dataset import DataPaths
     from training.settings import resolved
 
-    reload()
+    volume.reload()
     settings = resolved(tuple(words))
     paths = DataPaths(data_dir_of(source), settings["vocab_source"], settings["vocab_size"])
-    try:
-        with open(os.path.join(paths.shards, "shards.json"), encoding="utf-8") as f:
-            is_complete = json.load(f).get("complete", True)
-    except FileNotFoundError:  # BabyLlama's shards have none, and are all there or not at all
+    sidecar = os.path.join(paths.shards, "shards.json")
+    if os.path.exists(sidecar):
+        is_complete = read_json(sidecar).get("complete", True)
+    else:  # BabyLlama's shards have none, and are all there or not at all
         is_complete = source == "babyllama" and os.path.exists(paths.shards)
     if not is_complete:
         make_data(source, paths, machines, [])
@@ -233,7 +215,7 @@ def make_web_data(source, paths, machines, flags):
             f"{len(failed)} of {machines} machines failed, the first with: "
             f"{next(iter(failed.values()))}; the same command does their shards again"
         )
-    reload()
+    volume.reload()
     step("webtext.py", "merge", *words, f"--shards={machines}")
 
 
@@ -241,7 +223,7 @@ def make_web_data(source, paths, machines, flags):
 @told
 def prepare_shard(i, n, words):
     """The part of machine `i` of `n` in a large corpus."""
-    reload()
+    volume.reload()
     step("webtext.py", "prepare", *words, f"--shard={i}/{n}")
 
 
@@ -250,7 +232,7 @@ def prepare_shard(i, n, words):
 @told
 def train(words, out_dir, n_gpus):
     """Run train.py with these words, on with the latest checkpoint in out_dir if there is one."""
-    reload()
+    volume.reload()
     launch = [sys.executable]
     if n_gpus > 1:  # as torchrun does
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_gpus}"]
@@ -265,7 +247,7 @@ def watch(command, checkpoint):
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # in a session of its own: at a second signal, as the system might send, train.py ends unsaved
-    process = subprocess.Popen(command, cwd=tree(), start_new_session=True)
+    process = subprocess.Popen(command, cwd=APP_DIR, start_new_session=True)
     seen = written_at(checkpoint)
     try:
         while True:
@@ -273,7 +255,7 @@ def watch(command, checkpoint):
                 return process.wait(timeout=POLL_S)
             if (now := written_at(checkpoint)) not in (seen, None):
                 seen = now
-                commit()
+                volume.commit()
     except BaseException:
         process.terminate()
         process.wait()
@@ -281,7 +263,7 @@ def watch(command, checkpoint):
     finally:
         process.kill()  # if a further interrupt left it running
         signal.signal(signal.SIGTERM, before)
-        commit()
+        volume.commit()
 
 
 def written_at(path):
@@ -294,7 +276,7 @@ def written_at(path):
 @told
 def inference(prompt, out_dir, flags):
     """The story that ./run tells by out_dir's model.bin; the prompt is one word of its command."""
-    reload()
+    volume.reload()
     model = os.path.join(VOLUME_DIR, out_dir, "model.bin")
     if not os.path.exists(model):
         raise UserError(
@@ -303,7 +285,7 @@ def inference(prompt, out_dir, flags):
         )
     os.makedirs(ENGINE_DIR, exist_ok=True)
     for name in ("run.c", "kernels.h", "Makefile"):  # with their times: make runs once a container
-        shutil.copy2(tree() / name, ENGINE_DIR)
+        shutil.copy2(os.path.join(APP_DIR, name), ENGINE_DIR)
     call("make", "--no-print-directory", "-C", ENGINE_DIR, "run")
     command = [os.path.join(ENGINE_DIR, "run"), model, "-i", prompt, *flags]
     return call(*command, stdout=subprocess.PIPE).decode(errors="replace")
@@ -339,8 +321,7 @@ def files_of(path, entries):
         beside = [p for p in entries if posixpath.dirname(p) == posixpath.dirname(path)]
         top = [p for p in entries if "/" not in p]
         raise UserError(absent(path, "on the volume", beside or top))
-    inner = {p: entry for p, entry in entries.items() if p == path or p.startswith(f"{path}/")}
-    return {p: entry for p, entry in inner.items() if is_file(entry)}
+    return {p: e for p, e in entries.items() if is_file(e) and f"{p}/".startswith(f"{path}/")}
 
 
 def absent(path, where, names):

@@ -6,8 +6,8 @@ embeddings and a SwiGLU feed-forward, RMSNorm, no biases. An option is a field o
 `if` that names it; ARCHS lists three useful choices. Checkpoints carry all of ModelArgs, model.bin
 what run.c needs. Parameter names are those of llama2.c and of Meta's release.
 
-To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c, its
-formula in activate() of kernels.h, and the places in run.c that ask for SWIGLU; class MLP in
+To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c,
+is_gated() there if it has a gate, and its formula in activate() of kernels.h; class MLP in
 formats/modeling_modded_llama.py; the row `activation` in doc/format.md. Cases for it in OPTIONS of
 tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py prove it.
 
@@ -18,6 +18,7 @@ a row in experiments/ablations.py.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -163,11 +164,11 @@ LIMITS = {
     "norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
     "dropout": (0, 1),
-    "logit_softcap": (0, 1e6),
-    "sliding_window": (0, 1 << 24),
+    "logit_softcap": (0, sys.float_info.max),
+    "sliding_window": (0, math.inf),
     "bigram_rows": (0, 1 << 28),
-    "embedding_std": (0, 1e6),
-    "head_std": (0, 1e6),
+    "embedding_std": (0, sys.float_info.max),
+    "head_std": (0, sys.float_info.max),
     "vocab_multiple": (1, 1 << 16),
 }
 
@@ -400,18 +401,18 @@ class Transformer(nn.Module):
     def embed(self, tokens, cache):
         """tokens (B, T) -> what the first layer reads, (B, T, dim); cache: as in forward."""
         args = self.args
-        x = self.tok_embeddings(tokens).to(self.dtype)
+        first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
+        before = torch.cat((first, tokens[:, :-1]), dim=1)  # (B, T), the token before; -1: none
+        ids = torch.cat((first.clamp(min=0), tokens), dim=1) if args.smear else tokens
+        x = self.tok_embeddings(ids).to(self.dtype)
         if args.embedding_norm:
             x = self.embedding_norm(x)
         if args.smear:
-            first = torch.zeros_like(x[:, :1]) if cache is None else cache.embedding
-            before = torch.cat((first, x[:, :-1]), dim=1)  # (B, T, dim)
-            if cache is not None:
-                cache.embedding = x[:, -1:]
-            x = x + torch.sigmoid(linear(x, self.smear_gate.weight)) * before
+            earlier, x = x[:, :-1], x[:, 1:]  # (B, T, dim) each
+            gate = torch.sigmoid(linear(x, self.smear_gate.weight)) * (before >= 0)[..., None]
+            x = x + gate * earlier
         if args.bigram_rows:
-            first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
-            rows = bigram_hash(torch.cat((first, tokens[:, :-1]), dim=1), tokens, args.bigram_rows)
+            rows = bigram_hash(before, tokens, args.bigram_rows)  # (B, T)
             x = x + self.bigram_embeddings(rows).to(x.dtype)
         return self.dropout(x)
 
@@ -588,8 +589,6 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.n = 0
         self.token = torch.full((batch_size, 1), -1, device=device)  # the last; -1: there is none
-        # the embedding of that token, for the option smear
-        self.embedding = torch.zeros(batch_size, 1, args.dim, device=device, dtype=dtype)
 
     def append(self, layer, k, v):
         """Store k, v (B, n_kv_heads, T, head_dim) after the filled part; return all up to them."""
@@ -600,8 +599,7 @@ class KVCache:
 
     def keep(self, rows):
         """Drop all rows of the batch except these, a list."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.token, self.embedding = self.token[rows], self.embedding[rows]
+        self.k, self.v, self.token = self.k[:, rows], self.v[:, rows], self.token[rows]
 
 
 def likeliest(logits, temperature, top_k=0, top_p=1.0):

@@ -13,11 +13,12 @@ Name runs by their out_dir, or by a folder of several. Pictures need matplotlib,
 
 import os
 
-from configurator import UserError, configure
+from configurator import UserError, check_range, configure
 from report.curves import AXES, find_runs
 from report.live import serve_runs
 from report.pictures import ENDINGS, PANELS, THEMES, draw_runs, draw_sweep
-from report.sweeps import failures, markdown, read_sweep, section, table, title_of
+from report.sweeps import failures, read_sweep, section, table, title_of
+from report.tables import markdown
 from system.files import atomic_write
 from training.rundir import LOG
 
@@ -89,8 +90,7 @@ def plot_runs(paths):
 
 if theme not in THEMES:
     raise UserError(f"theme = {theme!r}: expected one of {', '.join(THEMES)}")
-if not 0 <= smoothing <= 1:
-    raise UserError(f"smoothing = {smoothing}: expected a number from 0 to 1")
+check_range(0, 1, smoothing=smoothing)
 paths = [path.strip() for path in what.split(",") if path.strip()] or [out_dir]
 sweeps = [path for path in paths if path.endswith(".jsonl") and os.path.basename(path) != LOG]
 if write and not (sweeps and write.endswith(".md")):

@@ -7,7 +7,7 @@
 //   main()         parses the options, calls load_model() and load_tokenizer()
 //   load_model()   maps the file: read_header(), check_config(), lay_out() finds the tensors
 //   generate()     cuts the prompt into tokens with encode() and gives them to prefill()
-//   prefill()      makes batches of up to MAX_BATCH tokens, each with its position
+//   prefill()      feeds it in batches of up to MAX_BATCH tokens: feed() gives each its position
 //   run_batch()    starts the threads, each of which runs
 //   forward()      embedding, layers, output head: the whole model, in order, with all shapes
 //   kernels.h      has the loops over numbers: matmul, attend, rmsnorm, softmax, ...
@@ -23,8 +23,8 @@
 // To add
 // - an architecture option: its field or bit in Config, its range in check_config(), its tensor in
 //   lay_out(), its use in forward(); also in formats/modelbin.py and doc/format.md
-// - an activation: its name in Activation, its formula in activate() of kernels.h, its use in
-//   forward(); also in the same two
+// - an activation: its name in Activation, is_gated() if it needs w3, its formula in activate() of
+//   kernels.h; the head of model.py lists the places outside this file
 // - a number format: its row in FORMATS, its product in kernels.h; also in the same two
 // - an instruction set: its block where kernels.h is included, its row in pick_kernels()
 // - a pattern of pre-tokens: its number in load_byte_level(), its matcher in pretoken(); also in
@@ -271,10 +271,13 @@ typedef struct {
 // The activation of the feed-forward, numbered as in the header of the file.
 typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
+// Whether the feed-forward has a third matrix, w3, whose product gates the activation.
+static bool is_gated(Activation a) { return a == SWIGLU; }
+
 typedef struct {
     const char *name;
     void (*rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps);
-    void (*activate)(float *h, const float *gate, size_t n);
+    void (*activate)(Activation kind, float *h, const float *gate, size_t n);
     size_t (*argmax)(const float *x, size_t n);
     void (*softmax)(float *x, size_t n, float temperature);
     void (*softcap)(float *x, size_t n, float cap);
@@ -405,7 +408,7 @@ typedef struct {
     const float *attention_norm;     // (n_layers, dim)
     const float *ffn_norm;           // (n_layers, dim)
     const float *q_norm, *k_norm;    // (n_layers, head_dim)
-    const float *kept, *added;       // (n_layers): a layer begins with kept * x + added * x0
+    const float *x_scale, *x0_scale;  // (n_layers): a layer starts from x_scale * x + x0_scale * x0
     const int32_t *windows;          // (n_layers): positions attended to, 0: all
 } Weights;
 
@@ -612,15 +615,15 @@ static uint64_t lay_out(Weights *m, Walk *w) {
     if (!gains_first) m->ffn_norm = walk_vectors(w, gains, dim);
     m->w1 = walk_tensors(w, layers, hidden, dim, LANES);
     m->w2 = walk_tensors(w, layers, dim, hidden, LANES);
-    m->w3 = walk_tensors(w, c->activation == SWIGLU ? layers : 0, hidden, dim, LANES);
+    m->w3 = walk_tensors(w, is_gated(c->activation) ? layers : 0, hidden, dim, LANES);
     if (!gains_first) m->norm = walk_vectors(w, gains > 0, dim);
     if (c->version == 0) skip(w, c->seq_len * head_dim * sizeof(float));  // RoPE's tables
     m->output = is_tied ? m->tok_embeddings : walk_tensors(w, 1, vocab, dim, LANES);
     m->q_norm = walk_vectors(w, head_gains, head_dim);
     m->k_norm = walk_vectors(w, head_gains, head_dim);
     m->embedding_norm = walk_vectors(w, has(c, EMBEDDING_NORM) && gains, dim);
-    m->kept = walk_vectors(w, scalars, 1);
-    m->added = walk_vectors(w, scalars, 1);
+    m->x_scale = walk_vectors(w, scalars, 1);
+    m->x0_scale = walk_vectors(w, scalars, 1);
     m->value_embeddings = walk_tensors(w, c->value_embeddings, vocab, kv_dim, 1);
     m->bigram = walk_tensors(w, c->bigram_rows > 0, c->bigram_rows, dim, 1);
     m->smear_gate = walk_vectors(w, has(c, SMEAR), dim);
@@ -901,7 +904,7 @@ static void forward(Pass *p) {
     const Config *c = &m->config;
     const Weights *w = &m->weights;
     const size_t n_layers = c->n_layers, dim = c->dim, width = m->width, hidden = m->hidden;
-    const bool is_swiglu = c->activation == SWIGLU;
+    const bool gated = is_gated(c->activation);
 
     for (size_t l = 0; l < n_layers; l++) {
         // x (n, dim) = the embedding, or x + added; normed (n, dim) = rmsnorm(x)
@@ -915,7 +918,8 @@ static void forward(Pass *p) {
                 add(x, added, dim);
             }
             if (has(c, RESIDUAL_SCALARS))
-                for (size_t d = 0; d < dim; d++) x[d] = w->kept[l] * x[d] + w->added[l] * x0[d];
+                for (size_t d = 0; d < dim; d++)
+                    x[d] = w->x_scale[l] * x[d] + w->x0_scale[l] * x0[d];
             norm(m, m->normed.x + i * width, x, row_of(w->attention_norm, l, dim), dim);
             finish_input(m, &m->normed, &w->wq[l], i);
         }
@@ -956,13 +960,13 @@ static void forward(Pass *p) {
         end_tokens(p);
 
         // inner (n, hidden_dim) = silu(normed @ w1^T) * (normed @ w3^T), or relu(normed @ w1^T)^2
-        const Tensor *w3 = is_swiglu ? &w->w3[l] : NULL;
+        const Tensor *w3 = gated ? &w->w3[l] : NULL;
         multiply(p, (Product[]){{&w->w1[l], &m->normed, m->inner.x, hidden},
-                                {w3, &m->normed, m->gate, hidden}}, is_swiglu ? 2 : 1);
+                                {w3, &m->normed, m->gate, hidden}}, gated ? 2 : 1);
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) {
-            const float *gate = is_swiglu ? m->gate + i * hidden : NULL;
-            m->kernels->activate(m->inner.x + i * hidden, gate, c->hidden_dim);
+            const float *gate = gated ? m->gate + i * hidden : NULL;
+            m->kernels->activate(c->activation, m->inner.x + i * hidden, gate, c->hidden_dim);
             finish_input(m, &m->inner, &w->w2[l], i);
         }
         end_tokens(p);

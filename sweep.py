@@ -30,10 +30,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 
-from configurator import UserError, configure
+from configurator import UserError, check_range, configure
 from system.memory import tune_malloc
 
 # -----------------------------------------------------------------------------
@@ -68,8 +69,8 @@ tune_malloc()  # as train.py does, whose speed is measured here
 import torch
 
 from dataset import DataPaths, read_sidecar
-from optim import OPTIMIZERS
-from report.sweeps import read_results
+from report.sweeps import FIELDS, read_results
+from report.tables import print_table
 from system.files import atomic_write, read_json, remove, write_json
 from system.hardware import pick_device
 from system.progress import print_line, progress
@@ -77,6 +78,7 @@ from training.rundir import WORTH_KEEPING, FolderInUse, RunDir
 from training.runlog import RunLog
 from training.runs import (
     args_of,
+    changed_settings,
     flops_of_step,
     same_run,
     shards_hint,
@@ -84,7 +86,7 @@ from training.runs import (
     tokens_per_second,
     work_of,
 )
-from training.settings import SAME_RESULT, TRAIN, resolved
+from training.settings import SAME_RESULT, TRAIN, check, resolved
 
 START_UP_S = 8  # of a run: loading torch and the data, writing its files; a guess
 # an estimate alone tries no step of more operations, and none after so many seconds
@@ -126,18 +128,13 @@ class PlannedRun:
 
 
 def check_settings():
-    at_least_1 = ("seeds", "jobs", "rounds")
-    lengths = ("equal_tokens", "equal_bytes", "equal_minutes")
-    others = ("first_seed", "evals", "eval_windows", "patience", "price")
-    for name in (*at_least_1, *lengths, *others):
-        least = int(name in at_least_1)
-        if not least <= globals()[name] < math.inf:
-            raise UserError(f"{name} = {globals()[name]}: expected at least {least}")
-    given = [name for name in lengths if globals()[name]]
+    lengths = {name: globals()[name] for name in ("equal_tokens", "equal_bytes", "equal_minutes")}
+    check_range(1, seeds=seeds, jobs=jobs, rounds=rounds)
+    check_range(0, **lengths, first_seed=first_seed, evals=evals, eval_windows=eval_windows)
+    check_range(0, patience=patience, price=price)
+    given = [name for name, value in lengths.items() if value]
     if len(given) > 1:
         raise UserError(f"{given[0]} and {given[1]} exclude each other: give one of them")
-    if out_dir and os.path.isfile(out_dir):
-        raise UserError(f"out_dir = {out_dir} is a file: name a folder")
     if not grid.strip() and not runs.strip():
         raise UserError(
             "nothing to sweep: name a file such as experiments/lr.py, or give "
@@ -184,8 +181,9 @@ def check_run(config, varied):
     """Raise UserError if a run's settings do not fit together, or not with those of the sweep."""
     about = ", ".join(f"{k} = {v}" for k, v in varied.items())
     try:
+        check(config)
         args_of(config)
-    except ValueError as e:
+    except (UserError, ValueError) as e:
         raise UserError(f"{about}: {e}") from None
     if (equal_tokens or equal_bytes or equal_minutes) and config["max_minutes"]:
         raise UserError(
@@ -197,7 +195,7 @@ def check_run(config, varied):
             "equal_minutes measures speeds first and cannot know what --compile=auto will do: put "
             "--compile=True or False into base"
         )
-    if eval_windows and config["batch_size"] > 0 and eval_windows % config["batch_size"]:
+    if eval_windows % config["batch_size"]:
         raise UserError(
             f"eval_windows = {eval_windows} is not a multiple of batch_size = "
             f"{config['batch_size']}: the runs would be evaluated on different text"
@@ -246,18 +244,16 @@ def measure(planned, torch_device):
     configs = {run: run.config | changes for run in planned}
     keys = {run: work_of(config, threads) for run, config in configs.items()}
     new = {key: configs[run] for run, key in keys.items() if key not in known}
-    speeds, guessed, started = {key: [] for key in new}, set(), time.monotonic()
+    speeds, guessed, started = {key: [] for key in new}, False, time.monotonic()
     todo = list(new.items()) * (rounds if equal_minutes else 1)
     for key, config in progress(
         todo, desc="measuring speeds", unit="run", disable=not todo, leave=False
     ):
         n_flops = flops_of_step(config)
-        if config["optimizer"] not in OPTIMIZERS or n_flops <= 0:
-            continue  # train.py says what is wrong with it
         is_long = n_flops > SLOW_STEP or time.monotonic() - started > ESTIMATE_S
         if torch_device.type == "cpu" and is_long and not equal_minutes:
             speeds[key].append(tokens_of_step(config) * CPU_SPEED / n_flops)
-            guessed.add(config["dim"])
+            guessed = True
             continue
         try:
             budget_s = 2.0 if equal_minutes else 0.5
@@ -265,8 +261,7 @@ def measure(planned, torch_device):
         except (RuntimeError, ValueError) as e:  # a GPU's memory; train.py adapts, or says why not
             print_line(f"a step cannot be measured: {str(e).splitlines()[0]}")
     if guessed:
-        dims = ", ".join(map(str, sorted(guessed)))
-        print(f"too long to try here (dim {dims}): assuming 100 billion operations a second")
+        print("some runs are too slow to try here: assuming 100 billion operations a second")
     known |= {key: round(statistics.median(s), 1) for key, s in speeds.items() if s}
     if todo and not dry_run:
         write_json(path, known)
@@ -295,8 +290,6 @@ def tokens_in(n_bytes, config):
 def give_length(run):
     """Set a run's length and its evaluations, and estimate its seconds."""
     config, size = run.config, tokens_of_step(run.config)
-    if size < 1:  # train.py says what is wrong with it
-        return
     n_tokens = equal_tokens or equal_minutes * 60 * run.speed
     if equal_bytes:
         n_tokens = tokens_in(equal_bytes, config)
@@ -322,13 +315,14 @@ def duration(seconds):
 
 
 def print_estimate(planned, todo):
-    print(f"{'run':<52} {'steps':>9} {'tokens':>15} {'tokens/s':>10} {'time':>8}")
+    rows = []
     for run in planned:
         n, minutes = run.config["max_iters"], run.config["max_minutes"]
         steps = f"{minutes:g} min" if minutes else f"{n:,}"
         tokens = "" if minutes else f"{n * tokens_of_step(run.config):,}"
         left = duration(run.seconds) if run in todo else "done"
-        print(f"{run.name:<52} {steps:>9} {tokens:>15} {run.speed:>10,.0f} {left:>8}")
+        rows.append([run.name, steps, tokens, f"{run.speed:,.0f}", left])
+    print_table(["run", "steps", "tokens", "tokens/s", "time"], rows)
     seconds = [run.seconds for run in todo]
     wall_s = max([sum(seconds) / jobs, *seconds])
     cost = f", {price * wall_s / 3600:.2f} dollars" if price else ""
@@ -366,11 +360,9 @@ class Results:
             old, new = line["config"], configs.get(name)
             if not new:
                 why = "which this sweep does not have"
-            elif not same_run(old, new):
-                changed = next(
-                    k for k in new if k in old and not same_run({k: old[k]}, {k: new[k]})
-                )
-                why = f"with {changed} = {old[changed]} and not {new[changed]}"
+            elif differences := changed_settings(new, old):
+                changed = differences[0]
+                why = f"with {changed} = {old.get(changed)} and not {new[changed]}"
             else:
                 continue
             raise UserError(
@@ -395,11 +387,11 @@ class Results:
                     remove(path)
         return True
 
-    def keep_failed(self, run):
+    def keep_failed(self, run, exit_status):
         """Keep the last line that a run printed as its error."""
         with open(run.output, encoding="utf-8", errors="replace") as f:
-            lines = f.read().strip().splitlines()
-        error = lines[-1].removeprefix("error: ") if lines else "it ended without a message"
+            output = f.read().strip() or f"it ended without a message, with status {exit_status}"
+        error = output.splitlines()[-1].removeprefix("error: ")
         self.keep({**about(run), "status": "failed", "error": error})
 
 
@@ -448,7 +440,7 @@ def result_of(run):
 def sentence_of(line):
     """What to print about a result."""
     if line["status"] == "failed":
-        return f"{line['name']}: failed: {line['error']}"
+        return f"{line['name']}: failed: {line['error']} (see {sweep_dir}/{line['name']}.log)"
     if line["status"] == "diverged":
         return f"{line['name']}: diverged at step {line['steps']}"
     bpb = f", {line['val_bpb']:.4f} bits per byte" if line["val_bpb"] else ""
@@ -464,9 +456,7 @@ class Runner:
     def __init__(self, results, folder, n_gpus):
         self.results, self.folder, self.n_gpus = results, folder, n_gpus
         self.running, self.stopping = {}, False  # {process: (run, slot)}
-        self.libc = None
-        with contextlib.suppress(OSError, TypeError):  # not on Windows
-            self.libc = ctypes.CDLL(None)
+        self.libc = None if os.name == "nt" else ctypes.CDLL(None)
 
     def request_stop(self, signum, frame):
         """The first Ctrl-C stops the runs after their step, with a checkpoint; a second kills."""
@@ -479,7 +469,7 @@ class Runner:
 
     def before_exec(self):
         """In the process of a run: stop with a checkpoint if the sweep is killed (Linux)."""
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(AttributeError):
             self.libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     def begin(self, run, slot):
@@ -505,14 +495,12 @@ class Runner:
         with open(run.output, "a", encoding="utf-8") as f:
             return subprocess.Popen(command, stdout=f, stderr=f, env=environment, **options)
 
-    def finish(self, run, status):
+    def finish(self, run, exit_status):
         """Keep what became of a run whose process has ended; returns a sentence about it."""
         if not self.results.keep_ended(run):
             if self.stopping:
                 return f"{run.name}: stopped"
-            self.results.keep_failed(run)
-            line = self.results.lines[run.name]
-            return f"{run.name}: failed with status {status}: {line['error']} ({run.output})"
+            self.results.keep_failed(run, exit_status)
         return sentence_of(self.results.lines[run.name])
 
     def run_all(self, todo):
@@ -587,14 +575,12 @@ for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, runner.request_stop)
 if todo:
     runner.run_all(todo)
-counts = []
-for status in ("finished", "diverged", "failed"):
-    lines = [line for line in results.in_order() if line["status"] == status]
-    for line in lines:
-        print(sentence_of(line))
-    counts += [f"{len(lines)} {status}"] * bool(lines)
-print(", ".join(counts))
-n_failed = sum(line["status"] == "failed" for line in results.in_order())
+ended = sorted(results.in_order(), key=lambda line: list(FIELDS).index(line["status"]))
+for line in ended:
+    print(sentence_of(line))
+counts = Counter(line["status"] for line in ended)
+print(", ".join(f"{n} {status}" for status, n in counts.items()))
+n_failed = counts["failed"]
 if runner.stopping:
     print("stopped; the same command continues")
 elif n_failed:

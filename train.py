@@ -8,8 +8,8 @@ Train a Llama on the token shards of tinystories.py or webtext.py.
 
 out_dir then has ckpt.pt (the latest checkpoint, with earlier ones and best.pt beside it), model.bin
 and tokenizer.bin (the best model so far, for ./run), tokenizer.model, log.jsonl (one JSON object a
-line; doc/log-fields.md explains the fields), and at the end loss.png. Ctrl-C ends the run after the
-current step with a checkpoint.
+line; doc/log-fields.md explains the fields), and at the end loss.png. Ctrl-C stops the run with a
+checkpoint; doc/long-runs.md says how.
 
 The file tells a run in order: settings; what to begin from; data; model; optimizer; folder and log;
 the loop; the end. training/ holds what a step does not need to show.
@@ -244,9 +244,11 @@ def draw_losses(folder):
 
 # ---- what to begin from: nothing, a checkpoint's weights, or a run to resume
 
+# `config` is what this command asks for. `s` is what the run settles on, mostly its checkpoint's
+# settings when it is resumed; everything below reads `s`
 this_device = parallel.start(device)
 start = begin(config, given)
-s = SimpleNamespace(**start.config)  # the settings that hold: on resuming, those of the checkpoint
+s = SimpleNamespace(**start.config)
 saved_config = {name: value for name, value in start.config.items() if name not in SECRET}
 
 # ---- data
@@ -334,7 +336,8 @@ if s.attention != "sdpa" and not s.eval_only:
 model.dtype, model.fp8_head = compute_dtype, s.fp8_head
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[s.activation_checkpointing]
-is_compiled = fit.worth_compiling(s, model, step_size * s.max_seq_len, this_device)
+tokens_a_step = step_size * s.max_seq_len
+is_compiled = fit.worth_compiling(s, model, tokens_a_step, this_device, is_sharded)
 if is_compiled:  # kept with the run; before torch.optim, which chooses a place of its own
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(s.out_dir, "compiled"))
 
@@ -395,7 +398,7 @@ if FIRST:
         ):
             shutil.copyfileobj(source, target)
     else:
-        print(f"without {paths.tokenizer_model}, bits per byte are unknown and no text can be told")
+        print(f"without {paths.tokenizer_model}, bits per byte are unknown and ./run needs one")
     run.open_log(state.iter_num, state.evaluated)
 parallel.wait_for_all()
 away = Away(s, is_new=not start.is_resumed)
@@ -582,6 +585,6 @@ else:
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
-    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}{' --fsdp' if s.fsdp else ''}"
-    say(f"to continue: {launch} train.py {flags}")
+    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}"
+    say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
 away.wrap_up(all_arrived, finished)

@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 
-from bench.common import alternate, at_least, median_and_range, open_device, print_table, ratio
-from configurator import UserError, configure
+from bench.common import alternate, median_and_range, open_device, ratio
+from configurator import UserError, check_range, configure
 from model import ModelArgs, Transformer
+from report.tables import print_table
 from training.checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
 from training.runs import seconds_of
 
@@ -28,6 +29,7 @@ rounds = 3  # with and without a checkpoint, alternating
 folder = ""  # where to write; empty: a new temporary folder
 device = "auto"
 dtype = "auto"
+configure(globals())
 # -----------------------------------------------------------------------------
 
 
@@ -60,51 +62,45 @@ def rows_of(times):
     return [[name, *median_and_range(values, ".3f")] for name, values in times.items()]
 
 
-def main():
-    at_least(1, rounds=rounds)
-    torch_device, torch_dtype = open_device(device, dtype)
-    step, checkpoint = make_training(torch_device, torch_dtype)
-    seconds = partial(seconds_of, n=1, device=torch_device)
-    seconds(step)
-    take = Snapshot().take
-    first, *copies = [seconds(lambda: take(checkpoint())) for _ in range(6)]
-    with tempfile.TemporaryDirectory(dir=folder or None) as where:
-        writer = CheckpointWriter(where, keep_last=2)
+check_range(1, rounds=rounds)
+torch_device, torch_dtype = open_device(device, dtype)
+step, checkpoint = make_training(torch_device, torch_dtype)
+seconds = partial(seconds_of, n=1, device=torch_device)
+seconds(step)
+take = Snapshot().take
+first, *copies = [seconds(lambda: take(checkpoint())) for _ in range(6)]
+with tempfile.TemporaryDirectory(dir=folder or None) as where:
+    writer = CheckpointWriter(where, keep_last=2)
 
-        def save():
-            writer.save(checkpoint())
+    def save():
+        writer.save(checkpoint())
 
-        def save_and_wait():
+    def save_and_wait():
+        save()
+        writer.wait()
+
+    def steps_with(save):
+        def steps():
             save()
-            writer.wait()
+            for _ in range(save_interval):
+                step()
 
-        def steps_with(save):
-            def steps():
-                save()
-                for _ in range(save_interval):
-                    step()
+        result = seconds(steps)
+        writer.wait()
+        return result
 
-            result = seconds(steps)
-            writer.wait()
-            return result
-
-        writes = [seconds(save_and_wait) for _ in range(5)]
-        path = os.path.join(where, "ckpt.pt")
-        reads = [seconds(lambda: load_checkpoint(path)) for _ in range(3)]
-        size = os.path.getsize(path)
-        ways = {"none": lambda: None, "in the background": save, "waited for": save_and_wait}
-        times = alternate({name: partial(steps_with, way) for name, way in ways.items()}, rounds)
-    if writer.error:
-        raise UserError(writer.error)
-    once = {"copying to memory, the first time": [first], "copying to memory": copies}
-    once |= {"copying and writing": writes, "reading and checking": reads}
-    print_table([f"a checkpoint of {size / 1e6:,.0f} MB", "seconds", "from", "to"], rows_of(once))
-    slower = [f"{ratio(values, times['none']) - 1:+.1%}" for values in times.values()]
-    rows = [[*row, change] for row, change in zip(rows_of(times), slower, strict=True)]
-    print(f"\n{save_interval} steps of {step_size} x {max_seq_len} tokens, with one checkpoint")
-    print_table(["checkpoint", "seconds", "from", "to", "change"], rows)
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()
+    writes = [seconds(save_and_wait) for _ in range(5)]
+    path = os.path.join(where, "ckpt.pt")
+    reads = [seconds(lambda: load_checkpoint(path)) for _ in range(3)]
+    size = os.path.getsize(path)
+    ways = {"none": lambda: None, "in the background": save, "waited for": save_and_wait}
+    times = alternate({name: partial(steps_with, way) for name, way in ways.items()}, rounds)
+if writer.error:
+    raise UserError(writer.error)
+once = {"copying to memory, the first time": [first], "copying to memory": copies}
+once |= {"copying and writing": writes, "reading and checking": reads}
+print_table([f"a checkpoint of {size / 1e6:,.0f} MB", "seconds", "from", "to"], rows_of(once))
+slower = [f"{ratio(values, times['none']) - 1:+.1%}" for values in times.values()]
+rows = [[*row, change] for row, change in zip(rows_of(times), slower, strict=True)]
+print(f"\n{save_interval} steps of {step_size} x {max_seq_len} tokens, with one checkpoint")
+print_table(["checkpoint", "seconds", "from", "to", "change"], rows)

@@ -25,13 +25,6 @@ def open_device(device="cpu", dtype=""):
     return torch_device, torch_dtype
 
 
-def at_least(lowest, **settings):
-    """Raise UserError for the first of some settings, given by name, that is below `lowest`."""
-    for name, value in settings.items():
-        if value < lowest:
-            raise UserError(f"{name} = {value}: expected {lowest} or more")
-
-
 def alternate(measures, rounds):
     """Call each of `measures`, {name: function}, once a round -> {name: [result of each round]}."""
     results = {name: [] for name in measures}
@@ -49,14 +42,6 @@ def ratio(figures, base):
 def median_and_range(figures, style):
     """The median, lowest and highest of some figures as texts."""
     return [f"{f(figures):{style}}" for f in (statistics.median, min, max)]
-
-
-def print_table(head, rows):
-    """Print rows of texts in columns under their head, all but the first aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for first, *others in (head, *rows):
-        cells = (f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-        print(f"{first:<{widths[0]}}", *cells, sep="  ", flush=True)
 
 
 def output_of(command, **options):

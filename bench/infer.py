@@ -18,8 +18,8 @@ from functools import partial
 
 import torch
 
-from bench.common import alternate, at_least, open_device, output_of, ratio
-from configurator import UserError, configure
+from bench.common import alternate, open_device, output_of, ratio
+from configurator import UserError, check_range, configure
 from formats.gguf import write_gguf
 from formats.modelbin import DTYPES, export_model
 from model import ModelArgs, Transformer
@@ -33,6 +33,7 @@ cases = ""  # numbers of rows of CASES, with commas; empty: all
 infer_rounds = 3  # in which ours and the peer alternate
 threads = 2
 models = "out/random"  # folder of the random models, which are kept
+configure(globals())
 # -----------------------------------------------------------------------------
 
 # shapes by llama2.c's names for them
@@ -165,26 +166,20 @@ def measure(row):
     print(flush=True)
 
 
-def main():
-    known = [str(n) for n in range(len(CASES))]
-    numbers = cases.split(",") if cases else known
-    if not os.path.exists(engine):
-        raise UserError(f"engine = {engine!r} does not exist; build it with: make run")
-    if not set(numbers) <= set(known):
-        raise UserError(f"cases = {cases!r}: expected some of {','.join(known)}")
-    at_least(1, infer_rounds=infer_rounds)
-    os.makedirs(models, exist_ok=True)
-    open_device()
-    print(
-        f"tokens/s with {threads} threads, random weights, medians of {infer_rounds} rounds in "
-        "which ours and the peer alternate; of memory: share of what the same threads read per "
-        "second, measured in between\n"
-        f"{'model':<6} {'format':<6} {'task':<11} {'ours':>9} {'of memory':>9} {'peer':>9}   ratio"
-    )
-    for n in numbers:
-        measure(CASES[int(n)])
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()
+known = [str(n) for n in range(len(CASES))]
+numbers = cases.split(",") if cases else known
+if not os.path.exists(engine):
+    raise UserError(f"engine = {engine!r} does not exist; build it with: make run")
+if not set(numbers) <= set(known):
+    raise UserError(f"cases = {cases!r}: expected some of {','.join(known)}")
+check_range(1, infer_rounds=infer_rounds)
+os.makedirs(models, exist_ok=True)
+open_device()
+print(
+    f"tokens/s with {threads} threads, random weights, medians of {infer_rounds} rounds in "
+    "which ours and the peer alternate; of memory: share of what the same threads read per "
+    "second, measured in between\n"
+    f"{'model':<6} {'format':<6} {'task':<11} {'ours':>9} {'of memory':>9} {'peer':>9}   ratio"
+)
+for n in numbers:
+    measure(CASES[int(n)])

@@ -9,9 +9,10 @@ import tempfile
 
 import numpy as np
 
-from bench.common import CPU, median_and_range, open_device, print_table
+from bench.common import CPU, median_and_range, open_device
 from configurator import configure
 from dataset import TrainBatches, ahead
+from report.tables import print_table
 from training.runs import seconds_of
 
 # -----------------------------------------------------------------------------
@@ -19,40 +20,34 @@ batch_size = 32  # sequences a batch
 max_seq_len = 256  # tokens a sequence
 n_tokens = 100_000_000  # of the shards
 folder = ""  # where the shards are written; empty: a new temporary folder
+configure(globals())
 # -----------------------------------------------------------------------------
 
+open_device()
+rng = np.random.default_rng(0)
+with tempfile.TemporaryDirectory(dir=folder or None) as where:
+    shards = []
+    for i in range(10):
+        path = os.path.join(where, f"{i}.bin")
+        rng.integers(0, 4096, n_tokens // 10, dtype=np.uint16).tofile(path)
+        shards.append(np.memmap(path, dtype=np.uint16, mode="r"))
+    batches = TrainBatches(shards, max_seq_len, seed=1)
+    n = batches.n_windows // batch_size  # batches of an epoch
 
-def main():
-    open_device()
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(dir=folder or None) as where:
-        shards = []
-        for i in range(10):
-            path = os.path.join(where, f"{i}.bin")
-            rng.integers(0, 4096, n_tokens // 10, dtype=np.uint16).tofile(path)
-            shards.append(np.memmap(path, dtype=np.uint16, mode="r"))
-        batches = TrainBatches(shards, max_seq_len, seed=1)
-        n = batches.n_windows // batch_size  # batches of an epoch
+    def alone():
+        for k in range(n):
+            batches.at(k * batch_size, batch_size)
 
-        def alone():
-            for k in range(n):
-                batches.at(k * batch_size, batch_size)
+    def in_a_thread():
+        stream = ahead(lambda k: batches.at(k * batch_size, batch_size))
+        for _ in range(n):
+            next(stream)
+        stream.close()
 
-        def in_a_thread():
-            stream = ahead(lambda k: batches.at(k * batch_size, batch_size))
-            for _ in range(n):
-                next(stream)
-            stream.close()
-
-        millions = n * batch_size * max_seq_len / 1e6
-        rows = []
-        for name, way in (("alone", alone), ("in its thread", in_a_thread)):
-            speeds = [millions / seconds_of(way, 1, CPU) for _ in range(5)]
-            rows.append([name, *median_and_range(speeds, ",.0f")])
-    head = f"batches of {batch_size} x {max_seq_len} tokens"
-    print_table([head, "million tokens/s", "from", "to"], rows)
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()
+    millions = n * batch_size * max_seq_len / 1e6
+    rows = []
+    for name, way in (("alone", alone), ("in its thread", in_a_thread)):
+        speeds = [millions / seconds_of(way, 1, CPU) for _ in range(5)]
+        rows.append([name, *median_and_range(speeds, ",.0f")])
+head = f"batches of {batch_size} x {max_seq_len} tokens"
+print_table([head, "million tokens/s", "from", "to"], rows)

@@ -19,10 +19,11 @@ from functools import partial
 
 import numpy as np
 
-from bench.common import alternate, at_least, open_device, print_table
-from configurator import UserError, configure
+from bench.common import alternate, open_device
+from configurator import UserError, check_range, configure
 from dataset import DataPaths
-from report.curves import Run
+from report.tables import print_table
+from training.runlog import RunLog
 from training.settings import TRAIN, resolved
 
 # -----------------------------------------------------------------------------
@@ -33,6 +34,7 @@ scaling_rounds = 3  # in which the ways alternate
 folder = ""  # of shards and runs; empty: a new folder among the system's temporary ones
 device = "auto"
 dtype = "auto"
+configure(globals())
 # -----------------------------------------------------------------------------
 
 
@@ -66,38 +68,32 @@ def speed_of(n, kind, words, where):
         errors = process.communicate()[1]
         if process.returncode:
             raise UserError(f"{n} {kind} failed: {errors.strip()[-300:]}")
-        steps = Run(folder=f"{where}/run{i}", name="").read().train
+        steps = RunLog(f"{where}/run{i}").read().train
         total += statistics.median(line["tok_s"] for line in steps[3:])
         shutil.rmtree(f"{where}/run{i}")
     return total
 
 
-def main():
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", processes):
-        raise UserError(f"processes = {processes!r}: expected numbers with commas, like 1,2")
-    counts = sorted({int(n) for n in processes.split(",")} | {1})
-    at_least(5, scaling_steps=scaling_steps)
-    at_least(1, scaling_rounds=scaling_rounds)
-    torch_device, torch_dtype = open_device(device, dtype)
-    words = [*scaling.split(), f"--max_iters={scaling_steps}", "--log_interval=1", "--eval_iters=1"]
-    words += ["--eval_interval=1000000", f"--device={torch_device.type}", "--compile=False"]
-    words += [f"--dtype={str(torch_dtype).removeprefix('torch.')}"]
-    ways = [(n, kind) for n in counts for kind in (("apart", "DDP", "FSDP") if n > 1 else [""])]
-    with tempfile.TemporaryDirectory(dir=folder or None) as where:
-        random_shards(where, resolved(tuple(words)))
-        words.append(f"--data_dir={where}")
-        measures = {way: partial(speed_of, *way, words, where) for way in ways}
-        speeds = alternate(measures, scaling_rounds)
-    rows = []
-    one = statistics.median(speeds[1, ""])
-    for (n, kind), found in speeds.items():
-        speed = statistics.median(found)
-        rounds = ", ".join(f"{x / (n * y):.0%}" for x, y in zip(found, speeds[1, ""], strict=True))
-        each = f"{speed / n:,.0f}"
-        rows.append([f"{n} {kind}", f"{speed:,.0f}", each, f"{speed / n / one:.0%}", rounds])
-    print_table(["processes", "tokens/s", "each", "efficiency", "of rounds"], rows)
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()
+if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", processes):
+    raise UserError(f"processes = {processes!r}: expected numbers with commas, like 1,2")
+counts = sorted({int(n) for n in processes.split(",")} | {1})
+check_range(5, scaling_steps=scaling_steps)
+check_range(1, scaling_rounds=scaling_rounds)
+torch_device, torch_dtype = open_device(device, dtype)
+words = [*scaling.split(), f"--max_iters={scaling_steps}", "--log_interval=1", "--eval_iters=1"]
+words += ["--eval_interval=1000000", f"--device={torch_device.type}", "--compile=False"]
+words += [f"--dtype={str(torch_dtype).removeprefix('torch.')}"]
+ways = [(n, kind) for n in counts for kind in (("apart", "DDP", "FSDP") if n > 1 else [""])]
+with tempfile.TemporaryDirectory(dir=folder or None) as where:
+    random_shards(where, resolved(tuple(words)))
+    words.append(f"--data_dir={where}")
+    measures = {way: partial(speed_of, *way, words, where) for way in ways}
+    speeds = alternate(measures, scaling_rounds)
+rows = []
+one = statistics.median(speeds[1, ""])
+for (n, kind), found in speeds.items():
+    speed = statistics.median(found)
+    rounds = ", ".join(f"{x / (n * y):.0%}" for x, y in zip(found, speeds[1, ""], strict=True))
+    each = f"{speed / n:,.0f}"
+    rows.append([f"{n} {kind}", f"{speed:,.0f}", each, f"{speed / n / one:.0%}", rounds])
+print_table(["processes", "tokens/s", "each", "efficiency", "of rounds"], rows)

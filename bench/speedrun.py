@@ -12,15 +12,20 @@ import math
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 
-from bench.common import at_least, open_device, print_table
-from configurator import UserError, configure
+import numpy as np
+
+from bench.common import open_device
+from configurator import UserError, check_range, configure
 from report.curves import find_runs
 from report.pictures import draw_runs
+from report.tables import print_table
 from system.files import write_json
 from system.hardware import describe, git_commit
-from training.runs import race, read_run, same_run, shards_hint, start, value_at
-from training.settings import resolved
+from training.runs import race, read_run, same_run, shards_hint, value_at
+from training.settings import TRAIN, resolved
 
 # -----------------------------------------------------------------------------
 data_dir = "data"  # with the shards of both recipes' vocabularies
@@ -34,6 +39,7 @@ plain_eval_interval = 50  # steps between evaluations in a run of ten minutes; o
 ours_eval_interval = 125  # likewise, of ours
 eval_windows = 2000  # validation sequences at most, evenly spaced; the whole of a shorter text
 device = "auto"
+configure(globals())
 # -----------------------------------------------------------------------------
 
 
@@ -72,10 +78,11 @@ def finished_run(name, length, where, words, settings):
         # what an earlier run compiled; train.py keeps the rest of it, or moves it aside
         shutil.rmtree(os.path.join(where, "compiled"), ignore_errors=True)
         environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-        failed = start(words, where, env=environment).returncode
+        command = [sys.executable, TRAIN, *words, f"--out_dir={where}"]
+        failed = subprocess.run(command, env=environment).returncode
         run = read_run(where)
         if failed or not run:
-            raise UserError(f"the run in {where} did not finish; the same command goes on")
+            raise UserError(f"the run in {where} did not finish; the same command continues it")
     if run["evals"][-1]["val_bpb"] is None:
         raise UserError(f"{where}: without a tokenizer in {data_dir} bytes are unknown")
     return run
@@ -87,8 +94,8 @@ def print_curves(runs):
         at = minutes * k / 10
         rows.append([f"{at:.2g}"])
         for name in ("plain", "ours"):
-            values = [value_at(run["evals"], 60 * at) for run in runs[name]]
-            rows[-1].append("-" if None in values else f"{statistics.median(values):.4f}")
+            median = np.median([value_at(run["evals"], 60 * at) for run in runs[name]])
+            rows[-1].append("-" if math.isnan(median) else f"{median:.4f}")
     print("\nbits per byte after minutes of training")
     print_table(["minutes", "plain", "ours"], rows)
 
@@ -137,28 +144,22 @@ def write_results(path, runs, result, races, torch_device):
     print(f"wrote {path}")
 
 
-def main():
-    if minutes <= 0:
-        raise UserError(f"minutes = {minutes}: expected a number above 0")
-    at_least(1, seeds=seeds)
-    torch_device, _ = open_device(device)
-    runs = {"plain": [], "ours": [], "sprint": []}
-    planned = list(plan(torch_device))  # all of it first: a run may lack its shards
-    for name, *run in planned:
-        runs[name].append(finished_run(name, *run))
-    races = [race(*of_seed) for of_seed in zip(*runs.values(), strict=True)]
-    result = {key: statistics.median(r[key] for r in races) for key in races[0]}
-    print_curves(runs)
-    print_times(result)
-    write_results(os.path.join(out, "speedrun.json"), runs, result, races, torch_device)
-    picture = os.path.join(out, "speedrun.png")
-    try:
-        draw_runs(find_runs([where for _, _, where, *_ in planned]), picture, ["time"], ["bpb"])
-        print(f"wrote {picture}")
-    except UserError as e:
-        print(f"no picture: {e}")
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()
+if minutes <= 0:
+    raise UserError(f"minutes = {minutes}: expected a number above 0")
+check_range(1, seeds=seeds)
+torch_device, _ = open_device(device)
+runs = {"plain": [], "ours": [], "sprint": []}
+planned = list(plan(torch_device))  # all of it first: a run may lack its shards
+for name, *run in planned:
+    runs[name].append(finished_run(name, *run))
+races = [race(*of_seed) for of_seed in zip(*runs.values(), strict=True)]
+result = {key: statistics.median(r[key] for r in races) for key in races[0]}
+print_curves(runs)
+print_times(result)
+write_results(os.path.join(out, "speedrun.json"), runs, result, races, torch_device)
+picture = os.path.join(out, "speedrun.png")
+try:
+    draw_runs(find_runs([where for _, _, where, *_ in planned]), picture, ["time"], ["bpb"])
+    print(f"wrote {picture}")
+except UserError as e:
+    print(f"no picture: {e}")

@@ -17,10 +17,11 @@ import tempfile
 from functools import partial
 from importlib.util import find_spec
 
-from bench.common import CPU, alternate, at_least, open_device, output_of, print_table, ratio
+from bench.common import CPU, alternate, open_device, output_of, ratio
 from bpe import BPETokenizer, all_pieces, train_bpe
-from configurator import UserError, configure
+from configurator import UserError, check_range, configure
 from formats.hftokenizer import tokenizer_json
+from report.tables import print_table
 from text.corpus import SEPARATOR, whole_file
 from text.shards import write_npy
 from tokenizer import ByteLevel, SentencePiece, train_sentencepiece
@@ -143,7 +144,7 @@ def bench_sentencepiece(where, documents, n_bytes):
 def main():
     if not source:
         raise UserError("--source=PATH is missing: a .txt file with <|endoftext|> in between")
-    at_least(1, tokenizer_rounds=tokenizer_rounds)
+    check_range(1, tokenizer_rounds=tokenizer_rounds)
     open_device()
     with open(source, encoding="utf-8", newline="") as f:
         text = f.read()

@@ -17,8 +17,9 @@ from functools import partial
 
 import torch
 
-from bench.common import alternate, at_least, median_and_range, open_device, print_table, ratio
-from configurator import UserError, configure
+from bench.common import alternate, median_and_range, open_device, ratio
+from configurator import UserError, check_range, configure
+from report.tables import print_table
 from system.hardware import DTYPES, peak_flops
 from system.memory import tune_malloc
 from training.runs import model_of, seconds_of, stepper, tokens_of_step
@@ -39,7 +40,10 @@ vocab_size = 32000
 batch_size = 32  # sequences a step
 device = "auto"
 dtype = "auto"
+configure(globals())
 # -----------------------------------------------------------------------------
+
+tune_malloc()  # as train.py does
 
 # in train.py's words
 SHAPES = {
@@ -128,29 +132,22 @@ def bench_shape(shape, wanted, torch_device, torch_dtype):
     print_table(["way", "tok/s", "from", "to", "ratio", "of peak", "first step"], rows)
 
 
-def main():
-    wanted, names = ways.split(","), shapes.split(",")
-    for kind, given, known in (("ways", wanted, WAYS), ("shapes", names, SHAPES)):
-        if unknown := [name for name in given if name not in known]:
-            raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
-    at_least(1, train_rounds=train_rounds, train_steps=train_steps)
-    if llama2c:
-        if not os.path.exists(os.path.join(llama2c, "model.py")):
-            raise UserError(f"llama2c = {llama2c!r} is not a checkout: it has no model.py")
-        wanted = ["llama2c", *wanted]
-    torch_device, torch_dtype = open_device(device, dtype)
-    print(
-        f"medians of {train_rounds} rounds of {train_steps} steps; ratio: to the first line; of "
-        "peak: of the products this machine can do in the number format; first step: with "
-        "compilation"
-    )
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compilation is measured in full
-        for name in names:
-            bench_shape(name, wanted, torch_device, torch_dtype)
-
-
-if __name__ == "__main__":
-    configure(globals())
-    tune_malloc()  # as train.py does
-    main()
+wanted, names = ways.split(","), shapes.split(",")
+for kind, given, known in (("ways", wanted, WAYS), ("shapes", names, SHAPES)):
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{kind} = {unknown[0]!r}: expected names of {', '.join(known)}")
+check_range(1, train_rounds=train_rounds, train_steps=train_steps)
+if llama2c:
+    if not os.path.exists(os.path.join(llama2c, "model.py")):
+        raise UserError(f"llama2c = {llama2c!r} is not a checkout: it has no model.py")
+    wanted = ["llama2c", *wanted]
+torch_device, torch_dtype = open_device(device, dtype)
+print(
+    f"medians of {train_rounds} rounds of {train_steps} steps; ratio: to the first line; of "
+    "peak: of the products this machine can do in the number format; first step: with "
+    "compilation"
+)
+with tempfile.TemporaryDirectory() as cache:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compilation is measured in full
+    for name in names:
+        bench_shape(name, wanted, torch_device, torch_dtype)

@@ -103,9 +103,7 @@ class Llama:
         self.c.llama_seed(self.llama, seed)
         new = tokens
         while len(tokens) <= self.n_positions:
-            array = (ctypes.c_int * len(new))(*new)
-            pos = len(tokens) - len(new)
-            self.c.llama_forward(self.llama, array, len(new), pos)
+            self.forward(new, len(tokens) - len(new))
             token = self.c.llama_sample(self.llama, ctypes.byref(sampling))
             if token in self.stop:
                 break

@@ -8,7 +8,6 @@ To add an architecture: its row in ARCHITECTURES, and its tensors in NAMES of fo
 """
 
 import math
-import os
 from functools import partial
 
 import numpy as np
@@ -205,8 +204,6 @@ def read_gguf(path):
     float32 on the CPU, and its tokenizer model as bytes, or None. Raises UserError.
     """
     gguf = need("gguf")
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file; expected a GGUF file")
     check_lengths(path)
     try:
         reader = gguf.GGUFReader(path)

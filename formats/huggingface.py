@@ -186,22 +186,15 @@ def windows_of(config, kind, path):
 # ---- reading a folder
 
 
-def is_folder(path):
-    """Whether a path is a folder of this kind."""
-    return os.path.isfile(os.path.join(path, "config.json"))
-
-
 def weight_files(folder):
     """Paths of the safetensors files of a folder: one, else those that an index names."""
     single = os.path.join(folder, "model.safetensors")
-    index = f"{single}.index.json"
+    index, paths = f"{single}.index.json", [single]
     if os.path.isfile(index) and not os.path.isfile(single):
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        if not names:
             raise UserError(f"{index} cannot be read: it has no weight_map")
         paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
-    else:
-        paths = [single]
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist; expected the weights of {folder} there")
@@ -360,10 +353,9 @@ def folder_files(model, dtype, tokenizer, facts):
 
 def converted(name, tensor, dtype):
     """A tensor in a number format of TORCH_DTYPES; UserError where a number becomes infinite."""
-    found = tensor.to(TORCH_DTYPES[dtype]).contiguous()
-    if dtype == "fp16":
-        check_range(name, tensor, torch.finfo(torch.float16).max, dtype)
-    return found
+    number_format = TORCH_DTYPES[dtype]
+    check_range(name, tensor, torch.finfo(number_format).max, dtype)
+    return tensor.to(number_format).contiguous()
 
 
 # what write_folder() makes
@@ -379,21 +371,19 @@ def check_replaceable(folder):
         return
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {folder}: it is a file; name a folder")
-    names, readme = os.listdir(folder), os.path.join(folder, "README.md")
-    for name in names:
-        if not OURS.fullmatch(name) or not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(
-                f"cannot write {folder}: it holds {name}, which is not of an export; name another"
-            )
-    if not names:
-        return
-    if not os.path.isfile(readme):
-        raise UserError(f"cannot write {folder}: it holds {names[0]}; name another")
-    with open(readme, encoding="utf-8", errors="replace") as f:
-        if MARK not in f.read():
-            raise UserError(
-                f"cannot write {folder}: {readme} was not written by export.py; name another"
-            )
+    paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
+    others = [n for n, path in paths.items() if not (OURS.fullmatch(n) and os.path.isfile(path))]
+    why = ""
+    if others:
+        why = f"it holds {others[0]}, which is not of an export"
+    elif "README.md" in paths:
+        with open(paths["README.md"], encoding="utf-8", errors="replace") as f:
+            if MARK not in f.read():
+                why = f"{f.name} was not written by export.py"
+    elif paths:
+        why = f"it holds {min(paths)}, but no README.md of an export"
+    if why:
+        raise UserError(f"cannot write {folder}: {why}; name another")
 
 
 # ---- one safetensors file, with our names

@@ -52,11 +52,10 @@ class Codes(NamedTuple):
     per_code: int  # columns of a row that lie together
 
 
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # number formats of matrices and tables; the place is the field `dtype`
 DTYPES = {
-    "fp32": None,
-    "bf16": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
     "int8": Codes(bits=8, group=64, zero=128, per_code=4),
     "int4": Codes(bits=4, group=32, zero=8, per_code=8),
 }
@@ -206,17 +205,15 @@ def is_vector(name, parts):
 
 def blobs(model, dtype):
     """What follows the header of a version 3 file: iterables of bytes, each to be aligned."""
-    codes = DTYPES[dtype]
     for name, parts in tensors(model):
-        if is_vector(name, parts):
-            yield (raw(part.float()) for part in parts)
-        elif codes is None:
-            yield (raw(part.to(FLOATS[dtype])) for part in parts)
-        else:
+        kind = torch.float32 if is_vector(name, parts) else DTYPES[dtype]
+        if isinstance(kind, Codes):
             lanes = lanes_of(name, model.args)
-            made = [laid_out(*quantized(part, codes), codes, lanes) for part in parts]
+            made = [laid_out(*quantized(part, kind), kind, lanes) for part in parts]
             yield (raw(numbers) for numbers, _ in made)
             yield (raw(scales) for _, scales in made)
+        else:
+            yield (raw(part.to(kind)) for part in parts)
 
 
 def write_v3(model, f, dtype):
@@ -256,8 +253,6 @@ def export_model(model, path, version=None, dtype="fp32"):
     Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 if
     that carries the model, so that llama2.c's readers can read it, else 3.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype = {dtype}: expected one of {', '.join(DTYPES)}")
     if version is None:
         version = 3 if dtype != "fp32" or not_carried(model.args, V0_CARRIED) else 0
     if version not in VERSIONS:
@@ -280,8 +275,6 @@ class Bytes:
     def __init__(self, path):
         self.path, self.at = path, 0
         try:
-            if os.path.isdir(path):
-                raise UserError(f"{path} is a folder; expected a model.bin")
             self.size = os.path.getsize(path)
             self.data = np.memmap(path, np.uint8, "r") if self.size else np.empty(0, np.uint8)
         except OSError as e:
@@ -298,6 +291,11 @@ class Bytes:
 
     def floats(self, count, code="<f4"):
         return torch.from_numpy(self.take(code, count).astype(np.float32))
+
+    def halves(self, count):
+        """The next `count` numbers in bfloat16, as float32."""
+        bits = torch.from_numpy(self.take("<i2", count).astype(np.int16))
+        return bits.view(torch.bfloat16).float()
 
     def align(self):
         self.at += -self.at % ALIGNMENT
@@ -320,44 +318,41 @@ def read_bin(path):
     version = version if magic == MAGIC else 0
     if version not in (0, 1, 2, 3):
         data.refuse(f"version {version}; expected 0 to 3")
+    data.at = 8 if version in (1, 2) else 0
     try:
-        return read_v3(data) if version == 3 else read_llama2cs(data, version)
-    except (
-        ValueError,
-        RuntimeError,
-    ) as e:  # sizes that do not fit, or too large
+        model = read_v3(data) if version == 3 else read_llama2cs(data, version)
+    except (ValueError, RuntimeError) as e:  # sizes that do not fit, or are too large
         data.refuse(str(e).splitlines()[0])
+    if data.at != data.size:
+        data.refuse(f"it has {data.size} bytes, and its header stands for {data.at}")
+    return model
+
+
+def model_for(data, args):
+    """A Transformer to read into, once the file is known to be large enough for it."""
+    if skeleton(args).n_params() > 2 * data.size:  # a number takes half a byte at least
+        data.refuse(f"its {data.size} bytes are too few for its header")
+    return Transformer(args)
 
 
 def read_llama2cs(data, version):
     """A model of llama2.c's versions 0, 1 and 2."""
-    data.at = 8 if version else 0
     values = dict(zip(V0_HEADER, data.take("<i4", 7).tolist(), strict=True))
     tied, group = values["vocab_size"] > 0, 0
     values["vocab_size"] = abs(values["vocab_size"])
     if version:
         tied = bool(data.take("u1", 1)[0])
-    if version == 2:
-        group = int(data.take("<i4", 1)[0])
+        group = int(data.take("<i4", 1)[0])  # of version 2
     for name, code, least, most in V3_HEADER:
         if code == "i" and name in values and not least <= values[name] <= most:
             data.refuse(f"{name} = {values[name]}, expected {least} to {most}")
     args = ModelArgs(**values, tie_embeddings=tied)
     if version == 2 and (group < 1 or args.dim % group or args.hidden_dim % group):
         data.refuse(f"groups of {group} numbers do not divide its rows")
-    model = skeleton(args)
-    sizes = {True: 0, False: 0}  # numbers in vectors, in matrices
-    for name, parts in tensors(model, with_rope_tables=version == 0):
-        sizes[is_vector(name, parts)] += sum(part.numel() for part in parts)
-    start = 256 if version else 28
-    expected = start + 4 * sum(sizes.values())
-    if version == 2:
-        expected = start + 4 * sizes[True] + sizes[False] + 4 * sizes[False] // group
-    if data.size != expected:
-        data.refuse(f"it has {data.size} bytes, and its header stands for {expected}")
-    model, data.at = Transformer(args), start
+    model = model_for(data, args)
     order = list(tensors(model, with_rope_tables=version == 0))
-    if version:
+    if version:  # the vectors first
+        data.at = 256
         order.sort(key=lambda one: not is_vector(*one))
     for name, parts in order:
         if name.startswith("rope"):
@@ -376,55 +371,40 @@ def read_llama2cs(data, version):
 
 
 def read_v3(data):
-    data.at = 0
-    size = struct.calcsize(V3_STRUCT)
-    fields_ = struct.unpack(V3_STRUCT, data.take("u1", size).tobytes())
+    header = struct.unpack(V3_STRUCT, data.take("u1", struct.calcsize(V3_STRUCT)).tobytes())
     values = {}
-    for (name, _, least, most), value in zip(V3_HEADER, fields_, strict=True):
+    for (name, code, least, most), value in zip(V3_HEADER, header, strict=True):
         if not least <= value <= most:
             data.refuse(f"{name} = {value}, expected {least} to {most}")
-        values[name] = value
+        values[name] = shortest(value) if code == "f" else value
     if values["file_size"] != data.size:
         data.refuse(f"it has {data.size} bytes, and its header says {values['file_size']}")
-    options = values.pop("options")
-    dtype, activation = list(DTYPES)[values["dtype"]], list(ACTIVATIONS)[values["activation"]]
-    for name in ("magic", "version", "file_size", "header_size", "dtype"):
-        del values[name]
-    for name in ("norm_eps", "rope_theta", "logit_softcap"):
-        values[name] = shortest(values[name])
     sizes = data.take("<i4", values["n_layers"]).tolist()
     if len(set(sizes) - {0}) > 1 or min(sizes) < 0:
         data.refuse("its layers have windows of different sizes")
-    args = ModelArgs(
-        **values | {"activation": activation},
-        **{name: bool(options >> bit & 1) for bit, name in enumerate(V3_OPTIONS)},
-        **window_settings(sizes),
-    )
-    if skeleton(args).n_params() > 2 * data.size:  # a number takes half a byte at least
-        data.refuse(f"its {data.size} bytes are too few for its header")
-    model = Transformer(args)
-    read_blobs(data, model, dtype)
-    if data.at != data.size:
-        data.refuse(f"it has {data.size} bytes, and its header stands for {data.at}")
+    values["activation"] = list(ACTIVATIONS)[values["activation"]]
+    for bit, name in enumerate(V3_OPTIONS):
+        values[name] = bool(values["options"] >> bit & 1)
+    options = {k: v for k, v in values.items() if k in ModelArgs.__dataclass_fields__}
+    model = model_for(data, ModelArgs(**options, **window_settings(sizes)))
+    read_blobs(data, model, list(DTYPES.values())[values["dtype"]])
     return model
 
 
 def read_blobs(data, model, dtype):
-    """Read into a model what blobs() wrote."""
-    codes = DTYPES[dtype]
+    """Read into a model what blobs() wrote; dtype: a value of DTYPES."""
     for name, parts in tensors(model):
         data.align()
-        if is_vector(name, parts) or dtype == "fp32":
-            found = [data.floats(part.numel()) for part in parts]
-        elif dtype == "bf16":
-            halves = [data.take("<i2", part.numel()).astype(np.int16) for part in parts]
-            found = [torch.from_numpy(half).view(torch.bfloat16) for half in halves]
-        else:
+        kind = torch.float32 if is_vector(name, parts) else dtype
+        if isinstance(kind, Codes):
             lanes = lanes_of(name, model.args)
-            numbers = [taken_numbers(data, *part.shape, codes, lanes) for part in parts]
+            numbers = [taken_numbers(data, *part.shape, kind, lanes) for part in parts]
             data.align()
-            scales = [taken_scales(data, *part.shape, codes, lanes) for part in parts]
+            scales = [taken_scales(data, *part.shape, kind, lanes) for part in parts]
             found = [n * s for n, s in zip(numbers, scales, strict=True)]
+        else:
+            take = data.floats if kind is torch.float32 else data.halves
+            found = [take(part.numel()) for part in parts]
         for part, one in zip(parts, found, strict=True):
             part.copy_(one.view(part.shape))
 
@@ -443,7 +423,6 @@ def taken_numbers(data, rows, cols, codes, lanes):
 def taken_scales(data, rows, cols, codes, lanes):
     """The scale of each number of a matrix, (rows, cols), float32."""
     blocks, groups = math.ceil(rows / lanes), math.ceil(cols / codes.group)
-    halves = data.take("<i2", blocks * groups * lanes).astype(np.int16)
-    scales = torch.from_numpy(halves).view(torch.bfloat16).float().view(blocks, groups, lanes)
+    scales = data.halves(blocks * groups * lanes).view(blocks, groups, lanes)
     scales = scales.transpose(1, 2).reshape(blocks * lanes, groups)[:rows]
     return scales.repeat_interleave(codes.group, dim=1)[:, :cols]

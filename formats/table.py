@@ -7,7 +7,6 @@ FORMATS whose function refuses what the format cannot carry before it writes any
 
 import contextlib
 import glob
-import json
 import os
 from collections.abc import Callable, Collection
 from functools import partial
@@ -16,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
-from formats import gguf as gguffile
-from formats import huggingface, modelbin
+from formats import gguf, huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
 from formats.tensors import filled, skeleton
@@ -26,6 +24,7 @@ from system.files import atomic_write, read_json
 from system.remote import fetch_model, reason
 from tokenizer import Tokenizer, open_tokenizer
 from training.checkpoint import load_checkpoint, load_model, save_file
+from training.runlog import RunLog
 
 HUB = "hf:"  # before the name of a model of the hub
 
@@ -78,22 +77,15 @@ def training_facts(checkpoint, folder):
         facts["optimizer"] = config["optimizer"]
     if "train_s" in checkpoint:
         facts["training"] = f"{checkpoint['train_s'] / 60:,.1f} minutes"
-    log = os.path.join(folder, "log.jsonl")
-    if not os.path.isfile(log):
-        return facts
-    with open(log, encoding="utf-8") as f:
-        for line in f:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line of a run that is still going
-                continue
-            if entry.get("kind") == "start":
-                facts["training text"] = f"{entry.get('train_tokens', 0):,} tokens"
-                facts["device"] = entry.get("device_name")
-            elif entry.get("kind") == "eval" and entry.get("step") == step:
-                facts["validation loss"] = f"{entry['val_loss']:.4f} nats a token"
-                if entry.get("val_bpb"):
-                    facts["validation"] = f"{entry['val_bpb']:.4f} bits per byte"
+    log = RunLog(folder).read()
+    if log.start:
+        facts["training text"] = f"{log.start.get('train_tokens', 0):,} tokens"
+        facts["device"] = log.start.get("device_name")
+    for line in log.evals:
+        if line.get("step") == step:
+            facts["validation loss"] = f"{line['val_loss']:.4f} nats a token"
+            if line.get("val_bpb"):
+                facts["validation"] = f"{line['val_bpb']:.4f} bits per byte"
     return facts
 
 
@@ -110,7 +102,7 @@ def from_file(read, path):
 
 
 def from_gguf(path):
-    model, proto = gguffile.read_gguf(path)
+    model, proto = gguf.read_gguf(path)
     return model, lambda: proto and open_tokenizer(path, proto), {}
 
 
@@ -173,7 +165,7 @@ SOURCES = {
 
 def recognize(path):
     """The key of SOURCES for a path, or hf:user/name, judged by its content; None: no such."""
-    if path.startswith(HUB) or huggingface.is_folder(path):
+    if path.startswith(HUB) or os.path.isfile(os.path.join(path, "config.json")):
         return "hf"
     if os.path.isdir(path):
         return "meta" if os.path.isfile(os.path.join(path, "params.json")) else "checkpoint"
@@ -240,32 +232,26 @@ def load_teller(path, start, tokenizer=""):
 # ---- writing
 
 
-def check_file(path, name, tokenizer):
-    """Raise UserError unless a file can be written to path, and its tokenizer beside it as name."""
-    folder = os.path.dirname(path) or "."
-    if os.path.basename(path) in ("", name) or os.path.isdir(path):
-        raise UserError(f"cannot write {path!r}: it is a folder, or the tokenizer's; name a file")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"cannot write {path}: {folder} is no folder")
-    beside = os.path.join(folder, name)
-    if not tokenizer or not os.path.exists(beside):
-        return
-    with open(beside, "rb") as f:
-        data = f.read()
-    if data in (tokenizer.c_file(), tokenizer.proto):
-        return
-    if not name.endswith(".model") or open_tokenizer(beside).c_file() != tokenizer.c_file():
-        raise UserError(
-            f"cannot write {path}: {beside} is of another tokenizer; name a file in another folder"
-        )
-
-
 @contextlib.contextmanager
 def with_tokenizer(path, name, tokenizer):
-    """While a model is written to path, and its tokenizer beside it unless it is there."""
-    check_file(path, name, tokenizer)
-    yield
+    """
+    For the block that writes a model to path: write its tokenizer beside it as name, unless it is
+    there. Raises UserError before the block where path is no file, or name is another tokenizer.
+    """
+    if os.path.basename(path) in ("", name) or os.path.isdir(path):
+        raise UserError(f"cannot write {path!r}: it is a folder, or the tokenizer's; name a file")
     beside = os.path.join(os.path.dirname(path), name)
+    if tokenizer and os.path.exists(beside):
+        with open(beside, "rb") as f:
+            is_same = f.read() in (tokenizer.c_file(), tokenizer.proto)
+        if not is_same and name.endswith(".model"):
+            is_same = open_tokenizer(beside).c_file() == tokenizer.c_file()
+        if not is_same:
+            raise UserError(
+                f"cannot write {path}: {beside} is of another tokenizer; name a file in another "
+                f"folder"
+            )
+    yield
     if tokenizer and not os.path.exists(beside):
         with atomic_write(beside) as f:
             f.write(tokenizer.proto if name.endswith(".model") else tokenizer.c_file())
@@ -294,11 +280,6 @@ def write_safetensors(model, path, dtype, tokenizer, facts):
         huggingface.write_file(model, path, dtype)
 
 
-def write_gguf(model, path, dtype, tokenizer, facts):
-    check_file(path, "", None)
-    gguffile.write_gguf(model, path, dtype, tokenizer, facts)
-
-
 class Format(NamedTuple):
     """A format to write: the ending of its files, its number formats, and what it is for."""
 
@@ -312,7 +293,7 @@ TORCH_DTYPES = huggingface.TORCH_DTYPES
 FORMATS = {
     "bin": Format(".bin", modelbin.DTYPES, write_bin, "model.bin, for ./run"),
     "hf": Format("", TORCH_DTYPES, huggingface.write_folder, "a folder for transformers"),
-    "gguf": Format(".gguf", gguffile.GGUF_DTYPES, write_gguf, "for llama.cpp and Ollama"),
+    "gguf": Format(".gguf", gguf.GGUF_DTYPES, gguf.write_gguf, "for llama.cpp and Ollama"),
     "safetensors": Format(
         ".safetensors", TORCH_DTYPES, write_safetensors, "one file with a checkpoint's names"
     ),

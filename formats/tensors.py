@@ -147,7 +147,6 @@ def filled(args, source, path, rename, in_halves):
     def refuse(what):
         raise UserError(f"{path} cannot be read: {what}")
 
-    left = {name for name in source if not name.endswith(BENIGN)}
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(args).state_dict().items()}
     names = [(name, rename(name)) for name in shapes]
     for ours, theirs in names:
@@ -156,7 +155,7 @@ def filled(args, source, path, rename, in_halves):
             refuse(f"it has no {theirs}")
         if theirs in source and source[theirs][0] != shapes[ours]:
             refuse(f"{theirs} is {source[theirs][0]}, expected {shapes[ours]}")
-        left.discard(theirs)
+    left = {name for name in source if not name.endswith(BENIGN)} - set(dict(names).values())
     if left:
         refuse(f"{min(left)} has no place in this model")
     model = Transformer(args)

@@ -44,14 +44,13 @@ class Run(RunLog):
 
 def find_runs(paths):
     """The runs in some folders (see find_folders), with what their logs hold so far."""
-    folders = find_folders(paths)
-    return [Run(f, name=name).read() for f, name in zip(folders, short_names(folders), strict=True)]
+    return [Run(folder, name=name).read() for folder, name in find_folders(paths).items()]
 
 
 def find_folders(paths):
     """
-    The folders of the runs that `paths` name. A path is the folder of a run, its log, or a folder
-    that holds folders of runs. Raises UserError for a path without any.
+    {folder: short name} of the runs that `paths` name. A path is the folder of a run, its log, or a
+    folder that holds folders of runs. Raises UserError for a path without any.
     """
     folders = {}
     for path in paths:
@@ -68,7 +67,7 @@ def find_folders(paths):
         if not inner:
             raise UserError(f"there is no {LOG} in {folder}, nor in a folder in it")
         folders.update(dict.fromkeys(inner))
-    return list(folders)
+    return dict(zip(folders, short_names(list(folders)), strict=True))
 
 
 def short_names(folders):

@@ -15,8 +15,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from configurator import UserError
-from report.curves import Run, find_folders, short_names, thinned
+from configurator import UserError, check_range
+from report.curves import Run, find_folders, thinned
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
@@ -53,13 +53,11 @@ def seconds_left(run):
 def state_of(run, n_points):
     """What the page shows of a run, as JSON can carry it."""
     config, last = run.start.get("config", {}), run.train[-1] if run.train else {}
-    age = None
-    with contextlib.suppress(OSError):
-        age = max(0.0, time.time() - os.stat(run.path).st_mtime)
+    changed = last_change(run)
     state = {
         "name": run.name,
         "state": run.end.get("reason", "running"),
-        "age": age,
+        "age": max(0.0, time.time() - changed) if changed else None,
         "step": last.get("step", 0),
         "max_iters": None if config.get("max_minutes") else config.get("max_iters"),
         "max_minutes": config.get("max_minutes") or None,
@@ -89,8 +87,7 @@ class Watcher:
         """The state of everything, for the page."""
         with self.lock:
             try:
-                folders = find_folders(self.paths)
-                for folder, name in zip(folders, short_names(folders), strict=True):
+                for folder, name in find_folders(self.paths).items():
                     self.runs.setdefault(folder, Run(folder)).name = name
                 self.problem = ""
             except UserError:  # it may come yet
@@ -113,9 +110,8 @@ class Watcher:
 
     def tell_one(self):
         with self.lock:
-            models = [os.path.join(folder, "model.bin") for folder in self.runs]
-            names = {os.path.join(run.folder, "model.bin"): run for run in self.runs.values()}
-        models = [path for path in models if os.path.exists(path)]
+            runs = {os.path.join(folder, "model.bin"): run for folder, run in self.runs.items()}
+        models = list(filter(os.path.exists, runs))
         if not models:
             return
         path = max(models, key=os.path.getmtime)
@@ -123,7 +119,7 @@ class Watcher:
         if version == self.told:
             return
         self.told = version
-        run = names[path]
+        run = runs[path]
         text, step = self.text_of(path), run.best.get("step")
         self.story = {"text": text, "run": run.name, "step": step, "time": version[1]}
 
@@ -201,10 +197,9 @@ def serve_runs(paths, port, start, engine):
     Serve the page for the runs of some folders until Ctrl-C; folders may come into being later.
     Raises UserError where the port is taken.
     """
-    if not 0 <= port < 1 << 16:
-        raise UserError(f"port = {port}: expected a number from 0 to 65535")
+    check_range(0, 65535, port=port)
     if engine and not os.access(engine, os.X_OK):
-        raise UserError(f"engine = {engine} is no program: make run builds one")
+        raise UserError(f"engine = {engine} is not a program; build it with: make run")
     watcher = Watcher(paths, start, engine)
     problem = watcher.look()["problem"]
     try:

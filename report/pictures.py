@@ -47,11 +47,6 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
     A figure of rows x columns panels in a theme: (figure, axes as a list of rows), written to path,
     .png or .svg, when the block ends.
     """
-    kind = os.path.splitext(path)[1]
-    if kind not in ENDINGS:
-        raise UserError(f"{path}: expected a name that ends in .png or .svg")
-    if theme not in THEMES:
-        raise UserError(f"theme = {theme!r}: expected one of {', '.join(THEMES)}")
     try:
         import matplotlib
 
@@ -61,15 +56,9 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
         raise UserError("pictures need matplotlib: pip install .[plot]") from None
     ink, paper, grid = THEMES[theme]
     settings = {
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-        "savefig.facecolor": paper,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "axes.titlecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
+        **{f"{part}.facecolor": paper for part in ("figure", "axes", "savefig")},
+        **{f"axes.{part}color": ink for part in ("label", "edge", "title")},
+        **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
         "grid.color": grid,
         "grid.linewidth": 0.6,
         "axes.grid": True,
@@ -87,6 +76,7 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
         fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             yield fig, axes
+            kind = os.path.splitext(path)[1]
             about = {"Date": None} if kind == ".svg" else {}
             with atomic_write(path) as f:
                 fig.savefig(f, format=kind[1:], dpi=130, metadata=about)
@@ -287,7 +277,7 @@ def draw_curves(ax, lines, x, series, value, against, scale):
         settings.setdefault(tuple(map(line["varied"].get, names)), []).append(line)
     is_scale = names == [x] and all(is_number(values[0]) for values in settings)
     for i, (values, of_setting) in enumerate(settings.items()):
-        style = look(i)
+        style = look(i) | {"marker": MARKERS[i % len(MARKERS)], "markersize": 2.5, "linewidth": 1}
         if is_scale:
             part = scale[0] + (scale[1] - scale[0]) * i / max(1, len(settings) - 1)
             style["color"] = matplotlib.colormaps["viridis"](part)
@@ -295,16 +285,8 @@ def draw_curves(ax, lines, x, series, value, against, scale):
         name = show(values[0]) if len(names) == 1 else label_of(of_setting[0]["varied"], names)
         for j, line in enumerate(of_setting):
             points = [p for p in line.get("curve", []) if is_number(p.get(value))]
-            ax.plot(
-                [p[place] / divisor for p in points],
-                [p[value] for p in points],
-                **style,
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=2.5,
-                linewidth=1,
-                alpha=0.8,
-                label=name if j == 0 else None,
-            )
+            at, values_at = [p[place] / divisor for p in points], [p[value] for p in points]
+            ax.plot(at, values_at, **style, alpha=0.8, label=name if j == 0 else None)
     ax.set_xlabel(label)
     ax.set_xlim(left=0)
     if 1 < len(settings) <= LEGEND:

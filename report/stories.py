@@ -15,14 +15,12 @@ import random
 import re
 import statistics
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, check_range
 from dataset import CHUNK, mixed
 from system.files import atomic_write
-from system.progress import progress
 from text.corpus import stream_documents
 
 BREAK = "\0"  # between documents: a word that no story has, so that no n-gram goes across
@@ -37,14 +35,9 @@ def check_sampling(settings, **least):
     value of each of those that are whole numbers.
     """
     for name, smallest in least.items():
-        if settings[name] < smallest:
-            raise UserError(f"{name} = {settings[name]}: expected at least {smallest}")
-    if not 0 <= settings["temperature"] <= 100:
-        raise UserError(f"temperature = {settings['temperature']}: expected a number from 0 to 100")
-    if not 0 <= settings["seed"] < 1 << 63:
-        raise UserError(f"seed = {settings['seed']}: expected a whole number from 0 to 2 ** 63 - 1")
-    if not 0 <= settings["top_p"] <= 1:
-        raise UserError(f"top_p = {settings['top_p']}: expected a number from 0 to 1")
+        check_range(smallest, **{name: settings[name]})
+    for name, most in {"temperature": 100, "seed": 2**63 - 1, "top_p": 1}.items():
+        check_range(0, most, **{name: settings[name]})
 
 
 def read_prompt(start):
@@ -227,15 +220,6 @@ def documents_of_shard(shard, tokenizer):
             yield text, len(ids)
 
 
-def stream_past(overlap, pieces, n_bytes):
-    """Feed an Overlap what pieces_of_files or pieces_of_shards yields, n_bytes in all."""
-    bar = progress(total=n_bytes, unit="B", unit_scale=True, desc="training text")
-    with bar:
-        for text, size in pieces:
-            overlap.feed(text)
-            bar.update(size)
-
-
 def some_of(items, n, seed):
     """n of an iterable's items in their order, each as likely as any other; all if they are few."""
     chosen, random_numbers = [], random.Random(seed)  # reservoir sampling: algorithm R
@@ -250,58 +234,37 @@ def some_of(items, n, seed):
 # ---- figures
 
 
-number = "{:,}".format
-one_digit = "{:,.1f}".format
-three_digits = "{:.3f}".format
-four_digits = "{:.4f}".format
-
-
-def percent(value):
-    return f"{100 * value:.1f} %"
-
-
-class Figure(NamedTuple):
-    """Name, number format, and an explanation with {n}, {n_words}, or none of them."""
-
-    label: str
-    show: object
-    meaning: str
-
-
+# name -> (label, number format, an explanation with {n}, {n_words}, or none of them)
 FIGURES = {
-    "stories": Figure("stories", number, "how many there are"),
-    "bits_per_byte": Figure(
+    "stories": ("stories", ",", "how many there are"),
+    "bits_per_byte": (
         "bits per byte",
-        four_digits,
-        "of the validation text, from the log of the run; less is better",
+        ".4f",
+        "of the validation text, from the log of the run; lower is better",
     ),
-    "distinct_1": Figure(
+    "distinct_1": (
         "distinct-1",
-        three_digits,
+        ".3f",
         "different words / all words, in the first {n_words} of each column",
     ),
-    "distinct_2": Figure(
-        "distinct-2", three_digits, "different pairs of words / all pairs of words in a row"
-    ),
-    "distinct_3": Figure("distinct-3", three_digits, "the same for three words in a row"),
-    "distinct_4": Figure("distinct-4", three_digits, "the same for four"),
-    "copied": Figure(
-        "copied", percent, "share of its rows of {n} words that the training text has too"
-    ),
-    "longest_median": Figure(
+    "distinct_2": ("distinct-2", ".3f", "different pairs of words / all pairs of words in a row"),
+    "distinct_3": ("distinct-3", ".3f", "the same for three words in a row"),
+    "distinct_4": ("distinct-4", ".3f", "the same for four"),
+    "copied": ("copied", ".1%", "share of its rows of {n} words that the training text has too"),
+    "longest_median": (
         "longest copied run",
-        one_digit,
+        ",.1f",
         "in words: every {n} in a row are in the training text; median of the stories",
     ),
-    "longest_max": Figure("the longest of all", number, "in words, in any of its stories"),
-    "proper": Figure(
+    "longest_max": ("the longest of all", ",", "in words, in any of its stories"),
+    "proper": (
         "end properly",
-        percent,
-        "ended before the limit, behind . ! ? or a quotation mark after one",
+        ".1%",
+        "ended before the limit, with . ! ? or a quotation mark after one of them",
     ),
-    "repeated": Figure("told twice", percent, "share of stories that another one equals"),
-    "words": Figure("words", one_digit, "in a story, without the prompt; mean"),
-    "tokens": Figure("tokens", one_digit, "in a story, without the prompt; mean"),
+    "repeated": ("told twice", ".1%", "share of stories that another one equals"),
+    "words": ("words", ",.1f", "in a story, without the prompt; mean"),
+    "tokens": ("tokens", ",.1f", "in a story, without the prompt; mean"),
 }
 
 
@@ -337,11 +300,11 @@ def rows_of(columns, n, n_words):
     {name: figures}. Rows without any value are left out.
     """
     rows = []
-    for name, figure in FIGURES.items():
+    for name, (label, style, meaning) in FIGURES.items():
         values = [figures[name] for figures in columns.values()]
         if any(value is not None for value in values):
-            shown = ["–" if value is None else figure.show(value) for value in values]
-            rows.append([figure.label, *shown, figure.meaning.format(n=n, n_words=f"{n_words:,}")])
+            shown = ["–" if v is None else f"{v:{style}}".replace("%", " %") for v in values]
+            rows.append([label, *shown, meaning.format(n=n, n_words=f"{n_words:,}")])
     return rows
 
 

@@ -4,6 +4,7 @@ no script; it has a dark form, and one for paper.
 """
 
 import html
+import itertools
 
 from report.stories import rows_of
 from system.files import atomic_write
@@ -79,29 +80,32 @@ def story_cell(story, overlap):
     )
 
 
+def html_table(attributes, head, rows):
+    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
+    return f"<table {attributes}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+
+
 def figure_table(columns, n, n_words):
     names = "".join(f'<th class="value">{html.escape(name)}</th>' for name in columns)
-    lines = [f"<thead><tr><th></th>{names}<th></th></tr></thead>", "<tbody>"]
+    rows = []
     for label, *values, meaning in rows_of(columns, n, n_words):
         cells = "".join(f'<td class="value">{html.escape(value)}</td>' for value in values)
         note = f'<td class="note">{html.escape(meaning)}</td>'
-        lines.append(f"<tr><th>{html.escape(label)}</th>{cells}{note}</tr>")
-    return "\n".join(['<table class="figures">', *lines, "</tbody></table>"])
+        rows.append(f"<th>{html.escape(label)}</th>{cells}{note}")
+    return html_table('class="figures"', f"<th></th>{names}<th></th>", rows)
 
 
 def story_table(stories, overlaps):
     """stories, overlaps: by the name of a column its list of stories, its Overlap or None."""
     names = "".join(f"<th>{html.escape(name)}</th>" for name in stories)
     width = 3 + 18 * len(stories)  # rem; on a narrower screen the page scrolls
-    lines = [f'<table class="stories" style="min-width: {width}rem">']
-    lines += [f"<thead><tr><th></th>{names}</tr></thead>", "<tbody>"]
-    for i in range(max(map(len, stories.values()))):
-        cells = (
-            story_cell(told[i] if i < len(told) else None, overlaps[name])
-            for name, told in stories.items()
-        )
-        lines.append(f"<tr><th>{i + 1}</th>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</tbody></table>"])
+    of_columns = [overlaps[name] for name in stories]
+    rows = [
+        f"<th>{i}</th>{''.join(map(story_cell, told, of_columns))}"
+        for i, told in enumerate(itertools.zip_longest(*stories.values()), start=1)
+    ]
+    attributes = f'class="stories" style="min-width: {width}rem"'
+    return html_table(attributes, f"<th></th>{names}", rows)
 
 
 def write_page(path, title, stories, overlaps, columns, n, n_words, notes, settings):

@@ -3,8 +3,10 @@
 import json
 import math
 import statistics
+from collections import Counter
 
 from configurator import UserError
+from report.tables import markdown
 
 # what a result needs to be drawn, by its status
 FIELDS = {
@@ -53,8 +55,7 @@ def title_of(results):
 
 def value_of(results):
     """The field that a sweep is judged by, and its label: bits per byte where they are known."""
-    finished = [line for line in results if line["status"] == "finished"]
-    if all(line["val_bpb"] is not None for line in finished):
+    if all(line["val_bpb"] is not None for line in results if line["status"] == "finished"):
         return "val_bpb", "validation loss (bits per byte)"
     return "val_loss", "validation loss (nats a token)"
 
@@ -82,15 +83,12 @@ def sweep_axes(results, x=""):
 
 def in_order(results, x, series):
     """The results sorted by their settings: numbers by size, names as they came."""
-    places = {}
-    for line in results:
-        for name, value in line["varied"].items():
-            of_name = places.setdefault(name, {})
-            of_name.setdefault(value, len(of_name))
+    names = [name for name in (*series, x) if name]
+    came = {name: [line["varied"].get(name) for line in results] for name in names}
 
     def rank(line):
-        pairs = [(name, line["varied"].get(name)) for name in (*series, x) if name]
-        return [v if is_number(v) else places.get(n, {}).get(v, -1) for n, v in pairs]
+        values = {name: line["varied"].get(name) for name in names}
+        return [v if is_number(v) else came[name].index(v) for name, v in values.items()]
 
     return sorted(results, key=rank)
 
@@ -102,14 +100,11 @@ def summarize(results, x, series, value):
     """
     table = {}
     for line in in_order(results, x, series):
-        if line["status"] == "failed":
-            continue
-        row = table.setdefault(label_of(line["varied"], series), {})
-        values, diverged = row.setdefault(line["varied"].get(x, ""), ([], []))
-        if line["status"] == "finished" and line[value] is not None:
-            values.append(line[value])
-        else:
-            diverged.append(line["name"])
+        if line["status"] != "failed":
+            row = table.setdefault(label_of(line["varied"], series), {})
+            values, diverged = row.setdefault(line["varied"].get(x, ""), ([], []))
+            is_known = line["status"] == "finished" and line[value] is not None
+            (values if is_known else diverged).append(line[value])
     return [
         (label, [(place, values, len(bad)) for place, (values, bad) in row.items()])
         for label, row in table.items()
@@ -184,29 +179,24 @@ of many rows one in twenty passes by luck. Speeds are medians of the runs themse
 class Group:
     """The runs of a sweep that differ only in their seed."""
 
-    def __init__(self, label, runs, value):
-        self.label, self.runs = label, runs
-        finished = [run for run in runs if run["status"] == "finished"]
-        self.values = [run[value] for run in finished]
-        self.tokens_s = median_of(run["tokens"] / run["train_s"] for run in finished)
-        self.step_s = median_of(run["train_s"] / run["steps"] for run in finished)
-        self.mean = statistics.mean(self.values) if finished else math.inf
+    def __init__(self, runs, value):
+        self.runs = runs
+        self.finished = [run for run in runs if run["status"] == "finished"]
+        self.values = [run[value] for run in self.finished]
+        self.mean = statistics.mean(self.values) if self.values else math.inf
+
+    def median(self, amount, unit):
+        """The median of the ratio of two fields; only of a group with finished runs."""
+        return statistics.median(run[amount] / run[unit] for run in self.finished)
 
     def outcome(self):
         """Mean, standard deviation and number of its values, and how many runs have none."""
-        parts = [f"{n} {s}" for s in ("diverged", "failed") if (n := self.count(s))]
+        counts = Counter(run["status"] for run in self.runs)
+        parts = [f"{counts[s]} {s}" for s in ("diverged", "failed") if counts[s]]
         if self.values:
-            spread = f" ± {mean_and_sd(self.values)[1]:.4f}" if len(self.values) > 1 else ""
+            spread = f" ± {statistics.stdev(self.values):.4f}" if len(self.values) > 1 else ""
             parts.insert(0, f"{self.mean:.4f}{spread} ({len(self.values)})")
         return " ".join(parts)
-
-    def count(self, status):
-        return sum(run["status"] == status for run in self.runs)
-
-
-def median_of(values):
-    values = list(values)
-    return statistics.median(values) if values else None
 
 
 def groups_of(results, x=""):
@@ -217,7 +207,7 @@ def groups_of(results, x=""):
     for line in in_order(results, place, series):
         label = label_of(line["varied"], (*series, place)) or title_of(results)
         runs.setdefault(label, []).append(line)
-    return {label: Group(label, lines, value) for label, lines in runs.items()}
+    return {label: Group(lines, value) for label, lines in runs.items()}
 
 
 def table(results, x=""):
@@ -242,21 +232,15 @@ def table(results, x=""):
         arguments = group.runs[0].get("arguments")
         difference = beyond = ms = relative = ""
         if group.values and base.values:
-            ms, relative = f"{1000 * group.step_s:,.0f}", f"{group.tokens_s / base.tokens_s:.2f}"
+            ms = f"{1000 * group.median('train_s', 'steps'):,.0f}"
+            speed, base_speed = (g.median("tokens", "train_s") for g in (group, base))
+            relative = f"{speed / base_speed:.2f}"
             if group is not base:
                 number, is_beyond = compare(group.values, base.values, sd)
                 difference, beyond = f"{number:+.4f}", SHOWN[is_beyond]
         settings = f"`{arguments}`" if arguments else ""
         rows.append([label, settings, group.outcome(), difference, beyond, ms, relative])
     return rows
-
-
-def markdown(rows):
-    """Rows of text as a Markdown table, aligned so that a terminal shows it well."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def failures(results):

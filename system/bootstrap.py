@@ -76,21 +76,18 @@ def pinned_torch(requirements):
     return re.search(r"^torch==(\S+)", text, re.MULTILINE)[1]
 
 
+def output_of(*command):
+    """What a command prints, or "" if it fails or cannot be run."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if found.returncode else found.stdout.strip()
+
+
 def torch_here():
     """The version of this Python's torch without its build ("2.13.0" of 2.13.0+cpu), or ""."""
-    code = "import torch; print(torch.__version__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return found.stdout.strip().split("+")[0] if found.returncode == 0 else ""
-
-
-def has_pip(python):
-    """Whether there is a working Python with pip; a venv that was left half-made has none."""
-    try:
-        return not subprocess.run(
-            [python, "-m", "pip", "--version"], capture_output=True
-        ).returncode
-    except OSError:
-        return False
+    return output_of(sys.executable, "-c", "import torch; print(torch.__version__)").split("+")[0]
 
 
 def make_venv(requirements):
@@ -103,7 +100,8 @@ def make_venv(requirements):
     if read(stamp) == wanted:
         print(f"   there already ({VENV})")
         return
-    if read(made_by) != maker or not has_pip(venv_python()):
+    # a venv that was left half-made has no pip
+    if read(made_by) != maker or not output_of(venv_python(), "-m", "pip", "--version"):
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV])
         if made.returncode:
             shutil.rmtree(VENV, ignore_errors=True)
@@ -118,8 +116,7 @@ def make_venv(requirements):
         print(f"   using the torch {pin} that {sys.executable} has")
         folders = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        found = subprocess.run([venv_python(), "-c", code], capture_output=True, text=True)
-        packages = found.stdout.strip()
+        packages = output_of(venv_python(), "-c", code)
         with open(os.path.join(packages, "torch_of_user.pth"), "w", encoding="utf-8") as f:
             f.writelines(f"{folder}\n" for folder in folders)
     call(venv_python(), "-m", "pip", "install", "--quiet", "--requirement", requirements)
@@ -130,92 +127,75 @@ def make_venv(requirements):
 # ---- from nothing to a story
 
 
+def parsed(text):
+    """The object in a JSON text; {} if there is none, or only a part of it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
 def finished(out_dir):
     """Whether the log of a run says that it reached its last step."""
-    try:
-        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-            last = json.loads(f.readlines()[-1])
-        return last["kind"] == "end" and last["reason"] == "finished"
-    except (OSError, ValueError, LookupError):
-        return False
+    *_, last = ["", *read(os.path.join(out_dir, "log.jsonl")).splitlines()]
+    return parsed(last).get("reason") == "finished"
 
 
 def complete(shards):
-    try:
-        with open(os.path.join(shards, "shards.json"), encoding="utf-8") as f:
-            return json.load(f)["complete"]
-    except (OSError, ValueError, LookupError):
-        return False
+    return parsed(read(os.path.join(shards, "shards.json"))).get("complete", False)
 
 
-def step(number, title, action, done=""):
-    """Do one of the steps, or say that it is done; print how long it took."""
+def step(number, title, done, action, *words):
+    """Call action(*words) and print how long it took, or say that its result `done` is there."""
     print(f"[{number}/7] {title}", flush=True)
     if done:
         print(f"   there already ({done})")
         return
     begin = time.monotonic()
-    action()
+    action(*words)
     print(f"   took {time.monotonic() - begin:.0f} s", flush=True)
 
 
+def script(*words):
+    call(venv_python(), "-u", *words, shown=False)
+
+
+def train_model(model, flags):
+    best = os.path.join(OUT, "best.pt")
+    if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
+        script("export.py", model, f"--checkpoint={best}")
+        return
+    script("train.py", CONFIG, *flags, f"--out_dir={OUT}", "--resume=auto")
+    if not finished(OUT):
+        raise StepFailed("training was stopped; the same command goes on from there")
+
+
 def story():
-    vocab = [f"--data_dir={DATA}", f"--vocab_size={VOCAB_SIZE}"]
+    flags = [f"--data_dir={DATA}", f"--vocab_size={VOCAB_SIZE}"]
     stories = os.path.join(DATA, "TinyStories_all_data")
-    vocabulary = os.path.join(DATA, f"tok{VOCAB_SIZE}.model")
     shards = os.path.join(DATA, f"tok{VOCAB_SIZE}")
     model = os.path.join(OUT, "model.bin")
-    python = venv_python()
-
-    def script(*words):
-        call(python, "-u", *words, shown=False)
-
-    def there(path):
-        return path if os.path.exists(path) else ""
-
-    step(1, f"Python environment in {VENV}", lambda: make_venv("requirements.txt"))
-    step(2, "the C engine, ./run", lambda: call("make", "--no-print-directory", "run"))
-    step(
-        3,
-        f"a practice corpus of 20,000 stories in {stories}",
-        lambda: script("tinystories.py", "synth", f"--data_dir={DATA}"),
-        there(stories),
+    stages = (
+        (f"a practice corpus of 20,000 stories in {stories}", "synth", stories),
+        (f"a vocabulary of {VOCAB_SIZE} pieces", "train_vocab", f"{shards}.model"),
+        ("the stories as tokens", "pretokenize", shards),
     )
-    step(
-        4,
-        f"a vocabulary of {VOCAB_SIZE} pieces",
-        lambda: script("tinystories.py", "train_vocab", *vocab),
-        there(vocabulary),
-    )
-    step(
-        5,
-        "the stories as tokens",
-        lambda: script("tinystories.py", "pretokenize", *vocab),
-        shards if complete(shards) else "",
-    )
-    best = os.path.join(OUT, "best.pt")
 
-    def train_model():
-        if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
-            script("export.py", model, f"--checkpoint={best}")
-        else:
-            script("train.py", CONFIG, *vocab, f"--out_dir={OUT}", "--resume=auto")
-            if not finished(OUT):
-                raise StepFailed("training was stopped; the same command goes on from there")
-
-    step(
-        6,
-        f"training a small model into {OUT} (about 2 minutes on two idle cores)",
-        train_model,
-        model if finished(OUT) and os.path.exists(model) else "",
-    )
-    step(7, "a story", lambda: call("./run", model, "-t", "0.7", "-i", "Once upon a time"))
+    step(1, f"Python environment in {VENV}", "", make_venv, "requirements.txt")
+    step(2, "the C engine, ./run", "", call, "make", "--no-print-directory", "run")
+    for number, (title, stage, result) in enumerate(stages, 3):
+        is_done = complete(result) if result == shards else os.path.exists(result)
+        step(number, title, is_done and result, script, "tinystories.py", stage, *flags)
+    title = f"training a small model into {OUT} (about 2 minutes on two idle cores)"
+    is_done = finished(OUT) and os.path.exists(model)
+    step(6, title, is_done and model, train_model, model, flags)
+    step(7, "a story", "", call, "./run", model, "-t", "0.7", "-i", "Once upon a time")
     print(
         f"""
 Three commands to try next:
   ./run {model} -t 0.7 -i "One day, a little fox"
-  {python} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
-  {python} tinystories.py download    # the real TinyStories; README.md goes on from there"""
+  {venv_python()} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
+  {venv_python()} tinystories.py download    # the real TinyStories; README.md goes on from there"""
     )
 
 

@@ -30,7 +30,7 @@ def atomic_write(path, mode="wb"):
     A folder or a device is not replaced: UserError.
     """
     path = os.fspath(path)
-    if os.path.exists(path) and not os.path.isfile(path):
+    if (os.path.exists(path) and not os.path.isfile(path)) or not os.path.basename(path):
         raise UserError(f"cannot write {path}: it is a folder or a device, not a file")
     folder = os.path.dirname(path) or "."
     is_new = not os.path.isdir(folder)
@@ -288,18 +288,14 @@ def unpack(archive, folder):
         if os.path.isdir(folder):
             os.rmdir(folder)
         os.rename(top, folder)
-    except OSError as e:
-        if e.errno:
+    except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
+        if isinstance(e, OSError) and e.errno:
             raise UserError(f"cannot unpack {archive} to {folder}: {e.strerror}") from None
-        raise UserError(damaged(archive, e)) from None
-    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
-        raise UserError(damaged(archive, e)) from None
+        raise UserError(
+            f"{archive} is no whole tar archive ({e}); delete it and download it again"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def damaged(archive, error):
-    return f"{archive} is no whole tar archive ({error}); delete it and download it again"
 
 
 def check_end(tar):
@@ -313,6 +309,7 @@ def check_end(tar):
 
 def extract_member(tar, member, root):
     """Write one regular file of an archive below `root`; links, devices and `..` are refused."""
+    # by hand, because the data filter of tarfile is absent from Python 3.11.2, which Debian 12 has
     name = os.path.normpath(member.name)
     if os.path.isabs(name) or name.split(os.sep)[0] == ".." or "\\" in name or ":" in name:
         raise UserError(f"archive member {member.name!r} points outside the archive; refused")
@@ -324,4 +321,4 @@ def extract_member(tar, member, root):
         with tar.extractfile(member) as src, open(target, "wb") as dst:
             shutil.copyfileobj(src, dst, 1 << 20)
     else:
-        raise UserError(f"archive member {member.name!r} is no regular file; refused")
+        raise UserError(f"archive member {member.name!r} is not a regular file; refused")

@@ -53,13 +53,17 @@ def bf16_pays(device):
     """
     if not has_bf16(device) or device.type != "cpu":
         return has_bf16(device)
-    n, end = 512, time.perf_counter() + 0.1
-    inputs = {dtype: torch.ones(n, n, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    best = dict.fromkeys(inputs, math.inf)
+    in_float32, in_bfloat16 = fastest_products(512, (torch.float32, torch.bfloat16), 0.1)
+    return in_float32 > 1.5 * in_bfloat16
+
+
+def fastest_products(n, dtypes, seconds):
+    """The shortest time of a product of n x n matrices in each dtype, alternating for `seconds`."""
+    best, end = [math.inf] * len(dtypes), time.perf_counter() + seconds
+    inputs = [torch.ones(n, n, dtype=dtype) for dtype in dtypes]
     while time.perf_counter() < end:
-        for dtype, x in inputs.items():
-            best[dtype] = min(best[dtype], seconds_of_product(x))
-    return best[torch.float32] > 1.5 * best[torch.bfloat16]
+        best = [min(b, seconds_of_product(x)) for b, x in zip(best, inputs, strict=True)]
+    return best
 
 
 def seconds_of_product(x):
@@ -123,11 +127,7 @@ def peak_flops(device, dtype):
         return tflops * 1e12 if tflops and dtype is torch.bfloat16 else None
     if device.type != "cpu":
         return None
-    n, best, end = 1024, math.inf, time.perf_counter() + 0.3
-    x = torch.ones(n, n, dtype=dtype)
-    while time.perf_counter() < end:
-        best = min(best, seconds_of_product(x))
-    return 2 * n**3 / best
+    return 2 * 1024**3 / fastest_products(1024, [dtype], 0.3)[0]
 
 
 def describe(device):
@@ -145,15 +145,10 @@ def describe(device):
 def git_commit():
     """The commit of this repository, with "+" where files were changed since; "" outside git."""
     folder = Path(__file__).resolve().parent.parent
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    command = "git --git-dir=.git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return ""
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.check_output(
+            command, cwd=folder, text=True, stderr=subprocess.DEVNULL
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -100,7 +100,7 @@ def push(folder, name, private=False, dry_run=False):
         raise UserError(
             f"cannot upload to {name}: {reason(e)}; {folder} is whole, run the same command again"
         ) from None
-    print(f"uploaded to {done.repo_url if hasattr(done, 'repo_url') else name}")
+    print(f"uploaded to {done.repo_url}")
 
 
 def reason(error):
@@ -144,11 +144,12 @@ class Uploads:
         need("huggingface_hub.utils").disable_progress_bars()
         self.queue, self.arrived, self.failed = queue.Queue(), [], []
         self.ending = threading.Event()
-        self.thread = None
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
         with contextlib.suppress(FileNotFoundError):  # of a run that was killed
             for name in sorted(os.listdir(self.staged(""))):
                 if NAME.fullmatch(name):
-                    self.send_in_background(name)
+                    self.queue.put(name)
                 else:
                     remove(self.staged(name))
 
@@ -174,18 +175,12 @@ class Uploads:
             remove(self.staged(given_up := self.failed.pop(0)))
             warn(f"{given_up} will not reach {self.repo}: too many are waiting")
         self.tidy()
-        self.send_in_background(name)
+        self.queue.put(name)
 
     def tidy(self):
         """Delete here what has arrived and has become an earlier checkpoint, if that is asked."""
         for earlier in self.arrived if not self.keep_local else ():
             remove(os.path.join(self.out_dir, earlier))
-
-    def send_in_background(self, name):
-        self.queue.put(name)
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.work, daemon=True)
-            self.thread.start()
 
     def work(self):
         while (name := self.queue.get()) is not None:
@@ -218,11 +213,10 @@ class Uploads:
 
     def finish(self):
         """Wait for all uploads, try some more what failed; returns whether all arrived."""
-        if self.thread:
-            self.queue.put(None)
-            self.ending.set()
-            print(f"waiting for uploads to {self.repo}")
-            self.thread.join()
+        self.queue.put(None)
+        self.ending.set()
+        print(f"waiting for uploads to {self.repo}")
+        self.thread.join()
         for wait in (*WAITS_S, 0):
             then = f"again in {wait} s" if wait else "it stays here"
             self.failed = [name for name in self.failed if not self.send_once(name, then)]

@@ -67,7 +67,7 @@ def test_times_to_a_target_are_interpolated():
     assert trials.time_to(evals, 0.9) == pytest.approx(225)
     assert trials.time_to(evals, 2.5) == 60  # at the first evaluation or before it
     assert trials.time_to(evals, 0.5) == math.inf
-    assert trials.value_at(evals, 30) is None
+    assert math.isnan(trials.value_at(evals, 30))
     assert trials.value_at(evals, 60) == 2.0
     assert trials.value_at(evals, 90) == 1.5
     assert trials.value_at(evals, 1000) == 0.8
@@ -95,6 +95,7 @@ def recipe(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_speedrun_does_not_repeat_complete_runs(tmp_path, recipe):
     """All runs of two seeds are complete, so nothing is trained and no shard is read."""
     out, data = tmp_path / "out", tmp_path / "data"

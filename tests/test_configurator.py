@@ -117,6 +117,7 @@ def test_scripts_work_from_any_directory(tmp_path):
     refused(done, "no token shards", "tinystories.py pretokenize --vocab_size=1024")
 
 
+@pytest.mark.slow
 def test_every_setting_is_explained():
     for name in ("train.py", "sample.py", "generate.py", "tinystories.py"):
         done = subprocess.run(

@@ -8,6 +8,7 @@ import re
 import shlex
 
 import house
+import pytest
 from conftest import REPO, read_log, script
 
 from configurator import PRINT_SETTINGS
@@ -125,6 +126,7 @@ def documented_commands():
     return sorted(commands)
 
 
+@pytest.mark.slow
 def test_documented_commands_have_settings_that_exist():
     commands = documented_commands()
     assert len(commands) > 40

@@ -127,6 +127,7 @@ def test_a_notebook_in_git_has_no_outputs_and_no_paths(name):
             assert cell.outputs == [] and cell.execution_count is None, cell.id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name, copy, kernel, monkeypatch):
     for variable, value in NOTEBOOKS[name].items():
@@ -137,6 +138,7 @@ def test_a_notebook_runs(name, copy, kernel, monkeypatch):
     assert any(cell.outputs for cell in code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slip", SLIPS)
 def test_from_scratch_notices_a_slip(slip, monkeypatch):
     """The cells up to the training run, in this process, with one line changed, end in an error."""

@@ -175,6 +175,7 @@ def log_of(out):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, optimizer",
     [*((name, "muon") for name in OPTIONS), ("plain", "adamw"), ("modded", "adamw")],
@@ -199,6 +200,7 @@ def test_every_option_resumes_and_is_shared(half_runs, practice, tmp_path, name,
         assert max(abs(found[key] - expected[key]) for key in found) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_was_trained_is_told_by_c(half_runs, run, name):
     """./run and sample.py tell the same story at temperature 0."""

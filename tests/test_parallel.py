@@ -74,6 +74,7 @@ def runs(tmp_path_factory, practice):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2"])
 def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     assert_same_losses(runs / "one", runs / name)
@@ -85,6 +86,7 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(runs, name):
     assert np.linalg.norm(one - many) < 1e-4 * np.linalg.norm(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source, n, words",
     [
@@ -115,6 +117,7 @@ def test_a_checkpoint_is_resumed_by_any_number(runs, practice, tmp_path, source,
         torch.testing.assert_close(model[name], whole[name], atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_exported_and_tells_the_same(runs, tmp_path):
     sharded = runs / "fsdp2" / "ckpt.pt"
     done = script("export.py", tmp_path / "model.bin", f"--checkpoint={sharded}")
@@ -124,6 +127,7 @@ def test_a_sharded_checkpoint_is_exported_and_tells_the_same(runs, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_that_is_damaged_is_named(runs, practice, tmp_path):
     """A flipped bit, a missing file: the checkpoint before is taken."""
     for i, harm in enumerate(("bit", "file")):
@@ -146,6 +150,7 @@ class Hostile:
         return (os.mkdir, ("hostile-code-ran",))
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_from_a_stranger_runs_no_code(runs, tmp_path, monkeypatch):
     """Neither through its table of contents, a pickle, nor through what that says is no tensor."""
     monkeypatch.chdir(tmp_path)
@@ -173,6 +178,7 @@ def test_a_sharded_checkpoint_from_a_stranger_runs_no_code(runs, tmp_path, monke
     assert not os.path.exists("hostile-code-ran")
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_sharded_checkpoint(runs, practice, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(runs / "fsdp2", out)
@@ -193,6 +199,7 @@ def test_a_full_disk_costs_no_sharded_checkpoint(runs, practice, tmp_path):
     assert not list(out.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_accumulation_is_shared_too(runs, practice, tmp_path):
     """Two micro-batches of 4, one for each process, are the step of one batch of 8."""
     words = ["--batch_size=4", "--gradient_accumulation_steps=2"]
@@ -223,6 +230,7 @@ def ranks_of(out_dir):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun", "all processes"])
 def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tmp_path, to):
     """Some systems signal every process, and torchrun then signals its own once more."""
@@ -246,6 +254,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tm
             assert abs(a[key] - b[key]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_job_with_its_own_message(practice, tmp_path):
     words = ["--batch_size=7"]
     process = launch(2, practice, tmp_path / "out", *words)
@@ -259,6 +268,7 @@ def test_a_failing_rank_ends_the_job_with_its_own_message(practice, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
     """Rank 1 is killed from outside; rank 0 does not wait for ever, and says what happened."""
     out = tmp_path / "out"

@@ -10,7 +10,7 @@ from test_tokenizer import c_ids, generated_texts
 from formats import gguf as gguffile
 from formats import huggingface
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.peers
 F32 = 0  # GGML's number of the number format, for the cache of keys and values
 NAMES = [n for n, (o, kind) in CASES.items() if kind in IN_GGUF and "sliding_window" not in o]
 

@@ -260,6 +260,7 @@ def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_train_draws_its_loss_at_the_end(practice, tmp_path):
     flags = [*TINY, "--picture=True", "--max_iters=20", f"--data_dir={practice}"]
@@ -355,6 +356,7 @@ def shown_step(page):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium")
 @needs_matplotlib
 def test_the_page_follows_a_real_run_in_a_browser(practice, tmp_path, serve, builds):

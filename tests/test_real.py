@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import TINY, script
 
 STORIES_260K = """\
@@ -21,6 +22,7 @@ def test_stories260k_says_its_text(real_data, run):
     assert done.stdout.decode() == STORIES_260K
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_on_real_stories(real_data, tmp_path, run):
     stories = real_data / "tinystories"
     data, out = tmp_path / "data", tmp_path / "out"

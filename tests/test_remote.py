@@ -201,6 +201,7 @@ def test_metrics_go_on_in_the_same_run(wandb, practice, tmp_path, monkeypatch):
     assert done.returncode == 0 and done.stderr.count("wandb fails (no network)") == 1
 
 
+@pytest.mark.slow
 def test_the_real_library_offline(practice, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -279,6 +280,7 @@ SMALLER = "--n_layers=1 --max_seq_len=16 --batch_size=2 --eval_interval=2 --devi
 SMALLER += ["--dtype=float32", "--compile=False", "--warmup_iters=1"]
 
 
+@pytest.mark.slow
 def test_smol_llama_from_its_data_to_transformers(hub, tmp_path):
     fineweb_on(hub, 20000)
     words = ["--source=fineweb-6b", f"--endpoint={hub.url}"]
@@ -328,6 +330,7 @@ def torchrun(folder, practice, *words):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_upload_are_killed_and_resume_from_the_hub(hub, practice, tmp_path):
     out = tmp_path / "out"
     words = [f"--hub_repo={NAME}", f"--out_dir={out}", "--eval_interval=5"]
@@ -353,6 +356,7 @@ def test_two_processes_upload_are_killed_and_resume_from_the_hub(hub, practice, 
     assert steps_on(hub)[-1] == f"checkpoints/ckpt_{step + 3:06}.pt"
 
 
+@pytest.mark.slow
 def test_two_processes_for_a_given_time_end_with_the_users_command(practice, tmp_path):
     words = [
         "--max_minutes=0.02",

@@ -83,6 +83,7 @@ def test_no_story_after_a_training_that_was_stopped(tmp_path, monkeypatch, capsy
     assert "[7/7]" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_torch_that_is_there_is_used_and_a_broken_venv_made_again(tmp_path):
     """All the packages are seen behind .venv's own, so nothing is downloaded."""
     shutil.copy(REPO / "requirements.txt", tmp_path)

@@ -356,6 +356,7 @@ def test_bench_prints_its_figures(run, small):
         assert name in done.stdout.decode()
 
 
+@pytest.mark.slow
 def test_the_library_tells_what_the_engine_tells(builds, small, tmp_path):
     library = compile_c(
         REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"
@@ -394,6 +395,7 @@ llama.close()
     assert done.stdout == expected
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_probabilities(builds):
     logits = [3.0, 1.0, 2.0, -1.0, 0.0]
     weights = np.exp(logits) / np.exp(logits).sum()
@@ -730,6 +732,7 @@ def test_a_full_disk_is_reported(builds, small):
     assert done.returncode == 1 and b"cannot write the story" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cc", compilers())
 def test_no_compiler_warns(tmp_path, cc):
     compile_c(REPO / "run.c", tmp_path / "run", "-O1", "-pedantic", cc=cc)  # -Wall -Wextra -Werror
@@ -742,6 +745,7 @@ def test_big_endian_is_refused_by_name():
     assert done.returncode and b"does not swap bytes" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not supports("-fopenmp"), reason="the compiler has no OpenMP")
 def test_openmp_changes_no_bit(tmp_path, tokenizers):
     """Each row is summed in one order, so one thread and many tell the same story."""
@@ -761,6 +765,7 @@ def test_openmp_changes_no_bit(tmp_path, tokenizers):
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not supports("-fopenmp"), reason="the compiler has no OpenMP")
 def test_threads_that_are_waited_for_are_given_up_for_a_while(tmp_path):
     compile_c(REPO / "tests/harness.c", tmp_path / "harness", "-O1", "-fopenmp")

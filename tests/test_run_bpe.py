@@ -113,6 +113,7 @@ def test_cuts_are_those_of_the_patterns(c_ids, tokenizer, trained_on):
         assert [everything.vocab[i] for i in ids] == pieces(everything, text)
 
 
+@pytest.mark.slow
 def test_every_character_has_the_class_of_python(c_ids, tokenizer):
     """Behind a letter, a digit and a full stop, which join what is in the same pre-token."""
     for before, end in ("a", 0x38000), ("1", 0x38000), (".", 0x110000):  # few are behind 0x38000
@@ -170,6 +171,7 @@ def merged_in_turn(tokenizer, text):
     return [ord(i) for i in ids]
 
 
+@pytest.mark.slow
 def test_a_megabyte_without_a_space(c_ids, tokenizer, trained_on):
     rng = random.Random(5)
     letters = "".join(rng.choices("abc", k=1 << 20))
@@ -291,6 +293,7 @@ def test_eval_counts_the_tokens_of_python(run, small, tokenizer, stories, tmp_pa
     assert f"5 documents, {len(''.join(texts))} bytes, {n} tokens" in done.stdout.decode()
 
 
+@pytest.mark.slow
 def test_the_library_takes_it(builds, small, tokenizer, tmp_path):
     library = compile_c(
         REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"

@@ -53,6 +53,7 @@ def test_a_grid_with_seeds_becomes_runs_with_results(practice, tmp_path):
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_end_the_rest_and_is_tried_again(practice, tmp_path):
     runs = "good: --batch_size=4; bad: --batch_size=200000 ; wild: --base_learning_rate=1e15"
     words = (f"--runs={runs}", "--seeds=1", "--evals=0")
@@ -85,6 +86,7 @@ def wait_for(condition, seconds=90):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
     words = [
@@ -121,6 +123,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
     assert results(whole)[second]["val_loss"] == results(out)[second]["val_loss"]
 
 
+@pytest.mark.slow
 def test_results_of_another_sweep_are_neither_lost_nor_mixed_in(practice, tmp_path):
     words = ("--grid=base_learning_rate=1e-2", "--seeds=1")
     done = sweep(practice, tmp_path, *words, "--equal_tokens=2560")
@@ -136,6 +139,7 @@ def test_results_of_another_sweep_are_neither_lost_nor_mixed_in(practice, tmp_pa
     assert done.returncode == 0 and "1 of 2 runs to do" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_equal_time_gives_the_slower_run_fewer_steps(practice, tmp_path):
     runs = "--runs=small: --dim=32 --compile=False; large: --dim=128 --n_layers=6 --compile=False"
     done = sweep(practice, tmp_path, runs, "--seeds=1", "--equal_minutes=1", "--dry_run")
@@ -157,6 +161,7 @@ def test_an_estimate_needs_no_data_and_says_the_cost(tmp_path):
     assert "tinystories.py train_vocab" in done.stdout and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(p.stem for p in (REPO / "experiments").glob("*.py")))
 def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
     text = (REPO / "experiments" / f"{name}.py").read_text()

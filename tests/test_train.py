@@ -191,7 +191,7 @@ def test_a_resumed_run_keeps_and_gains_memory(practice, tmp_path):
 def test_malloc_is_tuned_by_one_new_start(tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import os, sys; from memory import tune_malloc; print('start', flush=True); "
+        "import os, sys; from system.memory import tune_malloc; print('start', flush=True); "
         "tune_malloc(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)"
     )
     command = [sys.executable, "-O", str(probe), "a b", "--c"]
@@ -256,6 +256,7 @@ def test_accumulated_batches_are_one_batch(practice, tmp_path):
         torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     # a rate that does not depend on max_iters, so that a run in two parts can equal one in one
     words = ["--dtype=bfloat16", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
@@ -268,6 +269,7 @@ def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_decay_that_falls_shrinks_less(practice, tmp_path):
     """Less than one that stays, and more than none."""
     norms = []
@@ -282,6 +284,7 @@ def test_a_decay_that_falls_shrinks_less(practice, tmp_path):
     assert norms[0] > 1.02 * norms[1] > 1.04 * norms[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--dropout=0.1"], ["--dtype=bfloat16", "--sliding_window=8"]])
 def test_activation_checkpointing_changes_no_loss(practice, tmp_path, words):
     losses = []
@@ -335,7 +338,7 @@ def test_activation_checkpointing_changes_no_loss(practice, tmp_path, words):
         (["--seed=-1"], ["seed = -1"]),
         (["--dim=2e9"], ["dim = 2000000000: expected at most 65536"]),
         (["--n_layers=1e9"], ["n_layers = 1000000000: expected at most 4096"]),
-        (["--max_iters=1e30"], ["expected a number of at most 10 ** 12"]),
+        (["--max_iters=1e30"], ["expected a number from 1 to 10 ** 12"]),
         (["--max_minutes=1e300"], ["from 0 (no limit) to 1e7"]),
         (["--seed=99999999999999999999999"], ["seed = 99999"]),
     ],
@@ -385,6 +388,7 @@ def test_sample_refuses(trained, words, part):
     refused(script("sample.py", f"--out_dir={trained}", *words), part)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("more", [[], ["--activation_checkpointing=selective"]])
 def test_compiled_layers_train_alike(practice, tmp_path, more):
@@ -403,6 +407,7 @@ def test_compiled_layers_train_alike(practice, tmp_path, more):
     assert not (tmp_path / "False" / "compiled").exists()
 
 
+@pytest.mark.slow
 def test_wrong_compiled_code_is_not_used(practice, tmp_path):
     code = f"""
 import sys, model
@@ -447,4 +452,4 @@ def test_minutes_end_a_run_and_its_schedule(practice, tmp_path):
     assert rates[0] == 0.02 and rates[-1] < 0.005
     assert log[-2]["kind"] == "eval" and log[-2]["step"] == log[-1]["step"]
     again = train(practice, out, *words)
-    assert again.returncode == 0 and "has done its" in again.stdout
+    assert again.returncode == 0 and "is complete" in again.stdout

@@ -103,6 +103,7 @@ def check_whole(data_dir, texts=TEXTS):
     return train, valid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [*ENDINGS, ".JSONL", ".TXT.GZ"])
 def test_files_of_every_shape_become_the_same_shards(ending, tmp_path, data):
     path = tmp_path / f"a{ending}"
@@ -128,6 +129,7 @@ def test_the_split_is_by_the_text_whatever_file_and_machine_reads_it(tmp_path, d
     assert sorted(train + valid) == sorted(TEXTS * len(ENDINGS))
 
 
+@pytest.mark.slow
 def test_one_machine_or_several_the_documents_are_the_same(tmp_path, data, model, monkeypatch):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(in_shape(TEXTS, ".txt.gz"))
@@ -190,6 +192,7 @@ def fineweb(hub, name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fineweb", "fineweb-edu"])
 def test_fineweb_comes_file_by_file_and_the_next_command_goes_on(hub, data, name):
     fineweb(hub, name)
@@ -275,6 +278,7 @@ def test_ready_made_tokens_with_their_tokenizer(hub, tmp_path):
     assert again.returncode == 0 and "is there already" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_tokenizer_json_that_does_more_is_refused(tmp_path):
     bpe = smol_tokenizer(TEXTS, tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -301,6 +305,7 @@ def test_a_tokenizer_json_that_does_more_is_refused(tmp_path):
 # ---- interruptions
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_at_the_shard(tmp_path, data):
     folder = tmp_path / "source"
     folder.mkdir()

@@ -177,7 +177,7 @@ def border_after(f, offset, mark):
 
 def ending(path):
     """The key of READERS for a file, without .gz."""
-    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+    return os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
 
 
 def read_documents(spans):
@@ -196,7 +196,7 @@ def stream_documents(path):
     .json list is read as a whole. Raises UserError if it is damaged.
     """
     with open(path, "rb") as raw, readable(path):
-        file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
+        file = gzip.GzipFile(fileobj=raw) if os.fspath(path).lower().endswith(".gz") else raw
         for text in cleaned(READERS[ending(path)](file, path)):
             yield text, raw.tell()
 

@@ -64,10 +64,10 @@ def check_attention(attention, device, dtype, dropout):
         raise UserError(f"attention = {attention} has no dropout: give --attention=sdpa")
 
 
-def worth_compiling(s, model, tokens_a_step, device):
+def worth_compiling(s, model, tokens_a_step, device, is_sharded):
     """Whether the run is long enough for torch.compile's 10 to 30 seconds to pay off."""
-    if s.fsdp or s.eval_only or s.compile != "auto":
-        return s.compile == "True" and not s.fsdp and not s.eval_only
+    if is_sharded or s.eval_only or s.compile != "auto":
+        return s.compile == "True" and not is_sharded and not s.eval_only
     on_gpu = device.type == "cuda"
     if device.type == "mps" or (s.dropout and not on_gpu):
         return False

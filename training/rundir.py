@@ -1,7 +1,7 @@
 """
 The folder of a training run: one run at a time, its log, and what an earlier run left.
 
-log.jsonl has one JSON object a line; README.md says what is in it.
+log.jsonl has one JSON object a line; doc/log-fields.md explains them.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class RunDir:
     def set_aside_earlier_run(self):
         """
         Move what an earlier run left to `previous`, or previous_2 and so on where there is one from
-        before; what came to no checkpoint is not worth that. The next call completes a call that
+        before; a run without a checkpoint is not kept. The next call completes a call that
         was interrupted.
         """
         moving = self.file("moving")

@@ -9,11 +9,10 @@ settings that they stand for.
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from dataclasses import fields
 
+import numpy as np
 import torch
 
 from dataset import DataPaths
@@ -26,18 +25,17 @@ from training.settings import SAME_RESULT, SAME_WORK, TRAIN, resolved
 REPO = os.path.dirname(TRAIN)
 
 
-def same_run(config, other):
+def changed_settings(config, other):
     """
-    Whether two dicts of train.py's settings are of the same run, wherever it writes. A setting that
-    one of them lacks, because it is older, has its default.
+    The names of the settings that make two runs of train.py different ones, wherever they write;
+    config, other: their settings. One that is absent, because a run is older, has its default.
     """
     config, other = ({**resolved(), **settings} for settings in (config, other))
-    return all(config[name] == other.get(name) for name in config.keys() - SAME_RESULT)
+    return [n for n in config if n not in SAME_RESULT and config[n] != other.get(n)]
 
 
-def start(arguments, out_dir, **options):
-    """Run train.py and wait; returns the CompletedProcess. options: of subprocess.run."""
-    return subprocess.run([sys.executable, TRAIN, *arguments, f"--out_dir={out_dir}"], **options)
+def same_run(config, other):
+    return not changed_settings(config, other)
 
 
 def read_run(out_dir):
@@ -150,31 +148,21 @@ def time_to(evals, target, clock="train_s"):
     The seconds of `clock` (train_s or all_s) at which a curve first comes down to `target` bits
     per byte, linear between evaluations; inf where it never does.
     """
-    before = None
-    for line in evals:
+    for k, line in enumerate(evals):
         if line["val_bpb"] <= target:
-            if before is None:
-                return line[clock]
-            share = (before["val_bpb"] - target) / (before["val_bpb"] - line["val_bpb"])
-            return before[clock] + share * (line[clock] - before[clock])
-        before = line
+            last_two = evals[k::-1][:2]  # np.interp wants them in rising order
+            points = ([e[name] for e in last_two] for name in ("val_bpb", clock))
+            return float(np.interp(target, *points))
     return math.inf
 
 
 def value_at(evals, seconds):
     """
-    Bits per byte after so many seconds of training, linear between evaluations; None before the
+    Bits per byte after so many seconds of training, linear between evaluations; NaN before the
     first of them.
     """
-    before = None
-    for line in evals:
-        if line["train_s"] >= seconds:
-            if before is None:
-                return line["val_bpb"] if line["train_s"] == seconds else None
-            share = (seconds - before["train_s"]) / (line["train_s"] - before["train_s"])
-            return before["val_bpb"] + share * (line["val_bpb"] - before["val_bpb"])
-        before = line
-    return before["val_bpb"] if before else None
+    points = ([line[name] for line in evals] for name in ("train_s", "val_bpb"))
+    return np.interp(seconds, *points, left=math.nan)
 
 
 def race(plain, ours, sprint):

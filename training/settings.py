@@ -109,7 +109,8 @@ CHOICES = {
     "compile": ("auto", "True", "False"),
     "resume": ("auto", "no"),
 }
-# name: (smallest, largest, how a message says it)
+# name: (smallest, largest, how a message says it). Where 0 is not allowed the smallest is a normal
+# number: train.py takes denormal ones as 0
 INTEGERS = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval keep_last"
 RANGES = {
     **dict.fromkeys(INTEGERS.split(), (1, math.inf, "at least 1")),
@@ -120,14 +121,14 @@ RANGES = {
     "momentum_warmup": (0, math.inf, "a number 0 or above"),
     "cooldown_frac": (0, 1, "a number from 0 to 1"),
     "final_lr_frac": (0, 1, "a number from 0 to 1"),
-    **dict.fromkeys(GROUPS["rates"], (math.ulp(0), 1e30, "a number above 0, at most 1e30")),
+    **dict.fromkeys(GROUPS["rates"], (sys.float_info.min, 1e30, "a number above 0, at most 1e30")),
     **dict.fromkeys(
         [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "a number from 0 to below 1")
     ),
     "weight_decay": (0, sys.float_info.max, "a number 0 or above"),
     "muon_weight_decay": (0, sys.float_info.max, "a number 0 or above"),
     "grad_clip": (0, sys.float_info.max, "a number 0 (no limit) or above"),
-    "mfu": (math.ulp(0), 1, "a number above 0, at most 1"),
+    "mfu": (sys.float_info.min, 1, "a number above 0, at most 1"),
     "price": (0, sys.float_info.max, "a number 0 or above"),
     "seed": (0, 2**63 - 1, "a number from 0 to 2 ** 63 - 1"),
 }
