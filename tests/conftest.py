@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,15 @@ def builds(tmp_path_factory):
     flags = {"fast": ["-O3"], "checked": ["-O1"] if ENGINE_EMULATOR else SANITIZE}
     sources = {"run": "run.c", "harness": "tests/harness.c"}
     found = {(name, kind): folder / f"{name}_{kind}" for name in sources for kind in flags}
+
+    def build(name, kind):
+        compile_c(REPO / sources[name], found[name, kind], *flags[kind])
+
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for (name, kind), path in found.items():
-            if not path.exists():
-                compile_c(REPO / sources[name], path, *flags[kind])
+        missing = [key for key, path in found.items() if not path.exists()]
+        with ThreadPoolExecutor(2) as pool:  # a compiler is a process of its own
+            list(pool.map(lambda key: build(*key), missing))
     return found
 
 

@@ -359,6 +359,7 @@ def test_autotokenizer_has_our_ids(tmp_path, tokenizers, which):
     assert ids == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_id]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_json_alone_is_enough_to_sample(tmp_path, tokenizers, capsys):
     model = sized(tokenizers[512])
     huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[512], {})

@@ -184,6 +184,7 @@ def alone(practice, out, *words):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_metrics_go_on_in_the_same_run(wandb, practice, tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = ["--wandb_project=stories", "--resume=auto"]
@@ -229,6 +230,7 @@ def test_the_estimate_needs_no_data_and_no_gpu(tmp_path):
     refused(script("train.py", SMOL, "--estimate", "--mfu=0"), "mfu = 0.0")
 
 
+@pytest.mark.slow
 def test_what_the_estimate_says_of_memory():
     sizes = {"dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 512, "max_seq_len": 128}
     with torch.device("meta"):

@@ -439,7 +439,7 @@ def test_a_best_model_that_could_not_be_written_is_made_up_for(practice, tmp_pat
     """While the first best model is written the disk is full: the next evaluation replaces it."""
     out = tmp_path / "out"
     code = f"""
-import sys, checkpoint as module
+import sys; from training import checkpoint as module
 real = module.link_or_copy
 def fails_once(*args):
     module.link_or_copy = real

@@ -357,6 +357,7 @@ def test_a_changed_validation_file_does_not_leak_into_training(tmp_path, data):
         assert not set(documents_in(data)) & set(part)
 
 
+@pytest.mark.slow
 def test_another_number_of_files_doubles_and_loses_nothing(tmp_path, data):
     folder = tmp_path / "eight"
     folder.mkdir()
@@ -373,6 +374,7 @@ def test_another_number_of_files_doubles_and_loses_nothing(tmp_path, data):
         check_whole(data, expected)
 
 
+@pytest.mark.slow
 def test_damaged_parts_are_done_again_and_not_merged(tmp_path, data):
     path = tmp_path / "a.jsonl"
     path.write_bytes(in_shape(TEXTS, ".jsonl"))
