@@ -11,15 +11,16 @@ bpe49152/ with the shards. A source is one of SOURCES; a dataset of the hub, hf:
 or folder here: .txt with <|endoftext|> between documents, .jsonl or .json, all three also as .gz,
 or .parquet.
 
-Files of the hub are downloaded one ahead of the one that is read, and deleted once they are in
-shards. Text is read as a stream: what is in memory depends on num_workers alone. A document is for
-validation by a hash of its text, so that no copy of it can be in training, whatever machine reads
-it. After an interruption the same command goes on at the shard where it was.
+While one file of the hub is read, the next is downloaded; files are deleted once they are in shards.
+Text is read as a stream, so memory depends only on num_workers. A hash of each document's text
+decides whether it is for validation, so no copy of it can be in training, whichever machine reads
+it. After an interruption the same command continues at the shard where it stopped.
 
-Many machines share the work with --shard=0/8, --shard=1/8 ...; once their files lie in one folder
-`merge --shards=8` makes them one set. One machine does that by itself.
+Many machines share the work with --shard=0/8, --shard=1/8 ...; once their files are in one folder,
+`merge --shards=8` makes them one set. One machine alone needs no merge.
 
-To add a source: a line in SOURCES.
+To add a dataset of the hub: a line in SOURCES. To add another site: a function like files_of_hub()
+that returns its Files, and its branch in all_files(); get() must not send it the hub's token.
 """
 
 import contextlib
@@ -113,7 +114,7 @@ def data_paths():
 
 
 def full_source():
-    """The source, where it is a path a full one."""
+    """The source; if it is a path, the absolute path."""
     return os.path.abspath(source) if os.path.exists(source) and source not in SOURCES else source
 
 
@@ -208,7 +209,7 @@ def get(url, path):
 
 
 def fetch(file):
-    """Have a File at its path."""
+    """Download a File unless it is at its path already."""
     if file.url and not os.path.exists(file.path):
         get(file.url, file.path)
 
@@ -222,7 +223,7 @@ def fetched(files):
 
 
 def in_background(function, *words):
-    """The Future of a function that runs in a daemon: Ctrl-C need not wait for gigabytes."""
+    """Run a function in a daemon thread: Ctrl-C need not wait for gigabytes. Returns its Future."""
     future = Future()
 
     def work():

@@ -9,7 +9,7 @@ Four shapes are read, told apart by the end of the name:
 The first three may be compressed with gzip (.txt.gz) where a file is read from its beginning.
 Documents lose the white space around them, and empty ones are dropped, as in llama2.c.
 
-To add a shape: a reader in READERS, and in MARKS what its documents end in, if something does.
+To add a shape: a reader in READERS, its ending in READABLE, and in MARKS what ends a document.
 """
 
 import contextlib

@@ -36,7 +36,7 @@ GRACE_S = 2  # in which the first rank of a machine may say what all of them hav
 
 
 def errors_of_ranks():
-    """Errors name their rank, and what all ranks of a machine have to say is said once."""
+    """Errors name their rank, and an error common to all ranks of a machine is printed once."""
     if WORLD_SIZE == 1:
         return
     one_sentence = sys.excepthook
