@@ -6,7 +6,7 @@ Every parameter has one role, and every role its own rate:
     hidden      matrices between two layers of activations
     embedding   tables that are looked up: tokens, values
     bigram      the hashed table of token pairs, of which most rows are seldom seen
-    head        the output matrix, be it the embedding as well; and an embedding that begins small
+    head        the output matrix, also if it is the embedding; and an embedding that starts small
     scalar      gains of norms, scalars of the residual stream, gates
 
 To add an optimizer: a function in OPTIMIZERS. To add a parameter: nothing where its name and shape

@@ -11,7 +11,7 @@ bpe49152/ with the shards. A source is one of SOURCES; a dataset of the hub, hf:
 or folder here: .txt with <|endoftext|> between documents, .jsonl or .json, all three also as .gz,
 or .parquet.
 
-While one file of the hub is read, the next is downloaded; files are deleted once they are in shards.
+While one file of the hub is read, the next is downloaded; a file in shards is deleted.
 Text is read as a stream, so memory depends only on num_workers. A hash of each document's text
 decides whether it is for validation, so no copy of it can be in training, whichever machine reads
 it. After an interruption the same command continues at the shard where it stopped.

@@ -11,8 +11,8 @@ SETTINGS = ":".join(f"glibc.malloc.{k}={v}" for k, v in TUNABLES.items())
 def tune_malloc():
     """
     Start this Python process again with settings of malloc that suit training on a CPU, where every
-    step asks for the same large blocks: as glibc comes, it hands them back to the system each time,
-    and getting them again, page by page, is a tenth of a step. Call it early: what was imported
+    step asks for the same large blocks: by default glibc returns them to the system each time, and
+    getting them again, page by page, takes a tenth of a step. Call it early: what was imported
     before is imported twice. Where GLIBC_TUNABLES is set, and on other systems than Linux, it does
     nothing.
     """

@@ -163,7 +163,7 @@ class Snapshot:
         self.buffers = {}
 
     def take(self, value):
-        """A nested dict with every tensor copied; tensors that are one stay one."""
+        """A nested dict with every tensor copied; tied tensors stay tied."""
         self.seen = {}
         copy = self.copied(value, ())
         if torch.cuda.is_initialized():
@@ -455,8 +455,8 @@ def load_latest(folder):
 
 def put_aside(folder, damaged, step):
     """
-    Out of the way of those that are rotated and deleted by name: damaged checkpoints, and of a run
-    that goes on from an earlier step those of later ones.
+    Rename checkpoints that rotation would otherwise move or delete: damaged ones and, where a run
+    resumes from an earlier step, those of later steps.
     """
     for path in damaged:
         replace(path, f"{path}.damaged")
