@@ -422,6 +422,7 @@ def test_the_script_trains_and_encodes(corpus, tmp_path):
     assert ids.dtype == np.uint16 and ids.tolist() == expected
 
 
+@pytest.mark.slow
 def test_what_the_script_refuses(corpus, tmp_path):
     model, empty = f"--model={tmp_path / 'my.model'}", tmp_path / "empty.txt"
     empty.touch()

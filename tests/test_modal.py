@@ -280,6 +280,7 @@ for i in range(3):
     assert committed == ["0", "1", "2", "2"]  # the last at the end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_passed_on_once_and_what_was_saved_is_committed(cloud, stubs, signum):
     """A signal to all in the container's session; train.py, in one of its own, gets SIGTERM."""

@@ -215,6 +215,7 @@ def test_the_real_library_offline(practice, tmp_path, monkeypatch):
 # ---- the estimate
 
 
+@pytest.mark.slow
 def test_the_estimate_needs_no_data_and_no_gpu(tmp_path):
     done = script("train.py", SMOL, "--estimate", f"--data_dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

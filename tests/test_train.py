@@ -89,6 +89,7 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practice, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
@@ -142,6 +143,7 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
     assert (checkpoint["config"]["weight_decay"], checkpoint["config"]["beta2"]) == (0.5, 0.9)
 
 
+@pytest.mark.slow
 def test_a_setting_that_means_what_the_model_has_is_taken(trained, practice, tmp_path):
     """value_embeddings is -1 there, all of two layers; another number is refused."""
     out = tmp_path / "out"
@@ -173,6 +175,7 @@ def test_a_model_from_elsewhere_is_trained_on(trained, practice, tmp_path):
     assert abs(losses[0] - ended) < 0.3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_and_gains_memory(practice, tmp_path):
     """It still checkpoints activations; and neurons' sizes, which it had not, begin at 0."""
     out = tmp_path / "out"

@@ -417,6 +417,7 @@ def test_small_files_are_trained_on_where_they_hold_a_window(tmp_path, data):
         TokenData(DataPaths(str(data), "bpe", SIZE), 100_000)
 
 
+@pytest.mark.slow
 def test_the_shards_of_another_source_are_not_replaced(tmp_path, data):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     for path in (first, second):
@@ -435,6 +436,7 @@ def test_the_shards_of_another_source_are_not_replaced(tmp_path, data):
 # ---- bad input
 
 
+@pytest.mark.slow
 def test_bad_input_gets_one_sentence(tmp_path, data, hub):
     good = tmp_path / "good.txt"
     good.write_bytes(in_shape(TEXTS, ".txt"))
