@@ -13,6 +13,7 @@ import shutil
 import tarfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 from configurator import UserError
@@ -23,10 +24,11 @@ ADDRESS_HINT = "check the address or give another with --url"
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb"):
+def atomic_write(path, mode="wb", durable=True):
     """
     Open a file beside `path` for writing and rename it to `path` once the block ends without an
-    exception, flushed to disk. On an exception nothing is left behind and `path` is untouched.
+    exception, flushed to disk if `durable`: a file that is checked before it is used need not be.
+    On an exception nothing is left behind and `path` is untouched.
     A folder or a device is not replaced: UserError.
     """
     path = os.fspath(path)
@@ -40,9 +42,11 @@ def atomic_write(path, mode="wb"):
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            if durable:
+                os.fsync(f.fileno())
         os.replace(part, path)
-        flush_folder(os.path.dirname(path))
+        if durable:
+            flush_folder(os.path.dirname(path))
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
@@ -64,6 +68,19 @@ def flush_folder(folder):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def flush_files(paths):
+    """Have files on disk that were written with durable=False; the disk gets several at a time."""
+
+    def flush(path):
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(flush, paths))
+    for folder in {os.path.dirname(path) for path in paths}:
+        flush_folder(folder)
 
 
 def remove(path):

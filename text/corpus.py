@@ -12,6 +12,7 @@ Documents lose the white space around them, and empty ones are dropped, as in ll
 To add a shape: a reader in READERS, its ending in READABLE, and in MARKS what ends a document.
 """
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -252,13 +253,13 @@ def read_txt(file, path):
     while chunk := file.read(1 << 20):
         *whole, tail = (tail + chunk).split(mark)
         for document in whole:
-            yield document.decode(UTF8)
+            yield document.removeprefix(codecs.BOM_UTF8).decode()
         if len(tail) > LONGEST:
             raise UserError(
                 f"{path} has a document of more than {LONGEST >> 20} MB: expected "
                 f"{mark.decode()} between documents"
             )
-    yield tail.decode(UTF8)
+    yield tail.removeprefix(codecs.BOM_UTF8).decode()
 
 
 def read_jsonl(file, path):

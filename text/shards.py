@@ -72,8 +72,9 @@ class Split:
             known = keys_of(self.valid)
             train = [text for text in texts if document_key(text) not in known]
         else:
+            limit = self.frac * 2**64
             for text in texts:
-                (valid if place_of(text) < self.frac * 2**64 else train).append(text)
+                (valid if place_of(text) < limit else train).append(text)
         return train, valid
 
 
@@ -233,22 +234,22 @@ def write_part(part, files, words, num_workers, bring, done):
     results, at, before = [], None, 0
     try:
         for batch, result in in_order(encode_batch, batches, words, num_workers):
-            k = number[batch.file]
-            if results and at != (k, batch.piece):
+            here = number[batch.file], batch.piece
+            if results and at != here:
                 part.add(*at, results)
                 results = []
             if batch.texts or batch.spans:
-                results, at = [*results, result], (k, batch.piece)
+                results, at = [*results, result], here
             bar.update(before + batch.read - bar.n)
             if batch.n_pieces is None:
                 continue
             if results:
                 part.add(*at, results)
                 results = []
-            part.finish(k, batch.n_pieces)
+            part.finish(here[0], batch.n_pieces)
             before += batch.file.size
             done(batch.file, part)
-        part.meta["complete"] = True
+        part.complete()
     finally:
         part.save()
         bar.close()
