@@ -107,8 +107,14 @@ def checked_special(special_tokens):
     if isinstance(special_tokens, str):
         raise UserError(f"special_tokens = {special_tokens!r}: expected a list of texts")
     for token in special_tokens or ():
-        if not isinstance(token, str) or len(token.encode(errors="replace")) < 2:
-            raise UserError(f"special token {token!r}: expected a text of two bytes or more")
+        try:
+            n_bytes = len(token.encode())
+        except (AttributeError, UnicodeEncodeError):  # no text, or bytes of the command line
+            n_bytes = 0
+        if n_bytes < 2:
+            raise UserError(
+                f"special token {token!r}: expected a text of two bytes or more, in UTF-8"
+            )
     return list(dict.fromkeys(special_tokens or ()))
 
 
@@ -610,7 +616,7 @@ def byte_of():
 
 if __name__ == "__main__":
     stage = ""  # train, encode or import
-    source = ""  # text: a file, or a folder of files, .txt, .json or .jsonl
+    source = ""  # text: a file, or a folder of files: .txt, .json, .jsonl, .csv or .parquet
     model = "bpe.model"  # the tokenizer, which encode reads and the others write
     num_workers = 0  # processes; 0: one per core
     # train
@@ -638,7 +644,7 @@ if __name__ == "__main__":
         what = f"unknown stage {stage!r}" if stage else "no stage is given"
         raise UserError(f"{what}; expected one of: train, encode, import")
     if stage != "import" and not source:
-        raise UserError("--source=PATH is missing: a text, or a folder of .txt, .json or .jsonl")
+        raise UserError("--source=PATH is missing: a text, or a folder of files of text")
 
     if stage == "train":
         files.check(source)
@@ -668,14 +674,15 @@ if __name__ == "__main__":
     if stage == "encode":
         if not out:
             raise UserError("--out=PATH is missing: a folder for shards, or a file ending in .npy")
-        if os.path.splitext(out)[1] not in ("", ".npy") and not os.path.isdir(out):
+        is_array = out.lower().endswith(".npy")
+        if os.path.splitext(out)[1] and not (is_array or os.path.isdir(out)):
             raise UserError(
                 f"out = {out!r}: expected a folder for shards, or a file ending in .npy"
             )
-        if out.endswith(".npy") and valid_source:
+        if is_array and valid_source:
             raise UserError("valid_source is for shards: a .npy file has no part for validation")
         tokenizer, workers = ByteLevel(model), worker_count(num_workers)
-        if out.endswith(".npy"):
+        if is_array:
             spans = all_pieces(map(whole_file, text_files(source)), list(tokenizer.bpe.special))
             n, dtype = write_npy(out, tokenizer, spans, workers)
             print(f"{n:,} tokens, {dtype}, in {out}")

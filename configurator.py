@@ -35,8 +35,11 @@ class UserError(Exception):
 def one_sentence_errors():
     """
     From here on an uncaught UserError, or a file that cannot be read or written, ends the script
-    with a sentence instead of a traceback.
+    with a sentence instead of a traceback. A terminal that lacks a character gets its code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(errors="backslashreplace")
 
     def hook(kind, error, traceback):
         if issubclass(kind, UserError):

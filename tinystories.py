@@ -9,8 +9,8 @@ Data for training: from stories on disk or on the net to token shards.
 `--vocab_source=bpe`, or `--tokenizer=bpe`, takes byte-level BPE in place of SentencePiece.
 
 Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
-with <|endoftext|> between them), .json or .jsonl. A document is for validation by a hash of its
-text, unless --valid_source names a text for that.
+with <|endoftext|> between them), .json, .jsonl, .csv or .parquet. A document is for validation by a
+hash of its text, unless --valid_source names a text for that.
 """
 
 import json
@@ -186,15 +186,16 @@ def train_sentencepiece_vocab(paths, texts, workers):
     n_bytes = sum(len(text.encode()) for text in texts)
     print(f"training {vocab_size} pieces on {n_bytes:,} bytes of text")
     model, about = train_sentencepiece(texts, vocab_size, workers)
+    with atomic_write(paths.tokenizer_model) as f:
+        f.write(model)
     if not about["byte_fallback"]:
         print(
             f"{vocab_size} pieces have no room for 256 bytes and the alphabet: "
             f"characters without a piece become <unk>"
         )
     if about["dropped"]:
-        print(f"too rare for a piece of their own: {about['dropped'][:100]!r}")
-    with atomic_write(paths.tokenizer_model) as f:
-        f.write(model)
+        n = about["n_dropped"]
+        print(f"{n:,} characters are too rare for a piece, or reserved: {about['dropped'][:100]!r}")
 
 
 def pretokenize_stage():

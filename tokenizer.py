@@ -25,6 +25,7 @@ encodes faster: a method in ENCODERS of a class.
 """
 
 import argparse
+import codecs
 import functools
 import hashlib
 import io
@@ -47,6 +48,7 @@ SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
 N_SPECIAL = 3  # <unk>, <s>, </s>
 N_BYTES = 256
+RESERVED = "\0\x1f\u2585"  # SentencePiece gives them no piece, and drops lines with the last
 # texts that a library must encode as we do before it is used
 PROBE = [
     "Once upon a time, there was a little girl named Lily. She didn't like 1,234 dogs!",
@@ -357,7 +359,8 @@ def byte_level_c_file(bpe, bos, eos):
 def open_tokenizer(model_path, proto=None):
     """The Tokenizer of a model file, or of its content: a ByteLevel or a SentencePiece."""
     data = read_model(os.fspath(model_path)) if proto is None else proto
-    return (ByteLevel if data[:1] == b"{" else SentencePiece)(model_path, proto)
+    is_json = data.removeprefix(codecs.BOM_UTF8)[:1] == b"{"
+    return (ByteLevel if is_json else SentencePiece)(model_path, proto)
 
 
 def cached_tokenizer(model_path):
@@ -430,8 +433,9 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
     byte fallback) but keep runs of spaces, as Llama 2's own does, so that no text is changed. Where
     the 256 byte pieces do not fit it trains without them, and newline becomes a piece.
 
-    texts: a list of str. Returns (model file as bytes, {"byte_fallback", "dropped"}); dropped: the
-    characters that got no piece. Raises UserError where the text is too small for the size.
+    texts: a list of str. Returns (model file as bytes, {"byte_fallback", "dropped", "n_dropped"}):
+    the characters that got no piece, and how often they occur. Raises UserError where the text is
+    too small for the size.
     """
     counts = Counter()
     for text in texts:
@@ -440,7 +444,8 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
         counts.pop(space, None)
     if not counts:
         raise UserError("cannot train a vocabulary: the text is empty")
-    alphabet, byte_fallback = choose_alphabet(counts, vocab_size)
+    usable = Counter({c: n for c, n in counts.items() if c not in RESERVED})
+    alphabet, byte_fallback = choose_alphabet(usable, vocab_size)
     # Training sees one line at a time, cut where a character has no piece, so that SentencePiece's
     # own alphabet is exactly ours. Newline is a byte piece or, without those, a user-defined one.
     dropped = "".join(sorted(set(counts) - alphabet))
@@ -470,7 +475,8 @@ def train_sentencepiece(texts, vocab_size, num_threads=1):
             f"SentencePiece cannot train {vocab_size} pieces on this text "
             f"({str(e).rpartition(']')[2].strip() or e}); give it more text or a smaller vocab_size"
         ) from None
-    return model.getvalue(), {"byte_fallback": byte_fallback, "dropped": dropped}
+    about = {"byte_fallback": byte_fallback, "dropped": dropped}
+    return model.getvalue(), about | {"n_dropped": sum(counts[c] for c in dropped)}
 
 
 def train_byte_level(texts, vocab_size, model_path, num_workers, pattern_name):

@@ -8,8 +8,8 @@ Text of the web, by the billion tokens, as token shards for training.
 
 Everything lies below data_dir, data/NAME unless it is given: the tokenizer, bpe49152.model, and
 bpe49152/ with the shards. A source is one of SOURCES; a dataset of the hub, hf:user/name; or a file
-or folder here: .txt with <|endoftext|> between documents, .jsonl or .json, all three also as .gz,
-or .parquet.
+or folder here: .txt with <|endoftext|> between documents, .json, .jsonl or .csv, all four also as
+.gz, or .parquet.
 
 While one file of the hub is read, the next is downloaded; a file in shards is deleted.
 Text is read as a stream, so memory depends only on num_workers. A hash of each document's text
@@ -42,7 +42,7 @@ from system.files import atomic_write, checksum, download, remove
 from system.progress import progress
 from system.remote import need, reason, secret
 from system.workers import worker_count
-from text.corpus import READABLE, File, file_here, text_files
+from text.corpus import READABLE, File, data_files, file_here, text_files
 from text.pieces import COUNTS
 from text.shards import (
     choose_split,
@@ -103,7 +103,7 @@ def name_of_source():
     """A name for the source's folder below data."""
     is_named = source in SOURCES or source in TOKENIZED or source.startswith(HUB)
     base = os.path.basename(source.rstrip("/") if is_named else os.path.abspath(source))
-    return re.sub(r"\.(txt|jsonl?|parquet|gz)\b", "", base) or "text"
+    return re.sub(r"(?i)\.(txt|jsonl?|csv|parquet|gz)\b", "", base) or "text"
 
 
 def data_paths():
@@ -151,7 +151,7 @@ def files_here(path, is_valid):
     if not os.path.exists(path):
         names = ", ".join([*TOKENIZED, *SOURCES])
         raise UserError(f"{path!r} does not exist: expected {names}, hf:user/name, or a path")
-    return [file_here(one, is_valid) for one in text_files(path, READABLE)]
+    return [file_here(one, is_valid) for one in text_files(path)]
 
 
 def files_of_hub():
@@ -171,9 +171,8 @@ def files_of_hub():
     except Exception as e:  # of the hub, of the network, of the name
         raise UserError(f"cannot list {repo} at {endpoint}: {reason(e)}") from None
     files = {entry.path: entry for entry in tree if hasattr(entry, "size")}
-    readable = sorted(name for name in files if name.lower().endswith(READABLE))
     found = []
-    for name in filter(None, (inside, valid)) if is_file else readable:
+    for name in filter(None, (inside, valid)) if is_file else data_files(files, repo):
         if name not in files:
             raise UserError(f"{repo} at {endpoint} has no file {name}")
         size, version = files[name].size, files[name].blob_id

@@ -143,12 +143,12 @@ def write_json(path, value):
 def read_json(path):
     """The object in a JSON file, as a dict. Raises UserError for anything else."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # Windows puts a byte order mark first
             found = json.load(f)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except ValueError as e:
-        raise UserError(f"{path} is no JSON: {e}") from None
+        raise UserError(f"{path} is not JSON: {e}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} cannot be read: expected a JSON object")
     return found
@@ -294,6 +294,9 @@ def unpack(archive, folder):
         # opened by hand: the position in the archive is the progress
         with bar, open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
             for member in tar:
+                name = os.path.basename(member.name)
+                if name.startswith("._") or member.name.startswith("__MACOSX"):
+                    continue  # attributes that macOS keeps beside files
                 extract_member(tar, member, part)
                 bar.update(raw.tell() - bar.n)
             check_end(tar)

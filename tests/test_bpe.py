@@ -338,7 +338,7 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
         train_bpe(tmp_path / "tok.json", 256, [END])
     with pytest.raises(UserError, match="has no token"):
         BPETokenizer(tokenizer.vocab, [*tokenizer.merges, (b"zq", b"qz")])
-    for special in ([""], ["a"], END, [3]):
+    for special in ([""], ["a"], END, [3], ["<|\udcff|>"]):
         with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):
             train_bpe(tmp_path / "tok.json", 300, special)
         with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):

@@ -1,5 +1,6 @@
 """Settings: what is read, what is refused, and what --help says."""
 
+import io
 import shlex
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from conftest import REPO, refused
 
-from configurator import UserError, apply
+from configurator import UserError, apply, configure
 
 
 def namespace(**more):
@@ -19,6 +20,15 @@ def applied(*words, **options):
     values = namespace()
     apply(values, words, **options)
     return values
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_code(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    configure(namespace(), argv=[])
+    print("caf\xe9 \u2585 \udcff", flush=True)
+    assert out.getvalue() == b"caf\\xe9 \\u2585 \\udcff\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """From text on disk to shards and batches: tinystories.py, corpus.py, dataset.py."""
 
+import codecs
+import csv
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -19,7 +22,7 @@ from conftest import REPO, bin_of, refused, script
 
 from configurator import UserError
 from dataset import DataPaths, TokenData
-from text.corpus import plan_shards
+from text.corpus import plan_shards, stream_documents
 from text.shards import choose_split
 from text.synth import make_stories
 from tokenizer import open_tokenizer
@@ -125,6 +128,98 @@ def test_many_small_files_share_shards(tmp_path):
     assert documents_of(plan) == DOCUMENTS
 
 
+LINES = "".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS).encode()
+LIST = json.dumps([{"text": d} for d in DOCUMENTS]).encode()
+MARKED = "<|endoftext|>".join(DOCUMENTS).encode()
+
+
+def as_csv(texts):
+    out = io.StringIO()
+    csv.writer(out).writerows([["id", "text"], *enumerate(texts)])
+    return out.getvalue().encode()
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["", "byte order mark"])
+@pytest.mark.parametrize(
+    "name, data, is_cut",
+    [
+        ("a.json", LINES, True),
+        ("c4-train.00000.json.gz", LINES, False),
+        ("a.jsonl", b" \n " + LIST, False),
+        ("A.JSONL", LINES, True),
+        ("A.TXT", MARKED, True),
+        ("a.txt.gz", MARKED, False),
+        ("a.csv", as_csv(DOCUMENTS), False),
+    ],
+)
+def test_the_first_character_tells_the_shape_and_a_mark_is_skipped(
+    tmp_path, name, data, is_cut, mark
+):
+    packed = gzip.compress(mark + data) if name.endswith(".gz") else mark + data
+    (tmp_path / name).write_bytes(packed)
+    for plan in (plan_shards(str(tmp_path)), plan_shards(str(tmp_path / name))):
+        assert documents_of(plan) == DOCUMENTS
+    assert len(plan) == (10 if is_cut else 1)
+    assert [text for text, _ in stream_documents(tmp_path / name)] == DOCUMENTS
+    (tmp_path / "b.txt").write_text("unseen")
+    valid = plan_shards(str(tmp_path / "b.txt"), str(tmp_path / name))
+    assert [file.is_valid for file in valid] == [True, False]
+    assert list(valid[0].documents()) == DOCUMENTS
+
+
+def test_files_beside_the_data_are_left_out(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import table
+
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\26\7" + bytes(range(256)))
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    parquet.write_table(table({"text": DOCUMENTS}), tmp_path / "a.parquet")
+    assert documents_of(plan_shards(str(tmp_path))) == DOCUMENTS
+    assert "not read: a.parquet, dataset_infos.json" in capsys.readouterr().out
+    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
+    assert documents_of(plan_shards(str(tmp_path))) == DOCUMENTS * 2
+    assert "has .parquet and other files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\nnull\n{"story": null, "text": "b"}\n'),
+        ("a.json", b'[{"text": "a"}, {"text": null}, null, {"story": null, "text": "b"}]'),
+        ("a.csv", b"id,text\n1,a\n2,\n3\n4,b\n"),
+    ],
+)
+def test_null_is_an_empty_document(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert documents_of(plan_shards(str(tmp_path))) == ["a", "b"]
+
+
+def test_text_that_is_not_utf8_is_refused_before_work_begins(tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes((MARKED + b" caf\xe9 ") * 4)
+    (tmp_path / "fine.txt").write_bytes(MARKED)
+    model, sizes = tmp_path / "my.model", ["--vocab_size=300", "--num_workers=1"]
+    done = script(
+        "bpe.py", "train", f"--source={tmp_path / 'fine.txt'}", f"--model={model}", *sizes
+    )
+    assert done.returncode == 0, done.stderr
+    there = sorted(os.listdir(tmp_path))
+    where = [f"--source={path}", f"--data_dir={tmp_path / 'data'}", *sizes]
+    encode = ["bpe.py", "encode", f"--source={path}", f"--model={model}", "--num_workers=1"]
+    for words in (
+        ["bpe.py", "train", f"--source={path}", f"--model={tmp_path / 'x.model'}", *sizes],
+        [*encode, f"--out={tmp_path / 'x.npy'}"],
+        [*encode, f"--out={tmp_path / 'shards'}"],
+        ["tinystories.py", "train_vocab", *where],
+        ["webtext.py", "train_vocab", *where],
+    ):
+        expected = f"latin1.txt is not UTF-8 at byte {len(MARKED) + 4:,}"
+        refused(script(*words), expected, "iconv")
+        assert sorted(os.listdir(tmp_path)) == there
+
+
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n' * 20)
     plan = plan_shards(str(tmp_path))
@@ -140,7 +235,14 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
         ("a.json", b'{"story": "no list"}', "not JSON|several documents|a JSON list"),
         ("a.jsonl", b'{"story": "x"}\nnonsense\n' * 20, "not JSON"),
         ("a.jsonl", b'{"poem": "x"}\n' * 20, "story or text"),
-        ("a.csv", b"story\nx\n", "ending in .txt"),
+        ("a.csv", b"poem\nx\n", "story or text"),
+        ("a.tsv", b"story\nx\n", "ending in .txt"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid 0\n", "git lfs pull"),
+        (
+            "a.json",
+            b'{\n"data": [{"text": "x"}]}',
+            "expected a list of objects, or an object a line",
+        ),
         ("none", None, "does not exist"),
     ],
 )
@@ -225,11 +327,9 @@ def test_a_smaller_corpus_leaves_no_old_shards(folder):
 def test_a_failing_worker_stops_the_job_and_names_the_place(folder):
     assert pretokenize(folder).returncode == 0
     (folder / "valid.txt").write_text("Unseen.")
-    with open(folder / "source" / "a.txt", "ab") as f:
-        n_bytes = f.tell()
-        f.write(b"\xff")
+    (folder / "source" / "b.jsonl").write_text('{"text": "x"}\nnonsense\n')
     done = pretokenize(folder, f"--valid_source={folder / 'valid.txt'}")
-    refused(done, "a.txt is not UTF-8", f"at byte {n_bytes:,}")
+    refused(done, "b.jsonl, line 2 is not JSON")
     meta = json.loads((folder / "tok512" / "shards.json").read_text())
     assert not meta["complete"]
     paths = DataPaths(folder, "custom", 512)
@@ -378,12 +478,14 @@ def tar_of(path, members):
 
 def test_download_of_the_stories(tmp_path):
     data = {f"data{i:02}.json": json.dumps([{"story": f"{i}"}]).encode() for i in range(3)}
-    tar_of(tmp_path / "TinyStories_all_data.tar.gz", data)
+    of_macos = {"._data00.json": b"\0\5", "__MACOSX/data00.json": b"\0\5"}
+    tar_of(tmp_path / "TinyStories_all_data.tar.gz", data | of_macos)
     flags = ["download", f"--data_dir={tmp_path / 'data'}"]
     done = script("tinystories.py", *flags, f"--url={tmp_path}")
     assert done.returncode == 0, done.stderr
     for name, text in data.items():
         assert (tmp_path / "data" / "TinyStories_all_data" / name).read_bytes() == text
+    assert sorted(os.listdir(tmp_path / "data" / "TinyStories_all_data")) == sorted(data)
     again = script("tinystories.py", *flags, f"--url={tmp_path / 'none'}")
     assert again.returncode == 0 and "there already" in again.stdout
 

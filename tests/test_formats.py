@@ -582,7 +582,11 @@ def test_damaged_folders_and_files(tmp_path, tokenizers):
     index.write_text("{}")
     with pytest.raises(UserError, match="has no weight_map"):
         load(str(folder))
-    for text, part in (("{", "is no JSON"), ("[]", "expected a JSON object"), ("{}", "model_type")):
+    for text, part in (
+        ("{", "is not JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "model_type"),
+    ):
         config.write_text(text)
         with pytest.raises(UserError, match=part):
             load(str(folder))

@@ -246,6 +246,15 @@ def test_rare_characters_leave_room(tmp_path, stories):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_text_beside_a_reserved_character_is_learned_from(tmp_path):
+    lines = [f'Tom "had" {i} red balls \u2585 \x1f \0 and kept them, all.' for i in range(100)]
+    model, about = train_sentencepiece(lines, 64)
+    assert about["dropped"] == "\0\x1f\u2585" and about["n_dropped"] == 300
+    (tmp_path / "tok64.model").write_bytes(model)
+    tokenizer = open_tokenizer(tmp_path / "tok64.model")
+    assert tokenizer.encode(lines[0]).count(tokenizer.unk_id) == 3
+
+
 def test_lines_of_any_length_are_learned_from(tmp_path, stories):
     text = " ".join(story.replace("\n", " ") for story in stories[:200])
     model, _ = train_sentencepiece([text], 512)

@@ -462,7 +462,7 @@ def test_bad_input_gets_one_sentence(tmp_path, data, hub):
         ("no.txt.gz", "damaged or was cut off"),
         ("cut.parquet", "not a parquet file, or is damaged"),
         ("latin.txt", "not UTF-8"),
-        ("bad.jsonl", "bad.jsonl, line 2, has a line that is not JSON"),
+        ("bad.jsonl", "bad.jsonl, line 2 is not JSON"),
         ("deep.jsonl", "not JSON"),
         ("number.parquet", "is of type int64: expected string"),
         ("field.jsonl", "text under story or text"),

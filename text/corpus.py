@@ -1,40 +1,53 @@
 """
 Text on disk as documents: which files there are, how they are cut, what they say.
 
-Four shapes are read, told apart by the end of the name:
-  .txt      documents with <|endoftext|> between them (TinyStoriesV2-GPT4)
-  .json     a list of objects with the text under "story" or "text" (TinyStories_all_data)
-  .jsonl    one such object a line
-  .parquet  a table with a column "story" or "text"
-The first three may be compressed with gzip (.txt.gz) where a file is read from its beginning.
-Documents lose the white space around them, and empty ones are dropped, as in llama2.c.
+These shapes are read, told apart by the end of the name, and JSON by its first character:
+  .txt            documents with <|endoftext|> between them (TinyStoriesV2-GPT4)
+  .json, .jsonl   a list of objects with the text under "story" or "text" (TinyStories_all_data),
+                  or one such object a line (C4, and most others)
+  .csv            a table with a heading "story" or "text"
+  .parquet        the same as a table of columns
+All but the last may be compressed with gzip (.txt.gz). Text is UTF-8, and a byte order mark at the
+beginning of a file is skipped. Documents lose the white space around them, and empty ones are
+dropped, as in llama2.c.
 
-To add a shape: a reader in READERS, its ending in READABLE, and in MARKS what ends a document.
+To add a shape: a reader in READERS, its ending in READABLE, and in MARKS what ends a document if a
+file may be cut there.
 """
 
 import codecs
 import contextlib
+import csv
+import functools
 import gzip
 import io
 import itertools
 import json
 import os
+import re
 import zlib
 from dataclasses import dataclass
 
 from configurator import UserError
 
 SEPARATOR = b"<|endoftext|>"
+HOW_TO_CUT = (
+    f"{SEPARATOR.decode()} between documents: sed 's/^$/{SEPARATOR.decode()}/' IN.txt > OUT.txt "
+    f"puts it in place of blank lines"
+)
 SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
+# JSON beside data that is not data
+METADATA = (SIDECAR, "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # at the end of a document
 FIELDS = ("story", "text")
-PLAIN = (".txt", ".json", ".jsonl")  # endings of files that can be read from anywhere
-READABLE = (*PLAIN, ".txt.gz", ".json.gz", ".jsonl.gz", ".parquet")  # or from the beginning
+TEXT = (".txt", ".json", ".jsonl", ".csv")
+READABLE = (*TEXT, ".parquet", *(f"{ending}.gz" for ending in TEXT))
 MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
 MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
-UTF8 = "utf-8-sig"  # which skips the byte order mark that Windows puts before a file
 LONGEST = 1 << 28  # bytes of one document, which is in memory as a whole
+LFS = b"version https://git-lfs.github.com/spec/"  # begins a file that git did not fetch
+CHECKED = 1 << 32  # bytes of a source, from its beginning, that are checked before work begins
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,12 @@ class Span:
         info = os.stat(self.path)
         name = os.path.basename(self.path)
         return f"{name} {info.st_size} {info.st_mtime_ns} {self.start}-{self.end}"
+
+    def data(self):
+        """The bytes of a file that is not compressed, without a byte order mark."""
+        with opened(self.path) as (file, _):
+            file.seek(max(self.start, file.tell()))
+            return file.read(max(0, self.end - file.tell()))
 
 
 @dataclass(frozen=True)
@@ -92,20 +111,78 @@ def file_of_spans(spans, is_valid=False):
 # ---- which files, and where to cut them
 
 
-def text_files(source, endings=PLAIN):
-    """The file `source`, or the files of that folder with one of `endings`, sorted."""
+def text_files(source):
+    """
+    The file `source`, or the files of text in that folder, sorted. Raises UserError where there is
+    none, or one is not UTF-8.
+    """
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist")
-    paths = [source]
+    names = [source]
     if os.path.isdir(source):
-        paths = sorted(os.path.join(source, name) for name in os.listdir(source))
-        paths = [p for p in paths if os.path.isfile(p) and os.path.basename(p) != SIDECAR]
-    paths = [path for path in paths if path.lower().endswith(endings)]
+        there = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]
+        names = data_files(there, source)
+    paths = [os.path.join(source, name) for name in names if name.lower().endswith(READABLE)]
     if not paths:
         raise UserError(
-            f"{source}: expected a file, or a folder of files, ending in {', '.join(endings)}"
+            f"{source}: expected a file, or a folder of files, ending in {', '.join(READABLE)}"
         )
+    room = CHECKED
+    for path in paths:
+        info = os.stat(path)
+        if room > 0 and path.lower().endswith(TEXT):
+            check_utf8(path, info.st_size, info.st_mtime_ns)
+        room -= info.st_size
     return paths
+
+
+def data_files(names, where):
+    """
+    The names of files of text, sorted. Prints which are left out: what only describes data, and
+    all but one of the names that differ in the ending alone, which hold the same text again.
+    """
+    names = [name for name in names if name.lower().endswith(READABLE)]
+    names = [name for name in names if not os.path.basename(name).startswith(".")]  # macOS's ._x
+    kept = {}
+    for name in sorted(names, key=lambda name: (READABLE.index(full_ending(name)), name)):
+        if os.path.basename(name) not in METADATA:
+            kept.setdefault(name[: -len(full_ending(name))], name)
+    others = set(names) - set(kept.values()) - {SIDECAR}
+    if others:
+        print_once(f"{where}: not read: {', '.join(sorted(others))}")
+    if len({full_ending(name) == ".parquet" for name in kept.values()}) == 2:
+        print_once(
+            f"note: {where} has .parquet and other files; if they are the same text, name one"
+        )
+    return sorted(kept.values())
+
+
+@functools.cache
+def print_once(text):
+    print(text)
+
+
+def full_ending(name):
+    return re.search(r"\.\w+(\.gz)?$", name.lower())[0]
+
+
+@functools.cache
+def check_utf8(path, size, mtime_ns):
+    """Raise UserError unless a file is UTF-8; read once a process for the same size and time."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(path, "rb") as f:
+        try:
+            while chunk := f.read(1 << 22):
+                at += len(chunk)
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as e:
+            place = f"{at - len(e.object) + e.start:,}"
+            raise not_utf8(f"{path} is not UTF-8 at byte {place}") from None
+
+
+def not_utf8(what):
+    return UserError(f"{what}; convert it, for example with iconv -f LATIN1 -t UTF-8")
 
 
 def plan_shards(source, valid_source=""):
@@ -119,16 +196,23 @@ def plan_shards(source, valid_source=""):
         paths = [p for p in paths if not any(os.path.samefile(p, v) for v in valid)]
         if not paths:
             raise UserError(f"{valid_source} is all of {source}: nothing is left to train on")
-        valid = grouped(map(whole_file, valid), LARGE_SHARD)
+    # a single .json list is read once, for all workers
+    is_list = len(paths) == 1 and shape_of(paths[0]) == ".json"
+    streamed = [path for path in paths if is_list or is_streamed(path)]
+    paths = [path for path in paths if path not in streamed]
     total = sum(map(os.path.getsize, paths))
     n = max(min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS), -(-total // LARGE_SHARD))
     parts = (
         cut(whole_file(path), round(n * os.path.getsize(path) / max(total, 1))) for path in paths
     )
     train = grouped(itertools.chain.from_iterable(parts), total // n)
-    if len(paths) == 1 and ending(paths[0]) == ".json":  # read once, for all workers
-        return [*(file_of_spans(spans, True) for spans in valid), file_here(paths[0])]
-    return [file_of_spans(spans, i < len(valid)) for i, spans in enumerate(valid + train)]
+    whole = (whole_file(path) for path in valid if not is_streamed(path))
+    return [
+        *(file_of_spans(spans, True) for spans in grouped(whole, LARGE_SHARD)),
+        *(file_here(path, True) for path in valid if is_streamed(path)),
+        *map(file_of_spans, train),
+        *map(file_here, streamed),
+    ]
 
 
 def whole_file(path):
@@ -149,12 +233,11 @@ def grouped(spans, size):
 
 def cut(span, n):
     """
-    Up to n Spans of about equal size that make up a Span, cut between documents. A .json file stays
-    whole: to find its documents is to parse it.
+    Up to n Spans of about equal size that make up a Span, cut between documents. Where those are
+    found by reading alone, it stays whole.
     """
     ends, size = {span.start, span.end}, span.end - span.start
-    if n > 1 and ending(span.path) in MARKS:
-        mark = MARKS[ending(span.path)]
+    if n > 1 and (mark := mark_of(span.path)):
         with open(span.path, "rb") as f:
             ends |= {border_after(f, span.start + size * i // n, mark) for i in range(1, n)}
     ends = sorted(end for end in ends if span.start <= end <= span.end)
@@ -176,42 +259,68 @@ def border_after(f, offset, mark):
 # ---- documents
 
 
-def ending(path):
-    """The key of READERS for a file, without .gz."""
-    return os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
+@contextlib.contextmanager
+def opened(path):
+    """
+    (file, raw): a file's bytes, unpacked, after a byte order mark that Windows may put there; and
+    the file as it is, whose position tells how much is read.
+    """
+    with open(path, "rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if os.fspath(path).lower().endswith(".gz") else raw
+        head = file.read(1 << 6)
+        if head.startswith(LFS):
+            raise UserError(f"{path} is a pointer of Git LFS; get the file with: git lfs pull")
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        yield file, raw
+
+
+def shape_of(path):
+    """The key of READERS for a file: .json is a list, and .jsonl an object a line."""
+    ending = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
+    if ending not in (".json", ".jsonl"):
+        return ending if ending in READERS else ".txt"
+    with readable(path), opened(path) as (file, _):
+        return ".json" if file.read(1 << 12).lstrip()[:1] == b"[" else ".jsonl"
+
+
+def mark_of(path):
+    """What ends a document in a file that may be cut; None for other files."""
+    return None if is_streamed(path) else MARKS.get(shape_of(path))
+
+
+def is_streamed(path):
+    """Whether a file can only be read from its beginning."""
+    return os.fspath(path).lower().endswith((".gz", ".csv", ".parquet"))
 
 
 def read_documents(spans):
     """The documents of Spans, one str after another."""
     for span in spans:
-        with open(span.path, "rb") as f:
-            f.seek(span.start)
-            data = f.read(span.end - span.start)
-        with readable(span.path, data, span.start):
-            yield from cleaned(READERS[ending(span.path)](io.BytesIO(data), span.path))
+        if is_streamed(span.path):
+            yield from (text for text, _ in stream_documents(span.path))
+            continue
+        where = f"{span.path} (from byte {span.start:,})" if span.start else span.path
+        with readable(span.path):
+            yield from cleaned(READERS[shape_of(span.path)](io.BytesIO(span.data()), where))
 
 
 def stream_documents(path):
     """
     Yield (document, bytes of the file read so far) of a file that need not fit into memory; only a
-    .json list is read as a whole. Raises UserError if it is damaged.
+    JSON list is read as a whole. Raises UserError if it is damaged.
     """
-    with open(path, "rb") as raw, readable(path):
-        file = gzip.GzipFile(fileobj=raw) if os.fspath(path).lower().endswith(".gz") else raw
-        for text in cleaned(READERS[ending(path)](file, path)):
+    with readable(path), opened(path) as (file, raw):
+        for text in cleaned(READERS[shape_of(path)](file, path)):
             yield text, raw.tell()
 
 
 @contextlib.contextmanager
-def readable(path, data=b"", start=0):
-    """UserErrors for what goes wrong while a file, or `data` at byte `start` of it, is read."""
+def readable(path):
+    """UserErrors for what goes wrong while a file is read."""
     try:
         yield
-    except UnicodeDecodeError as e:
-        at = f" at byte {start + data.find(e.object) + e.start:,}" if data else ""
-        raise UserError(
-            f"{path} is not UTF-8{at}; convert it, for example with iconv -t UTF-8"
-        ) from None
+    except UnicodeDecodeError:
+        raise not_utf8(f"{path} is not UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path} is damaged or was cut off: {e}") from None
 
@@ -232,19 +341,20 @@ def texts_of(span):
     if not is_plain(span.path):
         yield from read_documents([span])
         return
-    with open(span.path, "rb") as f:
-        f.seek(span.start)
-        yield f.read(span.end - span.start).decode(errors="replace")
+    with readable(span.path):
+        yield span.data().decode()
 
 
 def is_plain(path):
-    return ending(path) not in (".json", ".jsonl")
+    return mark_of(path) == SEPARATOR
 
 
 def text_field(item, where):
-    for field in FIELDS:
-        if isinstance(item, dict) and isinstance(item.get(field), str):
-            return item[field]
+    """The text of a document; null is an empty one."""
+    values = [item[field] for field in FIELDS if isinstance(item, dict) and field in item]
+    text = next((value for value in values if value is not None), "")
+    if item is None or (values and isinstance(text, str)):
+        return text
     raise UserError(f"{where}: expected an object with a text under {' or '.join(FIELDS)}")
 
 
@@ -253,20 +363,19 @@ def read_txt(file, path):
     while chunk := file.read(1 << 20):
         *whole, tail = (tail + chunk).split(mark)
         for document in whole:
-            yield document.removeprefix(codecs.BOM_UTF8).decode()
+            yield document.decode()
         if len(tail) > LONGEST:
             raise UserError(
-                f"{path} has a document of more than {LONGEST >> 20} MB: expected "
-                f"{mark.decode()} between documents"
+                f"{path} has a document of more than {LONGEST >> 20} MB: expected {HOW_TO_CUT}"
             )
-    yield tail.removeprefix(codecs.BOM_UTF8).decode()
+    yield tail.decode()
 
 
 def read_jsonl(file, path):
     for i, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
         if line.strip():
-            where = f"{path}, line {i:,},"
-            yield text_field(parsed(line, f"{where} has a line that"), where)
+            where = f"{path}, line {i:,}"
+            yield text_field(parsed(line, where), where)
 
 
 def read_json(file, path):
@@ -279,12 +388,24 @@ def read_json(file, path):
 
 def parsed(data, what):
     """What JSON, in bytes, says. UserError: `what` is not JSON."""
-    text = data.decode(UTF8)
+    text = data.decode()
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
         why = str(e).replace("line 1 column", "column")  # of a .jsonl it would mislead
-        raise UserError(f"{what} is not JSON: {why}") from None
+        raise UserError(
+            f"{what} is not JSON ({why}): expected a list of objects, or an object a line"
+        ) from None
+
+
+def read_csv(file, path):
+    csv.field_size_limit(LONGEST)
+    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
+    try:
+        for i, row in enumerate(rows, 1):
+            yield text_field(row, f"{path}, row {i:,}")
+    except csv.Error as e:
+        raise UserError(f"{path} is not CSV: {e}") from None
 
 
 def read_parquet(file, path):
@@ -316,5 +437,6 @@ READERS = {
     ".txt": read_txt,
     ".json": read_json,
     ".jsonl": read_jsonl,
+    ".csv": read_csv,
     ".parquet": read_parquet,
 }

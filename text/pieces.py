@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import UserError
 from system.files import atomic_write, checksum, flush_files, read_json, write_json
-from text.corpus import MTIME, SEPARATOR, File, cut, read_documents, stream_documents
+from text.corpus import HOW_TO_CUT, MTIME, File, cut, read_documents, stream_documents
 
 FORMAT = 2  # of shards.json and of the files in parts
 PARTS = "parts"  # the folder, beside the shards, of what each machine has done
@@ -287,8 +287,8 @@ def entries_of(folder, meta, pieces):
         if not entries:
             raise UserError(
                 f"there is no document to {'train on' if side == 'train' else 'validate with'}: "
-                f"expected many documents, in .txt files with {SEPARATOR.decode()} between them; "
-                f"or another --valid_frac or --valid_source"
+                f"expected many documents, or another --valid_frac or --valid_source. A .txt file "
+                f"needs {HOW_TO_CUT}"
             )
     return sides["train"], sides["valid"]
 

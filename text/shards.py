@@ -25,7 +25,7 @@ from configurator import UserError
 from system.files import atomic_write, remove, write_json
 from system.progress import progress
 from system.workers import in_order, over_spans
-from text.corpus import SEPARATOR, SIDECAR, is_plain, texts_of
+from text.corpus import HOW_TO_CUT, SIDECAR, is_plain, texts_of
 from text.pieces import FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
@@ -123,8 +123,7 @@ def checked_fraction(texts, frac, size, path):
     if len(places) < 2:
         raise UserError(
             f"{path} cannot be split into a training and a validation part: expected several "
-            f"documents, in .txt files with {SEPARATOR.decode()} between them; or give a "
-            f"validation text with --valid_source"
+            f"documents, or a validation text as --valid_source. A .txt file needs {HOW_TO_CUT}"
         )
     places = sorted(places)
     n = min(max(1, round(frac * len(places))), len(places) - 1)
