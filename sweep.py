@@ -77,7 +77,6 @@ from system.progress import print_line, progress
 from training.rundir import WORTH_KEEPING, FolderInUse, RunDir
 from training.runlog import RunLog
 from training.runs import (
-    args_of,
     changed_settings,
     flops_of_step,
     same_run,
@@ -86,7 +85,7 @@ from training.runs import (
     tokens_per_second,
     work_of,
 )
-from training.settings import SAME_RESULT, TRAIN, check, resolved
+from training.settings import SAME_RESULT, TRAIN, args_of, check, resolved
 
 START_UP_S = 8  # of a run: loading torch and the data, writing its files; a guess
 # an estimate alone tries no step of more operations, and none after so many seconds
@@ -183,7 +182,7 @@ def check_run(config, varied):
     try:
         check(config)
         args_of(config)
-    except (UserError, ValueError) as e:
+    except UserError as e:
         raise UserError(f"{about}: {e}") from None
     if (equal_tokens or equal_bytes or equal_minutes) and config["max_minutes"]:
         raise UserError(

@@ -14,7 +14,6 @@ that of the lowest validation loss. Each is a dict of plain values and tensors:
     train_s          seconds of training so far
     best_val_loss    lowest validation loss so far, nats a token
     scaler           state of the gradient scaler of float16, empty without
-    rng              states of the random numbers of Python, numpy and torch
     tokenizer_hash   of the tokenizer model, "" where it is unknown
     config           the settings of train.py
     compute_dtype    of the matrix products
@@ -35,7 +34,6 @@ import glob
 import math
 import os
 import pickle
-import random
 import re
 import sys
 import threading
@@ -56,9 +54,9 @@ FORMAT = 2
 MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
-NESTED = ("model", "model_args", "optimizer", "config", "rng", "versions", "files")
+NESTED = ("model", "model_args", "optimizer", "config", "versions", "files")
 NEEDED_TO_RESUME = set(
-    "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler rng "
+    "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler "
     "tokenizer_hash config versions compute_dtype".split()
 )
 
@@ -83,34 +81,6 @@ class Damaged(UserError):
 
 
 # ---- what is saved
-
-
-def rng_states():
-    """The states of all random number generators, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def seed_all(seed):
-    """Set the random number generators of Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)
-
-
-def set_rng_states(states):
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def versions():

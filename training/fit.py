@@ -33,10 +33,9 @@ def check_fp8(args, tokens, device):
     Raise UserError where the head cannot compute in 8 bits, for micro-batches of this many tokens;
     warn where it gains nothing.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    is_old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    if is_old_gpu or device.type == "mps":
         raise UserError("fp8_head: this GPU has no 8-bit products; give --fp8_head=False")
-    if device.type == "mps":
-        raise UserError("fp8_head: mps has no 8-bit products; give --fp8_head=False")
     if device.type == "cpu":
         say("warning: fp8_head is slower on a CPU, which has no 8-bit products")
     for name, number, how in (
@@ -64,15 +63,15 @@ def check_attention(attention, device, dtype, dropout):
         raise UserError(f"attention = {attention} has no dropout: give --attention=sdpa")
 
 
-def worth_compiling(s, model, tokens_a_step, device, is_sharded):
+def worth_compiling(settings, model, tokens_a_step, device, is_sharded):
     """Whether the run is long enough for torch.compile's 10 to 30 seconds to pay off."""
-    if is_sharded or s.eval_only or s.compile != "auto":
-        return s.compile == "True" and not is_sharded and not s.eval_only
+    if is_sharded or settings.eval_only or settings.compile != "auto":
+        return settings.compile == "True" and not is_sharded and not settings.eval_only
     on_gpu = device.type == "cuda"
-    if device.type == "mps" or (s.dropout and not on_gpu):
+    if device.type == "mps" or (settings.dropout and not on_gpu):
         return False
-    flops = s.max_iters * tokens_a_step * model.flops_per_token()
-    seconds = 60 * s.max_minutes or flops / (1e14 if on_gpu else 1e11) / WORLD_SIZE
+    flops = settings.max_iters * tokens_a_step * model.flops_per_token()
+    seconds = 60 * settings.max_minutes or flops / (1e14 if on_gpu else 1e11) / WORLD_SIZE
     return seconds > 120
 
 

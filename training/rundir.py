@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-import time
 
 from configurator import UserError
 from system.files import atomic_write, remove
@@ -123,28 +122,3 @@ class RunDir:
         except OSError as e:
             warning = f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on"
             print_line(warning, sys.stderr)
-
-
-class Journal:
-    """Writes a run's log from what it has reached; in other ranks than the first, nothing."""
-
-    def __init__(self, run, away, state, seq_len, started):
-        """run: RunDir or None; away: Away; started: time.perf_counter() of the process's start."""
-        self.run, self.away, self.state = run, away, state
-        self.seq_len, self.started = seq_len, started
-
-    def now(self):
-        """How far the run is, for every line of the log."""
-        return {
-            "step": self.state.iter_num,
-            "tokens": self.state.n_sequences * self.seq_len,
-            "time_s": round(time.perf_counter() - self.started, 3),
-            "train_s": round(self.state.train_s, 3),
-        }
-
-    def __call__(self, kind, **values):
-        """A line "start", with `values` alone, or of another kind behind now()."""
-        if self.run:
-            values = values if kind == "start" else self.now() | values
-            self.run.log(kind, **values)
-            self.away.log(kind, values)
