@@ -182,6 +182,8 @@ def check_run(config, varied):
     try:
         check(config)
         args_of(config)
+        if config["on_finish"]:
+            raise UserError("on_finish is not for the runs of a sweep: leave it out")
     except UserError as e:
         raise UserError(f"{about}: {e}") from None
     if (equal_tokens or equal_bytes or equal_minutes) and config["max_minutes"]:
@@ -478,9 +480,6 @@ class Runner:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpus = gpus if len(gpus) == self.n_gpus else list(map(str, range(self.n_gpus)))
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % self.n_gpus]
-        if run.config["compile"] != "False":
-            compiled = os.path.abspath(os.path.join(sweep_dir, "compiled"))
-            environment["TORCHINDUCTOR_CACHE_DIR"] = compiled
         command = [sys.executable, TRAIN, *run.arguments, f"--out_dir={run.folder}"]
         if run.logged().start:
             command.append("--resume=auto")

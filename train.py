@@ -18,7 +18,6 @@ the loop; the end. training/ holds what a step does not need to show.
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -27,10 +26,8 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 from configurator import UserError, configure, settings_of
-from system.memory import tune_malloc
 
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C just ends this
 
 # -----------------------------------------------------------------------------
 # the folder of the run
@@ -133,18 +130,16 @@ mfu = 0.4  # share of a GPU's peak that the estimate assumes
 price = 2.4  # dollars per GPU hour, for the estimate
 given = configure(globals())
 # -----------------------------------------------------------------------------
-# Restarts this process once with malloc set to keep freed memory: steps on a CPU are a tenth faster
-tune_malloc()
 
 import torch
 
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches
 from formats.modelbin import export_model
 from model import ACTIVATION_CHECKPOINTING, Transformer
-from optim import make_optimizer, set_rates, table, warmup_steps
+from optim import make_optimizer, set_rates, table
 from report.curves import find_runs
-from system.files import copy_local
 from system.hardware import describe, git_commit, peak_flops, pick_dtype
+from system.memory import tune_malloc
 from system.progress import print_line, progress
 from tokenizer import open_tokenizer
 from training import fit, parallel
@@ -164,6 +159,8 @@ from training.rundir import RunDir
 from training.settings import SECRET, args_of
 
 torch.set_flush_denormal(True)  # denormals slow a CPU many times over; before its threads begin
+tune_malloc()
+fit.use_private_compile_cache()
 parallel.errors_of_ranks()
 
 
@@ -187,27 +184,6 @@ def evaluate(model, batches, to_device, stop):
     model.train()
     total, n_targets = parallel.total(total, n_targets)
     return total / n_targets
-
-
-def seconds_trained(state, since):
-    """Seconds of training so far, as the first rank sees them; since: time of the last log line."""
-    now = state.train_s + (time.perf_counter() - since if since else 0.0)
-    return parallel.total(now if FIRST else 0.0)[0]
-
-
-def is_done(settings, state, since=None):
-    """Whether the last step is done."""
-    if settings.max_minutes:
-        return seconds_trained(state, since) >= 60 * settings.max_minutes
-    return state.iter_num >= settings.max_iters
-
-
-def part_done(settings, state, since):
-    """How much of the run is done, 0 to 1: of its minutes, or of its steps after the warm-up."""
-    if settings.max_minutes:
-        return seconds_trained(state, since) / (60 * settings.max_minutes)
-    warmup = warmup_steps(settings)
-    return (state.iter_num - warmup) / (settings.max_iters - warmup)
 
 
 def export_best(model, path, is_sharded):
@@ -329,8 +305,6 @@ model.dtype, model.fp8_head = compute_dtype, settings.fp8_head
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[settings.activation_checkpointing]
 is_compiled = fit.worth_compiling(settings, model, tokens_a_step, this_device, is_sharded)
-if is_compiled:  # kept with the run; before torch.optim, which chooses a place of its own
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(settings.out_dir, "compiled"))
 
 # ---- optimizer, and what a resumed run has reached
 
@@ -347,7 +321,7 @@ stop = parallel.StopRequest()
 if settings.eval_only:
     say(f"step {state.iter_num}: {show(evaluate(model, validation(), to_device, stop))}")
     raise SystemExit
-if is_done(settings, state) and state.evaluated == state.iter_num:
+if state.is_done(settings) and state.evaluated == state.iter_num:
     if settings.resume == "auto":
         say(f"the run in {settings.out_dir} is complete ({state.iter_num} steps)")
         away = Away(settings, is_new=False)
@@ -384,8 +358,7 @@ if FIRST:
     else:
         run.set_aside_earlier_run()
     if tokenizer:  # so that out_dir has all that ./run and sample.py need
-        tokenizer.export(run.file("tokenizer.bin"))
-        copy_local(paths.tokenizer_model, run.file("tokenizer.model"))
+        run.add_tokenizer(tokenizer, paths.tokenizer_model)
     else:
         print(f"without {paths.tokenizer_model}, bits per byte are unknown and ./run needs one")
     run.open_log(state.iter_num, state.evaluated)
@@ -403,13 +376,24 @@ facts = {  # of every checkpoint, beside state
     "n_windows": batches.n_windows,
     "tokenizer_hash": tokenizer.hash if tokenizer else "",
     "config": saved_settings,
+    "data_path": os.path.relpath(settings.data_dir, settings.out_dir),
     "compute_dtype": str(compute_dtype),
     "versions": versions(),
 }
 
 
+def check_folder():
+    """Where out_dir was moved or deleted during training, go on in a new one."""
+    if parallel.any_rank(FIRST and run.is_lost()):
+        writer.wait()
+        if FIRST:
+            run.begin_again()
+        state.best_val_loss, writer.latest_step = math.inf, None
+
+
 def log(kind, **values):
     """Write a line of the log, and send it to Weights & Biases; the first rank alone does."""
+    check_folder()
     if kind != "start":
         values = {
             "step": state.iter_num,
@@ -435,6 +419,8 @@ def save(is_best=False):
 
 
 say(table(model_optimizer))
+if settings.on_finish:
+    say(f"when the run is finished, this command runs: {settings.on_finish!r}")
 length = f"{settings.max_minutes:g} minutes of" if settings.max_minutes else settings.max_iters
 say(
     f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
@@ -465,7 +451,7 @@ stop.listen()
 model_path = os.path.join(settings.out_dir, "model.bin")
 val_loss, best_before, diverged = math.inf, state.best_val_loss, None
 since, unlogged_steps = time.perf_counter(), 0  # since the last line of the log
-stopping, done = False, is_done(settings, state)
+stopping, done = False, state.is_done(settings)
 bar = progress(
     total=None if settings.max_minutes else settings.max_iters,
     initial=state.iter_num,
@@ -508,7 +494,7 @@ while True:
     # ---- one step of the optimizer
     if settings.dropout:  # the same in a resumed run, and another in each rank
         torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))
-    set_rates(model_optimizer, settings, state.iter_num, part_done(settings, state, since))
+    set_rates(model_optimizer, settings, state.iter_num, state.part_done(settings, since))
     loss = 0.0
     for i in range(n_micro):
         x, y = to_device(*next(stream))
@@ -525,7 +511,7 @@ while True:
     state.n_sequences += step_size
     unlogged_steps += 1
     bar.update()
-    stopping, done = stop.in_any_rank(), is_done(settings, state, since)
+    stopping, done = stop.in_any_rank(), state.is_done(settings, since)
 
     # ---- log
     is_due = state.iter_num % settings.log_interval == 0 or state.iter_num == 1
@@ -557,11 +543,13 @@ while True:
 
 bar.close()
 writer.wait()
+check_folder()
 if not diverged and parallel.any_rank(FIRST and writer.latest_step != state.iter_num):
     if writer.lost_best():
         state.best_val_loss = best_before
     save()
     writer.wait()
+stop.restore()
 finished = done and state.evaluated == state.iter_num
 reason = "diverged" if diverged else "finished" if finished else "interrupted"
 log("end", reason=reason, best_val_loss=state.best_val_loss)

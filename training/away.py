@@ -46,6 +46,6 @@ class Away:
                 f"{self.uploads.out_dir}/uploads: the same command with --resume=auto tries again"
             )
         if FIRST and self.settings.on_finish and is_finished:
-            print("running the command of on_finish", flush=True)
+            print(f"running {self.settings.on_finish!r}", flush=True)
             if status := subprocess.run(self.settings.on_finish, shell=True).returncode:
                 raise UserError(f"the command of on_finish ended with status {status}")

@@ -16,6 +16,7 @@ that of the lowest validation loss. Each is a dict of plain values and tensors:
     scaler           state of the gradient scaler of float16, empty without
     tokenizer_hash   of the tokenizer model, "" where it is unknown
     config           the settings of train.py
+    data_path        data_dir seen from out_dir, to find it again from another folder
     compute_dtype    of the matrix products
     versions         of Python and the packages
     format           FORMAT
@@ -37,6 +38,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -45,7 +47,7 @@ import torch
 
 from configurator import UserError
 from model import ModelArgs, Transformer
-from optim import part_for
+from optim import part_for, warmup_steps
 from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
 from system.progress import print_line
 from training import parallel
@@ -74,6 +76,24 @@ class RunState:
     @classmethod
     def of(cls, checkpoint):
         return cls(**{name: checkpoint[name] for name in cls.__dataclass_fields__})
+
+    def seconds(self, since):
+        """Seconds of training, as the first rank sees them; since: time of the last log line."""
+        now = self.train_s + (time.perf_counter() - since if since else 0.0)
+        return parallel.total(now if parallel.FIRST else 0.0)[0]
+
+    def is_done(self, settings, since=None):
+        """Whether the last step is done."""
+        if settings.max_minutes:
+            return self.seconds(since) >= 60 * settings.max_minutes
+        return self.iter_num >= settings.max_iters
+
+    def part_done(self, settings, since):
+        """How much is done, 0 to 1, of the minutes or of the steps after the warm-up."""
+        if settings.max_minutes:
+            return self.seconds(since) / (60 * settings.max_minutes)
+        warmup = warmup_steps(settings)
+        return (self.iter_num - warmup) / (settings.max_iters - warmup)
 
 
 class Damaged(UserError):

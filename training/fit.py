@@ -3,6 +3,9 @@ Fitting a run to its machine: what a device can do, how large a micro-batch fits
 other attention kernels, and torch.compile. Whatever is faster has to compute the same gradients.
 """
 
+import os
+import shlex
+import tempfile
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +16,27 @@ from training import parallel
 from training.parallel import WORLD_SIZE, say
 
 FP8_MULTIPLE = 16  # of every dimension of an 8-bit product
+
+
+def use_private_compile_cache():
+    """
+    Have torch.compile keep its code in the user's own cache folder. torch runs what it finds there:
+    the folder must neither be shared, as torch's own choice in /tmp is, nor passed on with a run.
+    Call it before an optimizer is made, since torch chooses then.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):
+        root = os.path.expanduser("~/.cache")
+    folder = os.path.join(root, "modded-llama2-c", "compiled")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)  # fails for a folder of another user
+        is_usable = shlex.quote(folder) == folder  # torch does not quote it for the compiler
+    except OSError:
+        is_usable = False
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder if is_usable else tempfile.mkdtemp()
 
 
 def make_model(args):
@@ -147,7 +171,8 @@ def compile_model(model, x, y, has_dropout):
         model.compile_layers()
         norms = gradient_norms(model, x, y)
     except Exception as e:
-        say(f"torch.compile fails ({type(e).__name__}); going on without it")
+        why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+        say(f"torch.compile fails ({why}); going on without it")
         model.fast_layers = None
         return
     finally:

@@ -122,9 +122,24 @@ def resumed(settings, checkpoint, given):
             f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or begin a new run "
             f"with another --out_dir"
         )
+    if "data_dir" not in given:
+        settings["data_dir"] = data_dir_of(checkpoint, settings["out_dir"])
     for name in sorted(changed):
         say(f"resuming with {name} = {settings[name]} instead of {old[name]}")
     return settings
+
+
+def data_dir_of(checkpoint, out_dir):
+    """A checkpoint's data_dir; a relative one is looked for where it lies from out_dir first."""
+    data_dir, from_out = checkpoint["config"]["data_dir"], checkpoint.get("data_path")
+    if os.path.isabs(data_dir) or not isinstance(from_out, str):
+        return data_dir
+    there = os.path.normpath(os.path.join(os.path.abspath(out_dir), from_out))
+    is_here = os.path.isdir(data_dir) and os.path.realpath(data_dir) == os.path.realpath(there)
+    if is_here or not os.path.isdir(there):
+        return data_dir
+    say(f"data_dir = {data_dir} of the run is {there}")
+    return there
 
 
 def adopted(settings, model_args, given):

@@ -18,6 +18,7 @@ from dataset import DataPaths
 from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer
 from system.hardware import pick_dtype
+from training.fit import use_private_compile_cache
 from training.runlog import RunLog
 from training.settings import SAME_RESULT, SAME_WORK, TRAIN, args_of, resolved
 
@@ -91,6 +92,7 @@ def tokens_per_second(settings, device, budget_s):
 
 def stepper(settings, device):
     """A function that takes one step of the training that `settings` of train.py describe."""
+    use_private_compile_cache()
     model = model_of(settings).to(device)
     model.dtype, model.fp8_head = pick_dtype(settings["dtype"], device), settings["fp8_head"]
     for block in model.layers:
