@@ -9,10 +9,10 @@ Settings of a script: its own top-level globals, overridden from the command lin
     configure(globals())
 
 `python script.py --batch_size=8 config/small.py --compile` then reads, from left to right,
-`--key=value` overrides and override files (Python files of plain assignments). The type of the
-default decides how a value is parsed: an int literal is fine for a float, `--flag` alone means True
-for a bool, and everything after the first `=` belongs to the value. `--help` lists every setting
-with its default and its comment.
+`--key=value` overrides and override files (plain assignments in the syntax of Python, which are
+read and not run). The type of the default decides how a value is parsed: an int literal is fine for
+a float, `--flag` alone means True for a bool, and everything after the first `=` belongs to the
+value. A path may begin with `~/`. `--help` lists every setting with its default and its comment.
 """
 
 import ast
@@ -20,11 +20,26 @@ import contextlib
 import difflib
 import json
 import math
+import operator
 import os
+import re
 import sys
 import tokenize
 
 SETTING_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+BOOLS = {True: ("true", "1", "yes", "on"), False: ("false", "0", "no", "off")}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+HOME = re.compile(r"(^|[,=:])(~[^/,]*)(?=/)")  # where a path begins: the text, or one of its parts
 PRINT_SETTINGS = "--print-settings"  # for programs that need to know what a command line means
 
 
@@ -80,57 +95,74 @@ def check_name(name, settings, where=""):
 
 def parse(name, text, default):
     """Parse `text` to the type of `default`; raise UserError where it does not fit."""
-    kind = type(default)
-    word = text.strip()
-    if kind is str:
-        return text
-    if kind is bool:
-        if word.lower() in ("true", "1", "yes", "on"):
-            return True
-        if word.lower() in ("false", "0", "no", "off"):
-            return False
-        raise UserError(f"--{name}={text}: expected {SETTING_TYPES[bool]}")
-    with contextlib.suppress(ValueError):
-        return kind(word)
-    with contextlib.suppress(ValueError):  # 1e4 is a good way to write an int
-        value = float(word)
-        if value.is_integer():
-            return int(value)
-    raise UserError(f"--{name}={text}: expected {SETTING_TYPES[kind]}, like {default}")
+    word, value = text.strip(), text
+    if isinstance(default, bool):
+        for value_of_words, words in BOOLS.items():
+            if word.lower() in words:
+                return value_of_words
+    elif not isinstance(default, str):
+        for kind in (float, int):  # 1e4 is a good way to write an int
+            with contextlib.suppress(ValueError):
+                value = kind(word)
+    return coerce(value, default, f"--{name}={text}")
 
 
-def coerce(name, value, default, where):
-    """Check a value from an override file against the type of the default."""
+def coerce(value, default, what):
+    """`value` in the type of `default`; UserError, beginning with `what`, where it does not fit."""
     kind = type(default)
     if type(value) is kind:
-        return value
+        return in_home(value) if kind is str else value
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    expected = SETTING_TYPES[kind]
-    raise UserError(f"{where}: {name} = {value!r}: expected {expected}, like {default!r}")
+    raise UserError(f"{what}: expected {SETTING_TYPES[kind]}, like {default!r}")
 
 
-def assigned_names(tree, path):
-    """The names that a parsed file assigns to; UserError where it does more than assign."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
-            targets = [node.target]
-        elif isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)):
-            targets = []
-        else:
-            raise UserError(f"{path}, line {node.lineno}: expected only lines like name = value")
-        for target in targets:
-            yield from (leaf.id for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
+def in_home(text):
+    """A text with the home folder in place of each ~ that begins a path: shells often leave it."""
+    return HOME.sub(lambda match: match[1] + os.path.expanduser(match[2]), text)
 
 
-def read_override_file(path, namespace, settings):
+def value_of(node, scope):
     """
-    Run an override file and return {name: value} for the settings it assigns. It may compute with
-    the settings as they stand (`dim = n_heads * 48`); helper names start with an underscore.
+    The value of an expression of literals, names in `scope` and arithmetic. ValueError for any
+    other, and for numbers and texts so large that they would only exhaust the memory.
+    """
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in scope:
+        return scope[node.id]
+    if not isinstance(node, (ast.UnaryOp, ast.BinOp)):
+        raise ValueError
+    nodes = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    operands = [value_of(n, scope) for n in nodes]
+    if all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in operands):
+        is_small = not isinstance(node.op, ast.Pow) or operands[1] <= 64
+    else:
+        is_text = isinstance(node.op, ast.Add) and all(isinstance(x, str) for x in operands)
+        is_small = is_text and sum(map(len, operands)) < 1e6
+    if not is_small or type(node.op) not in OPERATORS:
+        raise ValueError
+    return OPERATORS[type(node.op)](*operands)
+
+
+def assigned(node, scope):
+    """{name: value} that a line of an override file assigns; ValueError where it does more."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+        return {}
+    if isinstance(node, ast.AugAssign):
+        node = ast.Assign([node.target], ast.BinOp(node.target, node.op, node.value))
+    if not isinstance(node, ast.Assign) or not all(isinstance(t, ast.Name) for t in node.targets):
+        raise ValueError
+    return dict.fromkeys((target.id for target in node.targets), value_of(node.value, scope))
+
+
+def read_override_file(path, settings):
+    """
+    {name: value} of the settings that an override file assigns. It may compute with the settings
+    as they stand (`dim = n_heads * 48`); helper names start with an underscore. It is read, and not
+    run, so a file from a stranger can set settings and nothing else.
     """
     found = path
     if not os.path.isfile(found):  # `config/x.py` works from any directory
@@ -140,21 +172,26 @@ def read_override_file(path, namespace, settings):
         raise UserError(f"override file {path} {'is a folder' if is_folder else 'does not exist'}")
     with open(found, "rb") as f:
         source = f.read()
-    scope = {name: namespace[name] for name in settings}
+    scope, overrides = dict(settings), {}
     try:
-        tree = ast.parse(source.decode("utf-8"), found)
-        names = list(assigned_names(tree, path))
-        exec(compile(tree, found, "exec"), scope)
+        for node in ast.parse(source.decode("utf-8"), found).body:
+            try:
+                values = assigned(node, scope)
+            except ValueError:
+                raise UserError(
+                    f"{path}, line {node.lineno}: expected only lines like name = value, with "
+                    f"numbers, texts, names set before it and arithmetic"
+                ) from None
+            for name, value in values.items():
+                if not name.startswith("_"):
+                    check_name(name, settings, f"{path}: ")
+                    value = coerce(value, settings[name], f"{path}: {name} = {value!r}")
+                    overrides[name] = value
+                scope[name] = value
     except UserError:
         raise
     except Exception as e:
         raise UserError(f"override file {path} fails with {type(e).__name__}: {e}") from None
-    overrides = {}
-    for name in names:
-        if name.startswith("_"):
-            continue
-        check_name(name, settings, f"{path}: ")
-        overrides[name] = coerce(name, scope[name], settings[name], path)
     return overrides
 
 
@@ -220,9 +257,9 @@ def apply(namespace, argv, positional=None):
                 raise UserError(f"--{key} needs a value: --{key}={default or '...'}")
             changes = {name: parse(name, text, default) if equals else True}
         elif word.endswith(".py"):
-            changes = read_override_file(word, namespace, settings)
+            changes = read_override_file(word, settings)
         elif positional and positional not in given and not word.startswith("-"):
-            changes = {positional: word}
+            changes = {positional: in_home(word)}
         else:
             raise UserError(f"cannot read {word!r}: settings are given as --key=value")
         namespace.update(changes)

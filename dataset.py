@@ -178,7 +178,7 @@ def names_without_sidecar(paths, again):
         again = again.replace(": ", f": python webtext.py prepare --source={name}, or ", 1)
     if os.path.exists(os.path.join(paths.shards, PARTS)):
         raise UserError(f"{paths.shards} is not finished yet; {again}")
-    names = sorted(map(os.path.basename, glob.glob(os.path.join(paths.shards, "*.bin"))))
+    names = sorted(glob.glob("*.bin", root_dir=paths.shards))
     if len(names) < 2:
         raise UserError(f"{paths.shards} has no token shards; {again}{paths.others()}")
     return names

@@ -13,9 +13,10 @@ formats/table.py.
 
 import argparse
 import os
+import sys
 from functools import partial
 
-from configurator import UserError, one_sentence_errors
+from configurator import UserError, in_home, one_sentence_errors
 from formats.huggingface import FastTokenizer
 from formats.modelbin import VERSIONS
 from formats.table import FORMATS, SOURCES, format_of, load, recognize
@@ -71,7 +72,7 @@ parser.add_argument("--private", action="store_true", help="make a new model of 
 parser.add_argument(
     "--dry-run", "--dry_run", action="store_true", help="say what would be uploaded, and stop"
 )
-flags = parser.parse_args()
+flags = parser.parse_args(list(map(in_home, sys.argv[1:])))
 
 sources = [(name, getattr(flags, f"from_{name}", None)) for name in SOURCES]
 sources = [(name, path) for name, path in sources if path is not None]

@@ -52,19 +52,19 @@ def by_role(model):
 
 
 @torch.no_grad()
-def orthogonalize(matrices, n_steps):
+def orthogonalize(matrices):
     """
-    The nearest matrices with orthonormal rows or columns to a batch (n, rows, columns), by n_steps
-    of the polynomial iteration of Polar Express (arXiv:2505.16932). Muon needs them only roughly:
-    five steps bring singular values from 1e-3 of the largest on to about 0.9 to 1.1, and bfloat16
-    is enough.
+    The nearest matrices with orthonormal rows or columns to a batch (n, rows, columns), by the
+    polynomial iteration of Polar Express (arXiv:2505.16932). Muon needs them only roughly: its five
+    steps bring singular values from 1e-3 of the largest on to about 0.9 to 1.1, and bfloat16 is
+    enough.
     """
     X = matrices
     is_tall = X.shape[1] > X.shape[2]
     X = X.mT if is_tall else X
     norms = torch.linalg.matrix_norm(X.float(), keepdim=True)
     X = X / (norms * 1.01 + 1e-7).to(X.dtype)
-    for a, b, c in POLAR_EXPRESS[:n_steps]:
+    for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if is_tall else X
@@ -95,7 +95,6 @@ class Muon(torch.optim.Optimizer):
         momentum=0.95,
         weight_decay=0.0,
         neuron_beta=0.0,
-        n_steps=5,
         product_dtype=torch.bfloat16,
     ):
         defaults = {
@@ -103,7 +102,6 @@ class Muon(torch.optim.Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "neuron_beta": neuron_beta,
-            "n_steps": n_steps,
             "product_dtype": product_dtype,
         }
         super().__init__(params, defaults)
@@ -135,7 +133,7 @@ class Muon(torch.optim.Optimizer):
         if is_spread:  # FSDP: every rank works on the whole, and keeps its part of it
             nesterov = [u.full_tensor() for u in nesterov]
         whole = torch.stack(nesterov).to(group["product_dtype"])
-        updates = orthogonalize(whole, group["n_steps"]).to(params[0].dtype)
+        updates = orthogonalize(whole).to(params[0].dtype)
         if group["neuron_beta"]:
             updates = self.evened(updates, params, group["neuron_beta"])
         updates = updates.unbind()
@@ -247,7 +245,7 @@ def table(optimizer):
     """What is trained by what, as text: a line for each group of parameters."""
     lines = [f"{'role':<10} {'tensors':>7} {'numbers':>12}  {'by':<6} {'rate':>8} {'decay':>6}"]
     for group in optimizer.param_groups:
-        by = "Muon" if "n_steps" in group else "AdamW"
+        by = "Muon" if "momentum" in group else "AdamW"
         n = sum(p.numel() for p in group["params"])
         lines.append(
             f"{group['role']:<10} {len(group['params']):>7} {n:>12,}  {by:<6} "
@@ -288,20 +286,22 @@ def decay_factor(progress, shape):
     return 1.0 if shape == "constant" else min(max(1.0 - progress, 0.0), 1.0)
 
 
-def warmup_steps(s):
+def warmup_steps(settings):
     """Steps of the warm-up: warmup_iters, at most half of the run."""
-    return min(s.warmup_iters, s.max_iters // 2)
+    return min(settings.warmup_iters, settings.max_iters // 2)
 
 
-def set_rates(optimizer, s, step, done):
+def set_rates(optimizer, settings, step, done):
     """
-    Set learning rates, weight decay and momentum of every group for a step. s: train.py's settings;
-    done: part of the run that is done, as rate_factor() takes it.
+    Set learning rates, weight decay and momentum of every group for a step. settings: those of
+    train.py; done: part of the run that is done, as rate_factor() takes it.
     """
-    schedule = s.cooldown_frac, s.cooldown_shape, s.final_lr_frac
-    factor = rate_factor(done, step, warmup_steps(s), *schedule)
+    schedule = settings.cooldown_frac, settings.cooldown_shape, settings.final_lr_frac
+    factor = rate_factor(done, step, warmup_steps(settings), *schedule)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["initial_lr"]
-        group["weight_decay"] = group["initial_weight_decay"] * decay_factor(done, s.decay_shape)
+        group["weight_decay"] = group["initial_weight_decay"] * decay_factor(
+            done, settings.decay_shape
+        )
         if "momentum" in group:
-            group["momentum"] = momentum_at(step, s.momentum, s.momentum_warmup)
+            group["momentum"] = momentum_at(step, settings.momentum, settings.momentum_warmup)

@@ -77,7 +77,6 @@ from system.progress import print_line, progress
 from training.rundir import WORTH_KEEPING, FolderInUse, RunDir
 from training.runlog import RunLog
 from training.runs import (
-    args_of,
     changed_settings,
     flops_of_step,
     same_run,
@@ -86,7 +85,7 @@ from training.runs import (
     tokens_per_second,
     work_of,
 )
-from training.settings import SAME_RESULT, TRAIN, check, resolved
+from training.settings import SAME_RESULT, TRAIN, args_of, check, resolved
 
 START_UP_S = 8  # of a run: loading torch and the data, writing its files; a guess
 # an estimate alone tries no step of more operations, and none after so many seconds
@@ -183,7 +182,9 @@ def check_run(config, varied):
     try:
         check(config)
         args_of(config)
-    except (UserError, ValueError) as e:
+        if config["on_finish"]:
+            raise UserError("on_finish is not for the runs of a sweep: leave it out")
+    except UserError as e:
         raise UserError(f"{about}: {e}") from None
     if (equal_tokens or equal_bytes or equal_minutes) and config["max_minutes"]:
         raise UserError(
@@ -479,9 +480,6 @@ class Runner:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpus = gpus if len(gpus) == self.n_gpus else list(map(str, range(self.n_gpus)))
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % self.n_gpus]
-        if run.config["compile"] != "False":
-            compiled = os.path.abspath(os.path.join(sweep_dir, "compiled"))
-            environment["TORCHINDUCTOR_CACHE_DIR"] = compiled
         command = [sys.executable, TRAIN, *run.arguments, f"--out_dir={run.folder}"]
         if run.logged().start:
             command.append("--resume=auto")

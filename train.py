@@ -18,8 +18,6 @@ the loop; the end. training/ holds what a step does not need to show.
 import math
 import os
 import shlex
-import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -28,10 +26,8 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 from configurator import UserError, configure, settings_of
-from system.memory import tune_malloc
 
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C just ends this
 
 # -----------------------------------------------------------------------------
 # the folder of the run
@@ -134,20 +130,16 @@ mfu = 0.4  # share of a GPU's peak that the estimate assumes
 price = 2.4  # dollars per GPU hour, for the estimate
 given = configure(globals())
 # -----------------------------------------------------------------------------
-config = settings_of(globals())
-
-# Restarts this process once with malloc set to keep freed memory: steps on a CPU are a tenth faster
-tune_malloc()
 
 import torch
 
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches
 from formats.modelbin import export_model
-from model import ACTIVATION_CHECKPOINTING, ModelArgs, Transformer
-from optim import make_optimizer, set_rates, table, warmup_steps
+from model import ACTIVATION_CHECKPOINTING, Transformer
+from optim import make_optimizer, set_rates, table
 from report.curves import find_runs
-from system.files import atomic_write
 from system.hardware import describe, git_commit, peak_flops, pick_dtype
+from system.memory import tune_malloc
 from system.progress import print_line, progress
 from tokenizer import open_tokenizer
 from training import fit, parallel
@@ -159,16 +151,16 @@ from training.checkpoint import (
     load_model,
     optimizer_tensors,
     put_aside,
-    rng_states,
-    seed_all,
     versions,
 )
 from training.parallel import FIRST, RANK, WORLD_SIZE, say
 from training.resume import begin, check_machines, restore_run
-from training.rundir import Journal, RunDir
-from training.settings import OPTIONS, SECRET
+from training.rundir import RunDir
+from training.settings import SECRET, args_of
 
 torch.set_flush_denormal(True)  # denormals slow a CPU many times over; before its threads begin
+tune_malloc()
+fit.use_private_compile_cache()
 parallel.errors_of_ranks()
 
 
@@ -192,27 +184,6 @@ def evaluate(model, batches, to_device, stop):
     model.train()
     total, n_targets = parallel.total(total, n_targets)
     return total / n_targets
-
-
-def seconds_trained(state, since):
-    """Seconds of training so far, as the first rank sees them; since: time of the last log line."""
-    now = state.train_s + (time.perf_counter() - since if since else 0.0)
-    return parallel.total(now if FIRST else 0.0)[0]
-
-
-def is_done(s, state, since=None):
-    """Whether the last step is done."""
-    if s.max_minutes:
-        return seconds_trained(state, since) >= 60 * s.max_minutes
-    return state.iter_num >= s.max_iters
-
-
-def part_done(s, state, since):
-    """How much of the run is done, 0 to 1: of its minutes, or of its steps after the warm-up."""
-    if s.max_minutes:
-        return seconds_trained(state, since) / (60 * s.max_minutes)
-    warmup = warmup_steps(s)
-    return (state.iter_num - warmup) / (s.max_iters - warmup)
 
 
 def export_best(model, path, is_sharded):
@@ -244,44 +215,40 @@ def draw_losses(folder):
 
 # ---- what to begin from: nothing, a checkpoint's weights, or a run to resume
 
-# `config` is what this command asks for. `s` is what the run settles on, mostly its checkpoint's
-# settings when it is resumed; everything below reads `s`
+# From here on `settings` are those of the run: of this command, or mostly of the checkpoint when a
+# run is resumed. The names of the block above are not read any more
 this_device = parallel.start(device)
-start = begin(config, given)
-s = SimpleNamespace(**start.config)
-saved_config = {name: value for name, value in start.config.items() if name not in SECRET}
+start = begin(settings_of(globals()), given)
+settings = SimpleNamespace(**start.settings)
+saved_settings = {name: value for name, value in vars(settings).items() if name not in SECRET}
 
 # ---- data
 
-paths = DataPaths(s.data_dir, s.vocab_source, s.vocab_size)
-options = {name: start.config[name] for name in OPTIONS}
-if start.checkpoint:  # with what is no setting, such as norm_eps
-    options = start.checkpoint["model_args"] | options
-try:
-    args = ModelArgs.from_dict({**options, "vocab_size": paths.vocab_size})
-except ValueError as e:
-    raise UserError(str(e)) from None
-step_size = s.batch_size * s.gradient_accumulation_steps  # sequences, of all ranks together
-if s.estimate:
+paths = DataPaths(settings.data_dir, settings.vocab_source, settings.vocab_size)
+model_args = args_of(vars(settings), (start.checkpoint or {}).get("model_args"))
+n_accumulated = settings.gradient_accumulation_steps
+step_size = settings.batch_size * n_accumulated  # sequences, of all ranks together
+tokens_a_step = step_size * settings.max_seq_len
+if settings.estimate:
     from training.estimate import estimate_lines
 
-    for line in estimate_lines(args, start.config, step_size * s.max_seq_len):
+    for line in estimate_lines(model_args, vars(settings), tokens_a_step):
         say(line)
     raise SystemExit
-micro_size, n_micro = parallel.share_of_step(s.batch_size, s.gradient_accumulation_steps)
-check_machines(start, s.out_dir)
+micro_size, n_micro = parallel.share_of_step(settings.batch_size, n_accumulated)
+check_machines(start, settings.out_dir)
 tokenizer = None
 if os.path.exists(paths.tokenizer_model):
     tokenizer = open_tokenizer(paths.tokenizer_model)
-data = TokenData(paths, s.max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
+data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
     raise UserError(f"{start.path} was trained with another {paths.tokenizer_model}")
-batches = TrainBatches(data.train, s.max_seq_len, s.seed)
+batches = TrainBatches(data.train, settings.max_seq_len, settings.seed)
 if batches.n_windows < step_size:
     raise UserError(
-        f"the training shards hold {batches.n_windows} sequences of {s.max_seq_len} tokens, less "
-        f"than the {step_size} of one step: give more text or a smaller --batch_size"
+        f"the training shards hold {batches.n_windows} sequences of {settings.max_seq_len} tokens, "
+        f"less than the {step_size} of one step: give more text or a smaller --batch_size"
     )
 
 
@@ -291,7 +258,8 @@ def to_device(x, y):
 
 def validation():
     """The fixed validation batches of this rank."""
-    return valid_batches(data.valid, s.max_seq_len, s.batch_size, s.eval_iters, RANK, WORLD_SIZE)
+    size = settings.max_seq_len, settings.batch_size, settings.eval_iters
+    return valid_batches(data.valid, *size, RANK, WORLD_SIZE)
 
 
 def bits_per_byte(loss):
@@ -307,61 +275,59 @@ def show(loss):
 
 # ---- model
 
-dtype_name = s.dtype
-if s.dtype == "auto" and start.is_resumed:  # as it began
+dtype_name = settings.dtype
+if settings.dtype == "auto" and start.is_resumed:  # as it began
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")
 compute_dtype = parallel.from_first(pick_dtype(dtype_name, this_device))  # "auto": a measurement
-is_sharded = s.fsdp and WORLD_SIZE > 1
-if s.fsdp and not is_sharded:
+is_sharded = settings.fsdp and WORLD_SIZE > 1
+if settings.fsdp and not is_sharded:
     print("warning: fsdp has nothing to share in one process; start several with torchrun")
-if is_sharded and s.compile == "True":
+if is_sharded and settings.compile == "True":
     say("compile is left out under fsdp")
 if is_sharded and compute_dtype is torch.float16:
     raise UserError("float16 cannot be used with fsdp: take --dtype=bfloat16 or float32")
-seed_all(s.seed)
+torch.manual_seed(settings.seed)
 if this_device.type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 if start.checkpoint and not start.is_resumed:
-    model = load_model({**start.checkpoint, "model_args": args.to_dict()}, start.path)
+    model = load_model({**start.checkpoint, "model_args": model_args.to_dict()}, start.path)
 else:
-    model = fit.make_model(args)
+    model = fit.make_model(model_args)
 n_params = model.n_params()
 model.to(this_device)
 if is_sharded:
     parallel.shard(model, this_device)
-if s.fp8_head and not s.eval_only:
-    fit.check_fp8(args, micro_size * s.max_seq_len, this_device)
-if s.attention != "sdpa" and not s.eval_only:
-    fit.check_attention(s.attention, this_device, compute_dtype, s.dropout)
-model.dtype, model.fp8_head = compute_dtype, s.fp8_head
+if settings.fp8_head and not settings.eval_only:
+    fit.check_fp8(model_args, micro_size * settings.max_seq_len, this_device)
+if settings.attention != "sdpa" and not settings.eval_only:
+    fit.check_attention(settings.attention, this_device, compute_dtype, settings.dropout)
+model.dtype, model.fp8_head = compute_dtype, settings.fp8_head
 for block in model.layers:
-    block.recompute = ACTIVATION_CHECKPOINTING[s.activation_checkpointing]
-tokens_a_step = step_size * s.max_seq_len
-is_compiled = fit.worth_compiling(s, model, tokens_a_step, this_device, is_sharded)
-if is_compiled:  # kept with the run; before torch.optim, which chooses a place of its own
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(s.out_dir, "compiled"))
+    block.recompute = ACTIVATION_CHECKPOINTING[settings.activation_checkpointing]
+is_compiled = fit.worth_compiling(settings, model, tokens_a_step, this_device, is_sharded)
 
 # ---- optimizer, and what a resumed run has reached
 
-opt = make_optimizer(model, s.optimizer, start.config)
+# `optimizer` is the setting
+model_optimizer = make_optimizer(model, settings.optimizer, vars(settings))
 scaler = torch.amp.GradScaler(this_device.type, enabled=compute_dtype is torch.float16)
 state = RunState()
 if start.is_resumed:
-    state = restore_run(start, model, opt, scaler, compute_dtype, batches.n_windows)
+    state = restore_run(start, model, model_optimizer, scaler, compute_dtype, batches.n_windows)
 start.checkpoint = None  # its memory is not needed any more
 first_step = state.iter_num
 
 stop = parallel.StopRequest()
-if s.eval_only:
+if settings.eval_only:
     say(f"step {state.iter_num}: {show(evaluate(model, validation(), to_device, stop))}")
     raise SystemExit
-if is_done(s, state) and state.evaluated == state.iter_num:
-    if s.resume == "auto":
-        say(f"the run in {s.out_dir} is complete ({state.iter_num} steps)")
-        away = Away(s, is_new=False)
+if state.is_done(settings) and state.evaluated == state.iter_num:
+    if settings.resume == "auto":
+        say(f"the run in {settings.out_dir} is complete ({state.iter_num} steps)")
+        away = Away(settings, is_new=False)
         away.wrap_up(away.finish(), is_finished=True)
         raise SystemExit
-    limit = "max_minutes" if s.max_minutes else "max_iters"
+    limit = "max_minutes" if settings.max_minutes else "max_iters"
     raise UserError(
         f"this run is complete ({state.iter_num} steps); raise --{limit} to train further"
     )
@@ -369,13 +335,14 @@ if is_done(s, state) and state.evaluated == state.iter_num:
 # ---- fitting the step to the machine
 
 if this_device.type == "cuda" and not is_sharded:  # whose ranks would wait for the one without room
-    micro_size, n_micro = fit.fit_micro_batch(model, opt, micro_size, n_micro, this_device)
-if s.attention != "sdpa" or is_compiled:
+    parts = micro_size, n_micro, this_device
+    micro_size, n_micro = fit.fit_micro_batch(model, model_optimizer, *parts)
+if settings.attention != "sdpa" or is_compiled:
     x, y = to_device(*batches.at(0, micro_size))
-if s.attention != "sdpa":
-    fit.use_attention(model, s.attention, x, y)
+if settings.attention != "sdpa":
+    fit.use_attention(model, settings.attention, x, y)
 if is_compiled:
-    fit.compile_model(model, x, y, s.dropout)
+    fit.compile_model(model, x, y, settings.dropout)
 net = model if is_sharded else parallel.replicate(model, this_device)  # what a step calls
 layout = batches, state.n_sequences, micro_size, n_micro, this_device
 stream = ahead(partial(parallel.micro_batch, *layout))
@@ -385,53 +352,76 @@ stream = ahead(partial(parallel.micro_batch, *layout))
 parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
 run = None  # of the first rank
 if FIRST:
-    run = start.run or RunDir(s.out_dir)
+    run = start.run or RunDir(settings.out_dir)
     if start.is_resumed:
-        put_aside(s.out_dir, start.damaged, state.iter_num)
+        put_aside(settings.out_dir, start.damaged, state.iter_num)
     else:
         run.set_aside_earlier_run()
     if tokenizer:  # so that out_dir has all that ./run and sample.py need
-        tokenizer.export(run.file("tokenizer.bin"))
-        with (
-            open(paths.tokenizer_model, "rb") as source,
-            atomic_write(run.file("tokenizer.model")) as target,
-        ):
-            shutil.copyfileobj(source, target)
+        run.add_tokenizer(tokenizer, paths.tokenizer_model)
     else:
         print(f"without {paths.tokenizer_model}, bits per byte are unknown and ./run needs one")
     run.open_log(state.iter_num, state.evaluated)
 parallel.wait_for_all()
-away = Away(s, is_new=not start.is_resumed)
-away.start_metrics(saved_config)
+away = Away(settings, is_new=not start.is_resumed)
+away.start_metrics(saved_settings)
 is_latest = start.is_resumed and os.path.basename(start.path) == "ckpt.pt"
 latest_step = state.iter_num if is_latest else None
-writer = CheckpointWriter(s.out_dir, s.keep_last, latest_step, installed=away.upload)
-log = Journal(run, away, state, s.max_seq_len, START)
+writer = CheckpointWriter(settings.out_dir, settings.keep_last, latest_step, installed=away.upload)
 peak = peak_flops(this_device, compute_dtype) if FIRST else None
 n_train, n_valid = (sum(map(len, shards)) for shards in (data.train, data.valid))
 facts = {  # of every checkpoint, beside state
     "format": FORMAT,
-    "model_args": args.to_dict(),
+    "model_args": model_args.to_dict(),
     "n_windows": batches.n_windows,
     "tokenizer_hash": tokenizer.hash if tokenizer else "",
-    "config": saved_config,
+    "config": saved_settings,
+    "data_path": os.path.relpath(settings.data_dir, settings.out_dir),
     "compute_dtype": str(compute_dtype),
     "versions": versions(),
 }
 
 
+def check_folder():
+    """Where out_dir was moved or deleted during training, go on in a new one."""
+    if parallel.any_rank(FIRST and run.is_lost()):
+        writer.wait()
+        if FIRST:
+            run.begin_again()
+        state.best_val_loss, writer.latest_step = math.inf, None
+
+
+def log(kind, **values):
+    """Write a line of the log, and send it to Weights & Biases; the first rank alone does."""
+    check_folder()
+    if kind != "start":
+        values = {
+            "step": state.iter_num,
+            "tokens": state.n_sequences * settings.max_seq_len,
+            "time_s": round(time.perf_counter() - START, 3),
+            "train_s": round(state.train_s, 3),
+            **values,
+        }
+    if FIRST:
+        run.log(kind, **values)
+        away.log(kind, values)
+
+
 def save(is_best=False):
     """Begin to write a checkpoint; training continues meanwhile, except under FSDP."""
-    checkpoint = {**facts, **asdict(state), "scaler": scaler.state_dict(), "rng": rng_states()}
+    checkpoint = {**facts, **asdict(state), "scaler": scaler.state_dict()}
     if is_sharded:
-        writer.save_sharded(checkpoint, model, opt, is_best)
+        writer.save_sharded(checkpoint, model, model_optimizer, is_best)
     elif FIRST:
-        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, opt)}
-        writer.save(checkpoint | tensors, is_best)
+        checkpoint["model"] = model.state_dict()
+        checkpoint["optimizer"] = optimizer_tensors(model, model_optimizer)
+        writer.save(checkpoint, is_best)
 
 
-say(table(opt))
-length = f"{s.max_minutes:g} minutes of" if s.max_minutes else s.max_iters
+say(table(model_optimizer))
+if settings.on_finish:
+    say(f"when the run is finished, this command runs: {settings.on_finish!r}")
+length = f"{settings.max_minutes:g} minutes of" if settings.max_minutes else settings.max_iters
 say(
     f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
     f"{state.iter_num} of {length} steps done; "
@@ -440,8 +430,8 @@ say(
 )
 log(
     "start",
-    config=saved_config,
-    model_args=args.to_dict(),
+    config=saved_settings,
+    model_args=model_args.to_dict(),
     n_params=n_params,
     train_tokens=n_train,
     valid_tokens=n_valid,
@@ -450,7 +440,7 @@ log(
     compute_dtype=str(compute_dtype).removeprefix("torch."),
     flops_per_token=model.flops_per_token(),
     peak_flops=peak,
-    rates={group["role"]: group["initial_lr"] for group in opt.param_groups},
+    rates={group["role"]: group["initial_lr"] for group in model_optimizer.param_groups},
     commit=git_commit(),
     **describe(this_device),
 )
@@ -458,21 +448,21 @@ log(
 # ---- the loop: evaluate and save where it is time, take a step, log
 
 stop.listen()
-model_path = os.path.join(s.out_dir, "model.bin")
+model_path = os.path.join(settings.out_dir, "model.bin")
 val_loss, best_before, diverged = math.inf, state.best_val_loss, None
 since, unlogged_steps = time.perf_counter(), 0  # since the last line of the log
-stopping, done = False, is_done(s, state)
+stopping, done = False, state.is_done(settings)
 bar = progress(
-    total=None if s.max_minutes else s.max_iters,
+    total=None if settings.max_minutes else settings.max_iters,
     initial=state.iter_num,
     unit="step",
     dynamic_ncols=True,
     disable=not FIRST,
 )
 while True:
-    time_to_eval = state.iter_num % s.eval_interval == 0 or done
-    time_to_save = s.save_interval > 0 and state.iter_num % s.save_interval == 0
-    is_new_step = state.iter_num != first_step
+    time_to_eval = state.iter_num % settings.eval_interval == 0 or done
+    time_to_save = settings.save_interval > 0 and state.iter_num % settings.save_interval == 0
+    time_to_save &= state.iter_num != first_step
 
     # ---- evaluate, export the best model so far, save
     is_best, has_evaluated = False, False
@@ -494,7 +484,7 @@ while True:
             print_line(f"step {state.iter_num}: {show(val_loss)}{best}")
         if is_best and (is_best := export_best(model, model_path, is_sharded)):
             best_before, state.best_val_loss = state.best_val_loss, val_loss
-    if is_best or (has_evaluated and s.always_save_checkpoint) or (time_to_save and is_new_step):
+    if is_best or (has_evaluated and settings.always_save_checkpoint) or time_to_save:
         save(is_best)
     if done or stopping:
         break
@@ -502,9 +492,9 @@ while True:
         since = time.perf_counter()
 
     # ---- one step of the optimizer
-    if s.dropout:  # the same in a resumed run, and another in each rank
-        torch.manual_seed(hash((s.seed, state.iter_num, RANK)))
-    set_rates(opt, s, state.iter_num, part_done(s, state, since))
+    if settings.dropout:  # the same in a resumed run, and another in each rank
+        torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))
+    set_rates(model_optimizer, settings, state.iter_num, state.part_done(settings, since))
     loss = 0.0
     for i in range(n_micro):
         x, y = to_device(*next(stream))
@@ -512,21 +502,21 @@ while True:
         micro_loss = net(x, y) / n_micro
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
-    scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    scaler.step(opt)
+    scaler.unscale_(model_optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+    scaler.step(model_optimizer)
     scaler.update()
-    opt.zero_grad(set_to_none=True)
+    model_optimizer.zero_grad(set_to_none=True)
     state.iter_num += 1
     state.n_sequences += step_size
     unlogged_steps += 1
     bar.update()
-    stopping, done = stop.in_any_rank(), is_done(s, state, since)
+    stopping, done = stop.in_any_rank(), state.is_done(settings, since)
 
     # ---- log
-    is_due = state.iter_num % s.log_interval == 0 or state.iter_num == 1
-    is_due |= state.iter_num % s.eval_interval == 0 or done or stopping
-    if is_due or (s.save_interval > 0 and state.iter_num % s.save_interval == 0):
+    is_due = state.iter_num % settings.log_interval == 0 or state.iter_num == 1
+    is_due |= state.iter_num % settings.eval_interval == 0 or done or stopping
+    if is_due or (settings.save_interval > 0 and state.iter_num % settings.save_interval == 0):
         loss = parallel.total(float(loss))[0] / WORLD_SIZE  # waits for the device
         grad_norm = float(parallel.whole(grad_norm))
         elapsed = time.perf_counter() - since
@@ -537,14 +527,15 @@ while True:
             diverged = f"gradient norm is {grad_norm}"
         if diverged:
             break
-        tok_s = unlogged_steps * step_size * s.max_seq_len / elapsed
-        values = {"loss": loss, "lr": opt.param_groups[0]["lr"], "grad_norm": grad_norm}
+        tok_s = unlogged_steps * tokens_a_step / elapsed
+        first_rate = model_optimizer.param_groups[0]["lr"]
+        values = {"loss": loss, "lr": first_rate, "grad_norm": grad_norm}
         if peak:
             values["mfu"] = round(tok_s * model.flops_per_token() / (peak * WORLD_SIZE), 4)
         log("train", **values, tok_s=round(tok_s))
         left = ""
-        if s.max_minutes:
-            left = f", {max(0, 60 * s.max_minutes - state.train_s):.0f} s left"
+        if settings.max_minutes:
+            left = f", {max(0, 60 * settings.max_minutes - state.train_s):.0f} s left"
         bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s{left}")
         since, unlogged_steps = time.perf_counter(), 0
 
@@ -552,23 +543,25 @@ while True:
 
 bar.close()
 writer.wait()
+check_folder()
 if not diverged and parallel.any_rank(FIRST and writer.latest_step != state.iter_num):
     if writer.lost_best():
         state.best_val_loss = best_before
     save()
     writer.wait()
+stop.restore()
 finished = done and state.evaluated == state.iter_num
 reason = "diverged" if diverged else "finished" if finished else "interrupted"
 log("end", reason=reason, best_val_loss=state.best_val_loss)
-if FIRST and s.picture and find_spec("matplotlib") is not None:
-    draw_losses(s.out_dir)
+if FIRST and settings.picture and find_spec("matplotlib") is not None:
+    draw_losses(settings.out_dir)
 all_arrived = away.finish()
 if diverged:  # the last good checkpoint is untouched
-    rates = [f"{group['role']}_lr" for group in opt.param_groups]
-    rates = ["base_learning_rate"] if s.optimizer == "adamw" else rates
+    rates = [f"{group['role']}_lr" for group in model_optimizer.param_groups]
+    rates = ["base_learning_rate"] if settings.optimizer == "adamw" else rates
     raise UserError(
         f"the {diverged} at step {state.iter_num}: training has diverged; try smaller rates "
-        f"(now {' '.join(f'--{name}={start.config[name]:g}' for name in rates)}) or a longer "
+        f"(now {' '.join(f'--{name}={vars(settings)[name]:g}' for name in rates)}) or a longer "
         f"--warmup_iters"
     )
 if writer.error:
@@ -581,10 +574,10 @@ if finished:
     if tokenizer:
         say(f'next: ./run {shlex.quote(model_path)} -i "Once upon a time"')
 else:
-    say(f"stopped at step {state.iter_num}; {os.path.join(s.out_dir, 'ckpt.pt')} is saved")
+    say(f"stopped at step {state.iter_num}; {os.path.join(settings.out_dir, 'ckpt.pt')} is saved")
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
-    flags = f"--init_from=resume --out_dir={shlex.quote(s.out_dir)}"
+    flags = f"--init_from=resume --out_dir={shlex.quote(settings.out_dir)}"
     say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
 away.wrap_up(all_arrived, finished)

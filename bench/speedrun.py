@@ -10,10 +10,10 @@ the plain recipe's final value. Complete runs in --out are not repeated.
 
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 
@@ -75,11 +75,10 @@ def finished_run(name, length, where, words, settings):
         print(f"{where} is complete", flush=True)
     else:
         print(f"training {name} for {length:.3g} minutes in {where}", flush=True)
-        # what an earlier run compiled; train.py keeps the rest of it, or moves it aside
-        shutil.rmtree(os.path.join(where, "compiled"), ignore_errors=True)
-        environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
         command = [sys.executable, TRAIN, *words, f"--out_dir={where}"]
-        failed = subprocess.run(command, env=environment).returncode
+        with tempfile.TemporaryDirectory() as cache:  # so that compilation is measured in full
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+            failed = subprocess.run(command, env=environment).returncode
         run = read_run(where)
         if failed or not run:
             raise UserError(f"the run in {where} did not finish; the same command continues it")

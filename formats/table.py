@@ -49,12 +49,17 @@ def tokenizer_in(*folders):
     return next((open_tokenizer(path) for path in paths if os.path.isfile(path)), None)
 
 
+def folders_of(path):
+    """The folder of a file and, where it is a symbolic link, that of what it points to."""
+    return os.path.dirname(path), os.path.dirname(os.path.realpath(path))
+
+
 def from_checkpoint(path):
     checkpoint = load_checkpoint(path)
     model, folder = load_model(checkpoint, path), os.path.dirname(path)
 
     def find_tokenizer():
-        found = tokenizer_in(folder)
+        found = tokenizer_in(*folders_of(path))
         if found and checkpoint.get("tokenizer_hash", "") not in ("", found.hash):
             raise UserError(
                 f"{path} was trained with another tokenizer than {found.model_path}: "
@@ -98,7 +103,7 @@ def from_hf(path):
 
 
 def from_file(read, path):
-    return read(path), lambda: tokenizer_in(os.path.dirname(path)), {}
+    return read(path), lambda: tokenizer_in(*folders_of(path)), {}
 
 
 def from_gguf(path):

@@ -22,7 +22,6 @@ sys.path.insert(0, str(REPO))
 
 from bpe import PATTERNS, BPETokenizer, train_bpe
 from model import ModelArgs, Transformer
-from system.memory import SETTINGS
 from text.synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
 
@@ -30,16 +29,12 @@ SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 
 
 class Zygote:
-    """
-    Scripts in forks of one process, tests/zygote.py, of each process of the tests. It has the
-    settings of malloc for which train.py would start anew.
-    """
+    """Scripts in forks of one process, tests/zygote.py, of each process of the tests."""
 
     def __init__(self):
         self.process = None
 
     def run(self, command, cwd, env):
-        env = {"GLIBC_TUNABLES": SETTINGS, **env}
         if self.process is None:
             words = [sys.executable, str(REPO / "tests" / "zygote.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -93,7 +93,8 @@ def test_override_files(tmp_path):
     for text, part in [
         ("batch_sise = 3", "did you mean --batch_size?"),
         ("if rate > 0:\n    batch_size = 3", "line 1: expected only lines like name = value"),
-        ("a, rate = 1, 2", "unknown setting --a"),
+        ("a, rate = 1, 2", "line 1: expected only lines like name = value"),
+        ("b = 1", "unknown setting --b"),
         ("batch_size = 'many'", "batch_size = 'many': expected a whole number, like 32"),
         ("batch_size = (", "SyntaxError"),
         ("batch_size = 1 / 0", "ZeroDivisionError"),
@@ -103,12 +104,69 @@ def test_override_files(tmp_path):
         with pytest.raises(UserError) as e:
             applied(str(bad))
         assert part in str(e.value) and "bad.py" in str(e.value)
+    assert not applied(str(tmp_path / "good.py"))["compile"]
     bad.write_bytes(b"batch_size = 3  # f\xfcnf")
     with pytest.raises(UserError, match=r"bad\.py fails with UnicodeDecodeError"):
         applied(str(bad))
     (tmp_path / "folder.py").mkdir()
     with pytest.raises(UserError, match=r"folder\.py is a folder"):
         applied(str(tmp_path / "folder.py"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import os",
+        "from os import system",
+        "__import__('os').mkdir('{marker}')",
+        "name = __import__('os').getcwd()",
+        "name = open('{marker}', 'w').name",
+        "batch_size = [__import__('os').mkdir('{marker}') for _ in '1'] and 3",
+        "batch_size = (lambda: 3)()",
+        "name = f'{{rate}}'",
+        "name = name.upper()",
+        "name = later",
+        "batch_size = 9 ** 9 ** 9",
+        "name = 'a' * 1000000000",
+        "name = '%1000000000d' % 1",
+        "rate.x = 1",
+        "batch_size: int = 3",
+        "def f(): pass",
+    ],
+)
+def test_override_files_are_read_and_not_run(tmp_path, line):
+    path, marker = tmp_path / "bad.py", tmp_path / "ran"
+    path.write_text(f'"""A file of a stranger."""\n\nrate = 1\n{line.format(marker=marker)}\n')
+    with pytest.raises(UserError, match="line 4: expected only lines like name = value"):
+        applied(str(path))
+    assert not marker.exists()
+
+
+def test_arithmetic_of_override_files(tmp_path):
+    path = tmp_path / "good.py"
+    lines = ['"""Text."""', "_n = batch_size // 5", "batch_size = -(_n - 8) ** 2 % 100 + 1"]
+    lines += ['name = "a" "b"', 'name += " --c"', "rate = 1 / 4 - 1e-3", "compile = True"]
+    path.write_text("\n".join(lines))
+    values = applied(str(path))
+    assert (values["batch_size"], values["name"]) == (97, "ab --c")
+    assert values["rate"] == 0.249 and values["compile"] is True
+
+
+def test_the_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "home.py"
+    path.write_text('name = "~/out"\n')
+    assert applied(str(path))["name"] == "/home/me/out"
+    for text, expected in [
+        ("~/out", "/home/me/out"),
+        ("~/a,~/b", "/home/me/a,/home/me/b"),
+        ("FILE:~/prompt.txt", "FILE:/home/me/prompt.txt"),
+        ("~nobody-here/x", "~nobody-here/x"),
+        ("https://site/~me/x", "https://site/~me/x"),
+        ("a ~ b", "a ~ b"),
+    ]:
+        assert applied(f"--name={text}")["name"] == expected
+    assert applied("~/models", positional="stage")["stage"] == "/home/me/models"
 
 
 def test_a_reader_who_leaves_is_no_traceback():

@@ -59,7 +59,7 @@ def test_the_table_counts_every_number_once(name):
 def test_orthogonalized_matrices_keep_directions_and_lose_lengths(rows, columns):
     torch.manual_seed(1)
     matrices = torch.randn(3, rows, columns) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    found = orthogonalize(matrices, 5)
+    found = orthogonalize(matrices)
     U, _, V = torch.linalg.svd(matrices, full_matrices=False)
     values = (U.mT @ found @ V.mT).diagonal(dim1=-2, dim2=-1)
     assert values.min() > 0.7 and values.max() < 1.3
@@ -78,7 +78,7 @@ def test_muon_is_momentum_orthogonalized():
         for i, p in enumerate(params):
             g = p.grad = torch.randn(8, 4)
             memory[i] = 0.9 * memory[i] + 0.1 * g
-            update = orthogonalize((0.1 * g + 0.9 * memory[i])[None], 5)[0]
+            update = orthogonalize((0.1 * g + 0.9 * memory[i])[None])[0]
             expected[i] = expected[i] * (1 - 0.1 * 0.5) - 0.1 * 2**0.5 * update
         optimizer.step()
         for p, wanted in zip(params, expected, strict=True):
@@ -96,7 +96,7 @@ def test_neurons_are_evened_out(rows, columns):
     for _ in range(3):
         g = p.grad = torch.randn(rows, columns)
         memory = 0.9 * memory + 0.1 * g
-        update = orthogonalize((0.1 * g + 0.9 * memory)[None], 5)[0]
+        update = orthogonalize((0.1 * g + 0.9 * memory)[None])[0]
         neurons = update if rows >= columns else update.T
         sizes = 0.8 * sizes + 0.2 * torch.stack([n.square().mean() for n in neurons])
         even = torch.stack([n / size.sqrt() for n, size in zip(neurons, sizes, strict=True)])

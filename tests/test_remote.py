@@ -124,8 +124,11 @@ def test_two_runs_do_not_mix_in_one_repository(hub, practice, tmp_path):
 def test_on_finish_is_for_runs_that_are_done(practice, tmp_path):
     marker = tmp_path / "m"
     words = ["--max_iters=20", f"--on_finish=touch {marker}; exit 3"]
-    refused(train(practice, tmp_path / "a", *words), "on_finish ended with status 3")
+    done = train(practice, tmp_path / "a", *words)
+    refused(done, "on_finish ended with status 3")
     assert marker.exists()
+    before, said, _ = done.stdout.partition(f"this command runs: 'touch {marker}; exit 3'")
+    assert said and "step" not in before  # before anything is trained
     marker.unlink()
     rates = ["--embedding_lr=1e30", "--hidden_lr=1e30", "--grad_clip=0", "--head_lr=1e30"]
     refused(train(practice, tmp_path / "b", *words, *rates), "diverged")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -17,6 +19,7 @@ from formats.huggingface import write_folder
 from formats.table import load, write_checkpoint
 from system import hardware
 from training.checkpoint import load_checkpoint
+from training.fit import use_private_compile_cache
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -191,20 +194,58 @@ def test_a_resumed_run_keeps_and_gains_memory(practice, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_malloc_is_tuned_by_one_new_start(tmp_path):
+@pytest.mark.parametrize("given, is_tuned", [({}, True), ({"GLIBC_TUNABLES": "x=1"}, False)])
+def test_malloc_keeps_memory_in_the_process_that_calls(tmp_path, given, is_tuned):
+    """No new process takes the place of one that a notebook or a debugger began."""
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import os, sys; from system.memory import tune_malloc; print('start', flush=True); "
-        "tune_malloc(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)"
+        "import resource; from system.memory import tune_malloc; print('began', flush=True)\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "tune_malloc(); bytearray(1 << 26); before = faults(); bytearray(1 << 26)\n"
+        "print(faults() - before < 1000)"
     )
-    command = [sys.executable, "-O", str(probe), "a b", "--c"]
     bare = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    bare["PYTHONPATH"] = str(REPO)
-    for given, expected in (({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": "x=1"}, "x=1")):
-        done = subprocess.run(command, capture_output=True, text=True, env={**bare, **given})
-        lines = done.stdout.splitlines()
-        assert lines[:-1] == ["start"] * (1 if given else 2), done.stderr
-        assert lines[-1].startswith(expected) and lines[-1].endswith("['a b', '--c'] 1")
+    environment = {**bare, "PYTHONPATH": str(REPO), **given}
+    command = [sys.executable, str(probe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["began", str(is_tuned)], done.stderr
+
+
+@pytest.mark.slow
+def test_a_notebook_keeps_its_variables_and_its_ctrl_c(practice, tmp_path):
+    """train.py in a process that goes on after it, as with %run in Jupyter."""
+    words = [*TINY, f"--data_dir={practice}", f"--out_dir={tmp_path / 'out'}", "--max_iters=2"]
+    code = f"""
+import runpy, signal, sys
+print("began", flush=True)
+sys.argv = {["train.py", *words]}
+sys.path.insert(0, {str(REPO)!r})
+runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    bare = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=bare)
+    assert done.stdout.count("began") == 1 and done.stdout.endswith("True\n"), done.stderr
+
+
+def test_paths_of_every_kind(practice, tmp_path):
+    """The home folder as ~, brackets, spaces, links, and a resumed run in another folder."""
+    project, elsewhere = tmp_path / "my project [1]", tmp_path / "elsewhere"
+    shutil.copytree(practice, project / "data")
+    elsewhere.mkdir()
+    home = {**os.environ, "HOME": str(project)}
+    words = [*TINY, "--max_iters=2", "--eval_interval=1", "--data_dir=data", "--out_dir=~/out"]
+    done = script("train.py", *words, cwd=project, env=home)
+    assert done.returncode == 0, done.stderr
+    assert (project / "out" / "ckpt.pt").exists() and not (project / "~").exists()
+    resume = [f"--out_dir={project / 'out'}", "--init_from=resume", "--max_iters=3"]
+    done = script("train.py", *resume, "--device=cpu", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert f"data_dir = data of the run is {project / 'data'}" in done.stdout
+    for name in ("model.bin", "best.pt"):
+        (elsewhere / name).symlink_to(project / "out" / name)
+        done = script("sample.py", f"--checkpoint={elsewhere / name}", "--max_new_tokens=2")
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -395,19 +436,78 @@ def test_sample_refuses(trained, words, part):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("more", [[], ["--activation_checkpointing=selective"]])
 def test_compiled_layers_train_alike(practice, tmp_path, more):
-    """Compiled and not, the same steps; what was compiled is kept in out_dir."""
-    losses = []
+    """Compiled and not, the same steps; what was compiled is kept, but not in out_dir."""
+    losses, cache = [], tmp_path / "cache"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     for compile in ("True", "False"):
         out = tmp_path / compile
         words = [f"--compile={compile}", "--max_iters=6", "--log_interval=1", *more]
-        done = train(practice, out, *words)
+        done = train(practice, out, *words, env=environment)
         assert done.returncode == 0, done.stderr
         assert ("compiling" in done.stdout) == (compile == "True")
         assert "going on without" not in done.stdout
         losses.append([e["loss"] for e in read_log(out) if e["kind"] == "train"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    assert any((tmp_path / "True" / "compiled").iterdir())
-    assert not (tmp_path / "False" / "compiled").exists()
+    (compiled,) = cache.glob("*/compiled")
+    assert any(compiled.iterdir()) and compiled.stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "True" / "compiled").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_folder_of_a_run_runs_no_code(practice, tmp_path):
+    """Pickles in place of all that torch.compile kept in out_dir, as earlier versions had it."""
+    out, marker = tmp_path / "my out", tmp_path / "ran"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "first")}
+    words = ["--compile=True", "--max_iters=2"]
+    assert train(practice, out, *words, env=environment).returncode == 0
+    shutil.copytree(tmp_path / "first", out / "compiled")
+    payload = pickle.dumps(Payload(marker))
+    kept = [p for p in (out / "compiled").rglob("*") if p.is_file() and p.suffix == ""]
+    assert kept
+    for path in kept:
+        path.write_bytes(payload)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    resume = ["--init_from=resume", f"--out_dir={out}", "--compile=True", "--max_iters=4"]
+    done = script("train.py", *resume, "--device=cpu", env=environment)
+    assert done.returncode == 0 and "going on without" not in done.stdout, done.stdout
+    assert not marker.exists()
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"TORCHINDUCTOR_CACHE_DIR": "mine"}, "mine"),
+        ({"XDG_CACHE_HOME": "{tmp}/x"}, "{tmp}/x/modded-llama2-c/compiled"),
+        ({"XDG_CACHE_HOME": "relative"}, "{tmp}/home/.cache/modded-llama2-c/compiled"),
+        ({"HOME": "{tmp}/my home"}, None),  # torch would not quote it
+        ({"HOME": "/dev/null"}, None),
+    ],
+)
+def test_compiled_code_is_kept_where_nobody_else_writes(tmp_path, monkeypatch, given, expected):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, value in given.items():
+        monkeypatch.setenv(name, value.format(tmp=tmp_path))
+    use_private_compile_cache()
+    found = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    if expected is None:
+        assert os.path.dirname(found) == str(tmp_path)
+    else:
+        assert found == expected.format(tmp=tmp_path)
+    if found != "mine":
+        assert os.stat(found).st_mode & 0o777 == 0o700
 
 
 @pytest.mark.slow

@@ -11,16 +11,17 @@ from training.parallel import FIRST
 class Away:
     """Uploads of checkpoints and metrics of the first rank; in other ranks it does nothing."""
 
-    def __init__(self, s, is_new):
-        """s: the run's settings; is_new: it begins at step 0. Raises UserError before training."""
-        self.s, self.uploads, self.metrics = s, None, None
-        if FIRST and s.hub_repo:
-            private, keep = s.hub_private, s.hub_keep_local
-            self.uploads = Uploads(s.hub_repo, s.out_dir, private, keep, is_new)
+    def __init__(self, settings, is_new):
+        """settings: of the run; is_new: it begins at step 0. Raises UserError before training."""
+        self.settings, self.uploads, self.metrics = settings, None, None
+        if FIRST and settings.hub_repo:
+            private, keep = settings.hub_private, settings.hub_keep_local
+            self.uploads = Uploads(settings.hub_repo, settings.out_dir, private, keep, is_new)
 
     def start_metrics(self, config):
-        if FIRST and self.s.wandb_project:
-            self.metrics = Metrics(self.s.wandb_project, self.s.wandb_run, self.s.out_dir, config)
+        if FIRST and self.settings.wandb_project:
+            names = self.settings.wandb_project, self.settings.wandb_run, self.settings.out_dir
+            self.metrics = Metrics(*names, config)
 
     def upload(self, path, step):
         """Begin to upload a new checkpoint."""
@@ -41,10 +42,10 @@ class Away:
         """Raise UserError unless all has arrived; then run on_finish if the run has finished."""
         if not all_arrived:
             raise UserError(
-                f"{', '.join(self.uploads.failed)} did not reach {self.s.hub_repo} and lie in "
-                f"{self.s.out_dir}/uploads: the same command with --resume=auto tries again"
+                f"{', '.join(self.uploads.failed)} did not reach {self.uploads.repo} and lie in "
+                f"{self.uploads.out_dir}/uploads: the same command with --resume=auto tries again"
             )
-        if FIRST and self.s.on_finish and is_finished:
-            print("running the command of on_finish", flush=True)
-            if status := subprocess.run(self.s.on_finish, shell=True).returncode:
+        if FIRST and self.settings.on_finish and is_finished:
+            print(f"running {self.settings.on_finish!r}", flush=True)
+            if status := subprocess.run(self.settings.on_finish, shell=True).returncode:
                 raise UserError(f"the command of on_finish ended with status {status}")

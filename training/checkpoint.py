@@ -14,9 +14,9 @@ that of the lowest validation loss. Each is a dict of plain values and tensors:
     train_s          seconds of training so far
     best_val_loss    lowest validation loss so far, nats a token
     scaler           state of the gradient scaler of float16, empty without
-    rng              states of the random numbers of Python, numpy and torch
     tokenizer_hash   of the tokenizer model, "" where it is unknown
     config           the settings of train.py
+    data_path        data_dir seen from out_dir, to find it again from another folder
     compute_dtype    of the matrix products
     versions         of Python and the packages
     format           FORMAT
@@ -35,10 +35,10 @@ import glob
 import math
 import os
 import pickle
-import random
 import re
 import sys
 import threading
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ import torch
 
 from configurator import UserError
 from model import ModelArgs, Transformer
-from optim import part_for
+from optim import part_for, warmup_steps
 from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
 from system.progress import print_line
 from training import parallel
@@ -56,9 +56,9 @@ FORMAT = 2
 MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
-NESTED = ("model", "model_args", "optimizer", "config", "rng", "versions", "files")
+NESTED = ("model", "model_args", "optimizer", "config", "versions", "files")
 NEEDED_TO_RESUME = set(
-    "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler rng "
+    "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler "
     "tokenizer_hash config versions compute_dtype".split()
 )
 
@@ -77,40 +77,30 @@ class RunState:
     def of(cls, checkpoint):
         return cls(**{name: checkpoint[name] for name in cls.__dataclass_fields__})
 
+    def seconds(self, since):
+        """Seconds of training, as the first rank sees them; since: time of the last log line."""
+        now = self.train_s + (time.perf_counter() - since if since else 0.0)
+        return parallel.total(now if parallel.FIRST else 0.0)[0]
+
+    def is_done(self, settings, since=None):
+        """Whether the last step is done."""
+        if settings.max_minutes:
+            return self.seconds(since) >= 60 * settings.max_minutes
+        return self.iter_num >= settings.max_iters
+
+    def part_done(self, settings, since):
+        """How much is done, 0 to 1, of the minutes or of the steps after the warm-up."""
+        if settings.max_minutes:
+            return self.seconds(since) / (60 * settings.max_minutes)
+        warmup = warmup_steps(settings)
+        return (self.iter_num - warmup) / (settings.max_iters - warmup)
+
 
 class Damaged(UserError):
     """A checkpoint that was changed or never was one; another may be whole."""
 
 
 # ---- what is saved
-
-
-def rng_states():
-    """The states of all random number generators, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def seed_all(seed):
-    """Set the random number generators of Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)
-
-
-def set_rng_states(states):
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def versions():

@@ -85,15 +85,15 @@ def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
     return state + logits + 2 * one - two, two - one
 
 
-def estimate_lines(args, config, tokens_a_step):
-    """The lines that --estimate prints. config: train.py's settings; tokens_a_step: of all GPUs."""
+def estimate_lines(model_args, settings, tokens_a_step):
+    """The lines that --estimate prints. settings: of train.py; tokens_a_step: of all GPUs."""
     with torch.device("meta"):
-        model = Transformer(args)
+        model = Transformer(model_args)
     model.dtype = torch.bfloat16
-    n_steps, mfu, price = config["max_iters"], config["mfu"], config["price"]
-    recompute, optimizer = config["activation_checkpointing"], config["optimizer"]
+    n_steps, mfu, price = settings["max_iters"], settings["mfu"], settings["price"]
+    recompute, optimizer = settings["activation_checkpointing"], settings["optimizer"]
     flops = model.flops_per_token()
-    tokens, n_sequences = n_steps * tokens_a_step, tokens_a_step // args.max_seq_len
+    tokens, n_sequences = n_steps * tokens_a_step, tokens_a_step // model_args.max_seq_len
     total = flops * tokens
     tables = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
     yield f"{model.n_params():,} parameters, {tables:,} of them in tables"
@@ -113,7 +113,7 @@ def estimate_lines(args, config, tokens_a_step):
     fixed, each = memory_of(model, optimizer, recompute, 1, False)
     for name in SHOWN:
         tflops, memory = GPUS[name]
-        room = min((USABLE * memory * GB - fixed) / each, config["batch_size"])
+        room = min((USABLE * memory * GB - fixed) / each, settings["batch_size"])
         # as train.py's largest_that_fits()
         micro = max((n for n in range(1, int(room) + 1) if n_sequences % n == 0), default=0)
         used = f"{(fixed + micro * each) / GB:.0f}" if micro > 0 else "-"

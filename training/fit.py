@@ -3,6 +3,9 @@ Fitting a run to its machine: what a device can do, how large a micro-batch fits
 other attention kernels, and torch.compile. Whatever is faster has to compute the same gradients.
 """
 
+import os
+import shlex
+import tempfile
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +16,27 @@ from training import parallel
 from training.parallel import WORLD_SIZE, say
 
 FP8_MULTIPLE = 16  # of every dimension of an 8-bit product
+
+
+def use_private_compile_cache():
+    """
+    Have torch.compile keep its code in the user's own cache folder. torch runs what it finds there:
+    the folder must neither be shared, as torch's own choice in /tmp is, nor passed on with a run.
+    Call it before an optimizer is made, since torch chooses then.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):
+        root = os.path.expanduser("~/.cache")
+    folder = os.path.join(root, "modded-llama2-c", "compiled")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)  # fails for a folder of another user
+        is_usable = shlex.quote(folder) == folder  # torch does not quote it for the compiler
+    except OSError:
+        is_usable = False
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder if is_usable else tempfile.mkdtemp()
 
 
 def make_model(args):
@@ -33,10 +57,9 @@ def check_fp8(args, tokens, device):
     Raise UserError where the head cannot compute in 8 bits, for micro-batches of this many tokens;
     warn where it gains nothing.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    is_old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    if is_old_gpu or device.type == "mps":
         raise UserError("fp8_head: this GPU has no 8-bit products; give --fp8_head=False")
-    if device.type == "mps":
-        raise UserError("fp8_head: mps has no 8-bit products; give --fp8_head=False")
     if device.type == "cpu":
         say("warning: fp8_head is slower on a CPU, which has no 8-bit products")
     for name, number, how in (
@@ -64,15 +87,15 @@ def check_attention(attention, device, dtype, dropout):
         raise UserError(f"attention = {attention} has no dropout: give --attention=sdpa")
 
 
-def worth_compiling(s, model, tokens_a_step, device, is_sharded):
+def worth_compiling(settings, model, tokens_a_step, device, is_sharded):
     """Whether the run is long enough for torch.compile's 10 to 30 seconds to pay off."""
-    if is_sharded or s.eval_only or s.compile != "auto":
-        return s.compile == "True" and not is_sharded and not s.eval_only
+    if is_sharded or settings.eval_only or settings.compile != "auto":
+        return settings.compile == "True" and not is_sharded and not settings.eval_only
     on_gpu = device.type == "cuda"
-    if device.type == "mps" or (s.dropout and not on_gpu):
+    if device.type == "mps" or (settings.dropout and not on_gpu):
         return False
-    flops = s.max_iters * tokens_a_step * model.flops_per_token()
-    seconds = 60 * s.max_minutes or flops / (1e14 if on_gpu else 1e11) / WORLD_SIZE
+    flops = settings.max_iters * tokens_a_step * model.flops_per_token()
+    seconds = 60 * settings.max_minutes or flops / (1e14 if on_gpu else 1e11) / WORLD_SIZE
     return seconds > 120
 
 
@@ -148,7 +171,8 @@ def compile_model(model, x, y, has_dropout):
         model.compile_layers()
         norms = gradient_norms(model, x, y)
     except Exception as e:
-        say(f"torch.compile fails ({type(e).__name__}); going on without it")
+        why = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+        say(f"torch.compile fails ({why}); going on without it")
         model.fast_layers = None
         return
     finally:

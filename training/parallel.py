@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -207,30 +208,48 @@ def say(text):
 
 class StopRequest:
     """
-    Whether this rank was told to stop. The first Ctrl-C or SIGTERM asks for a stop after the
-    current step. A second one ends the process at once, except under torchrun, which passes on
+    Whether this rank was told to stop. The first Ctrl-C, SIGTERM or SIGHUP asks for a stop after
+    the current step. A second one ends the process at once, except under torchrun, which passes on
     to each process what the system may have sent it already.
     """
 
     def __init__(self):
         self.made = False
+        self.replaced = {}  # {signal: its handler before}
 
     def listen(self):
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
+        """A signal that this process was started to ignore stays ignored, as under nohup."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum and signal.getsignal(signum) is not signal.SIG_IGN:
+                self.replaced[signum] = signal.signal(signum, self.handle)
+
+    def restore(self):
+        """Have signals do what they did before listen()."""
+        for signum, handler in self.replaced.items():
+            signal.signal(signum, handler)
 
     def handle(self, signum, frame):
         is_first, self.made = not self.made, True
+        if signum == getattr(signal, "SIGHUP", None):
+            leave_terminal()
         if is_first and FIRST:
             more = "; once more ends at once, without a checkpoint" if WORLD_SIZE == 1 else ""
             with contextlib.suppress(RuntimeError):  # it came in the middle of another line
                 print_line(f"stopping after this step{more}")
         elif not is_first and WORLD_SIZE == 1:
-            signal.signal(signum, signal.SIG_DFL)
+            self.restore()
             os.kill(os.getpid(), signum)
 
     def in_any_rank(self):
         return any_rank(self.made)
+
+
+def leave_terminal():
+    """Send output to nowhere unless it goes to a file: writing to a closed terminal would fail."""
+    for fd in (1, 2):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def micro_batch(batches, first, size, n, device, k):

@@ -18,7 +18,6 @@ from training.checkpoint import (
     load_checkpoint,
     load_latest,
     restore,
-    set_rng_states,
     versions,
 )
 from training.parallel import FIRST, WORLD_SIZE, say
@@ -30,7 +29,7 @@ from training.settings import FIXED, OF_ONE_START, OPTIONS, beyond_arch, check, 
 class Beginning:
     """What a run begins from."""
 
-    config: dict  # the settings to train with
+    settings: dict  # the settings to train with
     checkpoint: dict | None = None  # its weights, and with is_resumed all that the run has reached
     path: str | None = None  # of the checkpoint
     is_resumed: bool = False
@@ -38,15 +37,15 @@ class Beginning:
     run: RunDir | None = None  # the run's folder, where it is locked already (first rank)
 
 
-def begin(config, given):
+def begin(settings, given):
     """
     The Beginning that train.py's settings ask for. `given`: names of those from the command line.
     Raises UserError where a checkpoint is missing or does not fit, or a setting is out of range.
     """
-    init_from, out_dir = config["init_from"], config["out_dir"]
-    start = Beginning(config)
-    if init_from == "resume" or config["resume"] == "auto":
-        start = latest_of(config, given)
+    init_from, out_dir = settings["init_from"], settings["out_dir"]
+    start = Beginning(settings)
+    if init_from == "resume" or settings["resume"] == "auto":
+        start = latest_of(settings, given)
     if not start.is_resumed and init_from == "resume":
         raise UserError(
             f"{os.path.join(out_dir, 'ckpt.pt')} does not exist: name the --out_dir of an earlier "
@@ -58,41 +57,41 @@ def begin(config, given):
                 f"init_from = {init_from!r}: expected scratch, resume, or the path of a checkpoint"
             )
         start.checkpoint, start.path = load_checkpoint(init_from), init_from
-        start.config = adopted(config, start.checkpoint["model_args"], given)
+        start.settings = adopted(settings, start.checkpoint["model_args"], given)
     if not start.checkpoint:
-        if config["eval_only"]:
+        if settings["eval_only"]:
             raise UserError(
                 "eval_only needs a model to evaluate: give --init_from=resume or a checkpoint"
             )
-        start.config = with_arch(config, given)
-    check(start.config)
-    arch, more = start.config["arch"], beyond_arch(start.config)
+        start.settings = with_arch(settings, given)
+    check(start.settings)
+    arch, more = start.settings["arch"], beyond_arch(start.settings)
     if arch != "modded" and more:
-        names = ", ".join(f"{name} = {start.config[name]}" for name in more)
+        names = ", ".join(f"{name} = {start.settings[name]}" for name in more)
         say(f"note: {names}, beyond --arch={arch}")
     return start
 
 
-def latest_of(config, given):
+def latest_of(settings, given):
     """The Beginning from the latest checkpoint in out_dir or on the hub, where there is one."""
-    out_dir, run = config["out_dir"], None
-    will_train = not config["eval_only"] and not config["estimate"]
-    from_hub = config["hub_repo"] and will_train
+    out_dir, run = settings["out_dir"], None
+    will_train = not settings["eval_only"] and not settings["estimate"]
+    from_hub = settings["hub_repo"] and will_train
     if FIRST and will_train and (from_hub or os.path.isdir(out_dir)):
         run = RunDir(out_dir)  # before anything is read: another run may still be writing here
     if FIRST and from_hub and not has_checkpoint(out_dir):
-        fetch_latest(config["hub_repo"], out_dir)
+        fetch_latest(settings["hub_repo"], out_dir)
     parallel.wait_for_all()
     checkpoint, path, damaged = load_latest(out_dir)
     if checkpoint is None:
-        return Beginning(config, run=run)
-    resumed_config = resumed(config, checkpoint, given)
-    if config["init_from"] not in ("scratch", "resume"):
-        say(f"resuming the run in {out_dir}; init_from = {config['init_from']} was for its start")
+        return Beginning(settings, run=run)
+    resumed_settings = resumed(settings, checkpoint, given)
+    if settings["init_from"] not in ("scratch", "resume"):
+        say(f"resuming the run in {out_dir}; init_from = {settings['init_from']} was for its start")
     for name, version in versions().items():
         if (old := checkpoint["versions"][name]) != version:
             say(f"the checkpoint is of {name} {old}, this is {version}: last digits may differ")
-    return Beginning(resumed_config, checkpoint, path, True, damaged, run)
+    return Beginning(resumed_settings, checkpoint, path, True, damaged, run)
 
 
 def fits(name, value, model_args):
@@ -105,47 +104,62 @@ def fits(name, value, model_args):
         return False
 
 
-def resumed(config, checkpoint, given):
+def resumed(settings, checkpoint, given):
     """Settings to resume with: those of the checkpoint, except for what was given now."""
-    config, old = dict(config), checkpoint["config"]
+    settings, old = dict(settings), checkpoint["config"]
     changed = []
-    for name in config.keys() & old.keys() - OF_ONE_START:
+    for name in settings.keys() & old.keys() - OF_ONE_START:
         if name not in given:
-            config[name] = old[name]
-        elif config[name] != old[name]:
-            if name in OPTIONS and fits(name, config[name], checkpoint["model_args"]):
-                config[name] = old[name]
+            settings[name] = old[name]
+        elif settings[name] != old[name]:
+            if name in OPTIONS and fits(name, settings[name], checkpoint["model_args"]):
+                settings[name] = old[name]
             else:
                 changed.append(name)
     for name in FIXED.intersection(changed):
         raise UserError(
-            f"cannot resume with {name} = {config[name]}: the checkpoint's model has "
+            f"cannot resume with {name} = {settings[name]}: the checkpoint's model has "
             f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or begin a new run "
             f"with another --out_dir"
         )
+    if "data_dir" not in given:
+        settings["data_dir"] = data_dir_of(checkpoint, settings["out_dir"])
     for name in sorted(changed):
-        say(f"resuming with {name} = {config[name]} instead of {old[name]}")
-    return config
+        say(f"resuming with {name} = {settings[name]} instead of {old[name]}")
+    return settings
 
 
-def adopted(config, model_args, given):
+def data_dir_of(checkpoint, out_dir):
+    """A checkpoint's data_dir; a relative one is looked for where it lies from out_dir first."""
+    data_dir, from_out = checkpoint["config"]["data_dir"], checkpoint.get("data_path")
+    if os.path.isabs(data_dir) or not isinstance(from_out, str):
+        return data_dir
+    there = os.path.normpath(os.path.join(os.path.abspath(out_dir), from_out))
+    is_here = os.path.isdir(data_dir) and os.path.realpath(data_dir) == os.path.realpath(there)
+    if is_here or not os.path.isdir(there):
+        return data_dir
+    say(f"data_dir = {data_dir} of the run is {there}")
+    return there
+
+
+def adopted(settings, model_args, given):
     """Settings to train the weights of a checkpoint with: the architecture is that of the model."""
-    config, named = dict(config), config
-    for name in config.keys() & model_args.keys() - {"dropout"}:
+    settings, named = dict(settings), settings
+    for name in settings.keys() & model_args.keys() - {"dropout"}:
         if model_args[name] is None:  # llama2.c's way to leave it to the default
             continue
         if name == "max_seq_len" and name in given:  # no weight depends on it
             continue
-        if name == "vocab_size" and DataPaths("", named["vocab_source"], config[name]).is_llama2:
+        if name == "vocab_size" and DataPaths("", named["vocab_source"], settings[name]).is_llama2:
             continue
-        is_derived = config[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")
-        if name in given and not is_derived and not fits(name, config[name], model_args):
+        is_derived = settings[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")
+        if name in given and not is_derived and not fits(name, settings[name], model_args):
             raise UserError(
-                f"cannot start from {config['init_from']} with {name} = {config[name]}: "
+                f"cannot start from {settings['init_from']} with {name} = {settings[name]}: "
                 f"its model has {model_args[name]}"
             )
-        config[name] = model_args[name]
-    return config
+        settings[name] = model_args[name]
+    return settings
 
 
 def check_machines(start, out_dir):
@@ -160,13 +174,13 @@ def check_machines(start, out_dir):
 
 def restore_run(start, model, optimizer, scaler, dtype, n_windows):
     """
-    Set a resumed run's weights, optimizer and random numbers; returns its RunState. Says what is
-    different from the run so far: dtype, of the products, and n_windows, sequences of an epoch.
+    Set a resumed run's weights and optimizer; returns its RunState. Says what is different from the
+    run so far: dtype, of the products, and n_windows, sequences of an epoch.
     """
     checkpoint = start.checkpoint
     restore(model, optimizer, checkpoint, start.path)
     state = RunState.of(checkpoint)
-    if not os.path.exists(os.path.join(start.config["out_dir"], "model.bin")):
+    if not os.path.exists(os.path.join(start.settings["out_dir"], "model.bin")):
         state.best_val_loss = math.inf  # the run came from the hub, say
     if checkpoint["compute_dtype"] != str(dtype):
         say(f"computing in {dtype} from now on, so far in {checkpoint['compute_dtype']}")
@@ -177,5 +191,4 @@ def restore_run(start, model, optimizer, scaler, dtype, n_windows):
         )
     if checkpoint["scaler"]:  # empty where the run so far was not in float16
         scaler.load_state_dict(checkpoint["scaler"])
-    set_rng_states(checkpoint["rng"])
     return state

@@ -11,10 +11,9 @@ import json
 import math
 import os
 import sys
-import time
 
 from configurator import UserError
-from system.files import atomic_write, remove
+from system.files import atomic_write, copy_local, remove
 from system.progress import print_line
 
 LOG = "log.jsonl"
@@ -33,16 +32,21 @@ class RunDir:
     """out_dir of one run, made where it is absent, and locked until the process ends."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.tokenizer = path, None
         if os.path.isfile(path):
             raise UserError(f"out_dir = {path} is a file: name a folder")
+        self.claim()
+
+    def claim(self):
+        """Make the folder, lock it and tidy it."""
         try:
-            os.makedirs(path, exist_ok=True)
+            os.makedirs(self.path, exist_ok=True)
         except OSError as e:
             raise UserError(
-                f"out_dir = {path} cannot be made ({e.strerror}): name a folder"
+                f"out_dir = {self.path} cannot be made ({e.strerror}): name a folder"
             ) from None
         self.lock()
+        self.identity = os.stat(self.path)
         for part in self.find(f"{name}*.part" for name in (*WORTH_KEEPING, *COMPANIONS)):
             remove(part)  # of a run that was killed while it wrote
 
@@ -70,6 +74,38 @@ class RunDir:
             ) from None
         except OSError:  # a file system without locks
             pass
+
+    def add_tokenizer(self, tokenizer, path):
+        """Write a tokenizer, of the file `path`: ./run and sample.py need it beside the model."""
+        self.tokenizer = tokenizer, path
+        tokenizer.export(self.file("tokenizer.bin"))
+        copy_local(path, self.file("tokenizer.model"))
+
+    def is_lost(self):
+        """Whether the folder was moved or deleted since it was locked."""
+        try:
+            return not os.path.samestat(os.stat(self.path), self.identity)
+        except FileNotFoundError:
+            return True
+
+    def begin_again(self):
+        """
+        Make and lock the folder again after it was moved or deleted, with the log so far. Raises
+        FolderInUse where another run writes there by now.
+        """
+        print_line(
+            f"warning: {self.path} was moved or deleted; the run goes on in a new {self.path}",
+            sys.stderr,
+        )
+        self.claim()
+        if os.path.exists(self.file(LOG)):  # of another run
+            self.set_aside_earlier_run()
+        self.log_file.seek(0)
+        lines = self.log_file.read()
+        self.log_file = open(self.file(LOG), "w+", encoding="utf-8")  # noqa: SIM115
+        self.log_file.write(lines)
+        if self.tokenizer:
+            self.add_tokenizer(*self.tokenizer)
 
     def set_aside_earlier_run(self):
         """
@@ -107,7 +143,7 @@ class RunDir:
                         kept.append(line)
         with atomic_write(path, "w") as f:
             f.writelines(kept)
-        self.log_file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.log_file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
 
     def log(self, kind, **values):
         """Append one line; floats get eight digits, and null where they are no number."""
@@ -123,28 +159,3 @@ class RunDir:
         except OSError as e:
             warning = f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on"
             print_line(warning, sys.stderr)
-
-
-class Journal:
-    """Writes a run's log from what it has reached; in other ranks than the first, nothing."""
-
-    def __init__(self, run, away, state, seq_len, started):
-        """run: RunDir or None; away: Away; started: time.perf_counter() of the process's start."""
-        self.run, self.away, self.state = run, away, state
-        self.seq_len, self.started = seq_len, started
-
-    def now(self):
-        """How far the run is, for every line of the log."""
-        return {
-            "step": self.state.iter_num,
-            "tokens": self.state.n_sequences * self.seq_len,
-            "time_s": round(time.perf_counter() - self.started, 3),
-            "train_s": round(self.state.train_s, 3),
-        }
-
-    def __call__(self, kind, **values):
-        """A line "start", with `values` alone, or of another kind behind now()."""
-        if self.run:
-            values = values if kind == "start" else self.now() | values
-            self.run.log(kind, **values)
-            self.away.log(kind, values)

@@ -10,17 +10,17 @@ import json
 import math
 import os
 import time
-from dataclasses import fields
 
 import numpy as np
 import torch
 
 from dataset import DataPaths
-from model import ACTIVATION_CHECKPOINTING, ModelArgs, Transformer
+from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer
 from system.hardware import pick_dtype
+from training.fit import use_private_compile_cache
 from training.runlog import RunLog
-from training.settings import SAME_RESULT, SAME_WORK, TRAIN, resolved
+from training.settings import SAME_RESULT, SAME_WORK, TRAIN, args_of, resolved
 
 REPO = os.path.dirname(TRAIN)
 
@@ -65,40 +65,34 @@ def tokens_of_step(settings):
 
 
 def model_of(settings):
-    """The model that `settings` of train.py describe. ValueError for numbers that do not fit."""
+    """The model that `settings` of train.py describe. UserError for numbers that do not fit."""
     return Transformer(args_of(settings))
 
 
-def args_of(settings):
-    """The ModelArgs that `settings` of train.py describe. ValueError where they do not fit."""
-    args = {f.name: settings[f.name] for f in fields(ModelArgs) if f.name in settings}
-    paths = DataPaths("", settings["vocab_source"], settings["vocab_size"])
-    return ModelArgs.from_dict({**args, "vocab_size": paths.vocab_size})
-
-
-def work_of(config, threads):
+def work_of(settings, threads):
     """A key of the settings that decide the speed of a run's steps."""
-    kept = {name: value for name, value in config.items() if name not in SAME_WORK}
+    kept = {name: value for name, value in settings.items() if name not in SAME_WORK}
     return json.dumps([kept, threads], sort_keys=True)
 
 
-def flops_of_step(config):
+def flops_of_step(settings):
     with torch.device("meta"):
-        return model_of(config).flops_per_token() * tokens_of_step(config)
+        return model_of(settings).flops_per_token() * tokens_of_step(settings)
 
 
-def tokens_per_second(config, device, budget_s):
+def tokens_per_second(settings, device, budget_s):
     """The speed of training steps of random tokens, measured for about budget_s seconds."""
     torch._dynamo.reset()  # it stops compiling after a few different models
     torch.manual_seed(1)
-    step = stepper(config, device)
+    step = stepper(settings, device)
     seconds_of(step, 1, device)  # with compilation
     n = min(50, max(1, round(budget_s / seconds_of(step, 1, device))))
-    return n * tokens_of_step(config) / seconds_of(step, n, device)
+    return n * tokens_of_step(settings) / seconds_of(step, n, device)
 
 
 def stepper(settings, device):
     """A function that takes one step of the training that `settings` of train.py describe."""
+    use_private_compile_cache()
     model = model_of(settings).to(device)
     model.dtype, model.fp8_head = pick_dtype(settings["dtype"], device), settings["fp8_head"]
     for block in model.layers:

@@ -14,6 +14,7 @@ from dataclasses import fields
 
 from attention import KERNELS
 from configurator import PRINT_SETTINGS, UserError
+from dataset import DataPaths
 from model import ACTIVATION_CHECKPOINTING, ARCHS, ModelArgs
 from optim import DECAYS, OPTIMIZERS, SHAPES
 
@@ -87,16 +88,29 @@ def resolved(words=()):
     return with_arch(answer["settings"], answer["given"])
 
 
-def with_arch(config, given):
+def args_of(settings, inherited=None):
+    """
+    The ModelArgs that settings of train.py describe. `inherited`: those of the checkpoint that a
+    run begins from, for what is not a setting, such as norm_eps. UserError where they do not fit.
+    """
+    options = (inherited or {}) | {name: settings[name] for name in OPTIONS}
+    paths = DataPaths("", settings["vocab_source"], settings["vocab_size"])
+    try:
+        return ModelArgs.from_dict({**options, "vocab_size": paths.vocab_size})
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def with_arch(settings, given):
     """Settings with those options of their architecture (--arch) that were not given."""
-    return config | {k: v for k, v in ARCHS.get(config["arch"], {}).items() if k not in given}
+    return settings | {k: v for k, v in ARCHS.get(settings["arch"], {}).items() if k not in given}
 
 
-def beyond_arch(config):
+def beyond_arch(settings):
     """Names of options that differ from what the architecture's name stands for."""
     plain = {name: f.default for f in fields(ModelArgs) if (name := f.name) in ARCHS["modded"]}
-    plain |= ARCHS[config["arch"]]
-    return [name for name in plain if config[name] != plain[name]]
+    plain |= ARCHS[settings["arch"]]
+    return [name for name in plain if settings[name] != plain[name]]
 
 
 CHOICES = {
@@ -112,33 +126,28 @@ CHOICES = {
 # name: (smallest, largest, how a message says it). Where 0 is not allowed the smallest is a normal
 # number: train.py takes denormal ones as 0
 INTEGERS = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval keep_last"
+NOT_NEGATIVE = "save_interval warmup_iters momentum_warmup weight_decay muon_weight_decay price"
 RANGES = {
     **dict.fromkeys(INTEGERS.split(), (1, math.inf, "at least 1")),
+    **dict.fromkeys(NOT_NEGATIVE.split(), (0, sys.float_info.max, "a number 0 or above")),
+    **dict.fromkeys(("cooldown_frac", "final_lr_frac"), (0, 1, "a number from 0 to 1")),
     "max_iters": (1, 10**12, "a number from 1 to 10 ** 12"),
     "max_minutes": (0, 1e7, "a number from 0 (no limit) to 1e7"),
-    "save_interval": (0, math.inf, "a number 0 (none) or above"),
-    "warmup_iters": (0, math.inf, "a number 0 or above"),
-    "momentum_warmup": (0, math.inf, "a number 0 or above"),
-    "cooldown_frac": (0, 1, "a number from 0 to 1"),
-    "final_lr_frac": (0, 1, "a number from 0 to 1"),
     **dict.fromkeys(GROUPS["rates"], (sys.float_info.min, 1e30, "a number above 0, at most 1e30")),
     **dict.fromkeys(
         [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "a number from 0 to below 1")
     ),
-    "weight_decay": (0, sys.float_info.max, "a number 0 or above"),
-    "muon_weight_decay": (0, sys.float_info.max, "a number 0 or above"),
     "grad_clip": (0, sys.float_info.max, "a number 0 (no limit) or above"),
     "mfu": (sys.float_info.min, 1, "a number above 0, at most 1"),
-    "price": (0, sys.float_info.max, "a number 0 or above"),
     "seed": (0, 2**63 - 1, "a number from 0 to 2 ** 63 - 1"),
 }
 
 
-def check(config):
+def check(settings):
     """Raise UserError, in one sentence, for a setting out of its range."""
     for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise UserError(f"{name} = {config[name]!r}: expected one of {', '.join(choices)}")
+        if settings[name] not in choices:
+            raise UserError(f"{name} = {settings[name]!r}: expected one of {', '.join(choices)}")
     for name, (least, most, expected) in RANGES.items():
-        if not least <= config[name] <= most:
-            raise UserError(f"{name} = {config[name]}: expected {expected}")
+        if not least <= settings[name] <= most:
+            raise UserError(f"{name} = {settings[name]}: expected {expected}")
