@@ -21,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 import sys
 import tokenize
 
@@ -234,6 +235,14 @@ def check_range(least, most=math.inf, **settings):
         if not least <= value <= most or value == math.inf:
             among = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
             raise UserError(f"{name} = {value}: expected {among}")
+
+
+def split_words(text, name):
+    """The words in the text of a setting, split as a shell would; UserError with its name."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{name} = {text!r} cannot be split into words ({e})") from None
 
 
 def configure(namespace, positional=None, argv=None):

@@ -10,6 +10,7 @@ stories are, how much of them is copied from the training text, and whether they
 means stands beside it on the page. Real stories of the validation text are measured with them.
 """
 
+import itertools
 import os
 import time
 
@@ -22,10 +23,10 @@ from report.stories import (
     Overlap,
     Story,
     check_sampling,
+    documents_of_file,
     documents_of_shard,
     figures_of,
-    pieces_of_files,
-    pieces_of_shards,
+    pieces_of,
     read_prompt,
     rows_of,
     some_of,
@@ -35,7 +36,7 @@ from report.storypage import write_page
 from report.tables import print_table
 from system.hardware import pick_device, pick_dtype
 from system.progress import progress
-from text.corpus import stream_documents, text_files
+from text.corpus import text_files
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
@@ -187,9 +188,9 @@ for name in names if not source or (reference and not valid_source) else []:
 real = []  # (text, number of tokens)
 if reference and valid_source:
     found = loaded[names[0]][1]
-    documents = (text for path in valid_files for text, _ in stream_documents(path))
+    documents = itertools.chain.from_iterable(map(documents_of_file, valid_files))
     real = some_of(documents, num_samples, seed)
-    real = [(text, len(found.encode(text, bos=False))) for text in real]
+    real = [(text, len(found.encode(text, bos=False))) for text, _ in real]
 elif reference and data:
     name = next(iter(data))
     documents = documents_of_shard(data[name][1].valid[0], loaded[name][1])
@@ -213,16 +214,17 @@ for where in dict.fromkeys(texts.values()):
     compared = [name for name, text in texts.items() if text == where]
     overlap = Overlap([story for name in compared for story in told[name]], ngram)
     if source:
-        pieces, n_bytes = pieces_of_files(source_files), sum(map(os.path.getsize, source_files))
+        sizes, unit = map(os.path.getsize, source_files), "B"
+        documents = map(documents_of_file, source_files)
     else:
-        shards = data[compared[0]][1].train
-        pieces = pieces_of_shards(shards, loaded[compared[0]][1])
-        n_bytes = sum(shard.nbytes for shard in shards)
+        shards, unit = data[compared[0]][1].train, " tokens"
+        sizes, of = map(len, shards), loaded[compared[0]][1]
+        documents = (documents_of_shard(shard, of) for shard in shards)
     began = time.perf_counter()
-    with progress(total=n_bytes, unit="B", unit_scale=True, desc="training text") as bar:
-        for text, size in pieces:
+    with progress(total=sum(sizes), unit=unit, unit_scale=True, desc="training text") as bar:
+        for text, amount in pieces_of(itertools.chain.from_iterable(documents)):
             overlap.feed(text)
-            bar.update(size)
+            bar.update(amount)
     took = time.perf_counter() - began
     print(f"training text: {overlap.n_words:,} words, {overlap.n_words / took:,.0f} words/s")
     whose = f" of {', '.join(compared)}" if len(set(texts.values())) > 1 else ""

@@ -35,7 +35,7 @@ try:
 except ImportError:
     sys.exit("error: modal is not installed here: pip install .[modal]")
 
-from configurator import UserError, one_sentence_errors
+from configurator import UserError, one_sentence_errors, split_words
 from system.files import atomic_write, read_json
 from system.remote import secret
 
@@ -376,13 +376,6 @@ def leftovers(entries):
 # ---- the commands
 
 
-def words_of(flags):
-    try:
-        return shlex.split(flags)
-    except ValueError as e:
-        raise UserError(f"flags = {flags!r}: {e}; quote as in a shell") from None
-
-
 def parse_gpu(gpu):
     """(Modal's name or None, how many) of L4, H100:8, none and the like."""
     if gpu.lower() in ("none", "cpu"):
@@ -406,13 +399,13 @@ def text_of(o):
 
 
 def run_prepare(o):
-    answer(prepare.remote(*text_of(o), words_of(o.flags)))
+    answer(prepare.remote(*text_of(o), split_words(o.flags, "flags")))
 
 
 def run_train(o):
     gpu, n_gpus = parse_gpu(o.gpu)
     source, vocab_size, machines = text_of(o)
-    out_dir, flags = inside(o.out_dir, "out_dir"), words_of(o.flags)
+    out_dir, flags = inside(o.out_dir, "out_dir"), split_words(o.flags, "flags")
     if not (HERE / inside(o.config, "config")).is_file():
         presets = sorted(f"config/{path.name}" for path in HERE.glob("config/*.py"))
         raise UserError(absent(o.config, "in this folder", presets))
@@ -436,7 +429,7 @@ def run_inference(o):
     flags = ["-t", str(o.temperature), "-p", str(o.top_p), "-n", str(o.steps)]
     flags += [] if o.seed is None else ["-s", str(o.seed)]
     out_dir = inside(o.out_dir, "out_dir")
-    print(answer(inference.remote(o.prompt, out_dir, [*flags, *words_of(o.flags)])))
+    print(answer(inference.remote(o.prompt, out_dir, [*flags, *split_words(o.flags, "flags")])))
 
 
 def run_transfer(o):

@@ -34,7 +34,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 
-from configurator import UserError, check_range, configure
+from configurator import UserError, check_range, configure, split_words
 from system.memory import tune_malloc
 
 # -----------------------------------------------------------------------------
@@ -142,18 +142,10 @@ def check_settings():
         )
 
 
-def split(text, setting):
-    """The arguments in a setting, split as a shell would."""
-    try:
-        return shlex.split(text)
-    except ValueError as e:
-        raise UserError(f"{setting}: {text!r} cannot be split into arguments ({e})") from None
-
-
 def axes_of_grid():
     """The grid as {setting: [values as text]}."""
     axes = {}
-    for part in split(grid, "grid"):
+    for part in split_words(grid, "grid"):
         name, equals, values = part.lstrip("-").partition("=")
         values = values.split(",")
         if not equals or not all(values):
@@ -173,7 +165,7 @@ def listed_runs():
         name, colon, arguments = line.partition(":")
         if not colon or not name.strip():
             raise UserError(f"runs: {line.strip()!r}: expected NAME: arguments of train.py")
-        rows.append((name.strip(), split(arguments, "runs")))
+        rows.append((name.strip(), split_words(arguments, "runs")))
     return rows or [("", [])]
 
 
@@ -205,7 +197,7 @@ def check_run(config, varied):
 def plan(device_name):
     """[PlannedRun] in the order in which they are done, seeds outermost, without their length."""
     planned, axes = {}, axes_of_grid()
-    shared = split(base, "base")
+    shared = split_words(base, "base")
     if data_dir:
         shared.append(f"--data_dir={os.path.abspath(data_dir)}")
     shared += [f"--device={device_name}", "--keep_last=1", "--picture=False"]
@@ -479,9 +471,6 @@ class Runner:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpus = gpus if len(gpus) == self.n_gpus else list(map(str, range(self.n_gpus)))
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % self.n_gpus]
-        if run.config["compile"] != "False":
-            compiled = os.path.abspath(os.path.join(sweep_dir, "compiled"))
-            environment["TORCHINDUCTOR_CACHE_DIR"] = compiled
         command = [sys.executable, TRAIN, *run.arguments, f"--out_dir={run.folder}"]
         if run.logged().start:
             command.append("--resume=auto")

@@ -72,10 +72,9 @@ def find_folders(paths):
 
 def short_names(folders):
     """The folders' names without the parent folders that all of them share."""
-    parts = [os.path.normpath(f).split(os.sep) for f in folders]
-    while len(parts) > 1 and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]
-    return ["/".join(p) for p in parts] if len(parts) > 1 else [parts[0][-1]]
+    folders = list(map(os.path.abspath, folders))
+    shared = os.path.commonpath([os.path.dirname(f) for f in folders])
+    return [os.path.relpath(f, shared).replace(os.sep, "/") for f in folders]
 
 
 def smooth(values, part):
