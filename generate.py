@@ -2,7 +2,7 @@
 Many stories by one or more models: figures of them, and a page with the stories side by side.
 
     python generate.py                                     # of out/best.pt; into out/stories.html
-    python generate.py out_a,out_b/ckpt.pt --num_samples=20 --start="Once upon a time"
+    python generate.py out_a out_b/ckpt.pt --num_samples=20 --start="Once upon a time"
     python generate.py out/model.bin --source=my_text.txt  # where copies are looked for
 
 A model is the folder of a run, or anything that export.py reads. The figures are how varied the
@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from configurator import UserError, configure, settings_of
+from configurator import UserError, configure, listed_paths, settings_of
 from dataset import DataPaths, TokenData
 from formats.table import HUB, load_teller, recognize
 from report.stories import (
@@ -35,13 +35,13 @@ from report.stories import (
 from report.storypage import write_page
 from report.tables import print_table
 from system.hardware import pick_device, pick_dtype
-from system.progress import progress
+from system.progress import print_line, progress
 from text.corpus import text_files
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
 # -----------------------------------------------------------------------------
-models = "out"  # folders of runs, or anything that export.py reads, with commas between them
+models = "out"  # folders of runs, or anything that export.py reads, also with commas
 tokenizer = ""  # a tokenizer model elsewhere, for all of them; empty: those beside the models
 start = ""  # prompt, or FILE:prompt.txt for a text in a file
 num_samples = 100  # stories of each
@@ -59,7 +59,7 @@ out = ""  # the page; empty: stories.html in the first run's folder
 json = ""  # a .jsonl for the figures, one line a model; empty: none
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "float32"  # auto, float32, bfloat16, float16
-configure(globals(), positional="models")
+configure(globals(), positional="models", many=True)
 # -----------------------------------------------------------------------------
 
 REAL = "real stories"  # the name of their column
@@ -147,14 +147,14 @@ def tell(name, model, tokenizer, prompt):
         ]
     bar.close()
     took, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
-    print(
+    print_line(
         f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {took:.1f} s, "
         f"{n_tokens / took:,.0f} tokens/s"
     )
     return stories
 
 
-names = [name for name in models.split(",") if name.strip()]
+names = listed_paths(models)
 if not names:
     raise UserError("models is empty: expected folders of runs or files, with commas between them")
 if len(set(names)) < len(names):
@@ -244,5 +244,5 @@ if json:
     write_lines(json, columns, settings)
 print()
 print_table(["", *columns], [row[:-1] for row in rows_of(columns, ngram, n_words)])
-print("", *notes, sep="\n")
-print(f"wrote {out}, which says what each figure means")
+print_line("\n".join(["", *notes]))
+print_line(f"wrote {out}, which says what each figure means")

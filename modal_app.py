@@ -33,9 +33,9 @@ from typing import Literal
 try:
     import modal
 except ImportError:
-    sys.exit("error: modal is not installed here: pip install .[modal]")
+    sys.exit("error: modal is not installed here: pip install modal")
 
-from configurator import UserError, one_sentence_errors, split_words
+from configurator import UserError, one_sentence_errors, printable, split_words
 from system.files import atomic_write, read_json
 from system.remote import secret
 
@@ -341,7 +341,7 @@ def download(path, local):
                 raise UserError(
                     f"{f.tell():,} of the {entry.size:,} bytes of {name} came: try again"
                 )
-        print(f"{target}: {entry.size:,} bytes")
+        print(printable(f"{target}: {entry.size:,} bytes"))
 
 
 def upload(path, local):
@@ -429,7 +429,8 @@ def run_inference(o):
     flags = ["-t", str(o.temperature), "-p", str(o.top_p), "-n", str(o.steps)]
     flags += [] if o.seed is None else ["-s", str(o.seed)]
     out_dir = inside(o.out_dir, "out_dir")
-    print(answer(inference.remote(o.prompt, out_dir, [*flags, *split_words(o.flags, "flags")])))
+    flags += split_words(o.flags, "flags")
+    print(printable(answer(inference.remote(o.prompt, out_dir, flags))))
 
 
 def run_transfer(o):
@@ -443,7 +444,7 @@ def run_cleanup(o):
         if is_file(entry):
             sizes.setdefault(posixpath.dirname(path) or "/", []).append(entry.size)
     for folder, found in sizes.items():
-        print(f"{sum(found):>18,} bytes in {len(found):>5,} files of {folder}")
+        print(printable(f"{sum(found):>18,} bytes in {len(found):>5,} files of {folder}"))
     doomed = leftovers(entries)
     if o.path == "/":
         doomed = dict.fromkeys((path for path in entries if "/" not in path), "all is to go")
@@ -452,7 +453,8 @@ def run_cleanup(o):
     total = 0
     for path, why in doomed.items():
         n_bytes = sum(entry.size for entry in files_of(path, entries).values())
-        print(f"{'would delete' if o.dry_run else 'deleting'} {path}, {n_bytes:,} bytes: {why}")
+        verb = "would delete" if o.dry_run else "deleting"
+        print(printable(f"{verb} {path}, {n_bytes:,} bytes: {why}"))
         total += n_bytes
         if not o.dry_run:
             volume.remove_file(path, recursive=not is_file(entries[path]))

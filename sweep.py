@@ -566,7 +566,7 @@ if todo:
     runner.run_all(todo)
 ended = sorted(results.in_order(), key=lambda line: list(FIELDS).index(line["status"]))
 for line in ended:
-    print(sentence_of(line))
+    print_line(sentence_of(line))
 counts = Counter(line["status"] for line in ended)
 print(", ".join(f"{n} {status}" for status, n in counts.items()))
 n_failed = counts["failed"]

@@ -30,7 +30,8 @@ def line(minutes, bpb, **more):
 def write_log(folder, settings, evals, reason="finished"):
     folder.mkdir(parents=True)
     start = {"kind": "start", "config": settings, "commit": "0" * 40}
-    lines = [start, *evals, {"kind": "end", "reason": reason}]
+    now = {name: evals[-1][name] for name in ("step", "tokens", "time_s", "train_s")}
+    lines = [start, *evals, {"kind": "end", "reason": reason, **now}]
     (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
 
 
