@@ -16,13 +16,16 @@ value. A path may begin with `~/`. `--help` lists every setting with its default
 """
 
 import ast
+import atexit
 import contextlib
 import difflib
+import errno
 import json
 import math
 import operator
 import os
 import re
+import shlex
 import sys
 import tokenize
 
@@ -40,11 +43,17 @@ OPERATORS = {
     ast.UAdd: operator.pos,
 }
 HOME = re.compile(r"(^|[,=:])(~[^/,]*)(?=/)")  # where a path begins: the text, or one of its parts
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PRINT_SETTINGS = "--print-settings"  # for programs that need to know what a command line means
 
 
 class UserError(Exception):
     """Something the user has to change; the message says what was wrong and what to do."""
+
+
+def printable(text):
+    """Text as a terminal may show it: escape sequences and the like as \\x1b, which do nothing."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def one_sentence_errors():
@@ -58,19 +67,32 @@ def one_sentence_errors():
 
     def hook(kind, error, traceback):
         if issubclass(kind, UserError):
-            # in one line, and no file can send commands to a terminal
-            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+            text = printable(str(error)).replace("\n", r"\n").replace("\t", r"\t")  # in one line
             print(f"error: {text}", file=sys.stderr)
         elif issubclass(kind, BrokenPipeError):  # who read the output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         elif issubclass(kind, OSError) and error.filename:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(printable(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
+        elif issubclass(kind, OSError) and error.errno in DISK_ERRORS:
+            print(f"error: cannot write the output or a file: {error.strerror}", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
             print("\ninterrupted", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook
+    atexit.register(flush_output)
+
+
+def flush_output():
+    """At the end of a script: exit with 1 and a sentence if its output cannot be written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as e:
+        print(f"error: cannot write the output: {e.strerror}", file=sys.stderr, flush=True)
+        os._exit(1)  # at this point nothing else changes the exit status
 
 
 def settings_of(namespace):
@@ -239,11 +261,12 @@ def print_help(namespace, settings, positional):
             print(f"  {f'--{name}={value}':<{width}}  {comments.get(name, '')}".rstrip())
 
 
-def apply(namespace, argv, positional=None):
+def apply(namespace, argv, positional=None, many=False):
     """
     Apply the words of `argv` to the settings in `namespace`; raise UserError at the first that
     does not fit. `positional` names a str setting that takes the one bare word that is no file.
-    Returns the names of the settings that were given.
+    With `many`, further bare words are added to it with commas between them. Returns the names of
+    the settings that were given.
     """
     settings = settings_of(namespace)
     given = set()
@@ -258,8 +281,11 @@ def apply(namespace, argv, positional=None):
             changes = {name: parse(name, text, default) if equals else True}
         elif word.endswith(".py"):
             changes = read_override_file(word, settings)
-        elif positional and positional not in given and not word.startswith("-"):
-            changes = {positional: in_home(word)}
+        elif positional and (many or positional not in given) and not word.startswith("-"):
+            value = in_home(word)
+            changes = {
+                positional: f"{settings[positional]},{value}" if positional in given else value
+            }
         else:
             raise UserError(f"cannot read {word!r}: settings are given as --key=value")
         namespace.update(changes)
@@ -276,7 +302,28 @@ def check_range(least, most=math.inf, **settings):
             raise UserError(f"{name} = {value}: expected {among}")
 
 
-def configure(namespace, positional=None, argv=None):
+def split_words(text, name):
+    """The words in the text of a setting, split as a shell would; UserError with its name."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{name} = {text!r} cannot be split into words ({e})") from None
+
+
+def listed_paths(text):
+    """
+    The paths in a list with commas. A comma belongs to a name where something has that name.
+    """
+    parts, paths = text.split(","), []
+    while parts:
+        joined = {n: ",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)}
+        n = next((n for n, path in joined.items() if os.path.exists(path)), 1)
+        paths.append(joined[n])
+        del parts[:n]
+    return list(filter(None, paths))
+
+
+def configure(namespace, positional=None, argv=None, many=False):
     """
     Override a script's globals in place from the command line; see the top of this file. Prints
     help and exits on --help; on --print-settings prints all settings as JSON and exits. Anything
@@ -286,11 +333,12 @@ def configure(namespace, positional=None, argv=None):
     one_sentence_errors()
     argv = sys.argv[1:] if argv is None else argv
     if PRINT_SETTINGS in argv:
-        given = apply(namespace, [word for word in argv if word != PRINT_SETTINGS], positional)
+        argv = [word for word in argv if word != PRINT_SETTINGS]
+        given = apply(namespace, argv, positional, many)
         print(json.dumps({"settings": settings_of(namespace), "given": sorted(given)}))
         sys.exit(0)
     if "--help" in argv or "-h" in argv:
         print_help(namespace, settings_of(namespace), positional)
         sys.stdout.flush()  # while a reader who has gone is still no traceback
         sys.exit(0)
-    return apply(namespace, argv, positional)
+    return apply(namespace, argv, positional, many)

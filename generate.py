@@ -2,7 +2,7 @@
 Many stories by one or more models: figures of them, and a page with the stories side by side.
 
     python generate.py                                     # of out/best.pt; into out/stories.html
-    python generate.py out_a,out_b/ckpt.pt --num_samples=20 --start="Once upon a time"
+    python generate.py out_a out_b/ckpt.pt --num_samples=20 --start="Once upon a time"
     python generate.py out/model.bin --source=my_text.txt  # where copies are looked for
 
 A model is the folder of a run, or anything that export.py reads. The figures are how varied the
@@ -10,22 +10,23 @@ stories are, how much of them is copied from the training text, and whether they
 means stands beside it on the page. Real stories of the validation text are measured with them.
 """
 
+import itertools
 import os
 import time
 
 import torch
 
-from configurator import UserError, configure, settings_of
+from configurator import UserError, configure, listed_paths, settings_of
 from dataset import DataPaths, TokenData
 from formats.table import HUB, load_teller, recognize
 from report.stories import (
     Overlap,
     Story,
     check_sampling,
+    documents_of_file,
     documents_of_shard,
     figures_of,
-    pieces_of_files,
-    pieces_of_shards,
+    pieces_of,
     read_prompt,
     rows_of,
     some_of,
@@ -34,13 +35,13 @@ from report.stories import (
 from report.storypage import write_page
 from report.tables import print_table
 from system.hardware import pick_device, pick_dtype
-from system.progress import progress
-from text.corpus import stream_documents, text_files
+from system.progress import print_line, progress
+from text.corpus import text_files
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
 # -----------------------------------------------------------------------------
-models = "out"  # folders of runs, or anything that export.py reads, with commas between them
+models = "out"  # folders of runs, or anything that export.py reads, also with commas
 tokenizer = ""  # a tokenizer model elsewhere, for all of them; empty: those beside the models
 start = ""  # prompt, or FILE:prompt.txt for a text in a file
 num_samples = 100  # stories of each
@@ -58,7 +59,7 @@ out = ""  # the page; empty: stories.html in the first run's folder
 json = ""  # a .jsonl for the figures, one line a model; empty: none
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "float32"  # auto, float32, bfloat16, float16
-configure(globals(), positional="models")
+configure(globals(), positional="models", many=True)
 # -----------------------------------------------------------------------------
 
 REAL = "real stories"  # the name of their column
@@ -146,14 +147,14 @@ def tell(name, model, tokenizer, prompt):
         ]
     bar.close()
     took, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
-    print(
+    print_line(
         f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {took:.1f} s, "
         f"{n_tokens / took:,.0f} tokens/s"
     )
     return stories
 
 
-names = [name for name in models.split(",") if name.strip()]
+names = listed_paths(models)
 if not names:
     raise UserError("models is empty: expected folders of runs or files, with commas between them")
 if len(set(names)) < len(names):
@@ -187,9 +188,9 @@ for name in names if not source or (reference and not valid_source) else []:
 real = []  # (text, number of tokens)
 if reference and valid_source:
     found = loaded[names[0]][1]
-    documents = (text for path in valid_files for text, _ in stream_documents(path))
+    documents = itertools.chain.from_iterable(map(documents_of_file, valid_files))
     real = some_of(documents, num_samples, seed)
-    real = [(text, len(found.encode(text, bos=False))) for text in real]
+    real = [(text, len(found.encode(text, bos=False))) for text, _ in real]
 elif reference and data:
     name = next(iter(data))
     documents = documents_of_shard(data[name][1].valid[0], loaded[name][1])
@@ -213,16 +214,17 @@ for where in dict.fromkeys(texts.values()):
     compared = [name for name, text in texts.items() if text == where]
     overlap = Overlap([story for name in compared for story in told[name]], ngram)
     if source:
-        pieces, n_bytes = pieces_of_files(source_files), sum(map(os.path.getsize, source_files))
+        sizes, unit = map(os.path.getsize, source_files), "B"
+        documents = map(documents_of_file, source_files)
     else:
-        shards = data[compared[0]][1].train
-        pieces = pieces_of_shards(shards, loaded[compared[0]][1])
-        n_bytes = sum(shard.nbytes for shard in shards)
+        shards, unit = data[compared[0]][1].train, " tokens"
+        sizes, of = map(len, shards), loaded[compared[0]][1]
+        documents = (documents_of_shard(shard, of) for shard in shards)
     began = time.perf_counter()
-    with progress(total=n_bytes, unit="B", unit_scale=True, desc="training text") as bar:
-        for text, size in pieces:
+    with progress(total=sum(sizes), unit=unit, unit_scale=True, desc="training text") as bar:
+        for text, amount in pieces_of(itertools.chain.from_iterable(documents)):
             overlap.feed(text)
-            bar.update(size)
+            bar.update(amount)
     took = time.perf_counter() - began
     print(f"training text: {overlap.n_words:,} words, {overlap.n_words / took:,.0f} words/s")
     whose = f" of {', '.join(compared)}" if len(set(texts.values())) > 1 else ""
@@ -242,5 +244,5 @@ if json:
     write_lines(json, columns, settings)
 print()
 print_table(["", *columns], [row[:-1] for row in rows_of(columns, ngram, n_words)])
-print("", *notes, sep="\n")
-print(f"wrote {out}, which says what each figure means")
+print_line("\n".join(["", *notes]))
+print_line(f"wrote {out}, which says what each figure means")

@@ -33,9 +33,9 @@ from typing import Literal
 try:
     import modal
 except ImportError:
-    sys.exit("error: modal is not installed here: pip install .[modal]")
+    sys.exit("error: modal is not installed here: pip install modal")
 
-from configurator import UserError, one_sentence_errors
+from configurator import UserError, one_sentence_errors, printable, split_words
 from system.files import atomic_write, read_json
 from system.remote import secret
 
@@ -341,7 +341,7 @@ def download(path, local):
                 raise UserError(
                     f"{f.tell():,} of the {entry.size:,} bytes of {name} came: try again"
                 )
-        print(f"{target}: {entry.size:,} bytes")
+        print(printable(f"{target}: {entry.size:,} bytes"))
 
 
 def upload(path, local):
@@ -376,13 +376,6 @@ def leftovers(entries):
 # ---- the commands
 
 
-def words_of(flags):
-    try:
-        return shlex.split(flags)
-    except ValueError as e:
-        raise UserError(f"flags = {flags!r}: {e}; quote as in a shell") from None
-
-
 def parse_gpu(gpu):
     """(Modal's name or None, how many) of L4, H100:8, none and the like."""
     if gpu.lower() in ("none", "cpu"):
@@ -406,13 +399,13 @@ def text_of(o):
 
 
 def run_prepare(o):
-    answer(prepare.remote(*text_of(o), words_of(o.flags)))
+    answer(prepare.remote(*text_of(o), split_words(o.flags, "flags")))
 
 
 def run_train(o):
     gpu, n_gpus = parse_gpu(o.gpu)
     source, vocab_size, machines = text_of(o)
-    out_dir, flags = inside(o.out_dir, "out_dir"), words_of(o.flags)
+    out_dir, flags = inside(o.out_dir, "out_dir"), split_words(o.flags, "flags")
     if not (HERE / inside(o.config, "config")).is_file():
         presets = sorted(f"config/{path.name}" for path in HERE.glob("config/*.py"))
         raise UserError(absent(o.config, "in this folder", presets))
@@ -436,7 +429,8 @@ def run_inference(o):
     flags = ["-t", str(o.temperature), "-p", str(o.top_p), "-n", str(o.steps)]
     flags += [] if o.seed is None else ["-s", str(o.seed)]
     out_dir = inside(o.out_dir, "out_dir")
-    print(answer(inference.remote(o.prompt, out_dir, [*flags, *words_of(o.flags)])))
+    flags += split_words(o.flags, "flags")
+    print(printable(answer(inference.remote(o.prompt, out_dir, flags))))
 
 
 def run_transfer(o):
@@ -450,7 +444,7 @@ def run_cleanup(o):
         if is_file(entry):
             sizes.setdefault(posixpath.dirname(path) or "/", []).append(entry.size)
     for folder, found in sizes.items():
-        print(f"{sum(found):>18,} bytes in {len(found):>5,} files of {folder}")
+        print(printable(f"{sum(found):>18,} bytes in {len(found):>5,} files of {folder}"))
     doomed = leftovers(entries)
     if o.path == "/":
         doomed = dict.fromkeys((path for path in entries if "/" not in path), "all is to go")
@@ -459,7 +453,8 @@ def run_cleanup(o):
     total = 0
     for path, why in doomed.items():
         n_bytes = sum(entry.size for entry in files_of(path, entries).values())
-        print(f"{'would delete' if o.dry_run else 'deleting'} {path}, {n_bytes:,} bytes: {why}")
+        verb = "would delete" if o.dry_run else "deleting"
+        print(printable(f"{verb} {path}, {n_bytes:,} bytes: {why}"))
         total += n_bytes
         if not o.dry_run:
             volume.remove_file(path, recursive=not is_file(entries[path]))

@@ -2,7 +2,7 @@
 Pictures of training: the curves of runs, summaries of sweeps, and a page that follows a run.
 
     python plot.py out                                       # out/loss.png
-    python plot.py out/a,out/b --out=ab.svg --theme=dark     # several runs in one picture
+    python plot.py out/a out/b --out=ab.svg --theme=dark     # several runs in one picture
     python plot.py out/sweeps/lr/results.jsonl               # a sweep: out/sweeps/lr/results.png
     python plot.py out/sweeps/lr/results.jsonl --write=lr.md # and its table as Markdown
     python plot.py --serve --out_dir=out                     # http://127.0.0.1:8000 follows the run
@@ -13,17 +13,18 @@ Name runs by their out_dir, or by a folder of several. Pictures need matplotlib,
 
 import os
 
-from configurator import UserError, check_range, configure
+from configurator import UserError, check_range, configure, listed_paths
 from report.curves import AXES, find_runs
 from report.live import serve_runs
 from report.pictures import ENDINGS, PANELS, THEMES, draw_runs, draw_sweep
 from report.sweeps import failures, read_sweep, section, table, title_of
 from report.tables import markdown
 from system.files import atomic_write
-from training.rundir import LOG
+from system.progress import print_line
+from training.runlog import LOG
 
 # -----------------------------------------------------------------------------
-what = ""  # folders of runs or results.jsonl of sweeps, separated by commas; empty: out_dir
+what = ""  # folders of runs or results.jsonl of sweeps, also with commas; empty: out_dir
 out_dir = "out"  # of the run, if nothing else is named
 out = ""  # the picture, .png or .svg; empty: loss.png or results.png beside what is drawn
 theme = "light"  # light, for paper and screens; dark, for dark pages
@@ -39,7 +40,7 @@ serve = False  # follow one run or several on a page of this machine
 port = 8000  # 0: any free one
 start = "Once upon a time"  # of the story that the latest model tells there; empty: no story
 engine = ""  # the program that tells it; empty: run beside this script, otherwise sample.py
-configure(globals(), positional="what")
+configure(globals(), positional="what", many=True)
 # -----------------------------------------------------------------------------
 
 
@@ -63,35 +64,39 @@ def plot_sweeps(paths):
     """Print, write and draw the results of some sweeps."""
     sweeps = {path: read_sweep(path) for path in paths}
     for results in sweeps.values():
-        print(f"\n{title_of(results)}\n\n{markdown(table(results, x))}\n")
+        print_line(f"\n{title_of(results)}\n\n{markdown(table(results, x))}\n")
         for sentence in failures(results):
-            print(sentence)
+            print_line(sentence)
     if write:
         with atomic_write(write, "w") as f:
             f.write("\n".join(section(results, x) for results in sweeps.values()))
-        print(f"wrote {write}")
+        print_line(f"wrote {write}")
     for path, results in sweeps.items():
         stem = os.path.splitext(os.path.basename(path))[0]
         picture = picture_of(os.path.dirname(path), stem)
         draw_sweep(results, picture, x, curves, theme)
-        print(f"wrote {picture}")
+        print_line(f"wrote {picture}")
 
 
 def plot_runs(paths):
     """Draw the curves of some runs in one picture."""
     runs = find_runs(paths)
+    for run in runs:
+        if run.n_skipped:
+            lines = f"{run.n_skipped:,} lines that train.py did not write"
+            print_line(f"warning: {run.path}: skipping {lines}")
     if not any(run.train for run in runs):
         raise UserError(f"{paths[0]} has no step in its log yet")
     folder = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(paths[0])
     picture = picture_of(folder, "loss")
     draw_runs(runs, picture, some_of("x", AXES), some_of("panels", PANELS), smoothing, theme)
-    print(f"wrote {picture}")
+    print_line(f"wrote {picture}")
 
 
 if theme not in THEMES:
     raise UserError(f"theme = {theme!r}: expected one of {', '.join(THEMES)}")
 check_range(0, 1, smoothing=smoothing)
-paths = [path.strip() for path in what.split(",") if path.strip()] or [out_dir]
+paths = listed_paths(what) or [out_dir]
 sweeps = [path for path in paths if path.endswith(".jsonl") and os.path.basename(path) != LOG]
 if write and not (sweeps and write.endswith(".md")):
     raise UserError(f"write = {write}: expected a name that ends in .md, and results of sweeps")

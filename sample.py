@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from configurator import configure
+from configurator import configure, printable
 from formats.table import load_teller
 from report.stories import check_sampling, read_prompt
 from system.hardware import pick_device, pick_dtype
@@ -52,5 +52,4 @@ for i in range(num_samples):
         print("\n---\n")
     new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
     text = tokenizer.decode([*prompt, *new])
-    # a model must not send control characters to a terminal
-    print("".join(c for c in text if c.isprintable() or c in "\n\t") if on_terminal else text)
+    print(printable(text) if on_terminal else text)

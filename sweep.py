@@ -34,7 +34,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 
-from configurator import UserError, check_range, configure
+from configurator import UserError, check_range, configure, split_words
 from system.memory import tune_malloc
 
 # -----------------------------------------------------------------------------
@@ -141,18 +141,10 @@ def check_settings():
         )
 
 
-def split(text, setting):
-    """The arguments in a setting, split as a shell would."""
-    try:
-        return shlex.split(text)
-    except ValueError as e:
-        raise UserError(f"{setting}: {text!r} cannot be split into arguments ({e})") from None
-
-
 def axes_of_grid():
     """The grid as {setting: [values as text]}."""
     axes = {}
-    for part in split(grid, "grid"):
+    for part in split_words(grid, "grid"):
         name, equals, values = part.lstrip("-").partition("=")
         values = values.split(",")
         if not equals or not all(values):
@@ -172,7 +164,7 @@ def listed_runs():
         name, colon, arguments = line.partition(":")
         if not colon or not name.strip():
             raise UserError(f"runs: {line.strip()!r}: expected NAME: arguments of train.py")
-        rows.append((name.strip(), split(arguments, "runs")))
+        rows.append((name.strip(), split_words(arguments, "runs")))
     return rows or [("", [])]
 
 
@@ -206,7 +198,7 @@ def check_run(config, varied):
 def plan(device_name):
     """[PlannedRun] in the order in which they are done, seeds outermost, without their length."""
     planned, axes = {}, axes_of_grid()
-    shared = split(base, "base")
+    shared = split_words(base, "base")
     if data_dir:
         shared.append(f"--data_dir={os.path.abspath(data_dir)}")
     shared += [f"--device={device_name}", "--keep_last=1", "--picture=False"]
@@ -575,7 +567,7 @@ if todo:
     runner.run_all(todo)
 ended = sorted(results.in_order(), key=lambda line: list(FIELDS).index(line["status"]))
 for line in ended:
-    print(sentence_of(line))
+    print_line(sentence_of(line))
 counts = Counter(line["status"] for line in ended)
 print(", ".join(f"{n} {status}" for status, n in counts.items()))
 n_failed = counts["failed"]

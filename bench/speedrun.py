@@ -15,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-
 from bench.common import open_device
 from configurator import UserError, check_range, configure
 from report.curves import find_runs
@@ -24,7 +22,7 @@ from report.pictures import draw_runs
 from report.tables import print_table
 from system.files import write_json
 from system.hardware import describe, git_commit
-from training.runs import race, read_run, same_run, shards_hint, value_at
+from training.runs import race, read_run, same_run, shards_hint
 from training.settings import TRAIN, resolved
 
 # -----------------------------------------------------------------------------
@@ -87,18 +85,6 @@ def finished_run(name, length, where, words, settings):
     return run
 
 
-def print_curves(runs):
-    rows = []
-    for k in range(1, 11):
-        at = minutes * k / 10
-        rows.append([f"{at:.2g}"])
-        for name in ("plain", "ours"):
-            median = np.median([value_at(run["evals"], 60 * at) for run in runs[name]])
-            rows[-1].append("-" if math.isnan(median) else f"{median:.4f}")
-    print("\nbits per byte after minutes of training")
-    print_table(["minutes", "plain", "ours"], rows)
-
-
 def print_times(result):
     labels = {
         "plain": "plain",
@@ -153,7 +139,6 @@ for name, *run in planned:
     runs[name].append(finished_run(name, *run))
 races = [race(*of_seed) for of_seed in zip(*runs.values(), strict=True)]
 result = {key: statistics.median(r[key] for r in races) for key in races[0]}
-print_curves(runs)
 print_times(result)
 write_results(os.path.join(out, "speedrun.json"), runs, result, races, torch_device)
 picture = os.path.join(out, "speedrun.png")

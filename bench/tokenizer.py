@@ -18,12 +18,11 @@ from functools import partial
 from importlib.util import find_spec
 
 from bench.common import CPU, alternate, open_device, output_of, ratio
-from bpe import BPETokenizer, all_pieces, train_bpe
+from bpe import BPETokenizer, train_bpe
 from configurator import UserError, check_range, configure
 from formats.hftokenizer import tokenizer_json
 from report.tables import print_table
-from text.corpus import SEPARATOR, whole_file
-from text.shards import write_npy
+from text.corpus import SEPARATOR
 from tokenizer import ByteLevel, SentencePiece, train_sentencepiece
 from training.runs import REPO, seconds_of
 
@@ -96,18 +95,12 @@ def bench_bpe(where, documents, n_bytes):
             for _ in BPETokenizer(vocab, merges, [END]).encode_iterable(f):
                 pass
 
-    def to_file(encoder):
-        spans = all_pieces([whole_file(source)], [END])
-        write_npy(os.path.join(where, "ids.npy"), ByteLevel(path), spans, threads, encoder)
-
     ways = {"own, encode_iterable of the lines": stream}
     ways |= reversed(encoders(ByteLevel, path, documents).items())
     if find_spec("tokenizers"):
         text = json.dumps(tokenizer_json(ByteLevel(path)))
         ways[f"{PEER}, all cores"] = partial(peer_encode, text, documents)
     measure("encode byte-level BPE of 10,000, one core", n_bytes, ways)
-    ways = {name: partial(to_file, name) for name in ByteLevel.ENCODERS}
-    measure("the same from file to file, with processes", n_bytes, ways)
 
 
 def bench_sentencepiece(where, documents, n_bytes):

@@ -26,18 +26,13 @@ from training.runs import model_of, seconds_of, stepper, tokens_of_step
 from training.settings import resolved
 
 # -----------------------------------------------------------------------------
-shapes = "128,288"  # names in SHAPES; or given: dim, n_layers, n_heads and so on, as set here
+shapes = "128,288"  # names in SHAPES
 ways = "plain,eager,compiled,modded"  # names in WAYS
 llama2c = ""  # a checkout of karpathy/llama2.c, to measure it too
 train_rounds = 7  # in which the ways alternate
 train_steps = 4  # of each way in a round
-max_seq_len = 256  # tokens a sequence
-# the shape "given"
-dim = 512  # 42 million parameters, as llama2.c's stories42M
-n_layers = 8
-n_heads = 8
-vocab_size = 32000
-batch_size = 32  # sequences a step
+# the shape "given", in train.py's words: 42 million parameters, as llama2.c's stories42M
+given = "--dim=512 --n_layers=8 --n_heads=8 --vocab_size=32000 --batch_size=32"
 device = "auto"
 dtype = "auto"
 configure(globals())
@@ -49,7 +44,7 @@ tune_malloc()  # as train.py does
 SHAPES = {
     "128": "--dim=128 --n_layers=5 --n_heads=8 --n_kv_heads=4 --vocab_size=512 --batch_size=32",
     "288": "--dim=288 --n_layers=6 --n_heads=6 --vocab_size=4096 --batch_size=16",
-    "given": "",
+    "given": given,
 }
 WAYS = {
     "plain": "--arch=llama --optimizer=adamw --dtype=float32 --compile=False",
@@ -61,8 +56,8 @@ WAYS = {
 
 def llama2c_stepper(settings, torch_device):
     """
-    As runs.stepper, of llama2.c's model and optimizer in float32; compiled where that makes it
-    faster, which it does not at a dim of 128.
+    What runs.stepper returns, for llama2.c's model and optimizer in float32. The model is compiled
+    where that makes it faster, which it does not at a dim of 128.
     """
     path = os.path.join(llama2c, "model.py")
     spec = importlib.util.spec_from_file_location("llama2c_model", path)
@@ -74,7 +69,7 @@ def llama2c_stepper(settings, torch_device):
     with contextlib.redirect_stdout(None):  # it reports on the optimizer
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch_device.type)
     call = torch.compile(model) if settings["dim"] > 128 else model
-    shape = (settings["batch_size"], max_seq_len + 1)
+    shape = (settings["batch_size"], settings["max_seq_len"] + 1)
     tokens = torch.randint(0, settings["vocab_size"], shape, device=torch_device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -85,17 +80,14 @@ def llama2c_stepper(settings, torch_device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, model, optimizer
 
 
 def settings_of(shape, way, torch_dtype):
-    """train.py's settings for one of WAYS at one of SHAPES, or at the one given."""
-    words = (
-        f"--dim={dim} --n_layers={n_layers} --n_heads={n_heads} --vocab_size={vocab_size} "
-        f"--batch_size={batch_size} --max_seq_len={max_seq_len} "
-        f"--dtype={str(torch_dtype).removeprefix('torch.')} {SHAPES[shape]} "
-    )
-    return resolved(tuple((words + WAYS.get(way, WAYS["plain"])).split()))
+    """train.py's settings for one of WAYS at one of SHAPES."""
+    dtype = str(torch_dtype).removeprefix("torch.")
+    words = f"--max_seq_len=256 --dtype={dtype} {SHAPES[shape]} {WAYS.get(way, WAYS['plain'])}"
+    return resolved(tuple(words.split()))
 
 
 def bench_shape(shape, wanted, torch_device, torch_dtype):
@@ -108,7 +100,8 @@ def bench_shape(shape, wanted, torch_device, torch_dtype):
     first = {}
     for way, settings in runs.items():
         try:
-            step = (llama2c_stepper if way == "llama2c" else stepper)(settings, torch_device)
+            make = llama2c_stepper if way == "llama2c" else stepper
+            step, _, _ = make(settings, torch_device)
         except ValueError as e:
             raise UserError(f"shape {shape}: {e}") from None
         first[way] = seconds_of(step, 1, torch_device)
@@ -127,7 +120,7 @@ def bench_shape(shape, wanted, torch_device, torch_dtype):
         rows.append([way, *figures, relative, share, f"{first[way]:.1f} s"])
     print(
         f"\n{shape}: dim {settings['dim']}, {settings['n_layers']} layers, vocabulary "
-        f"{settings['vocab_size']}, {settings['batch_size']} x {max_seq_len} tokens a step"
+        f"{settings['vocab_size']}, {tokens_of_step(settings):,} tokens a step"
     )
     print_table(["way", "tok/s", "from", "to", "ratio", "of peak", "first step"], rows)
 

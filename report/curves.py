@@ -4,9 +4,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from configurator import UserError
-from training.rundir import LOG
-from training.runlog import RunLog
+from configurator import UserError, printable
+from training.runlog import LOG, RunLog
 
 # what curves are drawn against: name -> (field of a log's line, label, divisor)
 AXES = {
@@ -27,7 +26,7 @@ class Run(RunLog):
         """(xs, ys) of a field of the lines of a kind, where it is a number; x: of AXES."""
         place, _, divisor = AXES[x]
         lines = self.train if kind == "train" else self.evals
-        lines = [line for line in lines if isinstance(line.get(value), (int, float))]
+        lines = [line for line in lines if line.get(value) is not None]
         return [line[place] / divisor for line in lines], [line[value] for line in lines]
 
     def rates(self):
@@ -72,10 +71,9 @@ def find_folders(paths):
 
 def short_names(folders):
     """The folders' names without the parent folders that all of them share."""
-    parts = [os.path.normpath(f).split(os.sep) for f in folders]
-    while len(parts) > 1 and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]
-    return ["/".join(p) for p in parts] if len(parts) > 1 else [parts[0][-1]]
+    folders = list(map(os.path.abspath, folders))
+    shared = os.path.commonpath([os.path.dirname(f) for f in folders])
+    return [printable(os.path.relpath(f, shared)).replace(os.sep, "/") for f in folders]
 
 
 def smooth(values, part):

@@ -9,6 +9,8 @@ sample.py, in a process of its own.
 import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from configurator import UserError, check_range
 from report.curves import Run, find_folders, thinned
+from system.progress import print_line
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
@@ -26,6 +29,8 @@ MOST_RUNS = 60  # that a page shows
 RECENT = 20  # lines of the log that the time left is estimated from
 STORY_S = 120  # after which a story is given up
 LOOK_S = 1.0  # between looks for a new model
+CLIENT_S = 10  # from a client's connection to the end of its answer
+MOST_CLIENTS = 64  # at once
 FIELDS = {
     "train": ("step", "tokens", "train_s", "loss", "grad_norm", "lr", "tok_s"),
     "evals": ("step", "tokens", "train_s", "val_loss", "val_bpb"),
@@ -45,7 +50,7 @@ def seconds_left(run):
             break
         first = line
     n_steps = last["step"] - first["step"]
-    if n_steps <= 0:
+    if n_steps <= 0 or "max_iters" not in config:
         return None
     return (last["time_s"] - first["time_s"]) / n_steps * (config["max_iters"] - last["step"])
 
@@ -67,6 +72,7 @@ def state_of(run, n_points):
         "mfu": last.get("mfu"),
         "n_params": run.start.get("n_params"),
         "device": run.start.get("device_name"),
+        "skipped": run.n_skipped,
     }
     for kind, names in FIELDS.items():
         lines = thinned(getattr(run, kind), n_points)
@@ -81,7 +87,7 @@ class Watcher:
         self.paths, self.start, self.lock = paths, start, threading.Lock()
         self.engine = os.path.abspath(engine) if engine else os.path.join(REPO, "run")
         self.runs, self.story, self.told = {}, None, None
-        self.problem = ""
+        self.problem, self.teller = "", None
 
     def look(self):
         """The state of everything, for the page."""
@@ -93,7 +99,8 @@ class Watcher:
             except UserError:  # it may come yet
                 self.problem = f"train.py has no log in {', '.join(self.paths)} yet"
             for run in self.runs.values():
-                run.read()
+                with contextlib.suppress(OSError):  # the others are shown all the same
+                    run.read()
             newest = sorted(self.runs.values(), key=last_change, reverse=True)[:MOST_RUNS]
             # in the order of their names, so that each keeps its colour
             runs = [run for run in self.runs.values() if run in newest]
@@ -134,17 +141,26 @@ class Watcher:
             ]
         # training wants the cores
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": STORY_S}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
-            done = subprocess.run(words, env=environment, **options)
-        except subprocess.TimeoutExpired:
-            return f"(no story within {STORY_S} s)"
+            self.teller = subprocess.Popen(words, env=environment, **pipes)
         except OSError as e:
             return f"(no story: {words[0]}: {e.strerror})"
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
+        with self.teller:
+            try:
+                out, err = self.teller.communicate(timeout=STORY_S)
+            except subprocess.TimeoutExpired:
+                self.teller.kill()
+                return f"(no story within {STORY_S} s)"
+        if self.teller.returncode:
+            lines = err.decode(errors="replace").strip().splitlines()
             return f"(no story: {lines[-1] if lines else 'the engine failed'})"
-        return done.stdout.decode(errors="replace").strip()
+        return out.decode(errors="replace").strip()
+
+    def close(self):
+        """End the process that tells a story, which would outlive this one."""
+        if self.teller:
+            self.teller.kill()
 
 
 def last_change(run):
@@ -154,12 +170,54 @@ def last_change(run):
         return 0.0
 
 
+class Server(ThreadingHTTPServer):
+    """
+    Answers each client in a thread. A client that is slow to ask or to read is cut off after
+    CLIENT_S, and the oldest one where there are more than MOST_CLIENTS.
+    """
+
+    daemon_threads = True
+    request_queue_size = MOST_CLIENTS
+
+    def __init__(self, *words):
+        self.clients = {}  # {socket: when it came}, the oldest first
+        super().__init__(*words)
+
+    def process_request(self, request, address):
+        self.clients[request] = time.monotonic()
+        if len(self.clients) > MOST_CLIENTS:
+            self.cut_off(next(iter(self.clients)))
+        super().process_request(request, address)
+
+    def service_actions(self):
+        late = time.monotonic() - CLIENT_S
+        for request in [r for r, came in list(self.clients.items()) if came < late]:
+            self.cut_off(request)
+
+    def cut_off(self, request):
+        self.clients.pop(request, None)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)  # its thread finds the connection closed
+
+    def shutdown_request(self, request):
+        self.clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, address):
+        """Says what went wrong; a client that has left or was cut off is nothing to tell."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            print_line(f"a request failed: {type(error).__name__}: {error}", sys.stderr)
+
+
 def handler(watcher):
     """The class that answers requests: the page, and its data."""
     with open(os.path.join(HERE, "live.html"), "rb") as f:
         page = f.read()
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = CLIENT_S
+
         def do_GET(self):
             host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
             path = self.path.partition("?")[0]
@@ -183,8 +241,7 @@ def handler(watcher):
             ):
                 self.send_header(name, value)
             self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the page was closed
-                self.wfile.write(body)
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
@@ -203,17 +260,23 @@ def serve_runs(paths, port, start, engine):
     watcher = Watcher(paths, start, engine)
     problem = watcher.look()["problem"]
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler(watcher))
+        server = Server(("127.0.0.1", port), handler(watcher))
     except OSError as e:
         raise UserError(
             f"port {port} cannot be used ({e.strerror}): give another with --port, or 0 for any"
         ) from None
-    server.daemon_threads = True
+    for signum in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # as Ctrl-C
+        signal.signal(signum, signal.default_int_handler)
     if start:
         threading.Thread(target=watcher.tell_stories, daemon=True).start()
     if problem:
-        print(f"waiting for a run: {problem}")
-    print(f"http://127.0.0.1:{server.server_address[1]} follows {', '.join(paths)}; Ctrl-C ends it")
+        print_line(f"waiting for a run: {problem}")
+    print_line(
+        f"http://127.0.0.1:{server.server_address[1]} follows {', '.join(paths)}; Ctrl-C ends it"
+    )
     sys.stdout.flush()
-    with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever(poll_interval=0.2)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever(poll_interval=0.2)
+    finally:
+        watcher.close()

@@ -12,7 +12,6 @@ from configurator import UserError
 from report.curves import AXES, smooth
 from report.sweeps import (
     in_order,
-    is_number,
     label_of,
     mean_and_sd,
     show,
@@ -22,6 +21,7 @@ from report.sweeps import (
     value_of,
 )
 from system.files import atomic_write
+from training.runlog import is_number
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
@@ -214,6 +214,7 @@ def limits(lines, value):
     """The range of an axis that shows the curves of what did not diverge."""
     finished = [line for line in lines if line["status"] == "finished"]
     points = [p[value] for line in finished for p in line["curve"][1:] or line["curve"]]
+    points = [value for value in points if value is not None]
     finals = [line[value] for line in finished]
     if not finals:
         return None, None

@@ -10,7 +10,6 @@ To add a figure: a row in FIGURES, and its value in figures_of().
 
 import itertools
 import json
-import os
 import random
 import re
 import statistics
@@ -180,39 +179,37 @@ class Overlap:
             at += size
 
 
-def pieces_of_files(files):
-    """Yield (whole documents with BREAK between them, bytes read) of text files, as a stream."""
-    for path in files:
-        documents, size, before = [], 0, 0
-        for document, at in stream_documents(path):
-            documents.append(document)
-            size += len(document)
-            if size >= PIECE:
-                yield BREAK.join(documents), at - before
-                documents, size, before = [], 0, at
-        yield BREAK.join(documents), os.path.getsize(path) - before
+def pieces_of(documents):
+    """
+    Yield (documents with BREAK between them, amount) of an iterable of (text, amount), about PIECE
+    characters at a time.
+    """
+    texts, size, total = [], 0, 0
+    for text, amount in documents:
+        texts.append(text)
+        size, total = size + len(text), total + amount
+        if size >= PIECE:
+            yield BREAK.join(texts), total
+            texts, size, total = [], 0, 0
+    yield BREAK.join(texts), total
 
 
-def pieces_of_shards(shards, tokenizer, chunk=CHUNK):
-    """The same of token shards, `chunk` ids or some more at a time."""
-    table = tokenizer.piece_bytes()
-    table[tokenizer.bos_id] = BREAK.encode()
-    for shard in shards:
-        begin = 0
-        while begin < len(shard):
-            end = begin + chunk
-            while end < len(shard) and shard[end] != tokenizer.bos_id:
-                end += 1
-            ids = shard[begin:end].tolist()
-            text = b"".join(map(table.__getitem__, ids)).decode(errors="replace")
-            yield text, len(ids) * shard.itemsize
-            begin = end
+def documents_of_file(path):
+    """Yield (text, bytes read for it) of each document of a text file, as a stream."""
+    before = 0
+    for text, at in stream_documents(path):
+        yield text, at - before
+        before = at
 
 
 def documents_of_shard(shard, tokenizer):
     """Yield (text, number of tokens) of each document of a token shard."""
     table = tokenizer.piece_bytes()
-    borders = [*np.flatnonzero(shard == tokenizer.bos_id).tolist(), len(shard)]
+    starts = [
+        i + np.flatnonzero(shard[i : i + CHUNK] == tokenizer.bos_id)
+        for i in range(0, len(shard), CHUNK)
+    ]
+    borders = [-1, *np.concatenate(starts).tolist(), len(shard)]  # text before the first BOS too
     for begin, end in itertools.pairwise(borders):
         ids = shard[begin + 1 : end].tolist()
         text = b"".join(map(table.__getitem__, ids)).decode(errors="replace").strip()

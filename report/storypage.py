@@ -1,54 +1,18 @@
 """
-One HTML page with stories side by side and their figures above them. It needs no network and runs
-no script; it has a dark form, and one for paper.
+One HTML page with stories side by side and their figures above them, made from stories.html.
+The page needs no network and runs no script. What a model or a path says is escaped; the page's
+policy would not let it load or run anything either.
 """
 
 import html
 import itertools
+import os
+from string import Template
 
 from report.stories import rows_of
 from system.files import atomic_write
 
-# what a model or a path says cannot load or run anything, even if it were not escaped
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --faint: #656d76;
-  --line: #d8dee4; --band: #f6f8fa; --copied: #fff1c2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #d7dce2; --paper: #14171b; --faint: #8d96a0;
-  --line: #30363d; --band: #1c2026; --copied: #4a3d12; } }
-body { margin: 0 auto; padding: 1.5rem; max-width: 110rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .5rem 0; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .8rem; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); unicode-bidi: isolate; }
-thead th { position: sticky; top: 0; background: var(--band); overflow-wrap: anywhere; }
-.figures thead th { min-width: 7rem; }
-tbody th { font-weight: 600; white-space: nowrap; }
-.figures td.value, .figures th.value { text-align: right; font-variant-numeric: tabular-nums; }
-.figures td.value { white-space: nowrap; }
-.note { color: var(--faint); }
-.stories { width: 100%; table-layout: fixed; }
-.stories th:first-child { width: 2.5rem; color: var(--faint); text-align: right; }
-.stories p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .4rem; max-width: 45rem; }
-.prompt { color: var(--faint); }
-mark { background: var(--copied); color: var(--ink); border-radius: .15rem; }
-.cut { font-style: italic; }
-.note.small { font-size: .85rem; }
-footer { margin-top: 2rem; border-top: 1px solid var(--line); font-size: .9rem; }
-@media print {
-  :root { --ink: #000; --paper: #fff; --faint: #555; --line: #bbb; --band: #eee;
-    --copied: #fff1c2; color-scheme: light; }
-  body { padding: 0; max-width: none; font-size: 9pt; }
-  mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .stories { min-width: 0 !important; }
-  tr { break-inside: avoid; }
-  thead th { position: static; }
-}
-"""
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stories.html")
 
 
 def marked(story, overlap):
@@ -122,25 +86,15 @@ def write_page(path, title, stories, overlaps, columns, n, n_words, notes, setti
         )
     used = " ".join(f"--{name}={value}" for name, value in settings.items())
     paragraphs = "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
-    text = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-{figure_table(columns, n, n_words)}
-{paragraphs}
-<h2>Side by side</h2>
-<p class="note">{legend}</p>
-{story_table(stories, overlaps)}
-<footer><p class="note">Made by generate.py with <code>{html.escape(used)}</code></p></footer>
-</body>
-</html>
-"""
+    with open(TEMPLATE, encoding="utf-8") as f:
+        template = Template(f.read())
+    text = template.substitute(
+        title=html.escape(title),
+        figures=figure_table(columns, n, n_words),
+        notes=paragraphs,
+        legend=legend,
+        stories=story_table(stories, overlaps),
+        settings=html.escape(used),
+    )
     with atomic_write(path) as f:
         f.write(text.encode("utf-8", "replace"))  # a path may hold what is no text

@@ -1,33 +1,70 @@
 """The results of a sweep, results.jsonl of sweep.py: read, grouped by setting, and as a table."""
 
+import contextlib
 import json
 import math
+import os
 import statistics
 from collections import Counter
 
-from configurator import UserError
+from configurator import UserError, printable
 from report.tables import markdown
+from system.progress import print_line
+from training.runlog import each, fits, is_count, is_number, is_scalar, is_size, optional
 
-# what a result needs to be drawn, by its status
+
+def is_string(value):
+    return type(value) is str
+
+
+def is_curve(value):
+    """A list of evaluations."""
+    return type(value) is list and all(fits(point, POINT) for point in value)
+
+
+def is_hardware(value):
+    return each(is_scalar)(value) and set(value) == {"device_name", "threads", "platform", "torch"}
+
+
+# what a result holds, by its status; see runlog.fits
+POINT = {"step": is_count, "tokens": is_count, "train_s": is_size}
+POINT |= dict.fromkeys(("val_loss", "val_bpb"), optional(is_number))
+RUN = {"name": is_string, "varied": each(is_scalar), "config": each(is_scalar)}
 FIELDS = {
-    "finished": "name varied config val_loss val_bpb steps tokens train_s curve".split(),
-    "diverged": "name varied config curve".split(),
-    "failed": "name varied config error".split(),
+    "finished": {
+        **RUN,
+        **{"val_loss": is_number, "val_bpb": optional(is_number), "curve": is_curve},
+        **{"steps": is_count, "tokens": is_count, "train_s": is_size},
+    },
+    "diverged": {**RUN, "curve": is_curve},
+    "failed": {**RUN, "error": is_string},
 }
+OPTIONAL = dict.fromkeys(("title", "sweep", "arguments", "commit"), is_string)
+OPTIONAL["hardware"] = is_hardware
+
+
+def is_result(line):
+    """Whether a parsed line of results.jsonl is the result of a run."""
+    status = line.get("status") if type(line) is dict else None
+    if type(status) is not str or status not in FIELDS:
+        return False
+    return fits(line, FIELDS[status] | {k: v for k, v in OPTIONAL.items() if k in line})
 
 
 def read_results(path):
     """(results, numbers of the lines that are not results) of results.jsonl."""
     results, bad = [], []
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: it is not a file")
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
             for number, text in enumerate(f, 1):
-                try:
+                line = None
+                with contextlib.suppress(ValueError, RecursionError):
                     line = json.loads(text)
-                    for name in FIELDS[line["status"]]:
-                        line[name]
+                if is_result(line):
                     results.append(line)
-                except (ValueError, KeyError, TypeError):
+                else:
                     bad.append(number)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -40,8 +77,8 @@ def read_sweep(path):
     if not results:
         raise UserError(f"{path} has no results of sweep.py")
     if bad:
-        numbers = ", ".join(map(str, bad))
-        print(f"warning: {path}: skipping lines that are not results: {numbers}")
+        numbers = ", ".join(map(str, bad[:20])) + ", ..." * (len(bad) > 20)
+        print_line(f"warning: {path}: skipping lines that are not results: {numbers}")
     if all(line["status"] == "failed" for line in results):
         raise UserError(
             f"{path} has no result: all runs failed, the first with {results[0]['error']}"
@@ -50,7 +87,7 @@ def read_sweep(path):
 
 
 def title_of(results):
-    return results[0].get("title") or results[0].get("sweep", "")
+    return printable(results[0].get("title") or results[0].get("sweep", ""))
 
 
 def value_of(results):
@@ -125,11 +162,7 @@ def show(value):
     if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e4:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 # ---- statistics
@@ -187,7 +220,7 @@ class Group:
 
     def median(self, amount, unit):
         """The median of the ratio of two fields; only of a group with finished runs."""
-        return statistics.median(run[amount] / run[unit] for run in self.finished)
+        return statistics.median(run[amount] / max(run[unit], 1e-3) for run in self.finished)
 
     def outcome(self):
         """Mean, standard deviation and number of its values, and how many runs have none."""
@@ -234,7 +267,7 @@ def table(results, x=""):
         if group.values and base.values:
             ms = f"{1000 * group.median('train_s', 'steps'):,.0f}"
             speed, base_speed = (g.median("tokens", "train_s") for g in (group, base))
-            relative = f"{speed / base_speed:.2f}"
+            relative = f"{speed / max(base_speed, 1e-3):.2f}"
             if group is not base:
                 number, is_beyond = compare(group.values, base.values, sd)
                 difference, beyond = f"{number:+.4f}", SHOWN[is_beyond]

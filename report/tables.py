@@ -1,5 +1,9 @@
 """Tables of texts: in columns for a terminal, and as Markdown."""
 
+import sys
+
+from system.progress import print_line
+
 
 def widths_of(rows):
     return [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -10,7 +14,8 @@ def print_table(head, rows):
     first_width, *widths = widths_of([head, *rows])
     for first, *others in (head, *rows):
         cells = (f"{text:>{width}}" for text, width in zip(others, widths, strict=True))
-        print(f"{first:<{first_width}}", *cells, sep="  ", flush=True)
+        print_line("  ".join([f"{first:<{first_width}}", *cells]))
+    sys.stdout.flush()
 
 
 def markdown(rows):

@@ -7,60 +7,26 @@ Progress of long work: a bar on a terminal, and plain lines now and then in a fi
 """
 
 import sys
-import time
 
-from tqdm import tqdm
+from configurator import printable
 
-SHARE = 0.1  # of the work between two plain lines, or
-SECONDS = 30.0  # this long, whichever comes first
-SHORTEST = 2.0  # seconds between two plain lines at least, so that short work prints only its end
-
-
-class PlainLines(tqdm):
-    """A tqdm whose output is lines of its own: every tenth of the work or 30 s, and the end."""
-
-    def __init__(self, iterable=None, desc="", total=None, unit="it", **options):
-        self.printed_n, self.printed_at = options.get("initial", 0), time.monotonic()
-        self.closing = False
-        if total is None and hasattr(iterable, "__len__"):
-            total = len(iterable)
-        unit = unit if unit == "B" else f" {unit.strip()}"
-        counted = unit if unit[-1] in "Bs" else f"{unit}s"
-        options["bar_format"] = (
-            ("{desc}: " if desc else "")
-            + ("{percentage:.0f}%, " if total else "")
-            + "{n_fmt}"
-            + (" of {total_fmt}" if total else "")
-            + f"{counted} in {{elapsed}}, {{rate_fmt}}{{postfix}}"
-        )
-        super().__init__(iterable, desc, total, mininterval=0.5, unit=unit, **options)
-
-    def display(self, msg=None, pos=None):
-        now = time.monotonic()
-        waited = now - self.printed_at
-        is_due = waited >= SECONDS or (self.total and self.n - self.printed_n >= SHARE * self.total)
-        is_end = self.closing and self.n != self.printed_n
-        if is_end or (is_due and waited >= SHORTEST):
-            self.printed_n, self.printed_at = self.n, now
-            print(str(self), file=self.fp, flush=True)
-        return True
-
-    def clear(self, *args, **options):
-        """There is no bar to wipe away before another line is printed."""
-
-    def close(self):
-        self.closing = not self.disable
-        if self.closing:
-            self.display()
-        self.disable = True
-        super().close()
+# tqdm is imported where it is used: modal_app.py needs this module on machines that have only modal
 
 
 def progress(*args, **options):
     """A tqdm for a terminal, or PlainLines where stderr is none; takes what tqdm takes."""
-    return (tqdm if sys.stderr.isatty() else PlainLines)(*args, **options)
+    if sys.stderr.isatty():
+        from tqdm import tqdm as make
+    else:
+        from system.plainlines import PlainLines as make
+    return make(*args, **options)
 
 
 def print_line(text, file=None):
-    """Print a line between bars without breaking one."""
-    tqdm.write(text, file=file or sys.stdout)
+    """
+    Print text between bars without breaking one. Use it for text from files: whatever they hold,
+    the terminal gets nothing that it would obey.
+    """
+    from tqdm import tqdm
+
+    tqdm.write(printable(text), file=file or sys.stdout)

@@ -1,11 +1,16 @@
 """plot.py: curves from logs, pictures of runs and sweeps, and the page that follows a run."""
 
+import contextlib
 import functools
 import http.client
 import json
 import math
 import os
+import random
 import shutil
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -13,10 +18,14 @@ import time
 import pytest
 from conftest import REPO, TINY, refused, script
 
+from configurator import UserError
+from formats.table import training_facts
 from report import sweeps
 from report.curves import find_runs, smooth, thinned
+from report.live import MOST_CLIENTS, state_of
 from report.pictures import THEMES, draw_runs, draw_sweep
 from report.sweeps import compare, in_order, pooled_sd, summarize, sweep_axes
+from training import runlog
 
 needs_matplotlib = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("matplotlib"), reason="needs matplotlib"
@@ -72,9 +81,12 @@ def test_a_log_is_read_as_it_grows(tmp_path):
         f.write('{"kind": "train", "step": 61, "loss')  # half a line
         f.flush()
         assert len(run.read().train) == 60
-        f.write('": 2.0}\n{"kind": "end", "reason": "finished", "step": 61}\n')
+        clock = '"tokens": 9, "time_s": 3, "train_s": 2'
+        f.write(
+            f'": 2.0, {clock}}}\n{{"kind": "end", "reason": "finished", "step": 61, {clock}}}\n'
+        )
     run.read()
-    assert run.train[-1] == {"kind": "train", "step": 61, "loss": 2.0} and run.end
+    assert (run.train[-1]["step"], run.train[-1]["loss"]) == (61, 2.0) and run.end
     log_of(tmp_path / "new", n_steps=5)  # train.py writes a resumed log beside, and renames it
     os.replace(tmp_path / "new" / "log.jsonl", run.path)
     assert len(run.read().train) == 5 and not run.end
@@ -153,10 +165,15 @@ def test_pictures_of_runs_and_sweeps(tmp_path, theme, ending):
 
 @needs_matplotlib
 def test_runs_go_into_one_picture(tmp_path):
-    a, b = log_of(tmp_path / "a", end="finished"), log_of(tmp_path / "b", n_steps=30)
-    done = script("plot.py", f"{a},{b}", f"--out={tmp_path / 'ab.svg'}", "--theme=dark")
-    assert done.returncode == 0, done.stderr
-    assert "ab.svg" in done.stdout and (tmp_path / "ab.svg").read_bytes().startswith(b"<?xml")
+    """Named in one word or in several; a name may have commas, as those of sweeps do."""
+    a, b = log_of(tmp_path / "lr=1,2", end="finished"), log_of(tmp_path / "b", n_steps=30)
+    for words in ([f"{a},{b}"], [a, b], [a], [f"{b}, {a}"]):
+        done = script("plot.py", *words, f"--out={tmp_path / 'ab.svg'}", "--theme=dark")
+        assert done.returncode == 0, done.stderr
+        assert "ab.svg" in done.stdout
+        picture = (tmp_path / "ab.svg").read_text()
+        assert picture.startswith("<?xml") and "lr=1,2" in picture
+        (tmp_path / "ab.svg").unlink()
 
 
 @needs_matplotlib
@@ -167,6 +184,136 @@ def test_a_sweep_is_printed_as_well(tmp_path):
     assert "1.5000 ± 0.7071 (2)" in done.stdout and "1 diverged" in done.stdout
     assert "lr=2.0_seed=1 failed: it failed" in done.stdout and "1 failed" in done.stdout
     assert (tmp_path / "results.png").exists()
+
+
+# ---- what strangers or a broken disk put into logs and results
+
+CLOCK = {"step": 1, "tokens": 2, "time_s": 1.0, "train_s": 1.0}
+GOOD = {"kind": "train", **CLOCK, "loss": 2.0}
+DAMAGED = [
+    *(b"", b"[1]", b'"text"', b"null", b"{}", b'{"kind": []}', b'{"kind": "other"}', b"\xff\xfe\0"),
+    *(b"[" * 100_000, b'{"a":' * 100_000, b"x" * 10_000_000, b"9" * 5000),
+    *(
+        json.dumps({**GOOD, "loss": value}).encode()
+        for value in (math.nan, -math.inf, "2", [2], {})
+    ),
+    *(json.dumps({**GOOD, "step": value}).encode() for value in (10**400, -1, 1.5, True, None)),
+    json.dumps(GOOD).replace("2.0", "1e999").encode(),
+    json.dumps({"kind": "train", "step": 1}).encode(),
+    json.dumps({"kind": "end", **CLOCK, "reason": "\x1b[31m"}).encode(),
+    json.dumps({"kind": "start", "config": {"max_iters": "100"}}).encode(),
+    json.dumps({"kind": "start", "config": {}, "rates": {"hidden": 0}}).encode(),
+]
+
+
+def test_lines_that_train_py_does_not_write_are_skipped_and_counted(tmp_path, serve):
+    folder = log_of(tmp_path / "out")
+    with open(folder / "log.jsonl", "ab") as f:
+        f.writelines(line + b"\n" for line in DAMAGED)
+    [run] = find_runs([folder])
+    assert len(run.train) == 60 and run.n_skipped == len(DAMAGED) - 1  # an empty line is nothing
+    [state] = json.loads(get(serve(folder, "--start="), "/data.json")[1])["runs"]
+    assert state["step"] == 60 and state["skipped"] == len(DAMAGED) - 1
+    with open(folder / "log.jsonl", "a") as f:
+        print(json.dumps({**GOOD, "step": 61}), file=f)
+    assert run.read().train[-1]["step"] == 61
+
+
+def test_of_a_long_log_some_lines_are_kept_and_the_latest(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "MOST_LINES", 20)
+    folder = log_of(tmp_path / "out", n_steps=999)
+    [run] = find_runs([folder])
+    steps = [line["step"] for line in run.train]
+    assert 10 <= len(steps) <= 20 and steps == sorted(steps) and steps[-1] == 999 and steps[0] < 99
+    assert run.best["step"] == 980 and 10 <= len(run.evals) <= 20
+    assert run.n_skipped == 0 and run.read().train[-1]["step"] == 999
+
+
+ODD = [
+    *(None, True, -1, 0, 2.5, 1e39, 1e300, math.nan, math.inf, 10**30, 10**400),
+    *("", "text", "\x1b[31m", "\ud800", "<b>", [], [1, "a"], {}, {"a": {"b": []}}, "x" * 5000),
+]
+
+
+def places_in(value, path=()):
+    """The path of every value in a parsed line, in objects and lists too."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in items if isinstance(value, (dict, list)) else ():
+        yield (*path, name)
+        if isinstance(inner, (dict, list)):
+            yield from places_in(inner, (*path, name))
+
+
+def mutated(lines, numbers):
+    """A few values of some parsed lines replaced or removed, and now and then damaged bytes."""
+    lines = json.loads(json.dumps(lines))
+    for _ in range(numbers.randrange(1, 6)):
+        line = numbers.choice(lines)
+        *path, name = numbers.choice(list(places_in(line)) or [("kind",)])
+        for step in path:
+            line = line[step]
+        if numbers.random() < 0.2 and isinstance(line, dict):
+            line.pop(name, None)
+        else:
+            line[name] = numbers.choice(ODD)
+    data = bytearray("".join(json.dumps(line) + "\n" for line in lines).encode())
+    if numbers.random() < 0.2:
+        data[numbers.randrange(len(data))] = numbers.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.slow
+@needs_matplotlib
+@pytest.mark.filterwarnings("ignore")
+def test_no_mutated_log_ends_in_a_traceback(tmp_path):
+    """Each value of each kind of line, 300 logs; the page's data are JSON that a browser reads."""
+    numbers = random.Random(0)
+    log_of(tmp_path, n_steps=25, end="finished")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines[0] |= {"n_params": 5, "device_name": "a CPU", "model_args": {"dim": 4}}
+    lines = [*lines[:2], *lines[19:23], *lines[-2:]]
+    n_drawn = 0
+    for _ in range(300):
+        (tmp_path / "log.jsonl").write_bytes(mutated(lines, numbers))
+        [run] = find_runs([tmp_path])
+        json.dumps(state_of(run, 60), allow_nan=False)
+        training_facts({"iter_num": 20}, tmp_path)
+        with contextlib.suppress(UserError):
+            draw_runs([run], str(tmp_path / "a.svg"), ["steps"])
+            n_drawn += 1
+    assert n_drawn > 200
+
+
+@pytest.mark.slow
+@needs_matplotlib
+@pytest.mark.filterwarnings("ignore")
+def test_no_mutated_results_end_in_a_traceback(tmp_path):
+    numbers = random.Random(0)
+    hardware = {"device_name": "a CPU", "threads": 2, "platform": "Linux", "torch": "2"}
+    more = {"hardware": hardware, "commit": "0123", "title": "a title", "arguments": "--a=b"}
+    lines = [line_of_sweep(val=v, lr=lr, seed=1) | more for lr, v in ((0.1, 1.0), (1.0, 2.0))]
+    lines += [line_of_sweep("diverged", lr=2.0, seed=1), line_of_sweep("failed", lr=3.0, seed=1)]
+    n_drawn = 0
+    for _ in range(300):
+        (tmp_path / "results.jsonl").write_bytes(mutated(lines, numbers))
+        with contextlib.suppress(UserError):
+            found = sweeps.read_sweep(str(tmp_path / "results.jsonl"))
+            text = sweeps.section(found)
+            assert "\x1b" not in sweeps.title_of(found) and text
+            draw_sweep(found, str(tmp_path / "a.svg"))
+            n_drawn += 1
+    assert n_drawn > 200
+
+
+@needs_matplotlib
+def test_nothing_in_results_reaches_the_terminal_as_a_command(tmp_path):
+    lines = [line_of_sweep(val=v, run=f"\x1b[2J{v}", seed=1) for v in (1.0, 2.0)]
+    lines[0]["title"] = "\x1b]0;owned\x07"
+    lines.append({**line_of_sweep("failed", run="c", seed=1), "error": "\x9b31m"})
+    done = script("plot.py", write_results(tmp_path / "results.jsonl", lines))
+    assert done.returncode == 0, done.stderr
+    assert r"\x1b]0;owned\x07" in done.stdout and r"\x9b31m" in done.stdout
+    assert all(c.isprintable() or c == "\n" for c in done.stdout)
 
 
 # ---- the table of ablations
@@ -288,6 +435,7 @@ def serve():
                 return int(line.split()[0].rsplit(":", 1)[1])
         raise AssertionError(process.stderr.read())
 
+    start.processes = processes
     yield start
     for process in processes:
         process.kill()
@@ -327,6 +475,58 @@ def test_the_page_waits_for_a_run_that_is_not_there_yet(tmp_path, serve):
     assert state["runs"] == [] and "out" in state["problem"]
     log_of(tmp_path / "out")
     assert len(json.loads(get(port, "/data.json")[1])["runs"]) == 1
+
+
+def test_slow_clients_do_not_silence_the_page(tmp_path, serve):
+    port = serve(log_of(tmp_path / "out"), "--start=")
+    slow = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(300)]
+    for client in slow:
+        with contextlib.suppress(OSError):  # it may be cut off already
+            client.sendall(b"GET / HT")
+    assert get(port, "/data.json")[0] == 200
+    gone = 0
+    for client in slow[: 300 - MOST_CLIENTS]:
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1000) == b""
+        gone += 1
+    assert gone == 300 - MOST_CLIENTS and get(port, "/data.json")[0] == 200
+
+
+def test_clients_that_leave_print_nothing(tmp_path, serve):
+    port = serve(log_of(tmp_path / "out"), "--start=")
+    for request in (b"GET /data.json HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET", b"\0\n\n"):
+        for _ in range(5):
+            client = socket.create_connection(("127.0.0.1", port), timeout=60)
+            # a reset in place of an orderly end
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(request)
+            client.close()
+    assert get(port, "/data.json")[0] == 200
+    serve.processes[0].terminate()
+    assert serve.processes[0].communicate(timeout=60)[1] == ""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_the_engine_does_not_outlive_the_page(tmp_path, serve, signum):
+    folder, pid = log_of(tmp_path / "out"), tmp_path / "pid"
+    (folder / "model.bin").touch()
+    engine = tmp_path / "engine"
+    engine.write_text(f"#!/bin/sh\necho $$ > {pid}.part; mv {pid}.part {pid}; exec sleep 600\n")
+    engine.chmod(0o755)
+    serve(folder, f"--engine={engine}")
+    deadline = time.monotonic() + 120
+    while not pid.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    serve.processes[0].send_signal(signum)
+    serve.processes[0].wait(120)
+    while True:
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "the engine is still there"
+        time.sleep(0.02)
 
 
 def test_a_taken_port_is_refused(tmp_path, serve):

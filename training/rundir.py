@@ -15,8 +15,8 @@ import sys
 from configurator import UserError
 from system.files import atomic_write, copy_local, remove
 from system.progress import print_line
+from training.runlog import LOG
 
-LOG = "log.jsonl"
 WORTH_KEEPING = ("ckpt*", "best.pt*")
 COMPANIONS = (
     *("model.bin", "tokenizer.bin", "tokenizer.model", "loss.png", "stories.html"),
@@ -137,7 +137,9 @@ class RunDir:
             with open(path, encoding="utf-8", errors="replace") as f:
                 lines = f.readlines()
             for line in lines:
-                with contextlib.suppress(ValueError, AttributeError, KeyError):
+                with contextlib.suppress(
+                    ValueError, AttributeError, KeyError, TypeError, RecursionError
+                ):
                     entry = json.loads(line)
                     if entry.get("step", 0) <= (evaluated if entry["kind"] == "eval" else step):
                         kept.append(line)

@@ -1,11 +1,105 @@
-"""The log of a training run, log.jsonl: read whole, or again and again while the run writes it."""
+"""
+The log of a training run, log.jsonl: read whole, or again and again while the run writes it.
 
-import contextlib
+A log may come from a stranger or a damaged disk. FIELDS describes what a line may hold, and
+parse_line() drops every other line before anything else sees it.
+"""
+
 import json
 import os
 from dataclasses import dataclass, field
 
-from training.rundir import LOG
+LOG = "log.jsonl"
+LONGEST_LINE = 1 << 20  # bytes; train.py's are shorter than 10,000
+MOST_LINES = 50_000  # of a kind that are kept; of more, every second, then every fourth ...
+
+# ---- what values may be, here and in results.jsonl: functions, or {name: function} for objects
+
+
+def is_number(value):
+    """Whether a parsed value is a number that a page and a picture can show."""
+    return type(value) in (int, float) and -1e40 < value < 1e40  # NaN compares as False
+
+
+def is_size(value):
+    return is_number(value) and value >= 0
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 1 << 53  # exact in a browser too
+
+
+def is_text(value):
+    return type(value) is str and len(value) <= 1000 and value.isprintable()
+
+
+def is_scalar(value):
+    return value is None or type(value) in (bool, str) or is_number(value)
+
+
+def optional(check):
+    return lambda value: value is None or check(value)
+
+
+def each(check):
+    """A check of objects that have printable names and values that all pass `check`."""
+    return lambda value: (
+        type(value) is dict and all(map(is_text, value)) and all(map(check, value.values()))
+    )
+
+
+def fits(value, fields):
+    """Whether a parsed object has all of `fields`, {name: check}, with values that pass."""
+    return type(value) is dict and all(
+        name in value and check(value[name]) for name, check in fields.items()
+    )
+
+
+# ---- the lines of a log; doc/log-fields.md says what the fields mean
+
+# settings that readers of a log compute with
+SETTINGS = {
+    **dict.fromkeys(("max_iters", "max_seq_len", "batch_size", "vocab_size"), is_count),
+    **dict.fromkeys(("data_dir", "vocab_source"), lambda value: type(value) is str),
+    "max_minutes": is_size,
+}
+
+
+def is_config(value):
+    return each(is_scalar)(value) and fits(value, {k: v for k, v in SETTINGS.items() if k in value})
+
+
+NOW = {"step": is_count, "tokens": is_count, "time_s": is_size, "train_s": is_size}
+FIELDS = {
+    "start": {"config": is_config},
+    "train": {**NOW, "loss": optional(is_number)},
+    "eval": {**NOW, "val_loss": optional(is_number), "val_bpb": optional(is_number)},
+    "end": {**NOW, "reason": is_text},
+}
+# absent where something is unknown, or in logs of other versions
+OPTIONAL = {
+    **dict.fromkeys(("n_params", "train_tokens", "valid_tokens", "processes", "threads"), is_count),
+    **dict.fromkeys(("commit", "compute_dtype", "device", "device_name"), is_text),
+    **dict.fromkeys(("platform", "python", "torch"), is_text),
+    **dict.fromkeys(("lr", "grad_norm", "mfu", "tok_s", "peak_flops"), optional(is_size)),
+    **dict.fromkeys(("coverage", "flops_per_token"), is_size),
+    "best_val_loss": optional(is_number),
+    "model_args": each(is_scalar),
+    "rates": each(lambda value: is_number(value) and value > 1e-40),
+}
+
+
+def parse_line(text):
+    """A line of a log as {name: value of a known field}; None if it is not one of train.py's."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kind = line.get("kind") if type(line) is dict else None
+    if type(kind) is not str or kind not in FIELDS:
+        return None
+    checks = FIELDS[kind] | {name: OPTIONAL[name] for name in OPTIONAL if name in line}
+    return {"kind": kind} | {name: line[name] for name in checks} if fits(line, checks) else None
 
 
 @dataclass(eq=False)
@@ -17,6 +111,10 @@ class RunLog:
     train: list = field(default_factory=list)  # lines of kind "train"
     evals: list = field(default_factory=list)  # lines of kind "eval"
     end: dict = field(default_factory=dict)
+    best: dict = field(default_factory=dict)  # the evaluation with the lowest loss, if there is one
+    n_skipped: int = 0  # lines that are not train.py's
+    stride: int = 1  # one of so many lines of training is kept
+    n_passed: int = 0  # lines of training since the last one that is kept
     offset: int = 0  # bytes read so far
     inode: int = 0
 
@@ -24,40 +122,56 @@ class RunLog:
     def path(self):
         return os.path.join(self.folder, LOG)
 
-    @property
-    def best(self):
-        """The evaluation with the lowest validation loss; {} without any."""
-        known = [line for line in self.evals if line["val_loss"] is not None]
-        return min(known, key=lambda line: line["val_loss"], default={})
-
     def read(self):
         """
         Add the lines written since the last call, and return the log. A resumed or restarted run
-        replaces its log; that one is read from its first line.
+        replaces its log; that one is read from its first line. A pipe in its place is not opened.
         """
-        try:
-            with open(self.path, "rb") as f:
-                now = os.fstat(f.fileno())
-                if now.st_ino != self.inode or now.st_size < self.offset:
-                    self.start, self.train, self.evals, self.end = {}, [], [], {}
-                    self.offset, self.inode = 0, now.st_ino
-                f.seek(self.offset)
-                text = f.read()
-        except FileNotFoundError:
+        if not os.path.isfile(self.path):
             return self
-        complete = text[: text.rfind(b"\n") + 1]  # the last line may be half written
-        self.offset += len(complete)
-        for line in complete.splitlines():
-            with contextlib.suppress(ValueError, AttributeError):
-                self.add(json.loads(line))
+        with open(self.path, "rb") as f:
+            now = os.fstat(f.fileno())
+            if now.st_ino != self.inode or now.st_size < self.offset:
+                self.start, self.train, self.evals, self.end, self.best = {}, [], [], {}, {}
+                self.n_skipped, self.stride, self.n_passed = 0, 1, 0
+                self.offset, self.inode = 0, now.st_ino
+            f.seek(self.offset)
+            passed = b""
+            while text := f.readline(LONGEST_LINE):
+                is_whole = text.endswith(b"\n")
+                if not is_whole and len(text) < LONGEST_LINE:
+                    break  # half written
+                self.offset += len(text)
+                self.n_passed += 1
+                if self.n_passed < self.stride and text.startswith(b'{"kind": "train"'):
+                    passed = text  # not worth the time to parse
+                elif is_whole:  # of a line that is too long only the end is parsed, and skipped
+                    passed = b""
+                    self.add(text)
+            if passed:  # the latest line is always kept
+                self.add(passed)
         return self
 
-    def add(self, line):
-        kind = line.get("kind")
-        if kind in ("train", "eval"):
-            (self.train if kind == "train" else self.evals).append(line)
-            self.end = {}  # the run continued
-        elif kind == "start":
+    def add(self, text):
+        line = parse_line(text)
+        kind = line and line["kind"]
+        if kind == "start":
             self.start, self.end = line, {}
         elif kind == "end":
             self.end = line
+        elif kind == "train":
+            self.train.append(line)
+            self.end, self.n_passed = {}, 0  # the run continued
+            if len(self.train) > MOST_LINES:
+                self.train, self.stride = self.train[::-2][::-1], 2 * self.stride
+        elif kind == "eval":
+            self.evals.append(line)
+            self.end = {}
+            if line["val_loss"] is not None and (
+                not self.best or line["val_loss"] < self.best["val_loss"]
+            ):
+                self.best = line
+            if len(self.evals) > MOST_LINES:
+                self.evals = self.evals[::-2][::-1]
+        elif text.strip():
+            self.n_skipped += 1

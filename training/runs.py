@@ -84,14 +84,17 @@ def tokens_per_second(settings, device, budget_s):
     """The speed of training steps of random tokens, measured for about budget_s seconds."""
     torch._dynamo.reset()  # it stops compiling after a few different models
     torch.manual_seed(1)
-    step = stepper(settings, device)
+    step, _, _ = stepper(settings, device)
     seconds_of(step, 1, device)  # with compilation
     n = min(50, max(1, round(budget_s / seconds_of(step, 1, device))))
     return n * tokens_of_step(settings) / seconds_of(step, n, device)
 
 
 def stepper(settings, device):
-    """A function that takes one step of the training that `settings` of train.py describe."""
+    """
+    (a function that takes one step of the training that `settings` of train.py describe, its model,
+    its optimizer).
+    """
     use_private_compile_cache()
     model = model_of(settings).to(device)
     model.dtype, model.fp8_head = pick_dtype(settings["dtype"], device), settings["fp8_head"]
@@ -112,7 +115,7 @@ def stepper(settings, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, model, optimizer
 
 
 def seconds_of(step, n, device):
@@ -148,15 +151,6 @@ def time_to(evals, target, clock="train_s"):
             points = ([e[name] for e in last_two] for name in ("val_bpb", clock))
             return float(np.interp(target, *points))
     return math.inf
-
-
-def value_at(evals, seconds):
-    """
-    Bits per byte after so many seconds of training, linear between evaluations; NaN before the
-    first of them.
-    """
-    points = ([line[name] for line in evals] for name in ("train_s", "val_bpb"))
-    return np.interp(seconds, *points, left=math.nan)
 
 
 def race(plain, ours, sprint):
