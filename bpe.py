@@ -27,7 +27,6 @@ import heapq
 import json
 import os
 import re
-import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from functools import cache, partial
@@ -40,6 +39,7 @@ from system.files import atomic_write
 from system.progress import progress
 from system.workers import over_spans, worker_count
 from text.corpus import Span, cut, is_plain, plan_shards, text_files, texts_of, whole_file
+from text.letters import ranges
 
 TYPE = "byte-level BPE"  # marks a file of save()
 MAX_PIECE = 1 << 22  # bytes of a file that one worker counts at a time
@@ -54,8 +54,6 @@ BEFORE_SPACE = re.compile(r"(?= \S)")
 # Every pattern also cuts between a letter or number and a sign, and after a newline between two
 # characters that are not white space
 SAFE = re.compile(r"(?= \S)|(?<=[^\W_])(?=[^\w\s])|(?<=\S\n)(?=\S)")
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
-LAST_LETTER = 0x3FFFF  # later planes have no letters, numbers or white space
 # The patterns of pre-tokens of GPT-2 and GPT-4 (cl100k, in Llama 3's spelling, which cuts the
 # same). run.c has a matcher for each and knows them by their place here
 PATTERNS = {
@@ -65,26 +63,6 @@ PATTERNS = {
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
-
-
-@cache
-def ranges():
-    """
-    [(first code point, last, class)] of the letters, L, numbers, N, and white space, S, in the
-    Unicode version of this Python: 14 in 3.11, 15.1 in 3.13. The few characters that were added
-    in between may be cut differently.
-    """
-    characters, classes = list(map(chr, range(LAST_LETTER + 1))), []
-    white = set(re.findall(f"[{WHITE}]", "".join(characters)))
-    for code, character in enumerate(characters):
-        kind = "S" if character in white else unicodedata.category(character)[0]
-        if kind not in "LN" and character not in white:
-            continue
-        if classes and classes[-1][1:] == (code - 1, kind):
-            classes[-1] = (classes[-1][0], code, kind)
-        else:
-            classes.append((code, code, kind))
-    return classes
 
 
 @cache

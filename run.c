@@ -33,13 +33,15 @@
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to inlined functions
 #endif
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700         // POSIX.1-2008 with realpath()
 #define __USE_MINGW_ANSI_STDIO 1  // a standard printf()
+#include <ctype.h>
 #include <errno.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -48,15 +50,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #if defined(_WIN32)
 #include <io.h>
 #define isatty _isatty
 #define fileno _fileno
+#define realpath(path, out) NULL
 #else
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #endif
 #define DO_PRAGMA(x) _Pragma(#x)
@@ -141,7 +143,8 @@ static void release_to(const Block *kept) {
     }
 }
 
-// A whole file, read-only. It is mapped, so that weights are read when they are first used.
+// A whole file, read-only. The command line maps it, so that weights are read when they are first
+// used. The library copies it, because a mapped file that shrinks ends the program with SIGBUS.
 typedef struct {
     const char *path;
     const uint8_t *data;
@@ -156,27 +159,28 @@ static File open_file(const char *path, const char *what) {
         die("cannot open %s %s: %s", what, path, strerror(errno));
     f.size = (size_t)_ftelli64(stream);
     rewind(stream);
-    uint8_t *data = alloc(f.size, 1);
-    if (fread(data, 1, f.size, stream) != f.size) die("cannot read %s %s", what, path);
-    fclose(stream);
-    f.data = data;
+    bool is_copied = true;
 #else
     struct stat info;
     if (stat(path, &info)) die("cannot open %s %s: %s", what, path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s %s is not a regular file", what, path);
     if ((uintmax_t)info.st_size > SIZE_MAX) die("%s %s is too large for this machine", what, path);
     f.size = (size_t)info.st_size;
-    alloc(0, 1);  // its block holds the mapping
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) die("cannot open %s %s: %s", what, path, strerror(errno));
-    void *map = f.size ? mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
-    close(fd);
-    if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
-    blocks->map = map;
-    blocks->map_size = f.size;
-    f.data = map;
+    bool is_copied = on_error.caller;
 #endif
     if (!f.size) die("%s %s is empty", what, path);
+    uint8_t *data = alloc(is_copied ? f.size : 0, 1);  // its block holds the mapping
+#if !defined(_WIN32)
+    FILE *stream = fopen(path, "rb");
+    if (!stream) die("cannot open %s %s: %s", what, path, strerror(errno));
+    void *map = is_copied ? data : mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fileno(stream), 0);
+    if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
+    if (!is_copied) blocks->map = data = map, blocks->map_size = f.size;
+#endif
+    size_t n = is_copied ? fread(data, 1, f.size, stream) : f.size;
+    fclose(stream);
+    if (n < f.size) die("cannot read %s %s: only %zu of %zu bytes", what, path, n, f.size);
+    f.data = data;
     return f;
 }
 
@@ -643,7 +647,7 @@ typedef struct {
 } BatchToken;
 
 enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16,
-       MIN_PATIENCE = 16, MAX_PATIENCE = 2048 };
+       MIN_ROPE = 256, MIN_PATIENCE = 16, MAX_PATIENCE = 2048 };
 
 typedef struct {
     File file;
@@ -676,6 +680,7 @@ typedef struct {
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
     float *rope_cos;  // (n_positions, head_dim / 2)
     float *rope_sin;
+    size_t n_rope;    // their rows that are filled
     // threads
     int n_threads;   // at most
     int n_active;    // in use: fewer while other programs use the cores
@@ -1024,10 +1029,33 @@ static void adjust_threads(Model *m, double time, double lost) {
     m->spent = m->wasted = 0.0;
 }
 
+// Fill the tables of RoPE up to position n, excluded, or further: most of a long context is never
+// used. The angles are doubles, so that results of different libms hardly ever differ.
+static void fill_rope(Model *m, size_t n) {
+    if (n <= m->n_rope) return;
+    size_t head_dim = m->config.dim / m->config.n_heads, half = head_dim / 2;
+    if (n < 2 * m->n_rope) n = 2 * m->n_rope;
+    if (n < MIN_ROPE) n = MIN_ROPE;
+    if (n > m->n_positions) n = m->n_positions;
+    for (size_t i = 0; i < half; i++) {
+        double freq = pow(m->config.rope_theta, -(double)(2 * i) / (double)head_dim);
+        for (size_t pos = m->n_rope; pos < n; pos++) {
+            m->rope_cos[pos * half + i] = (float)cos((double)pos * freq);
+            m->rope_sin[pos * half + i] = (float)sin((double)pos * freq);
+        }
+    }
+    m->n_rope = n;
+}
+
 // Run a batch of n <= max_batch tokens through the model. The tokens before them are in the cache.
 static void run_batch(Model *m, const BatchToken *batch, size_t n) {
     Pass p = {.m = m, .batch = batch, .n = n, .n_threads = 1};
-    for (size_t i = 0; i < n; i++) p.n_wanted += batch[i].wants_logits;
+    size_t end_pos = 0;
+    for (size_t i = 0; i < n; i++) {
+        p.n_wanted += batch[i].wants_logits;
+        if ((size_t)batch[i].pos >= end_pos) end_pos = (size_t)batch[i].pos + 1;
+    }
+    fill_rope(m, end_pos);
     set_rows(&m->normed, n);
     set_rows(&m->mixed, n);
     set_rows(&m->inner, n);
@@ -1117,20 +1145,8 @@ static void alloc_buffers(Model *m) {
     size_t number = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
     m->keys = alloc(places, head_dim * number);
     m->values = alloc(places, ROUND_UP(head_dim, LANES) * number);
-}
-
-// The angles of RoPE, computed in double, so that results of different libms hardly ever differ
-static void fill_rope(Model *m) {
-    size_t head_dim = m->config.dim / m->config.n_heads, half = head_dim / 2;
-    m->rope_cos = alloc((uint64_t)m->n_positions * half, sizeof(float));
-    m->rope_sin = alloc((uint64_t)m->n_positions * half, sizeof(float));
-    for (size_t i = 0; i < half; i++) {
-        double freq = pow(m->config.rope_theta, -(double)(2 * i) / (double)head_dim);
-        for (size_t pos = 0; pos < m->n_positions; pos++) {
-            m->rope_cos[pos * half + i] = (float)cos((double)pos * freq);
-            m->rope_sin[pos * half + i] = (float)sin((double)pos * freq);
-        }
-    }
+    m->rope_cos = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
+    m->rope_sin = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
 }
 
 // The model in a file, with room for n_stories of n_positions each (0: the whole context).
@@ -1149,7 +1165,6 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     m.n_threads = m.n_active = pick_threads(c, n_threads);
     m.patience = MIN_PATIENCE;
     alloc_buffers(&m);
-    fill_rope(&m);
     return m;
 }
 
@@ -1279,6 +1294,14 @@ static size_t utf8_length(const uint8_t *p, size_t n) {
     return length;
 }
 
+// Bytes of the longest start of a text that is valid UTF-8.
+static size_t valid_utf8(const void *text, size_t n) {
+    size_t at = 0;
+    for (size_t size = 1; size && at < n; at += size)
+        size = utf8_length((const uint8_t *)text + at, n - at);
+    return at;
+}
+
 // Whether n bytes, which are not a whole character, could be the start of one.
 static bool utf8_may_continue(const uint8_t *p, size_t n) {
     uint8_t fill[4] = {p[0], p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80, 0x80, 0x80};
@@ -1327,10 +1350,7 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
     t->special = alloc(t->n_special, sizeof *t->special);
     for (size_t i = 0; i < t->n_special; i++) {
         const Piece *p = t->special[i] = &t->pieces[take_number(&special, "special token", 0, top)];
-        size_t at = 0;
-        for (size_t size = 1; size && at < p->length; at += size)
-            size = utf8_length(p->bytes + at, p->length - at);
-        if (!at || at < p->length)
+        if (!p->length || valid_utf8(p->bytes, p->length) < p->length)
             die_damaged(t, "empty or invalid UTF-8 is the special token", (size_t)p->id);
         t->starts_special[*p->bytes] = true;
     }
@@ -1528,7 +1548,8 @@ static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, si
     if (l->merged) push(heap, n, (Candidate){l->merged->score, i});
 }
 
-enum { MOST_TOKENS = 3, AND_MORE = 2 };  // at most 3 tokens a byte, and a space and a BOS
+// At most 3 tokens a byte (1 in valid UTF-8), and a space and a BOS
+enum { MOST_TOKENS = 3, AND_MORE = 2 };
 
 // The tokens of a text, after a BOS, with the same ids as SentencePiece or bpe.py. Returns the
 // tokens as the latest block; *n_tokens is their number. O(n log n): the next merge comes from a
@@ -1755,6 +1776,11 @@ static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *
 // ------------------------------------------------------------------------------------------------
 // Stories
 
+// Whatever was printed has to arrive, or the status is not 0.
+static void flush_output(const char *what) {
+    if (fflush(stdout) || ferror(stdout)) die("cannot write the %s: %s", what, strerror(errno));
+}
+
 typedef struct {
     int *tokens;  // (n_positions + 1): a BOS, the prompt, and the tokens sampled so far
     size_t n, n_printed;
@@ -1818,7 +1844,7 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     }
     double now = seconds();
     if (s->is_done || now - printer->flushed > 0.02) {  // more often is slow for the reader
-        fflush(printer->out);
+        flush_output("story");
         printer->flushed = now;
     }
 }
@@ -1835,6 +1861,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     if (n_prompt > m->n_positions)
         die("the prompt has %zu tokens, and -n stops at %zu: raise -n, or give -n 0 for the whole "
             "context of %d", n_prompt, m->n_positions, m->config.seq_len);
+    if (valid_utf8(prompt, strlen(prompt)) < strlen(prompt))
+        fputs("note: the prompt is not UTF-8; its invalid bytes are read as U+FFFD\n", stderr);
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
     Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json};
     Story *stories = alloc(n_stories, sizeof(Story));
@@ -1869,7 +1897,6 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     double end = seconds();
     for (size_t i = 0; n_stories > 1 && i < n_stories; i++)
         print_story(tokenizer, &printer, &stories[i]);
-    if (fflush(stdout) || ferror(stdout)) die("cannot write the story: %s", strerror(errno));
     fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt,
             (double)n_prompt / (prefilled - start));
     if (n_told) fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_told / (end - prefilled));
@@ -1877,8 +1904,6 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
 
 // ------------------------------------------------------------------------------------------------
 // Evaluation: bits per byte of a text, the same number as in train.py
-
-static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 // The next document of a file from *at on, or NULL. Documents are separated by <|endoftext|>; white
 // space at their ends is left out. The text is not NUL-terminated; *n is its length.
@@ -1890,8 +1915,8 @@ static const char *next_document(const File *f, size_t *at, size_t *n) {
         const char *end = start;
         while (end < limit && ((size_t)(limit - end) < length || memcmp(end, mark, length))) end++;
         *at += (size_t)(end - start) + length;
-        while (start < end && is_space(*start)) start++;
-        while (end > start && is_space(end[-1])) end--;
+        while (start < end && isspace((uint8_t)*start)) start++;
+        while (end > start && isspace((uint8_t)end[-1])) end--;
         *n = (size_t)(end - start);
         if (*n) return start;
     }
@@ -1922,32 +1947,32 @@ static double loss_of(Model *m, const int *tokens, size_t n) {
     return total / (double)(n - 1);
 }
 
-static void evaluate(Model *m, const Tokenizer *tokenizer, const char *path, bool as_json) {
-    File f = open_file(path, "text");
-    size_t at = 0, length, n = 0, room = 0, bytes = 0, n_documents = 0;
-    int *tokens = NULL;
+static void evaluate(Model *m, const Tokenizer *tokenizer, File f, bool as_json) {
+    size_t valid = valid_utf8(f.data, f.size), at = 0;
+    if (valid < f.size)
+        die("%s is not UTF-8: byte %zu is 0x%02X; convert it to UTF-8, for example with iconv",
+            f.path, valid, f.data[valid]);
+    if (f.size >= 3 && !memcmp(f.data, "\xEF\xBB\xBF", 3)) at = 3;  // a byte order mark
+    size_t length, n = 0, bytes = 0, n_documents = 0;
+    int *tokens = alloc((uint64_t)f.size + AND_MORE, sizeof(int));  // UTF-8: one a byte
+    const Block *kept = blocks;
     for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
-        size_t count, most = MOST_TOKENS * length + AND_MORE;
-        if (most > room - n) {  // double the room, as the old array is not freed
-            int *more = alloc(room = 2 * (n + most), sizeof(int));
-            if (n) memcpy(more, tokens, n * sizeof(int));
-            tokens = more;
-        }
-        const Block *kept = blocks;
+        size_t count;
         int *ids = encode(tokenizer, text, length, &count);
         memcpy(tokens + n, ids, count * sizeof(int));
         release_to(kept);
         n += count;
         bytes += length;
     }
-    if (n < 2) die("%s has no text to evaluate", path);
+    if (n < 2) die("%s has no text to evaluate", f.path);
     double start = seconds(), loss = loss_of(m, tokens, n), elapsed = seconds() - start;
-    if (!isfinite(loss)) die("the loss on %s is not a number: the model is damaged", path);
+    if (!isfinite(loss)) die("the loss on %s is not a number: the model is damaged", f.path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
                                  : "%zu documents, %zu bytes, %zu tokens\n"
                                    "loss: %.4f nats a token\nbits per byte: %.4f\n";
     printf(format, n_documents, bytes, n, loss, loss / log(2.0) * (double)n / (double)bytes);
+    flush_output("result");
     fprintf(stderr, "achieved tok/s: %.1f\n", (double)(n - 1) / elapsed);
 }
 
@@ -2004,6 +2029,7 @@ static void bench(Model *m) {
            m->kernels->name, m->n_threads, FORMATS[m->config.format].name, (double)bytes / 1e6,
            (double)m->file.size / 1e6, rates[PREFILL][ROUNDS / 2], decode, read / 1e9,
            by_decode / 1e9, 100 * by_decode / read);
+    flush_output("figures");
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2063,16 +2089,22 @@ static bool parse_choice(const char *flag, const char *text, const char *first,
     return is_second;
 }
 
-// tokenizer.bin in the model's folder if that has one, else in the current folder.
+// tokenizer.bin beside the model, beside the file that a link to the model names, or in the current
+// folder.
 static char *default_tokenizer(const char *model_path) {
-    const char *name = "tokenizer.bin", *slash = strrchr(model_path, '/');
-    size_t folder = slash ? (size_t)(slash - model_path) + 1 : 0;
-    char *path = alloc(folder + strlen(name) + 1, 1);
-    memcpy(path, model_path, folder);
-    memcpy(path + folder, name, strlen(name));
-    FILE *f = fopen(path, "rb");
-    if (f) fclose(f);
-    else memmove(path, name, strlen(name) + 1);
+    static const char name[] = "tokenizer.bin";
+    char *target = realpath(model_path, NULL), *path = NULL;
+    const char *places[] = {model_path, target ? target : model_path, ""};
+    struct stat info;
+    for (size_t i = 0; i < 3; i++) {
+        const char *slash = strrchr(places[i], '/');
+        size_t folder = slash ? (size_t)(slash - places[i]) + 1 : 0;
+        path = alloc(folder + sizeof name, 1);
+        memcpy(path, places[i], folder);
+        memcpy(path + folder, name, sizeof name);
+        if (!stat(path, &info)) break;
+    }
+    free(target);
     return path;
 }
 
@@ -2140,15 +2172,35 @@ static Options parse_options(int argc, char **argv) {
     return o;
 }
 
+#if !defined(_WIN32)
+static void on_bus_error(int number) {
+    static const char text[] = "error: the model, tokenizer or text file shrank while it was read, "
+                               "or its disk failed: start again with the whole file\n";
+    (void)number;
+    _exit(write(STDERR_FILENO, text, sizeof text - 1) < 0 ? 2 : EXIT_FAILURE);
+}
+#endif
+
 int main(int argc, char **argv) {
+#if !defined(_WIN32)
+    signal(SIGBUS, on_bus_error);  // from reading a mapped file
+#endif
     Options o = parse_options(argc, argv);
     if (!o.model || o.wants_help) {
         print_usage(o.wants_help ? stdout : stderr);
+        flush_output("help");
         return o.wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
     }
     if (o.is_eval && !o.text) die("-m eval needs a text file: -i FILE");
     if (o.n_positions < 0) o.n_positions = o.is_eval ? 0 : o.is_bench ? BENCH_TOKENS : 256;
-    if (o.is_eval) o.n_stories = 1;
+    File text = {0};
+    if (o.is_eval) {
+        o.n_stories = 1;
+        text = open_file(o.text, "text");
+        size_t most = text.size + AND_MORE;  // tokens: more positions would not be used
+        if (most < MAX_CONTEXT && (!o.n_positions || (size_t)o.n_positions > most))
+            o.n_positions = (int)most;
+    }
     Model model = load_model(open_file(o.model, "model file"), o.n_positions, o.n_stories,
                              o.n_threads, o.bf16_cache, o.is_fast);
     if (o.is_bench) {
@@ -2160,7 +2212,7 @@ int main(int argc, char **argv) {
         o.sampler.kernels = model.kernels;
         o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
                                      sizeof(Candidate));
-        if (o.is_eval) evaluate(&model, &tokenizer, o.text, o.as_json);
+        if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
         else generate(&model, &tokenizer, &o.sampler, o.text ? o.text : "", o.seed, o.as_json);
     }
     release_to(NULL);

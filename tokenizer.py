@@ -39,10 +39,11 @@ from collections import Counter
 import numpy as np
 import sentencepiece
 
-from bpe import PATTERNS, BPETokenizer, as_visible, pattern, ranges, train_bpe
+from bpe import PATTERNS, BPETokenizer, as_visible, pattern, train_bpe
 from configurator import UserError, one_sentence_errors
 from system.files import atomic_write
 from text.corpus import SEPARATOR
+from text.letters import ranges
 
 SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
@@ -72,7 +73,8 @@ class Tokenizer:
     ENCODERS = ()  # names of methods that make a function of texts to ids, the fastest first
 
     def __init__(self, model_path, proto=None):
-        self.model_path, self.hash, self.encoders = os.fspath(model_path), "", {}
+        self.model_path, self.hash = os.fspath(model_path), ""
+        self.encoders, self.not_used = {}, {}  # {name: (name, function)}, {name: why}
         if proto is None:
             proto = read_model(self.model_path)
             self.hash = hashlib.sha256(proto).hexdigest()
@@ -106,6 +108,7 @@ class Tokenizer:
                     self.encoders[name] = self.encoders[one] = one, encode
                     return one, encode
                 why = f"gives other ids than ours for {self.model_path}"
+            self.not_used[one] = why
             if name != "auto":
                 raise UserError(f"encoder {name} {why}")
         raise AssertionError("the last of ENCODERS is our own")
@@ -309,7 +312,7 @@ class ByteLevel(Tokenizer):
             raise ValueError("it has tokens that its merges do not make")
         ranks = {token: i for token, i in bpe.ids.items() if i not in special.values()}
         words = {"mergeable_ranks": ranks, "special_tokens": special}
-        encoding = tiktoken.Encoding("ours", pat_str=PATTERNS[bpe.pattern_name], **words)
+        encoding = tiktoken.Encoding("ours", pat_str=pattern(bpe.pattern_name).pattern, **words)
 
         def encode(texts):
             try:
@@ -323,7 +326,13 @@ class ByteLevel(Tokenizer):
     def by_gigatoken(self):
         import gigatoken
 
-        encode = gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(self.bpe))).encode
+        def encoder_of(bpe):
+            return gigatoken.Tokenizer.from_json(json.dumps(byte_level_json(bpe))).encode
+
+        probing, text = letter_probe(self.bpe.pattern_name)
+        if list(encoder_of(probing)(text)) != probing.encode(text):
+            raise ValueError("it has the letters of another version of Unicode")
+        encode = encoder_of(self.bpe)
         return lambda texts: flattened(list(map(encode, texts)))
 
     def piece_bytes(self):
@@ -339,6 +348,22 @@ class ByteLevel(Tokenizer):
     def c_file(self):
         """The tokenizer file of run.c, as bytes."""
         return byte_level_c_file(self.bpe, self.bos_id, self.eos_id)
+
+
+@functools.cache
+def letter_probe(pattern_name):
+    """
+    (a BPETokenizer, a text that it encodes otherwise if the classes of characters differ from
+    ranges()). It merges "a", "1" or "." with the byte after it in the same pre-token. The text has
+    the ends of all ranges, what is beside them, and characters that later versions may define.
+    """
+    known = {code for first, last, _ in ranges() for code in (first, last)}
+    others = {code + i for code in known for i in (-1, 1)} | {*range(0x800, 0x34000, 64)}
+    codes = sorted(code for code in known | others if code > 0x7F and code >> 11 != 27)
+    pairs = [(start, bytes([b])) for start in (b"a", b"1") for b in range(0x80, 0x100)]
+    tokens = [*(bytes([b]) for b in range(256)), *(a + b for a, b in pairs)]
+    probing = BPETokenizer(dict(enumerate(tokens)), pairs, [], pattern_name)
+    return probing, " ".join(f"a{chr(code)}1{chr(code)}" for code in codes)
 
 
 def byte_level_c_file(bpe, bos, eos):
@@ -388,8 +413,10 @@ def tokenizer_to_encode(paths, encoder, hint):
             f"as --vocab_size"
         )
     name, _ = tokenizer.encoder(encoder)
-    faster = "" if name == "gigatoken" else " (several times as fast: pip install .[fast])"
-    print(f"encoding with {name}{faster}")
+    why = tokenizer.not_used.get("gigatoken", "") if encoder == "auto" else ""
+    if not why or "not installed" in why:
+        why = "" if name == "gigatoken" else "several times as fast: pip install .[fast]"
+    print(f"encoding with {name}" + (f" ({'gigatoken ' * (name in why)}{why})" if why else ""))
     return tokenizer
 
 

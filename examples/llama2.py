@@ -36,6 +36,7 @@ ARGUMENTS = {
     "forward": [INTS, ctypes.c_int, ctypes.c_int],
     "seed": [ctypes.c_uint64],
     "sample": [ctypes.POINTER(Sampling)],
+    "hand_over": [],
     "free": [],
 }
 
@@ -51,6 +52,7 @@ class Llama:
             raise ValueError(f"{library} is not there; build it with: make libllama2")
         self.c = c = ctypes.CDLL(library)
         c.llama_load.restype = ctypes.c_void_p
+        c.llama_error.restype = ctypes.c_char_p
         c.llama_forward.restype = ctypes.POINTER(ctypes.c_float)
         c.llama_load.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int] * 2
         c.llama_load.argtypes += [ctypes.c_char_p, ctypes.c_size_t]
@@ -65,10 +67,16 @@ class Llama:
         self.n_positions = c.llama_n_positions(self.llama)
         self.stop = c.llama_bos(self.llama), c.llama_eos(self.llama)  # a text ends there
 
+    def checked(self, result):
+        """A result of the library. Raises ValueError with its sentence where the call failed."""
+        if (result < 0) if isinstance(result, int) else not result:
+            raise ValueError(self.c.llama_error().decode())
+        return result
+
     def encode(self, text):
-        """The tokens of a str, behind a BOS."""
+        """The tokens of a str, after a BOS."""
         data = text.encode(errors="surrogateescape")  # bytes of the command line as they are
-        n = self.c.llama_encode(self.llama, data, len(data), None, 0)
+        n = self.checked(self.c.llama_encode(self.llama, data, len(data), None, 0))
         tokens = (ctypes.c_int * n)()
         self.c.llama_encode(self.llama, data, len(data), tokens, n)
         return list(tokens)
@@ -76,20 +84,16 @@ class Llama:
     def decode(self, tokens):
         """The text of a list of tokens."""
         tokens = (ctypes.c_int * len(tokens))(*tokens)
-        n = self.c.llama_decode(self.llama, tokens, len(tokens), None, 0)
-        if n < 0:
-            raise ValueError("one of these is no token")
+        n = self.checked(self.c.llama_decode(self.llama, tokens, len(tokens), None, 0))
         text = ctypes.create_string_buffer(n)
         self.c.llama_decode(self.llama, tokens, len(tokens), text, n)
         return text.raw.decode()
 
     def forward(self, tokens, pos=0):
-        """The logits behind the last of some tokens, the first of which is at position pos."""
+        """The logits after the last of some tokens, the first of which is at position pos."""
         array = (ctypes.c_int * len(tokens))(*tokens)
         logits = self.c.llama_forward(self.llama, array, len(tokens), pos)
-        if not logits:
-            raise ValueError("a token or a position that there is not")
-        return logits[: self.vocab_size]
+        return self.checked(logits)[: self.vocab_size]
 
     def tell(self, prompt="", seed=0, **sampling):
         """The text of a story."""
@@ -100,20 +104,24 @@ class Llama:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens, and the model's context {self.n_positions}"
             )
-        self.c.llama_seed(self.llama, seed)
+        self.checked(self.c.llama_seed(self.llama, seed))
         new = tokens
         while len(tokens) <= self.n_positions:
             self.forward(new, len(tokens) - len(new))
-            token = self.c.llama_sample(self.llama, ctypes.byref(sampling))
+            token = self.checked(self.c.llama_sample(self.llama, ctypes.byref(sampling)))
             if token in self.stop:
                 break
             new = [token]
             tokens += new
         return self.decode(tokens)
 
+    def hand_over(self):
+        """Let another thread use the model."""
+        self.checked(self.c.llama_hand_over(self.llama))
+
     def close(self):
         """Free what the engine holds."""
-        self.c.llama_free(self.llama)
+        self.checked(self.c.llama_free(self.llama))
 
 
 if __name__ == "__main__":

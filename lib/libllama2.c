@@ -5,7 +5,14 @@
 
 #include "llama2.h"
 
+#if defined(_WIN32)
+#define getpid() 1
+#endif
+
 struct Llama {
+    Llama *next;         // of those that are loaded
+    const char *owner;   // the thread that may use it, see `thread`; NULL: any
+    atomic_bool is_busy; // a call is at work
     Model model;
     Tokenizer tokenizer;
     Sampler sampler;
@@ -16,17 +23,85 @@ struct Llama {
     Block *blocks;    // all memory and files, including this struct
 };
 
+// The models that are loaded, by which one that was freed is recognized. One thread at a time may
+// look at them.
+static struct {
+    atomic_flag lock;
+    Llama *first;
+    atomic_long process;  // that loaded the first one ever, 0: none
+} loaded = {.lock = ATOMIC_FLAG_INIT};
+
+static _Thread_local char thread;         // its address stands for the thread
+static _Thread_local char why[1000] = "";  // the last call failed
+
+static bool refuse(const char *reason) {
+    snprintf(why, sizeof why, "%s", reason);
+    return false;
+}
+
+// Let this thread look at the models. False in a fork, where OpenMP would wait for threads that
+// only the parent has.
+static bool lock_models(void) {
+    long process = atomic_load(&loaded.process);
+    if (process && process != (long)getpid())
+        return refuse("this process is a fork of one that had loaded a model: load it in a process "
+                      "that is started anew, or fork before the first model is loaded");
+    while (atomic_flag_test_and_set_explicit(&loaded.lock, memory_order_acquire))
+        wait_a_little(true);
+    return true;
+}
+
+static void unlock_models(void) {
+    atomic_flag_clear_explicit(&loaded.lock, memory_order_release);
+}
+
+// The place of a model in the list, or where NULL ends it.
+static Llama **place_of(const Llama *l) {
+    Llama **place = &loaded.first;
+    while (*place && *place != l) place = &(*place)->next;
+    return place;
+}
+
+// Begin a call that reads or changes a model. False if this thread may not use it; `any`: unless
+// another call is at work, any thread may.
+static bool enter(Llama *l, bool any) {
+    const char *reason = NULL;
+    if (!lock_models()) return false;
+    if (!l || *place_of(l) != l) reason = "this model was freed or never loaded";
+    else if (l->is_busy) reason = "another thread uses this model";
+    else if (!any && l->owner && l->owner != &thread)
+        reason = "this model belongs to another thread, until that calls llama_hand_over()";
+    else l->is_busy = true;
+    if (!reason && !any) l->owner = &thread;
+    unlock_models();
+    return reason ? refuse(reason) : true;
+}
+
+static void leave(Llama *l) { l->is_busy = false; }
+
+// End a call with its result; -1: for this reason.
+static int leave_with(Llama *l, int result, const char *reason) {
+    leave(l);
+    if (result < 0) refuse(reason);
+    return result;
+}
+
+const char *llama_error(void) { return why; }
+
 Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
                   char *error, size_t size) {
     jmp_buf caller;
     on_error.caller = &caller;
-    on_error.text = error;
-    on_error.size = size;
+    on_error.text = why;
+    on_error.size = sizeof why;
     if (setjmp(caller)) {
         release_to(NULL);
         on_error.caller = NULL;
+        if (error) snprintf(error, size, "%s", why);
         return NULL;
     }
+    if (!lock_models()) longjmp(caller, 1);
+    unlock_models();
     Llama *l = alloc(1, sizeof *l);
     l->model = load_model(open_file(model, "model file"), n_positions > 0 ? n_positions : 0, 1,
                           n_threads > 0 ? n_threads : 0, false, false);
@@ -35,28 +110,47 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
     l->sampler.kernels = l->model.kernels;
     l->sampler.candidates = alloc(vocab_size, sizeof(Candidate));
     l->tokens = alloc(l->model.n_positions, sizeof(int));
-    llama_seed(l, 0);
+    l->state = random_state(0);
     l->blocks = blocks;
     blocks = NULL;
     on_error.caller = NULL;
+    lock_models();
+    atomic_store(&loaded.process, (long)getpid());
+    l->next = loaded.first;
+    loaded.first = l;
+    unlock_models();
     return l;
 }
 
-int llama_vocab_size(const Llama *l) { return l->model.config.vocab_size; }
+// One of four numbers that never change, which any thread may ask for; -1 if the model was freed.
+static int number_of(const Llama *l, int which) {
+    int result = -1;
+    if (!lock_models()) return -1;
+    if (!l || *place_of(l) != l) refuse("this model was freed or never loaded");
+    else result = (int[]){l->model.config.vocab_size, (int)l->model.n_positions, l->tokenizer.bos,
+                          l->tokenizer.eos}[which];
+    unlock_models();
+    return result;
+}
 
-int llama_n_positions(const Llama *l) { return (int)l->model.n_positions; }
+int llama_vocab_size(const Llama *l) { return number_of(l, 0); }
 
-int llama_bos(const Llama *l) { return l->tokenizer.bos; }
+int llama_n_positions(const Llama *l) { return number_of(l, 1); }
 
-int llama_eos(const Llama *l) { return l->tokenizer.eos; }
+int llama_bos(const Llama *l) { return number_of(l, 2); }
+
+int llama_eos(const Llama *l) { return number_of(l, 3); }
 
 int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
+    if (!enter(l, false)) return -1;
     jmp_buf caller;
     on_error.caller = &caller;
-    on_error.size = 0;  // the message is not wanted
+    on_error.text = why;
+    on_error.size = sizeof why;
     if (setjmp(caller)) {
         release_to(NULL);
         on_error.caller = NULL;
+        leave(l);
         return -1;
     }
     size_t n_tokens;
@@ -64,47 +158,73 @@ int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
     for (size_t i = 0; i < n_tokens && i < (size_t)(room > 0 ? room : 0); i++) tokens[i] = found[i];
     release_to(NULL);
     on_error.caller = NULL;
-    return n_tokens > INT_MAX ? -1 : (int)n_tokens;
+    return leave_with(l, n_tokens > INT_MAX ? -1 : (int)n_tokens, "the text has too many tokens");
 }
 
 int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
     Printer printer = {.text = text, .room = room > 0 ? (size_t)room : 0};
+    if (!enter(l, false)) return -1;
     for (int i = 0; i < n; i++) {
-        if (tokens[i] < 0 || tokens[i] >= l->model.config.vocab_size) return -1;
+        if (tokens[i] < 0 || tokens[i] >= l->model.config.vocab_size)
+            return leave_with(l, -1, "an id is not in the vocabulary");
         print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == l->tokenizer.bos);
     }
     print_rest(&printer);
-    return printer.n_text > INT_MAX ? -1 : (int)printer.n_text;
+    return leave_with(l, printer.n_text > INT_MAX ? -1 : (int)printer.n_text,
+                      "the text has more bytes than an int can count");
 }
 
 const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
+    if (!enter(l, false)) return NULL;
     Model *m = &l->model;
-    if (n < 1 || pos < 0 || pos > l->n_tokens) return NULL;
-    if ((size_t)n > m->n_positions - (size_t)pos) return NULL;
-    for (int i = 0; i < n; i++)
-        if (tokens[i] < 0 || tokens[i] >= m->config.vocab_size) return NULL;
-    memcpy(l->tokens + pos, tokens, (size_t)n * sizeof *tokens);
-    l->n_tokens = pos + n;
-    l->has_logits = true;
-    return prefill(m, l->tokens, (size_t)pos, (size_t)l->n_tokens);
+    bool fits = n > 0 && pos >= 0 && pos <= l->n_tokens &&
+                (size_t)n <= m->n_positions - (size_t)pos;
+    for (int i = 0; fits && i < n; i++) fits = tokens[i] >= 0 && tokens[i] < m->config.vocab_size;
+    const float *logits = NULL;
+    if (fits) {
+        memcpy(l->tokens + pos, tokens, (size_t)n * sizeof *tokens);
+        l->n_tokens = pos + n;
+        l->has_logits = true;
+        logits = prefill(m, l->tokens, (size_t)pos, (size_t)l->n_tokens);
+    }
+    leave_with(l, fits ? 0 : -1, "an id is not in the vocabulary, or a position does not follow "
+                                 "those before or is out of the room");
+    return logits;
 }
 
-void llama_seed(Llama *l, uint64_t seed) { l->state = random_state(seed); }
+int llama_seed(Llama *l, uint64_t seed) {
+    if (!enter(l, false)) return -1;
+    l->state = random_state(seed);
+    return leave_with(l, 0, "");
+}
 
 int llama_sample(Llama *l, const LlamaSampling *given) {
-    if (!l->has_logits) return -1;
+    if (!enter(l, false)) return -1;
+    if (!l->has_logits) return leave_with(l, -1, "no llama_forward() since the last token");
     l->has_logits = false;  // sampling overwrites them
     l->sampler.temperature = given->temperature;
     l->sampler.top_p = given->top_p;
     l->sampler.min_p = given->min_p;
     l->sampler.top_k = given->top_k > 0 ? given->top_k : 0;
     l->sampler.repeat_penalty = given->repeat_penalty > 0 ? given->repeat_penalty : 1.0f;
-    return sample(&l->sampler, &l->state, logits_of(&l->model, 0), l->model.config.vocab_size,
-                  l->tokens, (size_t)l->n_tokens);
+    int token = sample(&l->sampler, &l->state, logits_of(&l->model, 0), l->model.config.vocab_size,
+                       l->tokens, (size_t)l->n_tokens);
+    return leave_with(l, token, "");
 }
 
-void llama_free(Llama *l) {
-    if (!l) return;
+int llama_hand_over(Llama *l) {
+    if (!enter(l, false)) return -1;
+    l->owner = NULL;
+    return leave_with(l, 0, "");
+}
+
+int llama_free(Llama *l) {
+    if (!l) return 0;
+    if (!enter(l, true)) return -1;
+    lock_models();
+    *place_of(l) = l->next;
+    unlock_models();
     blocks = l->blocks;
     release_to(NULL);
+    return 0;
 }

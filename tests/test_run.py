@@ -8,7 +8,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,6 +397,111 @@ llama.close()
     assert done.stdout == expected
 
 
+LIBRARY_USE = """
+import ctypes, os, sys, threading
+sys.path.insert(0, EXAMPLES)
+from llama2 import Llama
+llama = Llama(MODEL, library=LIBRARY, n_threads=2)
+
+
+def outcome(call, *given):
+    try:
+        return call(*given)
+    except ValueError as e:
+        return str(e)
+
+
+def in_thread(call, *given):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(outcome(call, *given)))
+    thread.start()
+    thread.join()
+    return found[0]
+"""
+
+
+@pytest.fixture
+def library_script(small, tmp_path):
+    """Run lines of Python that use `llama`, the small model, through the library."""
+    flags = ["-O1", "-shared", "-fPIC"] + ["-fopenmp"] * supports("-fopenmp")
+    library = compile_c(REPO / "lib" / "libllama2.c", tmp_path / "lib.so", *flags)
+    names = {"EXAMPLES": REPO / "examples", "MODEL": small, "LIBRARY": library}
+
+    def call(code):
+        start = "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
+        words = [sys.executable, "-c", start + LIBRARY_USE + code]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_model_of_the_library_belongs_to_one_thread(library_script):
+    """Results are right or refused, whatever other threads do with the same model."""
+    library_script("""
+import random
+expected = {n: llama.forward([1, *range(5, 5 + n)]) for n in range(1, 9)}
+llama.hand_over()
+wrong, refusals, right = [], [], []
+
+
+def use():
+    for _ in range(400):
+        n = random.randrange(1, 9)
+        found = outcome(llama.forward, [1, *range(5, 5 + n)])
+        kind = refusals if isinstance(found, str) else right if found == expected[n] else wrong
+        kind.append(found)
+
+
+threads = [threading.Thread(target=use) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not wrong and len(right) >= 400 and len(right) + len(refusals) == 800
+assert all("another thread" in text for text in refusals)
+""")
+    library_script("""
+llama.forward([1, 5])
+for call, given in [(llama.forward, [7]), (llama.encode, "a"), (llama.decode, [7])]:
+    assert "belongs to another thread" in in_thread(call, given)
+assert llama.vocab_size == in_thread(llama.c.llama_vocab_size, llama.llama) == 105
+llama.hand_over()
+logits = in_thread(llama.forward, [7], 2)  # it goes on where this thread stopped
+other = Llama(MODEL, library=LIBRARY)
+assert logits == other.forward([1, 5, 7])
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_library_refuses_forks_and_models_that_were_freed(library_script):
+    library_script("""
+llama.forward([1, *range(5, 25)])
+child = os.fork()
+if not child:
+    texts = [outcome(llama.forward, [1]), outcome(llama.close)]
+    texts.append(outcome(lambda: Llama(MODEL, library=LIBRARY)))
+    os._exit(not all("is a fork of one" in text for text in texts))
+assert os.waitpid(child, 0)[1] == 0
+llama.close()
+for call in (llama.close, lambda: llama.forward([1]), lambda: llama.encode("a")):
+    assert outcome(call) == "this model was freed or never loaded"
+assert llama.c.llama_vocab_size(llama.llama) == -1 and llama.c.llama_free(None) == 0
+""")
+
+
+@pytest.mark.slow
+def test_files_of_the_library_may_change_after_they_were_loaded(library_script):
+    library_script("""
+logits = llama.forward([1, 5, 7])
+os.truncate(MODEL, 0)
+assert llama.forward([1, 5, 7]) == logits
+""")
+
+
 @pytest.mark.slow
 def test_sampling_follows_the_probabilities(builds):
     logits = [3.0, 1.0, 2.0, -1.0, 0.0]
@@ -655,6 +762,24 @@ def test_files_that_cannot_be_read(run, small, tmp_path):
     refused_by(run(tmp_path / "pipe"), "not a regular file")
     refused_by(run(small, "-z", tmp_path / "none.bin"), "cannot open tokenizer file")
     refused_by(run(small, "-z", tmp_path), "not a regular file")
+    (tmp_path / "tokenizer.bin").unlink()
+    os.mkfifo(tmp_path / "tokenizer.bin")  # found as the default
+    refused_by(run(small), "tokenizer.bin is not a regular file")
+
+
+def test_a_model_that_shrinks_while_it_is_mapped_gets_a_sentence(builds, tmp_path, tokenizers):
+    sizes = {"dim": 256, "n_layers": 4, "vocab_size": 512, "max_seq_len": 4096}
+    path = tmp_path / "model.bin"
+    export_model(random_model(**sizes), path)
+    words = [path, "-z", bin_of(tokenizers[512]), "--bench", "-n", "0"]
+    command = [builds["run", "fast"], *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while str(path) not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        os.truncate(path, 4096)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == b""
+    assert error.startswith(b"error: ") and error.count(b"\n") == 1 and b"shrank" in error
 
 
 def test_weights_that_are_no_numbers(run, small):
@@ -717,6 +842,16 @@ def test_help(run):
 
 def test_default_tokenizer_is_beside_the_model_or_here(run, small, tmp_path):
     assert run(small, "-n", "3").returncode == 0
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "story.bin").symlink_to(small)
+    (links / "again.bin").symlink_to("story.bin")
+    for cwd, path in ((tmp_path, "links/again.bin"), (links, "story.bin")):
+        assert run(path, "-n", "3", cwd=cwd).returncode == 0
+    shutil.copy(tmp_path / "tokenizer.bin", links)
+    refused_by(run(links / "story.bin", "-z", links / "none"), "cannot open")
+    (links / "tokenizer.bin").write_bytes(b"")
+    refused_by(run(links / "story.bin"), "links/tokenizer.bin is empty")  # beside the link first
     other = tmp_path / "other"
     other.mkdir()
     (tmp_path / "tokenizer.bin").rename(other / "tokenizer.bin")
@@ -725,11 +860,54 @@ def test_default_tokenizer_is_beside_the_model_or_here(run, small, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_is_reported(builds, small):
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        (["-n", "20"], "story"),
+        (["-n", "20", "-b", "3", "--json"], "story"),
+        (["-m", "eval", "-i", "text.txt"], "result"),
+        (["-m", "eval", "-i", "text.txt", "--json"], "result"),
+        (["--bench"], "figures"),
+        (["-h"], "help"),
+    ],
+)
+def test_a_full_disk_is_reported(builds, small, tmp_path, words, what):
+    (tmp_path / "text.txt").write_text("Once upon a time.")
     with open("/dev/full", "wb") as full:
-        command = [builds["run", "fast"], small, "-n", "20"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1 and b"cannot write the story" in done.stderr
+        command = [builds["run", "fast"], small, *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"cannot write the {what}: No space left on device" in done.stderr.decode()
+
+
+def test_texts_that_are_not_utf_8(run, small, tmp_path):
+    path = tmp_path / "text.txt"
+    words = [small, "-m", "eval", "-i", path]
+    for data, at in ((b"caf\xe9 au lait", 3), (b"\xff\xfe", 0), (b"a\xe2\x82", 1)):
+        path.write_bytes(data)
+        refused_by(run(*words), f"is not UTF-8: byte {at} is 0x{data[at]:02X}", "iconv")
+    path.write_bytes(b"Once upon a time.")
+    plain = run(*words).stdout
+    path.write_bytes(b"\xef\xbb\xbfOnce upon a time.")
+    assert run(*words).stdout == plain != b""  # without the byte order mark
+    done = run(small, "-n", "30", "-i", b"caf\xe9")
+    assert done.returncode == 0 and b"note: the prompt is not UTF-8" in done.stderr
+
+
+def test_a_long_context_costs_only_what_is_used(run, builds, small, tmp_path):
+    """A header of a few bytes can promise a context of 2^24."""
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. <|endoftext|> Tim and Tom.\n")
+    path = tmp_path / "long.bin"
+    export_model(random_model(dim=16, n_heads=2, max_seq_len=64, logit_softcap=9.0), path)
+    words = [path, "-z", tmp_path / "tokenizer.bin", "-m", "eval", "-i", text]
+    short = run(*words).stdout
+    path.write_bytes(changed(path.read_bytes(), max_seq_len=1 << 24))
+    limit = ["bash", "-c", 'ulimit -v 500000 && exec "$@"', "-"]
+    command = [*limit, builds["run", "fast"], *map(str, words)]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True)
+    assert done.stdout == short != b"" and time.monotonic() - start < 5
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from test_tokenizer import broken_bytes, generated_texts
 import bpe
 from bpe import BPETokenizer, train_bpe
 from formats.modelbin import export_model, read_bin
-from tokenizer import byte_level_c_file
+from tokenizer import byte_level_c_file, open_tokenizer
 
 SPECIAL = [END, END * 2, "<|end", "<|", "|>", "日"]  # they overlap, and contain each other
 NASTY = [*" \n\r\t'\"sSſkKaé1²½Ⅷ٣日ªǅ〇.!_\x01\x0b\x1c\x1f\x7f\x85\xa0\u0301\u180e\u2003\u2028"]
@@ -133,6 +133,29 @@ def test_every_character_has_the_class_of_python(c_ids, tokenizer):
             data[:-1] = np.where(joins, 256 + data[1:], data[:-1])
             data[1:][joins] = 0xFF
             assert ids == data[data != 0xFF].tolist()
+
+
+NEW = [0x1E4D0, 0x31350, 0x2EBF0, 0x1C89, 0x10D4A, 0x1E5D0, 0x11BF0, 0xA7CE, 0x10940, 0x323B0]
+NEW += [0x378, 0x33480, 0x1FAE8]  # two that are not assigned, and a sign
+
+
+def test_letters_that_are_newer_than_python_have_one_class(c_ids, tokenizer, tmp_path):
+    """Letters and numbers of Unicode 15 to 17: the same ids by all encoders and by run.c."""
+    bytes_ = [bytes([b]) for b in range(256)]
+    pairs = [(start, b) for start in (b"a", b"1") for b in bytes_[128:]]
+    vocab = dict(enumerate([*bytes_, *(a + b for a, b in pairs), END.encode()]))
+    joining = BPETokenizer(vocab, pairs, [END], tokenizer.pattern_name)
+    joining.save(tmp_path / "joining.model")
+    texts = [f"{start}{chr(code)}" for code in NEW for start in "a1"]
+    texts.append("".join(texts))
+    expected = [joining.encode(text) for text in texts]
+    is_letter = [len(expected[2 * i]) == len(chr(code).encode()) for i, code in enumerate(NEW)]
+    assert is_letter == [code not in (0x11BF0, 0x378, 0x33480, 0x1FAE8) for code in NEW]
+    assert c_ids(joining, texts) == expected
+    opened = open_tokenizer(tmp_path / "joining.model")
+    for name in opened.ENCODERS:
+        ids, counts = opened.encoder(name)[1](texts)
+        assert [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] == expected, name
 
 
 def test_special_tokens(c_ids, tokenizer):

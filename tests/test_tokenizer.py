@@ -6,6 +6,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from conftest import REPO, bin_of, refused, script
 
 from bpe import BPETokenizer
 from configurator import UserError
+from text.letters import ranges
 from text.synth import make_stories
 from tokenizer import byte_level_json, open_tokenizer, train_sentencepiece
 
@@ -154,6 +157,39 @@ def test_an_encoder_that_differs_is_not_used(tokenizers, monkeypatch):
     assert tokenizer.encoder()[0] == "sentencepiece"
     with pytest.raises(UserError, match="gives other ids than ours"):
         tokenizer.encoder("gigatoken")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt4"])
+def test_an_encoder_of_another_unicode_is_not_used(tokenizers, monkeypatch, name):
+    """The text need not have the letters that differ: later texts may."""
+    tokenizer = open_tokenizer(tokenizers[name].model_path)
+    gigatoken = pytest.importorskip("gigatoken")
+
+    from_json = gigatoken.Tokenizer.from_json
+
+    def older(data):  # U+323B0, a letter since Unicode 17, is like a sign
+        encode = from_json(data).encode
+        return SimpleNamespace(encode=lambda text: encode(text.replace("\U000323b0", "\u2e5f")))
+
+    fake = SimpleNamespace(Tokenizer=SimpleNamespace(from_json=older))
+    monkeypatch.setitem(sys.modules, "gigatoken", fake)
+    assert tokenizer.encoder()[0] == "tiktoken"
+    assert "another version of Unicode" in tokenizer.not_used["gigatoken"]
+    with pytest.raises(UserError, match="another version of Unicode"):
+        tokenizer.encoder("gigatoken")
+
+
+def test_classes_are_those_of_unicode():
+    """Of all characters that this Python's own table has: no class changes later."""
+    classes = {code: kind for a, b, kind in ranges() for code in range(a, b + 1)}
+    assert len(ranges()) == len({first for first, *_ in ranges()}) and min(classes) == 9
+    for code in range(0x110000):
+        category = unicodedata.category(chr(code))
+        if category not in ("Cn", "Zs", "Zl", "Zp", "Cc"):
+            expected = category[0] if category[0] in "LN" else None
+            assert classes.get(code) == expected, hex(code)
+    white = {code for code, kind in classes.items() if kind == "S"}
+    assert white == {c for c in range(0x110000) if chr(c).isspace()} - {28, 29, 30, 31}
 
 
 def test_without_the_libraries(tokenizers, monkeypatch):
