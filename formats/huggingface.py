@@ -14,6 +14,7 @@ transformers: its row in DEFAULTS.
 import json
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ from formats.tensors import (
     windows,
 )
 from model import ModelArgs
-from system.files import atomic_write, flush_folder, read_json, remove, replace
+from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
 from system.remote import need, reason
 
 # Number formats of the tensors, by --dtype
@@ -105,23 +106,14 @@ def config_of(args, dtype, special_ids):
         "head_dim": args.head_dim,
         "rope_theta": args.rope_theta,  # of older transformers
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         **special_ids,
         "dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
     }
     if kind == "qwen3":
-        del config["mlp_bias"]
         words = ["sliding_attention" if size else "full_attention" for size in sizes]
         config |= {"use_sliding_window": any(sizes), "sliding_window": max(sizes) or None}
         config |= {"max_window_layers": 0, "layer_types": words}
     if kind == "modded_llama":
-        for name in ("hidden_act", "mlp_bias", "attention_bias", "attention_dropout"):
-            del config[name]
         config |= {name: getattr(args, name) for name in EXTRAS} | {"layer_windows": sizes}
         module = MODELING.removesuffix(".py")
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
@@ -317,11 +309,10 @@ def write_folder(model, folder, dtype, tokenizer, facts):
             with open(os.path.join(part, name), "wb") as f:
                 f.write(value.encode() if isinstance(value, str) else value)
         save(tensors, part, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
-        for name in os.listdir(part):
-            with open(os.path.join(part, name), "rb+") as f:
-                os.fsync(f.fileno())
-            os.chmod(f.name, os.stat(os.path.join(part, "config.json")).st_mode)  # not mine alone
-        flush_folder(part)
+        paths = [os.path.join(part, name) for name in os.listdir(part)]
+        for path in paths:  # safetensors files are readable to their owner alone
+            os.chmod(path, os.stat(os.path.join(part, "config.json")).st_mode)
+        flush_files(paths)
         replace(part, target)
         flush_folder(os.path.dirname(target))
     except (OSError, need("safetensors").SafetensorError) as e:
@@ -373,17 +364,12 @@ def check_replaceable(folder):
         raise UserError(f"cannot write {folder}: it is a file; name a folder")
     paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
     others = [n for n, path in paths.items() if not (OURS.fullmatch(n) and os.path.isfile(path))]
-    why = ""
     if others:
-        why = f"it holds {others[0]}, which is not of an export"
-    elif "README.md" in paths:
-        with open(paths["README.md"], encoding="utf-8", errors="replace") as f:
-            if MARK not in f.read():
-                why = f"{f.name} was not written by export.py"
-    elif paths:
-        why = f"it holds {min(paths)}, but no README.md of an export"
-    if why:
+        why = f"it holds {others[0]}, which does not belong to an export"
         raise UserError(f"cannot write {folder}: {why}; name another")
+    card_path = Path(folder, "README.md")
+    if paths and not (card_path.is_file() and MARK in card_path.read_text("utf-8", "replace")):
+        raise UserError(f"cannot write {folder}: its README.md was not written by export.py")
 
 
 # ---- one safetensors file, with our names

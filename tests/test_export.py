@@ -216,7 +216,7 @@ def test_command_line(tmp_path):
     done = script("export.py", out, checkpoint, "--dtype=bf16", "--version=0")
     refused(done, "version 0 cannot carry dtype = bf16")
     done = script("export.py", out, checkpoint, "--version=9")
-    refused(done, "version 9: expected auto or one of 0, 3")
+    assert done.returncode == 2 and "choose from" in done.stderr
     save(random_model(smear=True), tmp_path / "ckpt.pt")
     refused(script("export.py", out, checkpoint, "--version=0"), "cannot carry smear = True")
     refused(script("export.py", out, f"--checkpoint={tmp_path / 'none'}"), "does not exist")
