@@ -16,11 +16,13 @@ import torch
 from bpe import BPETokenizer, as_visible
 from configurator import UserError
 from formats.tensors import (
+    Target,
     check_range,
     expect,
     exported,
     filled,
     gguf_name,
+    misfit,
     not_carried,
     shortest,
 )
@@ -43,7 +45,10 @@ KEYS = {
 }
 HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 PLAIN = {*KEYS, "tie_embeddings"}
-ARCHITECTURES = {"llama": PLAIN, "qwen3": {*PLAIN, "qk_norm"}}  # what they carry
+ARCHITECTURES = {
+    "llama": Target(PLAIN),
+    "qwen3": Target({*PLAIN, "qk_norm"}, must=["qk_norm"]),
+}
 
 # --dtype: llama.cpp's number format of matrices, and of the file; vectors stay in F32
 GGUF_DTYPES = {
@@ -59,10 +64,10 @@ LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # number
 
 def architecture(args):
     """The name of the first architecture that carries ModelArgs. Raises UserError."""
-    for name, carried in ARCHITECTURES.items():
-        field = not_carried(args, carried)
-        if not field:
+    for name, target in ARCHITECTURES.items():
+        if not misfit(args, target):
             return name
+    field = not_carried(args, ARCHITECTURES["qwen3"].can)  # what llama lacks is qwen3's
     raise UserError(
         f"gguf cannot carry {field.name} = {getattr(args, field.name)}: llama.cpp has no "
         f"architecture with it; write --format=bin or hf, or train another model with --arch=llama "

@@ -2,8 +2,9 @@
 Hugging Face folders: config.json, model.safetensors, tokenizer files and a model card, written and
 read.
 
-Plain Llama is written as LlamaForCausalLM and the options of `portable` as Qwen3ForCausalLM, which
-transformers loads without further code. Other models are written as ModdedLlamaForCausalLM together
+Plain Llama is written as LlamaForCausalLM, with a window in every layer as MistralForCausalLM, and
+with the options of `portable` as Qwen3ForCausalLM: transformers loads these without further code.
+Other models are written as ModdedLlamaForCausalLM together
 with the file modeling_modded_llama.py, for trust_remote_code=True.
 
 To add an option: its field in EXTRAS and its tensor in NAMES of tensors.py, both used in
@@ -21,12 +22,13 @@ import torch
 from configurator import UserError
 from formats.hftokenizer import tokenizer_config, tokenizer_json
 from formats.tensors import (
+    Target,
     check_range,
     expect,
     exported,
     filled,
     hf_name,
-    not_carried,
+    misfit,
     window_settings,
     windows,
 )
@@ -58,12 +60,14 @@ EXTRAS = (
     "bigram_rows smear"
 ).split()
 
-# What each architecture carries; the first that carries a model is taken
+# Classes of transformers; the first that fits a model is taken
 PLAIN = {*FIELDS, "rope_theta"}
+WINDOWS = {*PLAIN, "sliding_window"}
 ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", PLAIN),
-    "qwen3": ("Qwen3ForCausalLM", {*PLAIN, "qk_norm", "sliding_window"}),
-    "modded_llama": ("ModdedLlamaForCausalLM", {*PLAIN, *EXTRAS, "sliding_window"}),
+    "llama": ("LlamaForCausalLM", Target(PLAIN)),
+    "mistral": ("MistralForCausalLM", Target(WINDOWS, must=["sliding_window"])),
+    "qwen3": ("Qwen3ForCausalLM", Target({*WINDOWS, "qk_norm"}, must=["qk_norm"])),
+    "modded_llama": ("ModdedLlamaForCausalLM", Target({*WINDOWS, *EXTRAS})),
 }
 # What a config.json leaves out, by model_type; None: see args_of()
 COMMON = {
@@ -97,7 +101,7 @@ PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor"
 
 def config_of(args, dtype, special_ids):
     """config.json of ModelArgs, as a dict, for the first architecture that carries them."""
-    kind = next(k for k, (_, carried) in ARCHITECTURES.items() if not not_carried(args, carried))
+    kind = next(k for k, (_, target) in ARCHITECTURES.items() if not misfit(args, target))
     sizes = windows(args)
     config = {
         "architectures": [ARCHITECTURES[kind][0]],
@@ -110,9 +114,10 @@ def config_of(args, dtype, special_ids):
         "dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
     }
     if kind == "qwen3":
-        words = ["sliding_attention" if size else "full_attention" for size in sizes]
         config |= {"use_sliding_window": any(sizes), "sliding_window": max(sizes) or None}
-        config |= {"max_window_layers": 0, "layer_types": words}
+        config |= {"max_window_layers": 0, "layer_types": layer_types(sizes)}
+    if kind == "mistral":
+        config["sliding_window"] = max(sizes)
     if kind == "modded_llama":
         config |= {name: getattr(args, name) for name in EXTRAS} | {"layer_windows": sizes}
         module = MODELING.removesuffix(".py")
@@ -154,6 +159,11 @@ def args_of(config, path):
     return args
 
 
+def layer_types(sizes):
+    """transformers' words for the window of each layer."""
+    return ["sliding_attention" if size else "full_attention" for size in sizes]
+
+
 def windows_of(config, kind, path):
     """The window of each layer, 0 where it sees everything, of a config.json."""
     n = config["num_hidden_layers"]
@@ -168,10 +178,13 @@ def windows_of(config, kind, path):
         size = config.get("sliding_window", 4096)
         sizes = [size if k == "sliding_attention" else 0 for k in kinds]
     else:
-        sizes = []
+        sizes = [0] * n
     is_right = all(type(size) is int and size >= 0 for size in sizes)
     is_right = is_right and len(sizes) in (0, n) and len(set(sizes) - {0}) < 2
     expect(is_right, path, "windows", sizes, f"those of {n} layers, all of one size or 0")
+    if (words := config.get("layer_types")) is not None:
+        expected = layer_types(sizes or [0] * n)
+        expect(words == expected, path, "layer_types", words, expected)
     return sizes
 
 

@@ -7,8 +7,10 @@ damaged file: load() of table.py turns it into one sentence.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +68,21 @@ def not_carried(args, carried):
         if field.name != "sliding_window" or any(windows(args)):
             return field
     return None
+
+
+class Target(NamedTuple):
+    """An architecture of another program, or a version of a format."""
+
+    can: Collection  # fields of ModelArgs that it has; all others must be ModelArgs' defaults
+    must: Collection = ()  # fields that are always on there, in every layer
+
+
+def misfit(args, target):
+    """The first field of ModelArgs that keeps a model from a Target, or None."""
+    is_on = {"sliding_window": all(windows(args))}
+    missing = [name for name in target.must if not is_on.get(name, getattr(args, name))]
+    lost = not_carried(args, target.can)
+    return missing[0] if missing else lost and lost.name
 
 
 def shortest(value):

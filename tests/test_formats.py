@@ -530,6 +530,16 @@ FOREIGN = (
     ({"rope_scaling": "linear"}, "rope_scaling = linear"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters = "),
     ({"hidden_size": "wide"}, "dim = 'wide': expected a whole number"),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention']; expected"),
+    ({"layer_types": ["full_attention"]}, "layer_types = ['full_attention']; expected"),
+    (
+        {
+            "model_type": "qwen3",
+            "layer_types": ["linear_attention"] * 2,
+            "use_sliding_window": True,
+        },
+        "layer_types = ['linear_attention', 'linear_attention']; expected",
+    ),
     ({"num_hidden_layers": 2.0}, "n_layers = 2.0: expected a whole number"),
     ({"tie_word_embeddings": "false"}, "tie_embeddings = 'false': expected true or false"),
     ({"model_type": ["llama"]}, "cannot be read"),
