@@ -19,6 +19,7 @@ from formats.tensors import (
     Target,
     check_range,
     expect,
+    expect_neutral,
     exported,
     filled,
     gguf_name,
@@ -42,6 +43,23 @@ KEYS = {
     "n_kv_heads": "attention.head_count_kv",
     "norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
+}
+# Keys that this model lacks, with the values that change nothing
+NEUTRAL = {
+    "tensor_data_layout": ("Meta AI original pth", "reference"),  # llama.cpp does not read it
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (False,),
+    "rope.scale_linear": (1.0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
 }
 HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 PLAIN = {*KEYS, "tie_embeddings"}
@@ -237,6 +255,11 @@ def shape_of(tensor):
 
 def args_of(fields, tensors, path):
     """ModelArgs of a file's fields and tensors; UserError for what this model does not compute."""
+    if (n := fields.get("split.count", 1)) > 1:
+        raise UserError(
+            f"{path} is one of {n} parts of a split GGUF: join them with llama.cpp's "
+            f"llama-gguf-split --merge FIRST_PART OUT"
+        )
     kind = fields.get("general.architecture")
     expect(kind in ARCHITECTURES, path, "general.architecture", kind, " or ".join(ARCHITECTURES))
     theirs = {k.removeprefix(f"{kind}."): v for k, v in fields.items() if k.startswith(f"{kind}.")}
@@ -244,9 +267,8 @@ def args_of(fields, tensors, path):
         theirs["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
     theirs.setdefault("attention.head_count_kv", theirs.get("attention.head_count"))
     theirs.setdefault("rope.freq_base", 10000.0)
-    for key in theirs.keys() - {*KEYS.values(), *HEAD_KEYS}:
-        is_none = key == "rope.scaling.type" and theirs[key] == "none"
-        expect(is_none, path, f"{kind}.{key}", theirs[key], "a model without it")
+    for key in sorted(theirs.keys() - {*KEYS.values(), *HEAD_KEYS}):
+        expect_neutral(path, f"{kind}.{key}", theirs[key], NEUTRAL.get(key, ()))
     values = {}
     for name, key in KEYS.items():
         value = theirs.get(key)

@@ -1,6 +1,6 @@
 """
 Hugging Face folders: config.json, model.safetensors, tokenizer files and a model card, written and
-read.
+read; and pytorch_model.bin, read.
 
 Plain Llama is written as LlamaForCausalLM, with a window in every layer as MistralForCausalLM, and
 with the options of `portable` as Qwen3ForCausalLM: transformers loads these without further code.
@@ -15,6 +15,8 @@ transformers: its row in DEFAULTS.
 import json
 import os
 import re
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from formats.tensors import (
     Target,
     check_range,
     expect,
+    expect_neutral,
     exported,
     filled,
     hf_name,
@@ -84,16 +87,22 @@ DEFAULTS = {
     "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
     "modded_llama": COMMON,
 }
-# Fields of a config.json that ModelArgs lacks, with the only value that our model computes
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+# Fields of a config.json that change what a model computes and that ModelArgs lacks, with the values
+# that change nothing; null is always one of them
+NEUTRAL = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
 }
-# What rope_parameters, or rope_scaling, may say
-PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+# The same for rope_parameters, or rope_scaling
+NEUTRAL_ROPE = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1.0,),
+    "factor": (1.0,),
+}
 
 
 # ---- config.json
@@ -133,14 +142,16 @@ def args_of(config, path):
     """
     kind = config.get("model_type")
     expect(kind in DEFAULTS, path, "model_type", kind, " or ".join(DEFAULTS))
-    config = {**DEFAULTS[kind], **config}
-    for name, value in ONLY.items():
-        expect(config.get(name, value) in (value, None), path, name, config.get(name), value)
+    config |= {k: value for k, value in DEFAULTS[kind].items() if config.get(k) is None}
+    for name, values in NEUTRAL.items():
+        expect_neutral(path, name, config.get(name), values)
     rope = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = config.get(name) or {}
         is_plain = isinstance(value, dict) and all(
-            key == "rope_theta" or one == PLAIN_ROPE.get(key) for key, one in value.items()
+            key == "rope_theta" or one is None or one in NEUTRAL_ROPE.get(key, ())
+            for key, one in value.items()
+            if not (one == "linear" and value.get("factor") == 1)
         )
         expect(is_plain, path, name, value, "rotary angles without scaling")
         rope |= value
@@ -192,32 +203,42 @@ def windows_of(config, kind, path):
 
 
 def weight_files(folder):
-    """Paths of the safetensors files of a folder: one, else those that an index names."""
-    single = os.path.join(folder, "model.safetensors")
-    index, paths = f"{single}.index.json", [single]
-    if os.path.isfile(index) and not os.path.isfile(single):
-        names = read_json(index).get("weight_map")
-        if not names:
-            raise UserError(f"{index} cannot be read: it has no weight_map")
-        paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path} does not exist; expected the weights of {folder} there")
-    return paths
+    """
+    Paths of the weights of a folder, one file or those that an index names: safetensors, or the
+    pytorch_model.bin of older programs.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single = os.path.join(folder, name)
+        index, paths = f"{single}.index.json", [single]
+        if os.path.isfile(index) and not os.path.isfile(single):
+            names = read_json(index).get("weight_map")
+            if not names:
+                raise UserError(f"{index} cannot be read: it has no weight_map")
+            paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
+            for path in paths:
+                if not os.path.isfile(path):
+                    raise UserError(f"{path} does not exist, but {index} names it")
+        if os.path.isfile(paths[0]):
+            return paths
+    raise UserError(f"{folder} has no model.safetensors; expected the weights there")
 
 
 def open_tensors(paths):
-    """{name: (shape, function that reads it)} of the tensors of safetensors files."""
+    """{name: (shape, function that reads it)} of the tensors of weight_files()."""
     safetensors = need("safetensors")
     found = {}
     for path in paths:
+        if path.endswith(".bin"):
+            is_zip = zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
+            for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=is_zip).items():
+                found[name] = tuple(tensor.shape), tensor.clone
+            continue
         try:
             f = safetensors.safe_open(path, "pt")
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
         for name in f.keys():  # noqa: SIM118 (not a dict)
-            shape = tuple(f.get_slice(name).get_shape())
-            found[name] = shape, lambda f=f, name=name: f.get_tensor(name)
+            found[name] = tuple(f.get_slice(name).get_shape()), partial(f.get_tensor, name)
     return found
 
 

@@ -20,7 +20,7 @@ from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
 from formats.tensors import filled, skeleton
 from model import ModelArgs, Transformer
-from system.files import atomic_write, read_json
+from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
 from tokenizer import Tokenizer, open_tokenizer
 from training.checkpoint import load_checkpoint, load_model, save_file
@@ -185,6 +185,9 @@ def load(path, kind=None, tokenizer=""):
     model to use instead of the one beside it, or "none". Raises UserError.
     """
     try:
+        for file in [path] if os.path.isfile(path) else glob.glob(f"{glob.escape(path)}/*"):
+            if os.path.isfile(file):
+                check_not_pointer(file)
         model, find_tokenizer, facts = SOURCES[kind or recognize(path) or "checkpoint"](path)
         if tokenizer:
             found = None if tokenizer == "none" else open_tokenizer(tokenizer)

@@ -100,6 +100,12 @@ def window_settings(sizes):
     return {"sliding_window": max(sizes), "window_pattern": letters[:period]}
 
 
+def expect_neutral(path, name, value, values):
+    """Raise UserError unless a field that this model lacks has a value that changes nothing."""
+    expected = f"a model without it{', or ' if values else ''}{' or '.join(map(str, values))}"
+    expect(value is None or value in values, path, name, value, expected)
+
+
 def expect(is_so, path, name, value, expected):
     """Raise UserError about a field of a file unless it is as expected."""
     if not is_so:

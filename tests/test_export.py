@@ -275,3 +275,17 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         save_file(path, {"model": (lambda: 0)})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_models(tmp_path, prefix):
+    """Checkpoints of other programs keep the prefixes of DDP and torch.compile."""
+    model = random_model()
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    found = load_model({"model": state, "model_args": model.args.to_dict()}, "x.pt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters(), strict=True)
+    )
+    state["net.norm.weight"] = state.pop(f"{prefix}norm.weight")
+    with pytest.raises(UserError, match=r'x.pt does not fit this model: Missing .*"norm.weight"'):
+        load_model({"model": state, "model_args": model.args.to_dict()}, "x.pt")

@@ -19,11 +19,12 @@ from configurator import UserError
 from formats import gguf as gguffile
 from formats import huggingface
 from formats import table as formats
+from formats.hftokenizer import byte_level_from_json
 from formats.modelbin import export_model, read_bin
 from formats.table import FORMATS, load, recognize
 from formats.tensors import windows
 from system.remote import need
-from tokenizer import open_tokenizer
+from tokenizer import byte_level_json, open_tokenizer
 from training.checkpoint import save_file
 
 # name: options, the class of transformers that loads it
@@ -516,7 +517,7 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
 # of a config.json: what changes, and a part of the sentence
 FOREIGN = (
     ({"model_type": "gpt2"}, "model_type = gpt2; expected llama or"),
-    ({"hidden_act": "gelu"}, "hidden_act = gelu; expected silu"),
+    ({"hidden_act": "gelu"}, "hidden_act = gelu; expected a model without it, or silu"),
     ({"attention_bias": True}, "attention_bias = True"),
     ({"mlp_bias": True}, "mlp_bias = True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -563,6 +564,61 @@ def test_folders_that_this_model_does_not_compute(tmp_path, tokenizers, change, 
     assert part in str(e.value)
 
 
+# of a config.json, and of a GGUF file: what older writers leave out, and values that change nothing
+NEUTRAL_CONFIGS = (
+    {"hidden_act": "swish"},
+    {"hidden_act": None, "attention_bias": None, "mlp_bias": False, "quantization_config": None},
+    {"head_dim": None, "num_key_value_heads": None, "rope_theta": None},
+    {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 1.0}},
+    {"rope_parameters": {"rope_type": "default", "factor": None}, "partial_rotary_factor": 1.0},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": 4096, "pretraining_tp": 1},
+)
+
+
+@pytest.mark.parametrize("change", NEUTRAL_CONFIGS)
+def test_config_fields_that_change_nothing(tmp_path, tokenizers, change):
+    model = sized(tokenizers[105])
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", None, {})
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **change}))
+    same_model(load(str(tmp_path / "hf")).model, model)
+
+
+@pytest.mark.parametrize(
+    "key, value, is_neutral",
+    [(key, value, True) for key, values in gguffile.NEUTRAL.items() for value in values]
+    + [("expert_count", 8, False), ("rope.scaling.type", "yarn", False), ("new", 0.0, False)],
+)
+def test_gguf_keys_that_change_nothing(tmp_path, tokenizers, monkeypatch, key, value, is_neutral):
+    put_args = gguffile.put_args
+
+    def with_another(f, kind, args):
+        put_args(f, kind, args)
+        put = {str: f.add_string, bool: f.add_bool, int: f.add_uint32, float: f.add_float32}
+        put[type(value)](f"{kind}.{key}", value)
+
+    monkeypatch.setattr(gguffile, "put_args", with_another)
+    model, path = sized(tokenizers[512]), str(tmp_path / "m.gguf")
+    gguffile.write_gguf(model, path, "fp32", tokenizers[512], {})
+    if is_neutral:
+        same_model(load(path).model, model)
+    else:
+        with pytest.raises(UserError, match=f"llama.{key} = {value}; expected a model without it"):
+            load(path)
+
+
+def test_a_tokenizer_json_without_what_older_writers_leave_out(tmp_path, tokenizers):
+    bpe = tokenizers["gpt2"].bpe
+    value = byte_level_json(bpe)
+    del value["model"]["type"]
+    value["added_tokens"] = [
+        {"id": t["id"], "content": t["content"]} for t in value["added_tokens"]
+    ]
+    value["model"]["merges"] = [" ".join(pair) for pair in value["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    assert byte_level_from_json(tmp_path / "tokenizer.json").to_bytes() == bpe.to_bytes()
+
+
 def test_damaged_folders_and_files(tmp_path, tokenizers):
     from safetensors.torch import load_file
     from safetensors.torch import save_file as save_tensors
@@ -606,6 +662,62 @@ def test_damaged_folders_and_files(tmp_path, tokenizers):
             path.write_bytes(data[:n])
             with pytest.raises(UserError, match=r"damaged or no|cannot be read|ends at byte"):
                 load(str(path))
+
+
+def test_weights_of_older_programs(tmp_path, tokenizers):
+    """pytorch_model.bin, whole or in parts, is read without running what may be in it."""
+    from safetensors.torch import load_file
+
+    folder, model = tmp_path / "hf", sized(tokenizers[105])
+    huggingface.write_folder(model, str(folder), "fp32", None, {})
+    tensors = load_file(folder / "model.safetensors")
+    os.remove(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    same_model(load(str(folder)).model, model)
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    same_model(load(str(folder)).model, model)
+    torch.save({**tensors, "evil": print}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read: Weights only load failed"):
+        load(str(folder))
+    os.remove(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no model.safetensors; expected the weights there"):
+        load(str(folder))
+    parts, index = [{}, {}], {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        parts[i % 2][name], index[name] = tensor, f"pytorch_model-{i % 2}.bin"
+    for i, part in enumerate(parts):
+        torch.save(part, folder / f"pytorch_model-{i}.bin")
+    path = folder / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    same_model(load(str(folder)).model, model)
+
+
+def test_what_stands_in_place_of_the_file(tmp_path, tokenizers):
+    """A Git LFS pointer, and a part of a split GGUF, are named with the way out."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 42\n"
+    model, way_out = sized(tokenizers[512]), "is a Git LFS pointer, .* run git lfs pull"
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[512], {})
+    for path in (tmp_path / "hf").iterdir():
+        whole = path.read_bytes()
+        path.write_text(pointer)
+        with pytest.raises(UserError, match=f"{path.name} {way_out}"):
+            load(str(tmp_path / "hf"))
+        path.write_bytes(whole)
+    for name in ("m.gguf", "ckpt.pt", "m.bin", "m.safetensors", "other"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"{name} {way_out}"):
+            load(str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{name} {way_out}"):
+            load(str(tmp_path / "hf"), tokenizer=str(tmp_path / name))
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="one of 2 parts of a split GGUF: join them with"):
+        load(str(tmp_path / "m-00001-of-00002.gguf"))
 
 
 def test_damaged_model_bins(tmp_path, tokenizers):
