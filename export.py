@@ -32,16 +32,18 @@ parser = argparse.ArgumentParser(
     formatter_class=argparse.RawDescriptionHelpFormatter,
 )
 parser.add_argument("path", help="the file or folder to write, such as out/model.bin")
-parser.add_argument(
+group = parser.add_mutually_exclusive_group()
+group.add_argument(
     "--checkpoint",
     metavar="PATH",
+    default=os.path.join("out", "ckpt.pt"),
     help="the model to write; a checkpoint, or anything that --from-... takes (default: "
     "out/ckpt.pt)",
 )
 for name in SOURCES:
     if name != "checkpoint":
         what = "a folder, or hf:user/name" if name == "hf" else "a model in this format"
-        parser.add_argument(f"--from-{name}", f"--from_{name}", metavar="PATH", help=what)
+        group.add_argument(f"--from-{name}", f"--from_{name}", metavar="PATH", help=what)
 parser.add_argument(
     "--format",
     choices=FORMATS,
@@ -51,6 +53,7 @@ parser.add_argument(
 parser.add_argument("--dtype", default="fp32", help="number format of the weights (default: fp32)")
 parser.add_argument(
     "--version",
+    choices=("auto", *map(str, VERSIONS)),
     default="auto",
     help="of model.bin: 0, llama2.c's first, for plain Llama 2 only; 3, which carries every "
     "option; auto (default), 0 if it carries the model and else 3",
@@ -74,13 +77,9 @@ parser.add_argument(
 )
 flags = parser.parse_args(list(map(in_home, sys.argv[1:])))
 
-sources = [(name, getattr(flags, f"from_{name}", None)) for name in SOURCES]
-sources = [(name, path) for name, path in sources if path is not None]
-if len(sources) + (flags.checkpoint is not None) > 1:
-    names = [f"--from-{name}" for name, _ in sources] + ["--checkpoint"] * bool(flags.checkpoint)
-    raise UserError(f"{' and '.join(names)}: expected one of them")
-checkpoint = os.path.join("out", "ckpt.pt") if flags.checkpoint is None else flags.checkpoint
-kind, source = sources[0] if sources else (recognize(checkpoint), checkpoint)
+sources = {name: getattr(flags, f"from_{name}", None) for name in SOURCES}
+kind = next((name for name, path in sources.items() if path is not None), None)
+source = sources[kind] if kind else flags.checkpoint
 to = flags.format or format_of(flags.path)
 dtype = flags.dtype.lower()
 if dtype not in FORMATS[to].dtypes:
@@ -123,8 +122,7 @@ name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
 facts = {"name": name, "repository": flags.push_to_hub or ".", **facts}
 write = FORMATS[to].write
 if to == "bin":
-    version = {"auto": None, **{str(v): v for v in VERSIONS}}.get(flags.version, flags.version)
-    write = partial(write, version=version)
+    write = partial(write, version=None if flags.version == "auto" else int(flags.version))
 try:
     write(model, flags.path, dtype, tokenizer, facts)
 except OSError as e:

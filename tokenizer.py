@@ -41,7 +41,7 @@ import sentencepiece
 
 from bpe import PATTERNS, BPETokenizer, as_visible, pattern, train_bpe
 from configurator import UserError, one_sentence_errors
-from system.files import atomic_write
+from system.files import atomic_write, check_not_pointer
 from text.corpus import SEPARATOR
 from text.letters import ranges
 
@@ -143,6 +143,7 @@ def read_model(path):
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UserError(f"tokenizer model {path} {what}")
+    check_not_pointer(path)
     with open(path, "rb") as f:
         return f.read()
 

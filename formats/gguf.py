@@ -15,13 +15,15 @@ import torch
 
 from bpe import BPETokenizer, as_visible
 from configurator import UserError
-from formats.modelbin import Bytes
 from formats.tensors import (
+    Target,
     check_range,
     expect,
+    expect_neutral,
     exported,
     filled,
     gguf_name,
+    misfit,
     not_carried,
     shortest,
 )
@@ -42,9 +44,29 @@ KEYS = {
     "norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+# Keys that this model lacks, with the values that change nothing
+NEUTRAL = {
+    "tensor_data_layout": ("Meta AI original pth", "reference"),  # llama.cpp does not read it
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (False,),
+    "rope.scale_linear": (1.0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+}
 HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 PLAIN = {*KEYS, "tie_embeddings"}
-ARCHITECTURES = {"llama": PLAIN, "qwen3": {*PLAIN, "qk_norm"}}  # what they carry
+ARCHITECTURES = {
+    "llama": Target(PLAIN),
+    "qwen3": Target({*PLAIN, "qk_norm"}, must=["qk_norm"]),
+}
 
 # --dtype: llama.cpp's number format of matrices, and of the file; vectors stay in F32
 GGUF_DTYPES = {
@@ -60,10 +82,10 @@ LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # number
 
 def architecture(args):
     """The name of the first architecture that carries ModelArgs. Raises UserError."""
-    for name, carried in ARCHITECTURES.items():
-        field = not_carried(args, carried)
-        if not field:
+    for name, target in ARCHITECTURES.items():
+        if not misfit(args, target):
             return name
+    field = not_carried(args, ARCHITECTURES["qwen3"].can)  # what llama lacks is qwen3's
     raise UserError(
         f"gguf cannot carry {field.name} = {getattr(args, field.name)}: llama.cpp has no "
         f"architecture with it; write --format=bin or hf, or train another model with --arch=llama "
@@ -204,10 +226,11 @@ def read_gguf(path):
     float32 on the CPU, and its tokenizer model as bytes, or None. Raises UserError.
     """
     gguf = need("gguf")
-    check_lengths(path)
     try:
-        reader = gguf.GGUFReader(path)
+        reader = open_gguf(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+    except OSError:
+        raise
     except Exception as e:  # foreign bytes may lead to anything
         raise UserError(f"{path} is damaged or not a GGUF file: {e}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -232,6 +255,11 @@ def shape_of(tensor):
 
 def args_of(fields, tensors, path):
     """ModelArgs of a file's fields and tensors; UserError for what this model does not compute."""
+    if (n := fields.get("split.count", 1)) > 1:
+        raise UserError(
+            f"{path} is one of {n} parts of a split GGUF: join them with llama.cpp's "
+            f"llama-gguf-split --merge FIRST_PART OUT"
+        )
     kind = fields.get("general.architecture")
     expect(kind in ARCHITECTURES, path, "general.architecture", kind, " or ".join(ARCHITECTURES))
     theirs = {k.removeprefix(f"{kind}."): v for k, v in fields.items() if k.startswith(f"{kind}.")}
@@ -239,9 +267,8 @@ def args_of(fields, tensors, path):
         theirs["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
     theirs.setdefault("attention.head_count_kv", theirs.get("attention.head_count"))
     theirs.setdefault("rope.freq_base", 10000.0)
-    for key in theirs.keys() - {*KEYS.values(), *HEAD_KEYS}:
-        is_none = key == "rope.scaling.type" and theirs[key] == "none"
-        expect(is_none, path, f"{kind}.{key}", theirs[key], "a model without it")
+    for key in sorted(theirs.keys() - {*KEYS.values(), *HEAD_KEYS}):
+        expect_neutral(path, f"{kind}.{key}", theirs[key], NEUTRAL.get(key, ()))
     values = {}
     for name, key in KEYS.items():
         value = theirs.get(key)
@@ -255,36 +282,17 @@ def args_of(fields, tensors, path):
     return args
 
 
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of types of values
-STRING, ARRAY = 8, 9
+def open_gguf(path):
+    """gguf's reader of a file, which must not end before what its lengths announce."""
 
+    class Reader(need("gguf").GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:  # gguf's own loops over what is not there
+                raise ValueError(f"it ends at byte {len(self.data)}, before {count} numbers")
+            return found
 
-def check_lengths(path):
-    """
-    Raise UserError unless the keys and values of a GGUF file end before it does: gguf's reader
-    trusts every length.
-    """
-    data = Bytes(path)
-    magic, version = data.take("<u4", 2).tolist()
-    if magic != int.from_bytes(b"GGUF", "little") or version not in (2, 3):
-        raise UserError(f"{path} is damaged or not a GGUF file of version 2 or 3")
-    _, n_values = data.take("<u8", 2).tolist()
-
-    def skip(kind, n=1):
-        if kind in SIZES:
-            data.take("u1", n * SIZES[kind])
-        elif kind == STRING:
-            for _ in range(n):
-                data.take("u1", int(data.take("<u8", 1)[0]))
-        elif kind == ARRAY and n == 1:
-            inner, length = int(data.take("<u4", 1)[0]), int(data.take("<u8", 1)[0])
-            skip(inner, length)
-        else:
-            raise UserError(f"{path} is damaged: it has a value of type {kind}")
-
-    for _ in range(n_values):
-        skip(STRING)
-        skip(int(data.take("<u4", 1)[0]))
+    return Reader(path)
 
 
 def tokenizer_of(fields):

@@ -95,14 +95,15 @@ def byte_level_from_json(path):
     data = read_json(path)
     try:
         model, cut = data["model"], data["pre_tokenizer"]
-        added = sorted(data["added_tokens"], key=lambda token: token["id"])
+        added = sorted(data.get("added_tokens") or [], key=lambda token: token["id"])
         pattern_name = pattern_of(cut)
         options = ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")
         wrong = [name for name in options if model.get(name)]
         wrong += ["normalizer"] if data.get("normalizer") else []
-        wrong += [] if model["type"] == "BPE" else [f"model {model['type']}"]
+        kind = model.get("type", "BPE")  # GPT-2's own file leaves it out
+        wrong += [] if kind == "BPE" else [f"model {kind}"]
         flags = ("lstrip", "rstrip", "single_word")
-        wrong += [f"{flag} of a token" for token in added for flag in flags if token[flag]]
+        wrong += [f"{flag} of a token" for token in added for flag in flags if token.get(flag)]
         wrong += [] if pattern_name else [f"the pre_tokenizer {str(cut)[:100]}"]
         if wrong:
             raise ValueError(f"it has {wrong[0]}")

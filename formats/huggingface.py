@@ -1,9 +1,10 @@
 """
 Hugging Face folders: config.json, model.safetensors, tokenizer files and a model card, written and
-read.
+read; and pytorch_model.bin, read.
 
-Plain Llama is written as LlamaForCausalLM and the options of `portable` as Qwen3ForCausalLM, which
-transformers loads without further code. Other models are written as ModdedLlamaForCausalLM together
+Plain Llama is written as LlamaForCausalLM, with a window in every layer as MistralForCausalLM, and
+with the options of `portable` as Qwen3ForCausalLM: transformers loads these without further code.
+Other models are written as ModdedLlamaForCausalLM together
 with the file modeling_modded_llama.py, for trust_remote_code=True.
 
 To add an option: its field in EXTRAS and its tensor in NAMES of tensors.py, both used in
@@ -14,23 +15,28 @@ transformers: its row in DEFAULTS.
 import json
 import os
 import re
+import zipfile
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from configurator import UserError
 from formats.hftokenizer import tokenizer_config, tokenizer_json
 from formats.tensors import (
+    Target,
     check_range,
     expect,
+    expect_neutral,
     exported,
     filled,
     hf_name,
-    not_carried,
+    misfit,
     window_settings,
     windows,
 )
 from model import ModelArgs
-from system.files import atomic_write, flush_folder, read_json, remove, replace
+from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
 from system.remote import need, reason
 
 # Number formats of the tensors, by --dtype
@@ -57,12 +63,14 @@ EXTRAS = (
     "bigram_rows smear"
 ).split()
 
-# What each architecture carries; the first that carries a model is taken
+# Classes of transformers; the first that fits a model is taken
 PLAIN = {*FIELDS, "rope_theta"}
+WINDOWS = {*PLAIN, "sliding_window"}
 ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", PLAIN),
-    "qwen3": ("Qwen3ForCausalLM", {*PLAIN, "qk_norm", "sliding_window"}),
-    "modded_llama": ("ModdedLlamaForCausalLM", {*PLAIN, *EXTRAS, "sliding_window"}),
+    "llama": ("LlamaForCausalLM", Target(PLAIN)),
+    "mistral": ("MistralForCausalLM", Target(WINDOWS, must=["sliding_window"])),
+    "qwen3": ("Qwen3ForCausalLM", Target({*WINDOWS, "qk_norm"}, must=["qk_norm"])),
+    "modded_llama": ("ModdedLlamaForCausalLM", Target({*WINDOWS, *EXTRAS})),
 }
 # What a config.json leaves out, by model_type; None: see args_of()
 COMMON = {
@@ -79,16 +87,22 @@ DEFAULTS = {
     "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
     "modded_llama": COMMON,
 }
-# Fields of a config.json that ModelArgs lacks, with the only value that our model computes
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+# Fields of a config.json that change what a model computes and that ModelArgs lacks, with the values
+# that change nothing; null is always one of them
+NEUTRAL = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
 }
-# What rope_parameters, or rope_scaling, may say
-PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+# The same for rope_parameters, or rope_scaling
+NEUTRAL_ROPE = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1.0,),
+    "factor": (1.0,),
+}
 
 
 # ---- config.json
@@ -96,7 +110,7 @@ PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor"
 
 def config_of(args, dtype, special_ids):
     """config.json of ModelArgs, as a dict, for the first architecture that carries them."""
-    kind = next(k for k, (_, carried) in ARCHITECTURES.items() if not not_carried(args, carried))
+    kind = next(k for k, (_, target) in ARCHITECTURES.items() if not misfit(args, target))
     sizes = windows(args)
     config = {
         "architectures": [ARCHITECTURES[kind][0]],
@@ -105,23 +119,15 @@ def config_of(args, dtype, special_ids):
         "head_dim": args.head_dim,
         "rope_theta": args.rope_theta,  # of older transformers
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         **special_ids,
         "dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
     }
     if kind == "qwen3":
-        del config["mlp_bias"]
-        words = ["sliding_attention" if size else "full_attention" for size in sizes]
         config |= {"use_sliding_window": any(sizes), "sliding_window": max(sizes) or None}
-        config |= {"max_window_layers": 0, "layer_types": words}
+        config |= {"max_window_layers": 0, "layer_types": layer_types(sizes)}
+    if kind == "mistral":
+        config["sliding_window"] = max(sizes)
     if kind == "modded_llama":
-        for name in ("hidden_act", "mlp_bias", "attention_bias", "attention_dropout"):
-            del config[name]
         config |= {name: getattr(args, name) for name in EXTRAS} | {"layer_windows": sizes}
         module = MODELING.removesuffix(".py")
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
@@ -136,14 +142,16 @@ def args_of(config, path):
     """
     kind = config.get("model_type")
     expect(kind in DEFAULTS, path, "model_type", kind, " or ".join(DEFAULTS))
-    config = {**DEFAULTS[kind], **config}
-    for name, value in ONLY.items():
-        expect(config.get(name, value) in (value, None), path, name, config.get(name), value)
+    config |= {k: value for k, value in DEFAULTS[kind].items() if config.get(k) is None}
+    for name, values in NEUTRAL.items():
+        expect_neutral(path, name, config.get(name), values)
     rope = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = config.get(name) or {}
         is_plain = isinstance(value, dict) and all(
-            key == "rope_theta" or one == PLAIN_ROPE.get(key) for key, one in value.items()
+            key == "rope_theta" or one is None or one in NEUTRAL_ROPE.get(key, ())
+            for key, one in value.items()
+            if not (one == "linear" and value.get("factor") == 1)
         )
         expect(is_plain, path, name, value, "rotary angles without scaling")
         rope |= value
@@ -162,6 +170,11 @@ def args_of(config, path):
     return args
 
 
+def layer_types(sizes):
+    """transformers' words for the window of each layer."""
+    return ["sliding_attention" if size else "full_attention" for size in sizes]
+
+
 def windows_of(config, kind, path):
     """The window of each layer, 0 where it sees everything, of a config.json."""
     n = config["num_hidden_layers"]
@@ -176,10 +189,13 @@ def windows_of(config, kind, path):
         size = config.get("sliding_window", 4096)
         sizes = [size if k == "sliding_attention" else 0 for k in kinds]
     else:
-        sizes = []
+        sizes = [0] * n
     is_right = all(type(size) is int and size >= 0 for size in sizes)
     is_right = is_right and len(sizes) in (0, n) and len(set(sizes) - {0}) < 2
     expect(is_right, path, "windows", sizes, f"those of {n} layers, all of one size or 0")
+    if (words := config.get("layer_types")) is not None:
+        expected = layer_types(sizes or [0] * n)
+        expect(words == expected, path, "layer_types", words, expected)
     return sizes
 
 
@@ -187,32 +203,42 @@ def windows_of(config, kind, path):
 
 
 def weight_files(folder):
-    """Paths of the safetensors files of a folder: one, else those that an index names."""
-    single = os.path.join(folder, "model.safetensors")
-    index, paths = f"{single}.index.json", [single]
-    if os.path.isfile(index) and not os.path.isfile(single):
-        names = read_json(index).get("weight_map")
-        if not names:
-            raise UserError(f"{index} cannot be read: it has no weight_map")
-        paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path} does not exist; expected the weights of {folder} there")
-    return paths
+    """
+    Paths of the weights of a folder, one file or those that an index names: safetensors, or the
+    pytorch_model.bin of older programs.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single = os.path.join(folder, name)
+        index, paths = f"{single}.index.json", [single]
+        if os.path.isfile(index) and not os.path.isfile(single):
+            names = read_json(index).get("weight_map")
+            if not names:
+                raise UserError(f"{index} cannot be read: it has no weight_map")
+            paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
+            for path in paths:
+                if not os.path.isfile(path):
+                    raise UserError(f"{path} does not exist, but {index} names it")
+        if os.path.isfile(paths[0]):
+            return paths
+    raise UserError(f"{folder} has no model.safetensors; expected the weights there")
 
 
 def open_tensors(paths):
-    """{name: (shape, function that reads it)} of the tensors of safetensors files."""
+    """{name: (shape, function that reads it)} of the tensors of weight_files()."""
     safetensors = need("safetensors")
     found = {}
     for path in paths:
+        if path.endswith(".bin"):
+            is_zip = zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
+            for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=is_zip).items():
+                found[name] = tuple(tensor.shape), tensor.clone
+            continue
         try:
             f = safetensors.safe_open(path, "pt")
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
         for name in f.keys():  # noqa: SIM118 (not a dict)
-            shape = tuple(f.get_slice(name).get_shape())
-            found[name] = shape, lambda f=f, name=name: f.get_tensor(name)
+            found[name] = tuple(f.get_slice(name).get_shape()), partial(f.get_tensor, name)
     return found
 
 
@@ -317,11 +343,10 @@ def write_folder(model, folder, dtype, tokenizer, facts):
             with open(os.path.join(part, name), "wb") as f:
                 f.write(value.encode() if isinstance(value, str) else value)
         save(tensors, part, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
-        for name in os.listdir(part):
-            with open(os.path.join(part, name), "rb+") as f:
-                os.fsync(f.fileno())
-            os.chmod(f.name, os.stat(os.path.join(part, "config.json")).st_mode)  # not mine alone
-        flush_folder(part)
+        paths = [os.path.join(part, name) for name in os.listdir(part)]
+        for path in paths:  # safetensors files are readable to their owner alone
+            os.chmod(path, os.stat(os.path.join(part, "config.json")).st_mode)
+        flush_files(paths)
         replace(part, target)
         flush_folder(os.path.dirname(target))
     except (OSError, need("safetensors").SafetensorError) as e:
@@ -373,17 +398,12 @@ def check_replaceable(folder):
         raise UserError(f"cannot write {folder}: it is a file; name a folder")
     paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
     others = [n for n, path in paths.items() if not (OURS.fullmatch(n) and os.path.isfile(path))]
-    why = ""
     if others:
-        why = f"it holds {others[0]}, which is not of an export"
-    elif "README.md" in paths:
-        with open(paths["README.md"], encoding="utf-8", errors="replace") as f:
-            if MARK not in f.read():
-                why = f"{f.name} was not written by export.py"
-    elif paths:
-        why = f"it holds {min(paths)}, but no README.md of an export"
-    if why:
+        why = f"it holds {others[0]}, which does not belong to an export"
         raise UserError(f"cannot write {folder}: {why}; name another")
+    card_path = Path(folder, "README.md")
+    if paths and not (card_path.is_file() and MARK in card_path.read_text("utf-8", "replace")):
+        raise UserError(f"cannot write {folder}: its README.md was not written by export.py")
 
 
 # ---- one safetensors file, with our names

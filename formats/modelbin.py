@@ -26,7 +26,8 @@ from configurator import UserError
 from formats.tensors import (
     NAMES,
     PADDED,
-    not_carried,
+    Target,
+    misfit,
     shortest,
     skeleton,
     window_settings,
@@ -36,7 +37,7 @@ from model import ACTIVATIONS, ModelArgs, Transformer
 from system.files import atomic_write
 
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-V0_CARRIED = {*V0_HEADER, "tie_embeddings"}
+V0_TARGET = Target({*V0_HEADER, "tie_embeddings"})
 
 MAGIC = 0x616B3432  # "ak42" as a number, that of llama2.c's versions 1 and 2
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -95,15 +96,15 @@ V3_HEADER = (
 V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
 MAX_WINDOW = 1 << 24
 TABLES = {"value_embeddings", "bigram_embeddings"}  # of rows that are looked up, not multiplied
-V3_CARRIED = {*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"}
+V3_TARGET = Target({*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"})
 
 
-def refuse(args, carried, version):
+def refuse(args, target, version):
     """Raise UserError, naming the option, for a model that is more than the version can say."""
-    if field := not_carried(args, carried):
+    if name := misfit(args, target):
         raise UserError(
-            f"version {version} cannot carry {field.name} = {getattr(args, field.name)}: "
-            f"its readers take {field.default} for granted"
+            f"version {version} cannot carry {name} = {getattr(args, name)}: "
+            f"its readers take {getattr(ModelArgs, name)} for granted"
         )
 
 
@@ -179,7 +180,7 @@ def raw(tensor):
 
 def write_v0(model, f, dtype):
     args = model.args
-    refuse(args, V0_CARRIED, 0)
+    refuse(args, V0_TARGET, 0)
     if dtype != "fp32":
         raise UserError(
             f"version 0 cannot carry dtype = {dtype}: its readers take fp32 for granted"
@@ -218,7 +219,7 @@ def blobs(model, dtype):
 
 def write_v3(model, f, dtype):
     args = model.args
-    refuse(args, V3_CARRIED, 3)
+    refuse(args, V3_TARGET, 3)
     values = {
         **args.to_dict(),
         "magic": MAGIC,
@@ -254,11 +255,7 @@ def export_model(model, path, version=None, dtype="fp32"):
     that carries the model, so that llama2.c's readers can read it, else 3.
     """
     if version is None:
-        version = 3 if dtype != "fp32" or not_carried(model.args, V0_CARRIED) else 0
-    if version not in VERSIONS:
-        raise UserError(
-            f"version {version}: expected auto or one of {', '.join(map(str, VERSIONS))}"
-        )
+        version = 3 if dtype != "fp32" or misfit(model.args, V0_TARGET) else 0
     try:
         with atomic_write(path) as f:
             VERSIONS[version](model, f, dtype)
@@ -310,11 +307,7 @@ def read_bin(path):
     UserError, one sentence, for anything else.
     """
     data = Bytes(path)
-    if data.size < 8:
-        data.refuse(f"it has {data.size} bytes")
     magic, version = data.take("<u4", 2).tolist()
-    if magic == int.from_bytes(b"GGUF", "little"):
-        data.refuse("it is a GGUF file; read it with --from-gguf")
     version = version if magic == MAGIC else 0
     if version not in (0, 1, 2, 3):
         data.refuse(f"version {version}; expected 0 to 3")

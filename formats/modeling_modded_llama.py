@@ -22,52 +22,35 @@ class ModdedLlamaConfig(PretrainedConfig):
     model_type = "modded_llama"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __init__(
-        self,
-        vocab_size=4096,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=None,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        use_cache=True,
-        qk_norm=False,  # RMSNorm of each query and key head, before RoPE
-        norm_gains=True,  # RMSNorm has learned gains
-        activation="swiglu",  # or relu2, w2(relu(w1 x)²): mlp has no up_proj then
-        logit_softcap=0.0,  # c: logits become c * tanh(logits / c); 0: none
-        layer_windows=(),  # positions that each layer sees, itself included; 0: all
-        embedding_norm=False,  # RMSNorm behind the embedding
-        residual_scalars=False,  # layer i begins with a_i x + b_i x0; x0 is the embedding
-        value_embeddings=0,  # so many layers, the first, add an embedding to their values
-        bigram_rows=0,  # rows of a hashed table of (token before, token), added to the embedding
-        smear=False,  # a gate adds the embedding of the token before
-        **others,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
+    DEFAULTS = {  # noqa: RUF012
+        "vocab_size": 4096,
+        "hidden_size": 288,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "qk_norm": False,  # RMSNorm of each query and key head, before RoPE
+        "norm_gains": True,  # RMSNorm has learned gains
+        "activation": "swiglu",  # or relu2, w2(relu(w1 x)²): mlp has no up_proj then
+        "logit_softcap": 0.0,  # c: logits become c * tanh(logits / c); 0: none
+        "embedding_norm": False,  # RMSNorm after the embedding
+        "residual_scalars": False,  # layer i begins with a_i x + b_i x0; x0 is the embedding
+        "value_embeddings": 0,  # how many layers, from the first, add an embedding to their values
+        "bigram_rows": 0,  # rows of a hashed table of (token before, token), added to the embedding
+        "smear": False,  # a gate adds the embedding of the token before
+    }
+
+    def __init__(self, use_cache=True, **fields):
+        """layer_windows: how many positions each layer sees, its own included; 0: all."""
+        fields = {**self.DEFAULTS, **fields}
+        n_heads, n_layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+        fields["head_dim"] = fields["hidden_size"] // n_heads
+        fields["num_key_value_heads"] = fields.get("num_key_value_heads") or n_heads
+        fields["layer_windows"] = list(fields.get("layer_windows") or [0] * n_layers)
         self.use_cache = use_cache
-        self.qk_norm = qk_norm
-        self.norm_gains = norm_gains
-        self.activation = activation
-        self.logit_softcap = logit_softcap
-        self.layer_windows = list(layer_windows) or [0] * num_hidden_layers
-        self.embedding_norm = embedding_norm
-        self.residual_scalars = residual_scalars
-        self.value_embeddings = value_embeddings
-        self.bigram_rows = bigram_rows
-        self.smear = smear
-        super().__init__(**{k: v for k, v in others.items() if k != "head_dim"})
+        super().__init__(**fields)
 
 
 class RMSNorm(nn.Module):
@@ -156,13 +139,6 @@ class ModdedLlamaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("Block",)
     _supports_sdpa = True
 
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, ModdedLlamaModel) and self.config.residual_scalars:
-            nn.init.ones_(module.residual_scalars)
-            nn.init.zeros_(module.x0_scalars)
-
 
 class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
     def __init__(self, config):
@@ -185,12 +161,6 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
         if config.smear:
             self.smear_gate = nn.Linear(size, 1, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.embed_tokens = value
 
     def normed_embedding(self, tokens):
         x = self.embed_tokens(tokens)
@@ -260,12 +230,6 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
     def resize_token_embeddings(self, *words, **others):
         raise ValueError("the vocabulary of this model is in several tables and stays as it is")
 
@@ -277,7 +241,6 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
         use_cache=None,
         labels=None,
         logits_to_keep=0,
-        return_dict=True,
         **others,
     ):
         """
@@ -310,6 +273,4 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
             n = others.get("num_items_in_batch")  # of Trainer, for steps of several batches
             size = self.config.vocab_size
             loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=n)
-        if not return_dict:
-            return (logits,) if loss is None else (loss, logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

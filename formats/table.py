@@ -20,7 +20,7 @@ from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
 from formats.tensors import filled, skeleton
 from model import ModelArgs, Transformer
-from system.files import atomic_write, read_json
+from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
 from tokenizer import Tokenizer, open_tokenizer
 from training.checkpoint import load_checkpoint, load_model, save_file
@@ -190,6 +190,9 @@ def load(path, kind=None, tokenizer=""):
     model to use instead of the one beside it, or "none". Raises UserError.
     """
     try:
+        for file in [path] if os.path.isfile(path) else glob.glob(f"{glob.escape(path)}/*"):
+            if os.path.isfile(file):
+                check_not_pointer(file)
         model, find_tokenizer, facts = SOURCES[kind or recognize(path) or "checkpoint"](path)
         if tokenizer:
             found = None if tokenizer == "none" else open_tokenizer(tokenizer)
@@ -248,14 +251,11 @@ def with_tokenizer(path, name, tokenizer):
     beside = os.path.join(os.path.dirname(path), name)
     if tokenizer and os.path.exists(beside):
         with open(beside, "rb") as f:
-            is_same = f.read() in (tokenizer.c_file(), tokenizer.proto)
-        if not is_same and name.endswith(".model"):
-            is_same = open_tokenizer(beside).c_file() == tokenizer.c_file()
-        if not is_same:
-            raise UserError(
-                f"cannot write {path}: {beside} is of another tokenizer; name a file in another "
-                f"folder"
-            )
+            if f.read() not in (tokenizer.c_file(), tokenizer.proto):
+                raise UserError(
+                    f"cannot write {path}: {beside} is of another tokenizer; name a file in "
+                    f"another folder"
+                )
     yield
     if tokenizer and not os.path.exists(beside):
         with atomic_write(beside) as f:

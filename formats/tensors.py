@@ -7,8 +7,10 @@ damaged file: load() of table.py turns it into one sentence.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +70,21 @@ def not_carried(args, carried):
     return None
 
 
+class Target(NamedTuple):
+    """An architecture of another program, or a version of a format."""
+
+    can: Collection  # fields of ModelArgs that it has; all others must be ModelArgs' defaults
+    must: Collection = ()  # fields that are always on there, in every layer
+
+
+def misfit(args, target):
+    """The first field of ModelArgs that keeps a model from a Target, or None."""
+    is_on = {"sliding_window": all(windows(args))}
+    missing = [name for name in target.must if not is_on.get(name, getattr(args, name))]
+    lost = not_carried(args, target.can)
+    return missing[0] if missing else lost and lost.name
+
+
 def shortest(value):
     """The number with the fewest digits that is `value` in float32: 1e-5, not 9.999999747e-06."""
     return float(str(np.float32(value)))
@@ -81,6 +98,12 @@ def window_settings(sizes):
     n = len(letters)
     period = next(p for p in range(1, n + 1) if all(letters[i] == letters[i % p] for i in range(n)))
     return {"sliding_window": max(sizes), "window_pattern": letters[:period]}
+
+
+def expect_neutral(path, name, value, values):
+    """Raise UserError unless a field that this model lacks has a value that changes nothing."""
+    expected = f"a model without it{', or ' if values else ''}{' or '.join(map(str, values))}"
+    expect(value is None or value in values, path, name, value, expected)
 
 
 def expect(is_so, path, name, value, expected):

@@ -133,6 +133,15 @@ def checksum(path):
     return [size, crc]
 
 
+def check_not_pointer(path):
+    """Raise UserError for the few lines that Git LFS leaves in place of a large file."""
+    with open(path, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder"
+            )
+
+
 def write_json(path, value):
     """Write `value` to `path` as indented JSON, atomically."""
     with atomic_write(path, "w") as f:

@@ -58,11 +58,13 @@ def fetch_model(name):
     """The folder of a model of the hub, user/name or user/name@revision, kept in its cache."""
     hub = need("huggingface_hub")
     name, _, revision = name.partition("@")
+    words = {"revision": revision or None, "token": secret("HF_TOKEN")}
     patterns = ["*config.json", "model*.safetensors", "model*.index.json", "tokenizer*"]
     try:
-        return hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, token=secret("HF_TOKEN")
-        )
+        folder = hub.snapshot_download(name, allow_patterns=patterns, **words)
+        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            hub.snapshot_download(name, allow_patterns=["pytorch_model*"], **words)
+        return folder
     except Exception as e:  # of the hub, of the network, of the name
         raise UserError(f"cannot download {name}: {reason(e)}") from None
 

@@ -19,11 +19,12 @@ from configurator import UserError
 from formats import gguf as gguffile
 from formats import huggingface
 from formats import table as formats
+from formats.hftokenizer import byte_level_from_json
 from formats.modelbin import export_model, read_bin
 from formats.table import FORMATS, load, recognize
 from formats.tensors import windows
 from system.remote import need
-from tokenizer import open_tokenizer
+from tokenizer import byte_level_json, open_tokenizer
 from training.checkpoint import save_file
 
 # name: options, the class of transformers that loads it
@@ -473,7 +474,6 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([out, best, "--version=3", "--format=hf"], "only --format=bin has versions"),
         ([out, best, "--push-to-hub=a/b"], "give --format=hf"),
         ([out, best, "--format=hf", "--dry-run"], "give --push-to-hub"),
-        ([out, f"--from-bin={bin_}", f"--from-hf={tmp_path}"], "expected one of them"),
         ([out, f"--from-bin={bin_}", "--format=hf"], "there is no tokenizer.model beside"),
         ([out, f"--from-bin={bin_}", f"--tokenizer={tmp_path / 'x'}"], "does not exist"),
         ([out, f"--from-bin={bin_}", f"--tokenizer={tokenizers[105].model_path}"], "105 pieces"),
@@ -484,13 +484,15 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([finished / "ckpt.pt", best, "--format=bin"], "is a checkpoint, which would be lost"),
         ([finished / "ckpt.pt", f"--from-bin={bin_}"], "exists, and would be lost"),
         ([finished, best, "--format=hf"], "which belongs to what is read, would be lost"),
-        ([tmp_path / "a", best, "--format=hf"], "it holds model.bin, which is not of an export"),
+        (
+            [tmp_path / "a", best, "--format=hf"],
+            "model.bin, which does not belong to an export",
+        ),
         ([finished / "log.jsonl", best, "--format=hf"], "it is a file; name a folder"),
         ([out, f"--from-hf={tmp_path / 'none'}"], "is not a folder"),
         ([out, f"--from-hf={finished}"], "cannot read"),
         ([out, f"--from-gguf={bin_}"], "is damaged or not a GGUF file"),
         ([out, f"--from-gguf={tmp_path / 'none'}"], "cannot read"),
-        ([out, best, f"--from-bin={bin_}"], "--from-bin and --checkpoint: expected one of them"),
         (["", best], "the path to write is empty"),
         ([f"{out}/", best], "is a folder, or the tokenizer's"),
         ([tmp_path / "tokenizer.bin", best], "is a folder, or the tokenizer's"),
@@ -508,13 +510,14 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
     for name, data in before.items():
         assert (finished / name).read_bytes() == data
     refused(script("export.py", out, best, "--format=hf", "--dtype=int8"), "dtype = int8")
-    assert script("export.py", out, best, "--format=onnx").returncode == 2
+    for words in (["--format=onnx"], [f"--from-bin={bin_}"]):
+        assert script("export.py", out, best, *words).returncode == 2
 
 
 # of a config.json: what changes, and a part of the sentence
 FOREIGN = (
     ({"model_type": "gpt2"}, "model_type = gpt2; expected llama or"),
-    ({"hidden_act": "gelu"}, "hidden_act = gelu; expected silu"),
+    ({"hidden_act": "gelu"}, "hidden_act = gelu; expected a model without it, or silu"),
     ({"attention_bias": True}, "attention_bias = True"),
     ({"mlp_bias": True}, "mlp_bias = True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -528,6 +531,16 @@ FOREIGN = (
     ({"rope_scaling": "linear"}, "rope_scaling = linear"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters = "),
     ({"hidden_size": "wide"}, "dim = 'wide': expected a whole number"),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention']; expected"),
+    ({"layer_types": ["full_attention"]}, "layer_types = ['full_attention']; expected"),
+    (
+        {
+            "model_type": "qwen3",
+            "layer_types": ["linear_attention"] * 2,
+            "use_sliding_window": True,
+        },
+        "layer_types = ['linear_attention', 'linear_attention']; expected",
+    ),
     ({"num_hidden_layers": 2.0}, "n_layers = 2.0: expected a whole number"),
     ({"tie_word_embeddings": "false"}, "tie_embeddings = 'false': expected true or false"),
     ({"model_type": ["llama"]}, "cannot be read"),
@@ -549,6 +562,61 @@ def test_folders_that_this_model_does_not_compute(tmp_path, tokenizers, change, 
     with pytest.raises(UserError) as e:
         load(str(tmp_path / "hf"))
     assert part in str(e.value)
+
+
+# of a config.json, and of a GGUF file: what older writers leave out, and values that change nothing
+NEUTRAL_CONFIGS = (
+    {"hidden_act": "swish"},
+    {"hidden_act": None, "attention_bias": None, "mlp_bias": False, "quantization_config": None},
+    {"head_dim": None, "num_key_value_heads": None, "rope_theta": None},
+    {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 1.0}},
+    {"rope_parameters": {"rope_type": "default", "factor": None}, "partial_rotary_factor": 1.0},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": 4096, "pretraining_tp": 1},
+)
+
+
+@pytest.mark.parametrize("change", NEUTRAL_CONFIGS)
+def test_config_fields_that_change_nothing(tmp_path, tokenizers, change):
+    model = sized(tokenizers[105])
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", None, {})
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **change}))
+    same_model(load(str(tmp_path / "hf")).model, model)
+
+
+@pytest.mark.parametrize(
+    "key, value, is_neutral",
+    [(key, value, True) for key, values in gguffile.NEUTRAL.items() for value in values]
+    + [("expert_count", 8, False), ("rope.scaling.type", "yarn", False), ("new", 0.0, False)],
+)
+def test_gguf_keys_that_change_nothing(tmp_path, tokenizers, monkeypatch, key, value, is_neutral):
+    put_args = gguffile.put_args
+
+    def with_another(f, kind, args):
+        put_args(f, kind, args)
+        put = {str: f.add_string, bool: f.add_bool, int: f.add_uint32, float: f.add_float32}
+        put[type(value)](f"{kind}.{key}", value)
+
+    monkeypatch.setattr(gguffile, "put_args", with_another)
+    model, path = sized(tokenizers[512]), str(tmp_path / "m.gguf")
+    gguffile.write_gguf(model, path, "fp32", tokenizers[512], {})
+    if is_neutral:
+        same_model(load(path).model, model)
+    else:
+        with pytest.raises(UserError, match=f"llama.{key} = {value}; expected a model without it"):
+            load(path)
+
+
+def test_a_tokenizer_json_without_what_older_writers_leave_out(tmp_path, tokenizers):
+    bpe = tokenizers["gpt2"].bpe
+    value = byte_level_json(bpe)
+    del value["model"]["type"]
+    value["added_tokens"] = [
+        {"id": t["id"], "content": t["content"]} for t in value["added_tokens"]
+    ]
+    value["model"]["merges"] = [" ".join(pair) for pair in value["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    assert byte_level_from_json(tmp_path / "tokenizer.json").to_bytes() == bpe.to_bytes()
 
 
 def test_damaged_folders_and_files(tmp_path, tokenizers):
@@ -600,6 +668,62 @@ def test_damaged_folders_and_files(tmp_path, tokenizers):
                 load(str(path))
 
 
+def test_weights_of_older_programs(tmp_path, tokenizers):
+    """pytorch_model.bin, whole or in parts, is read without running what may be in it."""
+    from safetensors.torch import load_file
+
+    folder, model = tmp_path / "hf", sized(tokenizers[105])
+    huggingface.write_folder(model, str(folder), "fp32", None, {})
+    tensors = load_file(folder / "model.safetensors")
+    os.remove(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    same_model(load(str(folder)).model, model)
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    same_model(load(str(folder)).model, model)
+    torch.save({**tensors, "evil": print}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read: Weights only load failed"):
+        load(str(folder))
+    os.remove(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no model.safetensors; expected the weights there"):
+        load(str(folder))
+    parts, index = [{}, {}], {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        parts[i % 2][name], index[name] = tensor, f"pytorch_model-{i % 2}.bin"
+    for i, part in enumerate(parts):
+        torch.save(part, folder / f"pytorch_model-{i}.bin")
+    path = folder / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    same_model(load(str(folder)).model, model)
+
+
+def test_what_stands_in_place_of_the_file(tmp_path, tokenizers):
+    """A Git LFS pointer, and a part of a split GGUF, are named with the way out."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 42\n"
+    model, way_out = sized(tokenizers[512]), "is a Git LFS pointer, .* run git lfs pull"
+    huggingface.write_folder(model, str(tmp_path / "hf"), "fp32", tokenizers[512], {})
+    for path in (tmp_path / "hf").iterdir():
+        whole = path.read_bytes()
+        path.write_text(pointer)
+        with pytest.raises(UserError, match=f"{path.name} {way_out}"):
+            load(str(tmp_path / "hf"))
+        path.write_bytes(whole)
+    for name in ("m.gguf", "ckpt.pt", "m.bin", "m.safetensors", "other"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"{name} {way_out}"):
+            load(str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{name} {way_out}"):
+            load(str(tmp_path / "hf"), tokenizer=str(tmp_path / name))
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="one of 2 parts of a split GGUF: join them with"):
+        load(str(tmp_path / "m-00001-of-00002.gguf"))
+
+
 def test_damaged_model_bins(tmp_path, tokenizers):
     model, path = sized(tokenizers[105], **EVERYTHING), tmp_path / "model.bin"
     plain = sized(tokenizers[105])
@@ -648,7 +772,7 @@ def test_a_folder_is_replaced_only_by_its_own_kind(tmp_path, tokenizers):
     with pytest.raises(UserError, match=r"README.md was not written by export.py"):
         huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
     (folder / "README.md").unlink()
-    with pytest.raises(UserError, match="it holds"):
+    with pytest.raises(UserError, match=r"README.md was not written by export.py"):
         huggingface.write_folder(model, str(folder), "fp32", tokenizers[512], {})
 
 

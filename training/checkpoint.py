@@ -491,8 +491,9 @@ def restore(model, optimizer, checkpoint, path):
 
 
 def plain_state(checkpoint):
-    """The state dict of the model; a compiled one has a prefix in llama2.c's checkpoints."""
-    return {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
+    """The state dict of the model, without the prefixes of torch.compile and DDP."""
+    state = checkpoint["model"].items()
+    return {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor for name, tensor in state}
 
 
 def load_model(checkpoint, path):
@@ -502,7 +503,8 @@ def load_model(checkpoint, path):
         if "model" in checkpoint:
             model.load_state_dict(plain_state(checkpoint))
     except (ValueError, TypeError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{path} does not fit this model: {str(e).splitlines()[0]}") from None
+        cause = str(e).splitlines()[:2][-1].strip()  # torch names the tensors in its second line
+        raise UserError(f"{path} does not fit this model: {cause[:300]}") from None
     if "model" not in checkpoint:
         restore(model, None, checkpoint, path)
     return model
