@@ -142,7 +142,7 @@ def read_override_file(path, namespace, settings):
         source = f.read()
     scope = {name: namespace[name] for name in settings}
     try:
-        tree = ast.parse(source.decode("utf-8"), found)
+        tree = ast.parse(source.decode("utf-8-sig"), found)
         names = list(assigned_names(tree, path))
         exec(compile(tree, found, "exec"), scope)
     except UserError:
