@@ -196,7 +196,7 @@ def read_override_file(path, settings):
         source = f.read()
     scope, overrides = dict(settings), {}
     try:
-        for node in ast.parse(source.decode("utf-8"), found).body:
+        for node in ast.parse(source.decode("utf-8-sig"), found).body:
             try:
                 values = assigned(node, scope)
             except ValueError:

@@ -87,8 +87,8 @@ DEFAULTS = {
     "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
     "modded_llama": COMMON,
 }
-# Fields of a config.json that change what a model computes and that ModelArgs lacks, with the values
-# that change nothing; null is always one of them
+# Fields of a config.json that change what a model computes and that ModelArgs lacks, with the
+# values that change nothing; null is always one of them
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),

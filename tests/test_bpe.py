@@ -19,6 +19,7 @@ from bpe import BPETokenizer, train_bpe
 from configurator import UserError
 from system.workers import over_spans
 from text.corpus import Span, whole_file
+from text.shards import encode_span
 from tokenizer import open_tokenizer
 
 END = "<|endoftext|>"
@@ -343,6 +344,20 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
             train_bpe(tmp_path / "tok.json", 300, special)
         with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):
             BPETokenizer(tokenizer.vocab, tokenizer.merges, special)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "a.txt").write_text("hello hello world")
+    (tmp_path / "b.txt").write_text("\ufeffhello hello world")
+    vocab, merges = train_bpe(tmp_path / "a.txt", 260, [END])
+    assert train_bpe(tmp_path / "b.txt", 260, [END]) == (vocab, merges)
+    model = BPETokenizer(vocab, merges, [END]).to_bytes()
+    (tmp_path / "m.model").write_bytes(b"\xef\xbb\xbf" + model)
+    tokenizer = open_tokenizer(tmp_path / "m.model")
+    for name in ("a.txt", "b.txt"):
+        span = whole_file(str(tmp_path / name))
+        ids = encode_span(span, tokenizer, "own", "uint16")
+        assert tokenizer.decode(ids.tolist()) == "hello hello world"
 
 
 def test_too_many_different_pretokens_lose_the_rarest(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,11 @@ def applied(*words, **options):
     return values
 
 
+def test_an_override_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "small.py").write_text("\ufeffbatch_size = 8\n")
+    assert applied(str(tmp_path / "small.py"))["batch_size"] == 8
+
+
 def test_a_terminal_that_lacks_a_character_gets_its_code(monkeypatch):
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
