@@ -248,7 +248,7 @@ def test_a_folder_that_another_run_has_by_now_is_left_to_it(tmp_path):
     os.rename(tmp_path / "out", tmp_path / "moved")
     assert ours.is_lost()
     theirs = RunDir(str(tmp_path / "out"))
-    with pytest.raises(UserError, match="another run is writing to"):
+    with pytest.raises(UserError, match="was moved or deleted, and another run writes there now"):
         ours.begin_again()
     os.close(theirs.lock_file)
     ours.begin_again()

@@ -22,7 +22,7 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, WORLD_SIZE, say
 from training.rundir import RunDir
-from training.settings import FIXED, OF_ONE_START, OPTIONS, beyond_arch, check, with_arch
+from training.settings import FIXED, OF_ONE_START, OPTIONS, check, with_arch
 
 
 @dataclass
@@ -65,10 +65,6 @@ def begin(settings, given):
             )
         start.settings = with_arch(settings, given)
     check(start.settings)
-    arch, more = start.settings["arch"], beyond_arch(start.settings)
-    if arch != "modded" and more:
-        names = ", ".join(f"{name} = {start.settings[name]}" for name in more)
-        say(f"note: {names}, beyond --arch={arch}")
     return start
 
 

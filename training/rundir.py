@@ -93,17 +93,21 @@ class RunDir:
         Make and lock the folder again after it was moved or deleted, with the log so far. Raises
         FolderInUse where another run writes there by now.
         """
-        print_line(
-            f"warning: {self.path} was moved or deleted; the run goes on in a new {self.path}",
-            sys.stderr,
-        )
-        self.claim()
+        what = f"{self.path} was moved or deleted"
+        try:
+            self.claim()
+        except FolderInUse:
+            raise FolderInUse(
+                f"{what}, and another run writes there now: this run ends; what it saved is where "
+                f"the folder was moved to"
+            ) from None
+        print_line(f"warning: {what}; the run goes on in a new {self.path}", sys.stderr)
         if os.path.exists(self.file(LOG)):  # of another run
             self.set_aside_earlier_run()
         self.log_file.seek(0)
         lines = self.log_file.read()
         self.log_file = open(self.file(LOG), "w+", encoding="utf-8")  # noqa: SIM115
-        self.log_file.write(lines)
+        print(lines, end="", file=self.log_file, flush=True)
         if self.tokenizer:
             self.add_tokenizer(*self.tokenizer)
 

@@ -106,13 +106,6 @@ def with_arch(settings, given):
     return settings | {k: v for k, v in ARCHS.get(settings["arch"], {}).items() if k not in given}
 
 
-def beyond_arch(settings):
-    """Names of options that differ from what the architecture's name stands for."""
-    plain = {name: f.default for f in fields(ModelArgs) if (name := f.name) in ARCHS["modded"]}
-    plain |= ARCHS[settings["arch"]]
-    return [name for name in plain if settings[name] != plain[name]]
-
-
 CHOICES = {
     "arch": ARCHS,
     "optimizer": OPTIMIZERS,
