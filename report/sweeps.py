@@ -140,8 +140,8 @@ def summarize(results, x, series, value):
         if line["status"] != "failed":
             row = table.setdefault(label_of(line["varied"], series), {})
             values, diverged = row.setdefault(line["varied"].get(x, ""), ([], []))
-            is_known = line["status"] == "finished" and line[value] is not None
-            (values if is_known else diverged).append(line[value])
+            is_finished = line["status"] == "finished"
+            (values if is_finished else diverged).append(line.get(value))
     return [
         (label, [(place, values, len(bad)) for place, (values, bad) in row.items()])
         for label, row in table.items()

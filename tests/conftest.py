@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,18 @@ from text.synth import make_stories
 from tokenizer import open_tokenizer, train_sentencepiece
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+# a limit only for what will never come: on a busy machine everything else is just slow
+PATIENCE_S = 600
+
+
+def wait_until(condition, what="it did not come so far"):
+    """Return once condition() is true; fail after PATIENCE_S."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
 
 
 class Zygote:
@@ -123,7 +136,7 @@ def run(builds):
 
     def call(*words, **options):
         command = [builds["run", "checked"], *map(str, words)]
-        return subprocess.run(command, capture_output=True, timeout=60, **options)
+        return subprocess.run(command, capture_output=True, timeout=PATIENCE_S, **options)
 
     return call
 

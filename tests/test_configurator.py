@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPO, refused
 
-from configurator import UserError, apply, configure
+from configurator import UserError, apply, configure, listed_paths
 
 
 def namespace(**more):
@@ -82,6 +82,17 @@ def test_later_words_win_and_given_names_come_back():
     values = namespace()
     assert apply(values, ["--batch_size=1", "--batch_size=2"]) == {"batch_size"}
     assert values["batch_size"] == 2
+
+
+def test_paths_may_have_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1,2").mkdir()
+    assert listed_paths("a,lr=1,2, b,,lr=1") == ["a", "lr=1,2", "b", "lr=1"]
+    assert listed_paths("lr=1,2") == ["lr=1,2"]
+    assert listed_paths(" , ") == []
+    settings = {"what": "", "__file__": "x.py"}
+    apply(settings, ["a", "lr=1,2"], "what", many=True)
+    assert listed_paths(settings["what"]) == ["a", "lr=1,2"]
 
 
 def test_positional():

@@ -8,7 +8,10 @@ import sys
 
 import nbformat
 import pytest
-from conftest import REPO
+from conftest import (
+    PATIENCE_S,
+    REPO,
+)
 from nbclient import NotebookClient
 
 # Every notebook, with environment variables that make its run a small one
@@ -99,7 +102,7 @@ def kernel(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def execute(name, folder, timeout=300):
+def execute(name, folder, timeout=PATIENCE_S):
     """The notebook with its outputs; raises CellExecutionError where a cell fails."""
     notebook = read(name)
     options = {"timeout": timeout, "kernel_name": "python3"}

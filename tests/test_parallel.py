@@ -13,7 +13,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, read_log, script, train
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    TINY,
+    read_log,
+    script,
+    train,
+)
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from configurator import UserError
@@ -45,7 +52,7 @@ def train_with(n, data_dir, out_dir, *words):
         output, errors, status = done.stdout, done.stderr, done.returncode
     else:
         process = launch(n, data_dir, out_dir, *words)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE_S)
         status = process.returncode
     assert status == 0, output + errors
     return output
@@ -191,7 +198,7 @@ def test_a_full_disk_costs_no_sharded_checkpoint(runs, practice, tmp_path):
         *words,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     said = f"cannot write {out / 'ckpt.pt'}: "
     assert f"warning: {said}" in errors and f"of the {STEPS + 2} steps, {STEPS} are saved" in errors
@@ -243,7 +250,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tm
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.02)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     last = read_log(out)[-1]
     assert last["reason"] == "interrupted", output + errors
     assert load_checkpoint(out / "ckpt.pt")["iter_num"] == last["step"] < STEPS
@@ -258,7 +265,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(runs, practice, tm
 def test_a_failing_rank_ends_the_job_with_its_own_message(practice, tmp_path):
     words = ["--batch_size=7"]
     process = launch(2, practice, tmp_path / "out", *words)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     (said,) = [line for line in errors.splitlines() if "error: " in line]
     assert said == (
@@ -277,7 +284,7 @@ def test_a_rank_that_dies_ends_the_others(practice, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(ranks_of(out)[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in errors or "exitcode  : -9" in errors
     print(errors)  # whole, which a failed assertion would not be

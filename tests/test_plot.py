@@ -13,10 +13,16 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import REPO, TINY, refused, script
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    TINY,
+    refused,
+    script,
+    wait_until,
+)
 
 from configurator import UserError
 from formats.table import training_facts
@@ -316,6 +322,19 @@ def test_nothing_in_results_reaches_the_terminal_as_a_command(tmp_path):
     assert all(c.isprintable() or c == "\n" for c in done.stdout)
 
 
+@needs_matplotlib
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_an_error(tmp_path, unbuffered):
+    """The hook and the end of configure()'s scripts, so of every script."""
+    command = [sys.executable, REPO / "plot.py", log_of(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as f:
+        done = subprocess.run(command, stdout=f, stderr=subprocess.PIPE, text=True, env=environment)
+    refused(subprocess.CompletedProcess(command, done.returncode, "", done.stderr), "No space left")
+    assert done.stderr.count("\n") == 1
+
+
 # ---- the table of ablations
 
 
@@ -443,7 +462,7 @@ def serve():
 
 
 def get(port, path, host=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request("GET", path, headers={"Host": host} if host else {})
     answer = connection.getresponse()
     return answer.status, answer.read()
@@ -479,7 +498,7 @@ def test_the_page_waits_for_a_run_that_is_not_there_yet(tmp_path, serve):
 
 def test_slow_clients_do_not_silence_the_page(tmp_path, serve):
     port = serve(log_of(tmp_path / "out"), "--start=")
-    slow = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(300)]
+    slow = [socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) for _ in range(300)]
     for client in slow:
         with contextlib.suppress(OSError):  # it may be cut off already
             client.sendall(b"GET / HT")
@@ -496,14 +515,22 @@ def test_clients_that_leave_print_nothing(tmp_path, serve):
     port = serve(log_of(tmp_path / "out"), "--start=")
     for request in (b"GET /data.json HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET", b"\0\n\n"):
         for _ in range(5):
-            client = socket.create_connection(("127.0.0.1", port), timeout=60)
+            client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
             # a reset in place of an orderly end
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.sendall(request)
             client.close()
     assert get(port, "/data.json")[0] == 200
     serve.processes[0].terminate()
-    assert serve.processes[0].communicate(timeout=60)[1] == ""
+    assert serve.processes[0].communicate(timeout=PATIENCE_S)[1] == ""
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -514,19 +541,10 @@ def test_the_engine_does_not_outlive_the_page(tmp_path, serve, signum):
     engine.write_text(f"#!/bin/sh\necho $$ > {pid}.part; mv {pid}.part {pid}; exec sleep 600\n")
     engine.chmod(0o755)
     serve(folder, f"--engine={engine}")
-    deadline = time.monotonic() + 120
-    while not pid.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(pid.exists)
     serve.processes[0].send_signal(signum)
-    serve.processes[0].wait(120)
-    while True:
-        try:
-            os.kill(int(pid.read_text()), 0)
-        except ProcessLookupError:
-            break
-        assert time.monotonic() < deadline, "the engine is still there"
-        time.sleep(0.02)
+    serve.processes[0].wait(PATIENCE_S)
+    wait_until(lambda: not is_alive(int(pid.read_text())), "the engine is still there")
 
 
 def test_a_taken_port_is_refused(tmp_path, serve):
@@ -547,7 +565,9 @@ def browse(port, folder, *words):
     """Open the page in Chromium, for four seconds of its time; returns the page as it is then."""
     command = [BROWSER, *QUIET, f"--user-data-dir={folder}", "--window-size=1280,1150"]
     command += ["--virtual-time-budget=4000", *words, f"http://127.0.0.1:{port}/"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    ).stdout
 
 
 def shown_step(page):
@@ -567,10 +587,8 @@ def test_the_page_follows_a_real_run_in_a_browser(practice, tmp_path, serve, bui
         command = [sys.executable, REPO / "train.py", *flags, f"--out_dir={out}"]
         training = subprocess.Popen(command, stdout=f, stderr=f)
     try:
-        deadline = time.monotonic() + 120
-        while not (story := json.loads(get(port, "/data.json")[1])["story"]):
-            assert time.monotonic() < deadline and training.poll() is None
-            time.sleep(0.2)
+        wait_until(lambda: json.loads(get(port, "/data.json")[1])["story"])
+        story = json.loads(get(port, "/data.json")[1])["story"]
         before = browse(port, tmp_path / "profile", "--dump-dom")
         browse(port, tmp_path / "profile", f"--screenshot={tmp_path / 'page.png'}")
         after = browse(port, tmp_path / "profile", "--dump-dom")

@@ -7,13 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, read_log, refused, script, train
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    read_log,
+    refused,
+    script,
+    train,
+    wait_until,
+)
 from local_hub import Hub
 
 from bpe import BPETokenizer
@@ -341,19 +348,16 @@ def test_two_processes_upload_are_killed_and_resume_from_the_hub(hub, practice, 
     out = tmp_path / "out"
     words = [f"--hub_repo={NAME}", f"--out_dir={out}", "--eval_interval=5"]
     process = torchrun(tmp_path, practice, *words, "--max_iters=100000")
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if len(hub.models.get(NAME, {})) > 4:  # with log and tokenizer two checkpoints or more
-            break
-        time.sleep(0.05)
+    # with log and tokenizer two checkpoints or more
+    wait_until(lambda: len(hub.models.get(NAME, {})) > 4 or process.poll() is not None)
     kill_all(str(out))
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     found = steps_on(hub)
     assert len(found) >= 2, output
     step = int(found[-1][-9:-3])
     shutil.rmtree(out)  # the machine is gone
     process = torchrun(tmp_path, practice, *words, f"--max_iters={step + 3}")
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
     assert f"going on from ckpt_{step:06}.pt of {NAME}" in output
     log = read_log(out)
@@ -370,7 +374,7 @@ def test_two_processes_for_a_given_time_end_with_the_users_command(practice, tmp
         f"--on_finish=touch {tmp_path}/m",
     ]
     process = torchrun(tmp_path, practice, *words)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
     assert (tmp_path / "m").exists()
 

@@ -13,7 +13,15 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, read_log, refused, script, train
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    TINY,
+    read_log,
+    refused,
+    script,
+    train,
+)
 
 from configurator import UserError
 from training import checkpoint
@@ -61,7 +69,7 @@ def run_until(practice, out, killed):
             process.kill()
             break
         time.sleep(0.0005)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode in (0, -signal.SIGKILL), text
     return process.returncode != 0
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import (
     ENGINE_EMULATOR,
     EVERYTHING,
+    PATIENCE_S,
     REPO,
     STRICT,
     bin_of,
@@ -639,7 +640,7 @@ def load(builds, tmp_path):
         path = tmp_path / "changed.bin"
         path.write_bytes(data)
         words = [builds["harness", "checked"], "logits", "1", path, "1", "7"]
-        return subprocess.run(words, capture_output=True, timeout=60)
+        return subprocess.run(words, capture_output=True, timeout=PATIENCE_S)
 
     return call
 

@@ -10,7 +10,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import REPO, compile_c, random_model
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    compile_c,
+    random_model,
+)
 from test_bpe import END, HARD, texts_of_all_sorts
 from test_run import PROMPTS, refused_by
 from test_tokenizer import broken_bytes, generated_texts
@@ -39,7 +44,7 @@ def harness(builds, kind, test, tokenizer, data, path, *words, **options):
     """One of the tests of harness.c with a tokenizer whose file, at `path`, has these bytes."""
     path.write_bytes(data)
     command = [builds["harness", kind], test, path, str(size_of(tokenizer)), *map(str, words)]
-    return subprocess.run(command, capture_output=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE_S, **options)
 
 
 @pytest.fixture

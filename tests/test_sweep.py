@@ -5,10 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import REPO, TINY, read_log, refused, script
+from conftest import (
+    REPO,
+    TINY,
+    read_log,
+    refused,
+    script,
+    wait_until,
+)
 
 BASE = " ".join([*TINY, "--arch=llama", "--optimizer=adamw", "--bigram_rows=0"])
 
@@ -79,13 +85,6 @@ def running(out_dir):
     return found
 
 
-def wait_for(condition, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come so far"
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
@@ -98,7 +97,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet)
     first, second = (f"base_learning_rate={rate}_seed=1337" for rate in (0.001, 0.003))
-    wait_for(lambda: running(out).get(second, 0) >= 40)
+    wait_until(lambda: running(out).get(second, 0) >= 40)
     os.kill(process.pid, how)
     process.wait(60)
     assert list(results(out)) == [first]

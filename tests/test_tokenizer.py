@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import REPO, bin_of, refused, script
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    bin_of,
+    refused,
+    script,
+)
 
 from bpe import BPETokenizer
 from configurator import UserError
@@ -59,7 +65,7 @@ def c_ids(builds, tokenizer, texts, kind="fast"):
     """The ids that run.c gives to each of some byte strings."""
     command = [builds["harness", kind], "encode", bin_of(tokenizer), str(tokenizer.vocab_size)]
     data = b"".join(text + b"\0" for text in texts)
-    done = subprocess.run(command, input=data, capture_output=True, timeout=60)
+    done = subprocess.run(command, input=data, capture_output=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return [[int(i) for i in line.split()] for line in done.stdout.splitlines()]
 

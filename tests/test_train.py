@@ -13,7 +13,15 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, read_log, refused, script, train
+from conftest import (
+    PATIENCE_S,
+    REPO,
+    TINY,
+    read_log,
+    refused,
+    script,
+    train,
+)
 
 from formats.huggingface import write_folder
 from formats.table import load, write_checkpoint
@@ -107,7 +115,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practi
             process.send_signal(signal.SIGINT)
             break
         time.sleep(0.02)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, text
     stopped = load_checkpoint(out / "ckpt.pt")["iter_num"]
     assert 0 < stopped < 60 and f"stopped at step {stopped}" in text
