@@ -383,8 +383,8 @@ for wrong in ("llama.forward([105])", "llama.forward([1], 9)", no_tokenizer, no_
         sys.exit("not refused")
     except ValueError as e:
         print(e, file=sys.stderr)
-if os.path.exists("/proc/self/maps"):  # a load that fails lets go of the model
-    assert open("/proc/self/maps").read().count({str(small)!r}) == 1
+if os.path.exists("/proc/self/maps"):  # files are copied, so that they may change
+    assert open("/proc/self/maps").read().count({str(small)!r}) == 0
 print(llama.tell("Once upon", seed=1, temperature=0.8))
 sampling = ctypes.byref(Sampling(1.0, 0.9, 0.0, 1.0, 0))
 llama.forward([1, 5, 7])
@@ -891,7 +891,7 @@ def test_texts_that_are_not_utf_8(run, small, tmp_path):
     plain = run(*words).stdout
     path.write_bytes(b"\xef\xbb\xbfOnce upon a time.")
     assert run(*words).stdout == plain != b""  # without the byte order mark
-    done = run(small, "-n", "30", "-i", b"caf\xe9")
+    done = run(small, "-n", "30", "-i", os.fsdecode(b"caf\xe9"))
     assert done.returncode == 0 and b"note: the prompt is not UTF-8" in done.stderr
 
 

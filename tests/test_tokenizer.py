@@ -173,9 +173,9 @@ def test_an_encoder_of_another_unicode_is_not_used(tokenizers, monkeypatch, name
 
     from_json = gigatoken.Tokenizer.from_json
 
-    def older(data):  # U+323B0, a letter since Unicode 17, is like a sign
+    def older(data):  # U+323C0, a letter since Unicode 17, is like a sign
         encode = from_json(data).encode
-        return SimpleNamespace(encode=lambda text: encode(text.replace("\U000323b0", "\u2e5f")))
+        return SimpleNamespace(encode=lambda text: encode(text.replace("\U000323c0", "\u2e5f")))
 
     fake = SimpleNamespace(Tokenizer=SimpleNamespace(from_json=older))
     monkeypatch.setitem(sys.modules, "gigatoken", fake)
