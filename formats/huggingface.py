@@ -14,6 +14,7 @@ transformers: its row in DEFAULTS.
 
 import json
 import os
+import pickle
 import re
 import zipfile
 from functools import partial
@@ -87,8 +88,7 @@ DEFAULTS = {
     "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
     "modded_llama": COMMON,
 }
-# Fields of a config.json that change what a model computes and that ModelArgs lacks, with the
-# values that change nothing; null is always one of them
+# Fields of a config.json that ModelArgs lacks, with the values that change nothing, besides null
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -189,7 +189,7 @@ def windows_of(config, kind, path):
         size = config.get("sliding_window", 4096)
         sizes = [size if k == "sliding_attention" else 0 for k in kinds]
     else:
-        sizes = [0] * n
+        sizes = []
     is_right = all(type(size) is int and size >= 0 for size in sizes)
     is_right = is_right and len(sizes) in (0, n) and len(set(sizes) - {0}) < 2
     expect(is_right, path, "windows", sizes, f"those of {n} layers, all of one size or 0")
@@ -228,10 +228,13 @@ def open_tensors(paths):
     safetensors = need("safetensors")
     found = {}
     for path in paths:
-        if path.endswith(".bin"):
+        if os.path.basename(path).startswith("pytorch_model"):
             is_zip = zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
-            for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=is_zip).items():
-                found[name] = tuple(tensor.shape), tensor.clone
+            try:
+                state = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
+            except pickle.UnpicklingError:
+                raise UserError(f"{path} is damaged, or holds more than tensors") from None
+            found |= {name: (tuple(tensor.shape), tensor.clone) for name, tensor in state.items()}
             continue
         try:
             f = safetensors.safe_open(path, "pt")

@@ -9,6 +9,7 @@ import contextlib
 import glob
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from configurator import UserError
 from formats import gguf, huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
-from formats.tensors import filled, skeleton
+from formats.tensors import PADDED, filled, skeleton
 from model import ModelArgs, Transformer
 from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
@@ -193,7 +194,8 @@ def load(path, kind=None, tokenizer=""):
         for file in [path] if os.path.isfile(path) else glob.glob(f"{glob.escape(path)}/*"):
             if os.path.isfile(file):
                 check_not_pointer(file)
-        model, find_tokenizer, facts = SOURCES[kind or recognize(path) or "checkpoint"](path)
+        kind = kind or recognize(path) or "checkpoint"
+        model, find_tokenizer, facts = SOURCES[kind](path)
         if tokenizer:
             found = None if tokenizer == "none" else open_tokenizer(tokenizer)
         else:
@@ -204,14 +206,31 @@ def load(path, kind=None, tokenizer=""):
         raise UserError(f"cannot read {path}: {reason(e)}") from None
     except Exception as e:  # foreign files may lead to anything
         raise UserError(f"{path} cannot be read: {reason(e)}") from None
-    n = model.args.vocab_size
-    is_exact = isinstance(found, Tokenizer)  # a FastTokenizer may leave rows of the model unused
-    if found and (found.vocab_size > n or (is_exact and found.vocab_size < n)):
+    return Loaded(fitted(model, found, kind) if found else model, found, facts)
+
+
+def fitted(model, tokenizer, kind):
+    """
+    A Transformer without the rows of its embedding and head that padding, or tokens added later,
+    put after the last piece of its tokenizer: these ids are never encoded and must not be drawn.
+    Raises UserError where the tokenizer belongs to another model.
+    """
+    n, n_pieces = model.args.vocab_size, tokenizer.vocab_size
+    if n_pieces == n:
+        return model
+    is_padded = n_pieces < n and kind != "checkpoint"
+    if isinstance(tokenizer, Tokenizer):  # Hugging Face's may have gaps
+        is_padded = is_padded and n - n_pieces <= n / 8
+    if not is_padded:
         raise UserError(
-            f"{found.model_path} has {found.vocab_size} pieces, but the model's vocabulary has "
+            f"{tokenizer.model_path} has {n_pieces} pieces, but the model's vocabulary has "
             f"{n}: give the tokenizer it was trained with (--tokenizer=PATH)"
         )
-    return Loaded(model, found, facts)
+    print(f"note: {n - n_pieces} of {n} tokens have no piece in the tokenizer and are left out")
+    short = Transformer(replace(model.args, vocab_size=n_pieces, vocab_multiple=1))
+    state = model.state_dict().items()
+    short.load_state_dict({k: t[:n_pieces] if k.startswith(PADDED) else t for k, t in state})
+    return short
 
 
 def load_teller(path, start, tokenizer=""):

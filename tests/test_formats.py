@@ -378,6 +378,34 @@ def test_a_tokenizer_json_alone_is_enough_to_sample(tmp_path, tokenizers, capsys
         export(tmp_path / "m.gguf", f"--from-hf={tmp_path / 'hf'}")
 
 
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": False, "value_embeddings": 1}])
+def test_rows_without_a_piece_are_never_drawn(tmp_path, tokenizers, capsys, run, options):
+    """An embedding that was padded to a round number of rows is cut to the tokenizer's pieces."""
+    tokenizer = tokenizers[512]
+    padded = random_model(vocab_size=576, **options)
+    with torch.no_grad():
+        padded.output.weight[512:] *= 9  # would be drawn
+    huggingface.write_folder(padded, str(tmp_path / "hf"), "fp32", None, {})
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(tokenizer.proto)
+    loaded = load(str(tmp_path / "hf"))
+    assert "note: 64 of 576 tokens have no piece" in capsys.readouterr().out
+    tokens = torch.tensor([tokenizer.encode("Once upon")])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(tokens), padded(tokens)[..., :512])
+    export(tmp_path / "m" / "m.bin", f"--from-hf={tmp_path / 'hf'}")
+    done = run(tmp_path / "m" / "m.bin", "-t", "0", "-i", "Once upon", "-n", "20")
+    assert done.returncode == 0, done.stderr
+    ids = tokens[0].tolist()
+    told = [*ids, *loaded.model.generate(ids, 21 - len(ids), 0, stop=tokenizer.stop)]
+    assert done.stdout.decode(errors="replace").removesuffix("\n") == tokenizer.decode(told)
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(tokenizers[105].proto)
+    with pytest.raises(UserError, match="105 pieces, but the model's vocabulary has 576"):
+        load(str(tmp_path / "hf"))
+    formats.write_checkpoint(padded, str(tmp_path / "c" / "c.pt"), "fp32", None, {})
+    with pytest.raises(UserError, match="512 pieces, but the model's vocabulary has 576"):
+        load(str(tmp_path / "c" / "c.pt"), tokenizer=tokenizer.model_path)
+
+
 # ---- Meta's releases
 
 
@@ -681,7 +709,7 @@ def test_weights_of_older_programs(tmp_path, tokenizers):
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     same_model(load(str(folder)).model, model)
     torch.save({**tensors, "evil": print}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be read: Weights only load failed"):
+    with pytest.raises(UserError, match="is damaged, or holds more than tensors"):
         load(str(folder))
     os.remove(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no model.safetensors; expected the weights there"):
