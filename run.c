@@ -430,6 +430,9 @@ static Config read_header(const File *f) {
     if (!memcmp(words, "PK\3\4", 4))
         die("%s is a checkpoint or zip file; make a model.bin of it: "
             "python export.py model.bin --checkpoint=%s", f->path, f->path);
+    if (!memcmp(words, "version ", 8))
+        die("%s is a Git LFS pointer, not the file itself: run git lfs pull in its folder",
+            f->path);
     bool has_magic = f->size >= sizeof words && words[0] == MAGIC;
     if (has_magic && (words[1] < 1 || words[1] > 3))
         die("%s is a version %u model file, and this engine reads versions 0 to 3: "

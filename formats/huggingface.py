@@ -4,8 +4,8 @@ read; and pytorch_model.bin, read.
 
 Plain Llama is written as LlamaForCausalLM, with a window in every layer as MistralForCausalLM, and
 with the options of `portable` as Qwen3ForCausalLM: transformers loads these without further code.
-Other models are written as ModdedLlamaForCausalLM together
-with the file modeling_modded_llama.py, for trust_remote_code=True.
+Other models are written as ModdedLlamaForCausalLM together with the file modeling_modded_llama.py,
+for trust_remote_code=True.
 
 To add an option: its field in EXTRAS and its tensor in NAMES of tensors.py, both used in
 modeling_modded_llama.py. To add an activation: its use there. To read another architecture of
@@ -220,7 +220,7 @@ def weight_files(folder):
                     raise UserError(f"{path} does not exist, but {index} names it")
         if os.path.isfile(paths[0]):
             return paths
-    raise UserError(f"{folder} has no model.safetensors; expected the weights there")
+    raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 
 def open_tensors(paths):

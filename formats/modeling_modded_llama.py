@@ -241,6 +241,7 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
         use_cache=None,
         labels=None,
         logits_to_keep=0,
+        return_dict=True,
         **others,
     ):
         """
@@ -273,4 +274,6 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
             n = others.get("num_items_in_batch")  # of Trainer, for steps of several batches
             size = self.config.vocab_size
             loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=n)
+        if not return_dict:
+            return (logits,) if loss is None else (loss, logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -25,7 +25,7 @@ from formats.table import FORMATS, load, recognize
 from formats.tensors import windows
 from system.remote import need
 from tokenizer import byte_level_json, open_tokenizer
-from training.checkpoint import save_file
+from training.checkpoint import load_checkpoint, save_file
 
 # name: options, the class of transformers that loads it
 CASES = {
@@ -712,7 +712,7 @@ def test_weights_of_older_programs(tmp_path, tokenizers):
     with pytest.raises(UserError, match="is damaged, or holds more than tensors"):
         load(str(folder))
     os.remove(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"has no model.safetensors; expected the weights there"):
+    with pytest.raises(UserError, match=r"has no model.safetensors and no pytorch_model.bin"):
         load(str(folder))
     parts, index = [{}, {}], {}
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -741,6 +741,8 @@ def test_what_stands_in_place_of_the_file(tmp_path, tokenizers):
             load(str(tmp_path / name))
         with pytest.raises(UserError, match=f"{name} {way_out}"):
             load(str(tmp_path / "hf"), tokenizer=str(tmp_path / name))
+    with pytest.raises(UserError, match=f"ckpt.pt {way_out}"):
+        load_checkpoint(str(tmp_path / "ckpt.pt"))
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")

@@ -598,6 +598,7 @@ def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32)
         (bytes(4096), "its header says dim = 0"),
         (struct.pack("<2I", 0x616B3432, 2) + bytes(300), "version 2 model file"),
         (b"GGUF" + bytes(300), "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run git lfs pull"),
         (b"PK\3\4" + bytes(300), "export.py"),
         (header(dim=-48) + bytes(300), "dim = -48"),
         (header(dim=2**31 - 1) + bytes(300), "dim = 2147483647"),

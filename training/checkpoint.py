@@ -48,7 +48,15 @@ import torch
 from configurator import UserError
 from model import ModelArgs, Transformer
 from optim import part_for, warmup_steps
-from system.files import atomic_write, checksum, flush_folder, link_or_copy, remove, replace
+from system.files import (
+    atomic_write,
+    check_not_pointer,
+    checksum,
+    flush_folder,
+    link_or_copy,
+    remove,
+    replace,
+)
 from system.progress import print_line
 from training import parallel
 
@@ -381,6 +389,7 @@ def load_file(path, device):
         raise UserError(f"checkpoint {path} does not exist; train one with: python train.py{also}")
     damaged = Damaged(f"{path} is damaged or no checkpoint of this program")
     try:
+        check_not_pointer(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise damaged
