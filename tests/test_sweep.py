@@ -188,6 +188,7 @@ def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
         (["--grid=dim=32", "--base=config/none.py"], ["config/none.py", "does not exist"]),
         (["--grid=dim=32", "--data_dir=nowhere"], ["no shards", "tinystories.py"]),
         (["--grid=n_heads=3"], ["n_heads = 3", "divide"]),
+        (["--grid=dim=32,64", "--base=--on_finish=true"], ["on_finish is not for the runs"]),
         (["--grid=dim=32'"], ["cannot be split"]),
         (["--grid=run=a,b"], ["run=a,b", "setting of train.py"]),
         (["--grid=out_dir=a,b"], ["out_dir=a,b", "setting of train.py"]),

@@ -23,6 +23,7 @@ from conftest import (
     train,
 )
 
+from dataset import DataPaths, names_without_sidecar
 from formats.huggingface import write_folder
 from formats.table import load, write_checkpoint
 from system import hardware
@@ -240,6 +241,9 @@ def test_paths_of_every_kind(practice, tmp_path):
     """The home folder as ~, brackets, spaces, links, and a resumed run in another folder."""
     project, elsewhere = tmp_path / "my project [1]", tmp_path / "elsewhere"
     shutil.copytree(practice, project / "data")
+    paths = DataPaths(project / "of llama2.c", "custom", 300)
+    shutil.copytree(practice / "tok300", paths.shards, ignore=shutil.ignore_patterns("[!d]*"))
+    assert "data00.bin" in names_without_sidecar(paths, "")
     elsewhere.mkdir()
     home = {**os.environ, "HOME": str(project)}
     words = [*TINY, "--max_iters=2", "--eval_interval=1", "--data_dir=data", "--out_dir=~/out"]
