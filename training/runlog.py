@@ -18,7 +18,8 @@ MOST_LINES = 50_000  # of a kind that are kept; of more, every second, then ever
 
 def is_number(value):
     """Whether a parsed value is a number that a page and a picture can show."""
-    return type(value) in (int, float) and -1e40 < value < 1e40  # NaN compares as False
+    most = {float: 1e40, int: 1 << 53}.get(type(value), 0)
+    return most > 0 and -most < value < most  # NaN compares as False
 
 
 def is_size(value):
