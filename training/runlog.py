@@ -144,12 +144,15 @@ class RunLog:
                     break  # half written
                 self.offset += len(text)
                 self.n_passed += 1
-                if self.n_passed < self.stride and text.startswith(b'{"kind": "train"'):
+                is_train = text.startswith(b'{"kind": "train"')
+                if is_train and self.n_passed < self.stride:
                     passed = text  # not worth the time to parse
                 elif is_whole:  # of a line that is too long only the end is parsed, and skipped
+                    if passed and not is_train:  # the last step before an evaluation or the end
+                        self.add(passed)
                     passed = b""
                     self.add(text)
-            if passed:  # the latest line is always kept
+            if passed:  # the latest step is always kept
                 self.add(passed)
         return self
 
