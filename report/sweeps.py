@@ -288,7 +288,7 @@ def section(results, x=""):
     noise = "" if sd is None else f" (a single run deviates by {sd:.4f}, pooled over all rows)"
     measured = [line for line in results if "hardware" in line]
     machines = {MACHINE.format(**line["hardware"]) for line in measured}
-    commits = {line["commit"][:9] for line in measured} - {""}
+    commits = {line.get("commit", "")[:9] for line in measured} - {""}
     lines = [
         f"## {title_of(results)}\n",
         EXPLANATION.format(first=next(iter(groups)), noise=noise),

@@ -227,12 +227,12 @@ def test_lines_that_train_py_does_not_write_are_skipped_and_counted(tmp_path, se
 
 def test_of_a_long_log_some_lines_are_kept_and_the_latest(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "MOST_LINES", 20)
-    folder = log_of(tmp_path / "out", n_steps=999)
+    folder = log_of(tmp_path / "out", n_steps=999, end="finished")
     [run] = find_runs([folder])
     steps = [line["step"] for line in run.train]
     assert 10 <= len(steps) <= 20 and steps == sorted(steps) and steps[-1] == 999 and steps[0] < 99
     assert run.best["step"] == 980 and 10 <= len(run.evals) <= 20
-    assert run.n_skipped == 0 and run.read().train[-1]["step"] == 999
+    assert run.n_skipped == 0 and run.read().train[-1]["step"] == 999 and run.end
 
 
 ODD = [

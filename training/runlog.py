@@ -18,7 +18,8 @@ MOST_LINES = 50_000  # of a kind that are kept; of more, every second, then ever
 
 def is_number(value):
     """Whether a parsed value is a number that a page and a picture can show."""
-    return type(value) in (int, float) and -1e40 < value < 1e40  # NaN compares as False
+    most = {float: 1e40, int: 1 << 53}.get(type(value), 0)
+    return most > 0 and -most < value < most  # NaN compares as False
 
 
 def is_size(value):
@@ -143,12 +144,15 @@ class RunLog:
                     break  # half written
                 self.offset += len(text)
                 self.n_passed += 1
-                if self.n_passed < self.stride and text.startswith(b'{"kind": "train"'):
+                is_train = text.startswith(b'{"kind": "train"')
+                if is_train and self.n_passed < self.stride:
                     passed = text  # not worth the time to parse
                 elif is_whole:  # of a line that is too long only the end is parsed, and skipped
+                    if passed and not is_train:  # the last step before an evaluation or the end
+                        self.add(passed)
                     passed = b""
                     self.add(text)
-            if passed:  # the latest line is always kept
+            if passed:  # the latest step is always kept
                 self.add(passed)
         return self
 
