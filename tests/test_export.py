@@ -178,7 +178,8 @@ def test_version_3_writes_nothing_that_its_readers_refuse(tmp_path, option):
 
 
 def test_an_option_that_export_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(modelbin, "V3_CARRIED", modelbin.V3_CARRIED - {"smear"})
+    without_smear = modelbin.Target(modelbin.V3_TARGET.can - {"smear"})
+    monkeypatch.setattr(modelbin, "V3_TARGET", without_smear)
     with pytest.raises(UserError, match="version 3 cannot carry smear = True"):
         export_model(random_model(smear=True), tmp_path / "model.bin")
 
