@@ -88,6 +88,7 @@ class Watcher:
         self.engine = os.path.abspath(engine) if engine else os.path.join(REPO, "run")
         self.runs, self.story, self.told = {}, None, None
         self.problem, self.teller = "", None
+        self.starting, self.is_closed = threading.Lock(), False  # no story begins after close()
 
     def look(self):
         """The state of everything, for the page."""
@@ -143,7 +144,10 @@ class Watcher:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
-            self.teller = subprocess.Popen(words, env=environment, **pipes)
+            with self.starting:
+                if self.is_closed:
+                    return ""
+                self.teller = subprocess.Popen(words, env=environment, **pipes)
         except OSError as e:
             return f"(no story: {words[0]}: {e.strerror})"
         with self.teller:
@@ -159,8 +163,10 @@ class Watcher:
 
     def close(self):
         """End the process that tells a story, which would outlive this one."""
-        if self.teller:
-            self.teller.kill()
+        with self.starting:
+            self.is_closed = True
+            if self.teller:
+                self.teller.kill()
 
 
 def last_change(run):
@@ -265,18 +271,17 @@ def serve_runs(paths, port, start, engine):
         raise UserError(
             f"port {port} cannot be used ({e.strerror}): give another with --port, or 0 for any"
         ) from None
-    for signum in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # as Ctrl-C
-        signal.signal(signum, signal.default_int_handler)
-    if start:
-        threading.Thread(target=watcher.tell_stories, daemon=True).start()
-    if problem:
-        print_line(f"waiting for a run: {problem}")
-    print_line(
-        f"http://127.0.0.1:{server.server_address[1]} follows {', '.join(paths)}; Ctrl-C ends it"
-    )
-    sys.stdout.flush()
     try:
         with contextlib.suppress(KeyboardInterrupt):
+            for signum in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # as Ctrl-C
+                signal.signal(signum, signal.default_int_handler)
+            if start:
+                threading.Thread(target=watcher.tell_stories, daemon=True).start()
+            if problem:
+                print_line(f"waiting for a run: {problem}")
+            address = f"http://127.0.0.1:{server.server_address[1]}"
+            print_line(f"{address} follows {', '.join(paths)}; Ctrl-C ends it")
+            sys.stdout.flush()
             server.serve_forever(poll_interval=0.2)
     finally:
         watcher.close()
