@@ -88,7 +88,7 @@ def training_facts(checkpoint, folder):
         facts["training text"] = f"{log.start.get('train_tokens', 0):,} tokens"
         facts["device"] = log.start.get("device_name")
     for line in log.evals:
-        if line.get("step") == step:
+        if line["step"] == step and line["val_loss"] is not None:
             facts["validation loss"] = f"{line['val_loss']:.4f} nats a token"
             if line.get("val_bpb"):
                 facts["validation"] = f"{line['val_bpb']:.4f} bits per byte"

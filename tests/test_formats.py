@@ -143,8 +143,9 @@ def finished(tmp_path_factory, tokenizers):
     value |= {"config": config, "n_sequences": 480, "train_s": 90.0}
     for name in ("best.pt", "ckpt.pt"):
         save_file(folder / name, value)
-    lines = [{"kind": "start", "train_tokens": 123456, "device_name": "a processor"}]
-    lines += [{"kind": "eval", "step": n, "val_loss": 2.5, "val_bpb": n / 100} for n in (40, 60)]
+    lines = [{"kind": "start", "config": {}, "train_tokens": 123456, "device_name": "a processor"}]
+    evaluated = {"kind": "eval", "tokens": 9, "time_s": 1.0, "train_s": 1.0, "val_loss": 2.5}
+    lines += [{**evaluated, "step": n, "val_bpb": n / 100} for n in (40, 60)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
     (folder / "tokenizer.model").write_bytes(tokenizer.proto)
     return folder

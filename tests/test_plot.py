@@ -272,22 +272,23 @@ def mutated(lines, numbers):
 @needs_matplotlib
 @pytest.mark.filterwarnings("ignore")
 def test_no_mutated_log_ends_in_a_traceback(tmp_path):
-    """Each value of each kind of line, 300 logs; the page's data are JSON that a browser reads."""
+    """300 logs; the page's data are JSON that a browser reads. Drawing is slow: every fifth is."""
     numbers = random.Random(0)
     log_of(tmp_path, n_steps=25, end="finished")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     lines[0] |= {"n_params": 5, "device_name": "a CPU", "model_args": {"dim": 4}}
     lines = [*lines[:2], *lines[19:23], *lines[-2:]]
     n_drawn = 0
-    for _ in range(300):
+    for i in range(300):
         (tmp_path / "log.jsonl").write_bytes(mutated(lines, numbers))
         [run] = find_runs([tmp_path])
         json.dumps(state_of(run, 60), allow_nan=False)
         training_facts({"iter_num": 20}, tmp_path)
         with contextlib.suppress(UserError):
-            draw_runs([run], str(tmp_path / "a.svg"), ["steps"])
-            n_drawn += 1
-    assert n_drawn > 200
+            if i % 5 == 0:
+                draw_runs([run], str(tmp_path / "a.svg"), ["steps"])
+                n_drawn += 1
+    assert n_drawn > 40
 
 
 @pytest.mark.slow
