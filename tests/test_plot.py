@@ -300,16 +300,17 @@ def test_no_mutated_results_end_in_a_traceback(tmp_path):
     more = {"hardware": hardware, "commit": "0123", "title": "a title", "arguments": "--a=b"}
     lines = [line_of_sweep(val=v, lr=lr, seed=1) | more for lr, v in ((0.1, 1.0), (1.0, 2.0))]
     lines += [line_of_sweep("diverged", lr=2.0, seed=1), line_of_sweep("failed", lr=3.0, seed=1)]
-    n_drawn = 0
-    for _ in range(300):
+    n_read = 0
+    for i in range(300):
         (tmp_path / "results.jsonl").write_bytes(mutated(lines, numbers))
         with contextlib.suppress(UserError):
             found = sweeps.read_sweep(str(tmp_path / "results.jsonl"))
             text = sweeps.section(found)
             assert "\x1b" not in sweeps.title_of(found) and text
-            draw_sweep(found, str(tmp_path / "a.svg"))
-            n_drawn += 1
-    assert n_drawn > 200
+            n_read += 1
+            if i % 5 == 0:  # drawing is slow
+                draw_sweep(found, str(tmp_path / "a.svg"))
+    assert n_read > 200
 
 
 @needs_matplotlib
