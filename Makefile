@@ -5,12 +5,11 @@
 # make test-peers   the GGUF files that export.py writes, run by llama.cpp (llama-cpp-python)
 # make fuzz    wrong files and texts at random for the engine, with clang; FUZZ_SECONDS=60 for each
 # make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
-# make bench   training speed (10 minutes), the speedrun against the plain recipe (25 minutes for
-#              each of SEEDS=1, with shards of both vocabularies in DATA), the loader, the
-#              checkpoints (10 minutes), two processes (4), the engine (5), and with TEXT=PATH, a
-#              .txt file with <|endoftext|> between documents, the tokenizers (3). LLAMA2C=PATH, a
-#              checkout of llama2.c, and LLAMA_BENCH=PATH, llama.cpp's llama-bench, are measured
-#              beside ours. `python -m bench` lists the benchmarks
+# make bench   training speed (10 minutes), the loader, the checkpoints (10 minutes), two processes
+#              (4), the engine (5), and with TEXT=PATH, a .txt file with <|endoftext|> between
+#              documents, the tokenizers (3). LLAMA2C=PATH, a checkout of llama2.c, and
+#              LLAMA_BENCH=PATH, llama.cpp's llama-bench, are measured beside ours. `python -m
+#              bench` lists the benchmarks; experiments/speedrun.py measures the recipe
 # make lint    ruff; make clean: removes what was built, not data, models or environment
 #
 # PYTHON=...   the Python to begin from; a fitting torch that it has is used as it is
@@ -18,8 +17,6 @@
 
 PYTHON ?= python3
 CC ?= cc
-DATA ?= data
-SEEDS ?= 1
 
 # The one flags variable. On x86 run.c picks its instructions when it runs, so that one binary does
 # for all; sums and products are not fused, so that they round alike everywhere
@@ -74,7 +71,6 @@ fuzz: dev
 
 bench: dev run
 	.venv/bin/python -m bench.train --llama2c=$(LLAMA2C)
-	.venv/bin/python -m bench.speedrun --data_dir=$(DATA) --seeds=$(SEEDS)
 	.venv/bin/python -m bench.loader
 	.venv/bin/python -m bench.checkpoint
 	.venv/bin/python -m bench.scaling

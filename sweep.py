@@ -297,7 +297,7 @@ def give_length(run):
     train_s = 60 * config["max_minutes"] or config["max_iters"] * size / run.speed
     n_valid = config["eval_iters"] * config["batch_size"] * config["max_seq_len"]
     n_valid = min([n_valid, *(shard["tokens"] for shard in shards_of(config)[:1])])
-    n_evals = evals or math.ceil(config["max_iters"] / config["eval_interval"])
+    n_evals = math.ceil(train_s * run.speed / size / config["eval_interval"])
     run.seconds += train_s + n_evals * n_valid / (3 * run.speed)  # forward is a third of a step
 
 

@@ -2,7 +2,6 @@
 Benchmarks: how fast training and inference are, and what limits them.
 
     python -m bench.train        tokens/s of plain Llama's training step and of ours, at two shapes
-    python -m bench.speedrun     bits per byte against time, of the plain recipe and of ours
     python -m bench.loader       tokens/s of the training batches alone
     python -m bench.checkpoint   size and time of checkpoints, and what they cost training
     python -m bench.infer        tokens/s of ./run, and of its peers beside it

@@ -1,4 +1,4 @@
-"""The recipe of llama2.c's train.py, which `python -m bench.speedrun` measures ours against."""
+"""The recipe of llama2.c's train.py, which experiments/speedrun.py measures ours against."""
 
 vocab_size = 4096
 dim = 288

@@ -1,4 +1,4 @@
-"""The lowest loss in ten minutes on two CPU cores; `python -m bench.speedrun` measures it."""
+"""The lowest loss in ten minutes on two CPU cores; experiments/speedrun.py measures it."""
 
 vocab_size = 4096
 dim = 256

@@ -1,7 +1,7 @@
 """
 What the plain recipe has after ten minutes, in twenty seconds on two CPU cores: a small model, of
 which more steps fit into the time, not compiled, which would take longer than it saves.
-`python -m bench.speedrun` measures it.
+experiments/speedrun.py measures it.
 """
 
 vocab_size = 4096

@@ -7,6 +7,8 @@ import os
 import statistics
 from collections import Counter
 
+import numpy as np
+
 from configurator import UserError, printable
 from report.tables import markdown
 from system.progress import print_line
@@ -196,16 +198,32 @@ def compare(values, base, sd):
     return difference, abs(difference) > 2 * sd * math.sqrt(1 / len(values) + 1 / len(base))
 
 
+def time_to(curve, target, value):
+    """
+    Seconds of training until a curve first comes down to `target`, linear between evaluations; inf
+    where it never does. value: the field of its points.
+    """
+    curve = [point for point in curve if point[value] is not None]
+    for k, point in enumerate(curve):
+        if point[value] <= target:
+            last_two = curve[k::-1][:2]  # np.interp wants them in rising order
+            points = ([p[name] for p in last_two] for name in (value, "train_s"))
+            return float(np.interp(target, *points))
+    return math.inf
+
+
 # ---- the table
 
 SHOWN = {None: "?", True: "yes", False: "no"}
-HEADING = "run|settings|{}|difference|beyond noise|ms a step|tok/s, relative"
+HEADING = "run|settings|{}|difference|beyond noise|time to it|ms a step|tok/s, relative"
 MACHINE = "Machine: {device_name}, {threads} threads, {platform}, torch {torch}."
 EXPLANATION = """\
 Figures are the mean of a run's seeds (their number is in brackets) and their standard deviation;
 lower is better. *Difference* is to the first run, `{first}`, and for a run `a+b` to the run `a`.
 *Beyond noise* says whether it exceeds two standard errors{noise};
-of many rows one in twenty passes by luck. Speeds are medians of the runs themselves.
+of many rows one in twenty passes by luck. *Time to it* is the training time after which a run has
+the final value of the run it is compared with (the median of its seeds), and how many times as
+fast that is. Speeds are medians of the runs themselves.
 """
 
 
@@ -213,7 +231,7 @@ class Group:
     """The runs of a sweep that differ only in their seed."""
 
     def __init__(self, runs, value):
-        self.runs = runs
+        self.runs, self.value = runs, value
         self.finished = [run for run in runs if run["status"] == "finished"]
         self.values = [run[value] for run in self.finished]
         self.mean = statistics.mean(self.values) if self.values else math.inf
@@ -221,6 +239,15 @@ class Group:
     def median(self, amount, unit):
         """The median of the ratio of two fields; only of a group with finished runs."""
         return statistics.median(run[amount] / max(run[unit], 1e-3) for run in self.finished)
+
+    def time_to(self, base):
+        """When its seeds reach the mean of another group, and how many times as fast as that is."""
+        curves = [run["curve"] for run in self.finished]
+        seconds = statistics.median(time_to(curve, base.mean, self.value) for curve in curves)
+        if seconds == math.inf:
+            return "never"
+        base_s = statistics.median(run["train_s"] for run in base.finished)
+        return f"{seconds:,.0f} s ({base_s / max(seconds, 1e-3):.1f} x)"
 
     def outcome(self):
         """Mean, standard deviation and number of its values, and how many runs have none."""
@@ -263,7 +290,7 @@ def table(results, x=""):
     for label in labels:
         group, base = groups[label], groups[bases[label]]
         arguments = group.runs[0].get("arguments")
-        difference = beyond = ms = relative = ""
+        difference = beyond = reached = ms = relative = ""
         if group.values and base.values:
             ms = f"{1000 * group.median('train_s', 'steps'):,.0f}"
             speed, base_speed = (g.median("tokens", "train_s") for g in (group, base))
@@ -271,8 +298,10 @@ def table(results, x=""):
             if group is not base:
                 number, is_beyond = compare(group.values, base.values, sd)
                 difference, beyond = f"{number:+.4f}", SHOWN[is_beyond]
+                reached = group.time_to(base)
         settings = f"`{arguments}`" if arguments else ""
-        rows.append([label, settings, group.outcome(), difference, beyond, ms, relative])
+        outcome = group.outcome()
+        rows.append([label, settings, outcome, difference, beyond, reached, ms, relative])
     return rows
 
 

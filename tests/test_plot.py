@@ -370,20 +370,30 @@ def test_a_table_says_what_each_option_is_worth(tmp_path):
     rows = {row[0]: row[1:] for row in sweeps.table(lines)}
     # best first, and what is added to Llama after all that is compared with the recipe
     assert list(rows)[1:] == ["better", "recipe", "softcap", "llama", "broken", "llama+smear"]
-    assert rows["recipe"] == ["", "1.0000 ± 0.0100 (3)", "", "", "100", "1.00"]
+    assert rows["recipe"] == ["", "1.0000 ± 0.0100 (3)", "", "", "", "100", "1.00"]
     assert rows["softcap"] == (
-        ["`--logit_softcap=15`", "1.0200 ± 0.0100 (3)", "+0.0200", "yes", "200", "0.50"]
+        ["`--logit_softcap=15`", "1.0200 ± 0.0100 (3)", "+0.0200", "yes", "never", "200", "0.50"]
     )
     assert rows["better"][2:4] == ["-0.0100", "no"]
-    assert rows["llama"][2:] == ["+0.5000", "yes", "50", "2.00"]
-    assert rows["llama+smear"][2:] == ["-0.1000", "yes", "50", "1.00"]
-    assert rows["broken"] == ["", "1 failed", "", "", "", ""]
+    assert rows["llama"][2:] == ["+0.5000", "yes", "never", "50", "2.00"]
+    assert rows["llama+smear"][2:] == ["-0.1000", "yes", "never", "50", "1.00"]
+    assert rows["broken"] == ["", "1 failed", "", "", "", "", ""]
     text = sweeps.section(lines)
     assert "## a sweep" in text and "`recipe`" in text and "a CPU, 2 threads" in text
     assert "a single run deviates by 0.0100" in text and "Commit: 012345678." in text
     assert "| softcap" in text and "- run=broken_seed=1 failed: it failed" in text
     one_seed = {row[0]: row[1:] for row in sweeps.table([x for x in lines if x["name"][-1] == "2"])}
     assert one_seed["softcap"][1:4] == ["1.0200 (1)", "+0.0200", "?"]
+
+
+def test_times_to_a_value_are_interpolated():
+    pairs = enumerate([2.0, 1.0, 1.2, None, 0.8], 1)
+    curve = [{"train_s": 60 * minutes, "val_bpb": bpb} for minutes, bpb in pairs]
+    for target, seconds in ((1.5, 90), (1.0, 120), (0.9, 270), (2.5, 60), (0.5, math.inf)):
+        assert sweeps.time_to(curve, target, "val_bpb") == pytest.approx(seconds)
+    slow, fast = (line_of_sweep(val=val, run=name) for name, val in (("slow", 1.5), ("fast", 1.0)))
+    slow["train_s"] = 12
+    assert sweeps.table([slow, fast])[1][5] == "2 s (6.0 x)"
 
 
 @needs_matplotlib

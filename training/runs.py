@@ -11,7 +11,6 @@ import math
 import os
 import time
 
-import numpy as np
 import torch
 
 from dataset import DataPaths
@@ -19,7 +18,6 @@ from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer
 from system.hardware import pick_dtype
 from training.fit import use_private_compile_cache
-from training.runlog import RunLog
 from training.settings import SAME_RESULT, SAME_WORK, TRAIN, args_of, resolved
 
 REPO = os.path.dirname(TRAIN)
@@ -36,14 +34,6 @@ def changed_settings(config, other):
 
 def same_run(config, other):
     return not changed_settings(config, other)
-
-
-def read_run(out_dir):
-    """{"start": line, "evals": [lines], "end": line} of a finished run's log; otherwise None."""
-    log = RunLog(out_dir).read()
-    if log.end.get("reason") != "finished" or not log.evals or not log.start:
-        return None
-    return {"start": log.start, "evals": log.evals, "end": log.end}
 
 
 def shards_hint(settings, data_dir):
@@ -126,49 +116,3 @@ def seconds_of(step, n, device):
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - start
-
-
-# ---- curves: lists of evaluations, each with train_s, time_s and val_bpb
-
-
-def with_all_s(evals):
-    """
-    A curve with all_s as well, the seconds from the start of the process with one evaluation alone:
-    those in between are there to draw the curve, and would make a run with many of them look slow.
-    """
-    before_training = evals[0]["time_s"] - evals[0]["train_s"]  # and the first evaluation
-    return [{**line, "all_s": before_training + line["train_s"]} for line in evals]
-
-
-def time_to(evals, target, clock="train_s"):
-    """
-    The seconds of `clock` (train_s or all_s) at which a curve first comes down to `target` bits
-    per byte, linear between evaluations; inf where it never does.
-    """
-    for k, line in enumerate(evals):
-        if line["val_bpb"] <= target:
-            last_two = evals[k::-1][:2]  # np.interp wants them in rising order
-            points = ([e[name] for e in last_two] for name in ("val_bpb", clock))
-            return float(np.interp(target, *points))
-    return math.inf
-
-
-def race(plain, ours, sprint):
-    """
-    What one run of the plain recipe, one of ours and one of ours in a fraction of the time say:
-    seconds each needs to the plain recipe's final bits per byte, by both clocks, and the ratios.
-    """
-    plain, ours, sprint = (with_all_s(run["evals"]) for run in (plain, ours, sprint))
-    target = plain[-1]["val_bpb"]
-    found = {
-        "target": target,
-        "ours_final": ours[-1]["val_bpb"],
-        "sprint_final": sprint[-1]["val_bpb"],
-    }
-    for clock in ("train_s", "all_s"):
-        found[f"plain_{clock}"] = plain_s = time_to(plain, target, clock)
-        # the sprint is one point: its schedule ends there, and nothing before it counts
-        for name, evals in (("ours", ours), ("sprint", sprint[-1:])):
-            seconds = time_to(evals, target, clock)
-            found |= {f"{name}_{clock}": seconds, f"{name}_{clock}_ratio": plain_s / seconds}
-    return found
