@@ -131,16 +131,23 @@ def synth_stage():
     part = stories + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
+    try:
+        write_stories(part)
+        shutil.rmtree(stories, ignore_errors=True)
+        os.rename(part, stories)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{n_stories:,} stories are in {stories}")
+    next_steps()
+
+
+def write_stories(folder):
     all_stories = iter(progress(make_stories(n_stories, seed), total=n_stories, desc="stories"))
     for i in range(N_JSON):
         n = n_stories * (i + 1) // N_JSON - n_stories * i // N_JSON
-        with open(os.path.join(part, f"data{i:02}.json"), "w", encoding="utf-8") as f:
+        with atomic_write(os.path.join(folder, f"data{i:02}.json"), "w", durable=False) as f:
             json.dump([next(all_stories) for _ in range(n)], f)
     list(all_stories)  # lets the bar close
-    shutil.rmtree(stories, ignore_errors=True)
-    os.rename(part, stories)
-    print(f"{n_stories:,} stories are in {stories}")
-    next_steps()
 
 
 def is_practice_corpus(folder):

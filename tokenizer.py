@@ -41,7 +41,7 @@ import sentencepiece
 
 from bpe import PATTERNS, BPETokenizer, as_visible, pattern, train_bpe
 from configurator import UserError, one_sentence_errors
-from system.files import atomic_write, check_not_pointer
+from system.files import atomic_write, check_not_pointer, named
 from text.corpus import SEPARATOR
 from text.letters import ranges
 
@@ -517,7 +517,7 @@ def train_byte_level(texts, vocab_size, model_path, num_workers, pattern_name):
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as sample_folder:
         sample = os.path.join(sample_folder, "sample.txt")
-        with open(sample, "wb") as f:
+        with named(sample), open(sample, "wb") as f:
             f.writelines(text.encode() + SEPARATOR for text in texts)
         print(f"training {vocab_size:,} tokens on {os.path.getsize(sample):,} bytes of text")
         vocab, merges = train_bpe(sample, vocab_size, special, num_workers, pattern_name)

@@ -1,16 +1,25 @@
 """Downloads against a real server that misbehaves, and archives that are broken or hostile."""
 
+import contextlib
+import gzip
 import hashlib
 import io
+import json
 import os
+import random
+import resource
+import shutil
 import tarfile
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import refused, script
 
 from configurator import UserError
-from system.files import atomic_write, download, unpack
+from system.files import atomic_write, download, link_or_copy, read_json, unpack
+from text.corpus import text_files
 
 BODY = os.urandom(1 << 16) * 12  # 768 KiB
 
@@ -23,7 +32,7 @@ class Server(ThreadingHTTPServer):
         self.plan, self.ranges = list(plan), []
         self.etag = '"one"'
         self.body = BODY
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self):
@@ -125,6 +134,169 @@ def test_a_complete_part_file_is_taken_or_started_over(serve, tmp_path, extra, f
     assert path.read_bytes() == BODY and len(server.ranges) == (1 if fits else 2)
 
 
+class Scripted(BaseHTTPRequestHandler):
+    """Answers each request by the next function of the server's plan, the last for all others."""
+
+    def log_message(self, *words):
+        pass
+
+    def do_GET(self):
+        plan, asked = self.server.plan, self.headers.get("Range")
+        self.server.asked.append(asked)
+        answer = plan.pop(0) if len(plan) > 1 else plan[0]
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if len(self.server.asked) > 40:
+            answer = gone
+        with contextlib.suppress(ConnectionError):
+            answer(self, start)
+
+    def answer(self, status, body, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def gone(handler, start):
+    handler.answer(410, b"")
+
+
+def sends(body, n=None, tag=None, **headers):
+    """Up to n bytes of a body from where they are asked for; announces all that follow."""
+
+    def answer(handler, start):
+        about = {**(tag or {}), "Content_Length": len(body) - start, **headers}
+        if start:
+            about = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}", **about}
+        end = None if n is None else start + n
+        handler.answer(206 if start else 200, body[start:end], **about)
+
+    return answer
+
+
+@pytest.fixture
+def serve_plan():
+    servers = []
+
+    def start(*plan):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+        server.plan, server.asked = list(plan), []
+        server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+TAGS = [{"ETag": '"1"'}, {"Last_Modified": "Sun, 01 Jan 2023 00:00:00 GMT"}, {"ETag": 'W/"1"'}, {}]
+OTHER_TAGS = [
+    {"ETag": '"2"'},
+    {"Last_Modified": "Sun, 01 Jan 2023 00:00:09 GMT"},
+    {"ETag": 'W/"2"'},
+    {},
+]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_range_shorter_than_asked_is_not_the_whole(serve_plan, tmp_path, tag):
+    def short(handler, start):
+        part = BODY[start : start + 200_000]
+        at = f"bytes {start}-{start + len(part) - 1}/{len(BODY)}"
+        handler.answer(206, part, Content_Range=at, Content_Length=len(part), **tag)
+
+    path = tmp_path / "file.bin"
+    download(serve_plan(sends(BODY, 70_000, tag), short).url, str(path), backoff=0.01)
+    assert path.read_bytes() == BODY and os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("tag, other", list(zip(TAGS, OTHER_TAGS, strict=True)))
+@pytest.mark.parametrize("new", [BODY[::-1], BODY[::-1] + b"longer", BODY[:300_000]])
+def test_a_file_that_changes_midway_is_not_spliced(serve_plan, tmp_path, tag, other, new):
+    # a server that does not know If-Range
+    path = tmp_path / "file.bin"
+    server = serve_plan(sends(BODY, 400_000, tag), sends(new, tag=other))
+    download(server.url, str(path), backoff=0.01)
+    assert path.read_bytes() == new and os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_connections_that_break_early_lose_nothing(serve_plan, tmp_path, tag):
+    path = tmp_path / "file.bin"
+    server = serve_plan(*[sends(BODY, 90_000, tag)] * 20)
+    download(server.url, str(path), retries=2, backoff=0.001)
+    assert path.read_bytes() == BODY and len(server.asked) < 40
+
+
+def test_a_wrong_range_for_ever_is_given_up(serve_plan, tmp_path):
+    def wrong(handler, start):
+        handler.answer(206, b"x" * 9, Content_Range=f"bytes 7-15/{len(BODY)}", Content_Length=9)
+
+    plan = [sends(BODY, 300_000, TAGS[0]), wrong] * 30
+    with pytest.raises(UserError, match=r"gave up .* after 4 attempts"):
+        download(serve_plan(*plan).url, str(tmp_path / "file.bin"), retries=4, backoff=0.001)
+    with pytest.raises(UserError, match=r"gave up .* another range than asked"):
+        download(serve_plan(wrong).url, str(tmp_path / "file.bin"), retries=4, backoff=0.001)
+
+
+@pytest.mark.parametrize(
+    "status, headers, message",
+    [
+        (200, {"Content_Length": "many"}, "Content-Length is 'many'"),
+        (200, {"Content_Length": "-5"}, "Content-Length is '-5'"),
+        (200, {"Content_Length": "9" * 5000}, "Content-Length is '9999"),
+        (200, {"Content_Length": "5, 6"}, "cannot download"),
+        (206, {"Content_Range": "bytes 0-4"}, "another range than asked"),
+        (206, {"Content_Range": f"bytes {'0' * 5000}-4/5"}, "another range than asked"),
+        (206, {}, "another range than asked"),
+        (416, {}, "the server answered 416"),
+        (302, {"Location": "http://[::1"}, "cannot download"),
+        (302, {"Location": "http://a..b/c"}, "cannot download"),
+        (302, {"Location": "http://127.0.0.1:many/"}, "cannot download"),
+        (302, {"Location": "file:///etc/passwd"}, "cannot download"),
+        (302, {"Location": "/file.bin"}, "redirects"),
+        (200, {"Content_Encoding": "gzip"}, "compressed .gzip., though not asked to"),
+        (200, {"Content_Encoding": "x" * 99}, "though not asked to"),
+    ],
+)
+def test_malformed_headers_are_refused(serve_plan, tmp_path, status, headers, message):
+    server = serve_plan(lambda handler, start: handler.answer(status, b"12345", **headers))
+    with pytest.raises(UserError, match=message):
+        download(server.url, str(tmp_path / "file.bin"), retries=2, backoff=0.001)
+    assert not (tmp_path / "file.bin").exists()
+
+
+def test_nothing_is_inflated(serve_plan, tmp_path):
+    body = gzip.compress(bytes(1 << 20))
+    server = serve_plan(sends(body, Content_Encoding="x-gzip"))
+    download(f"{server.url}.gz", str(tmp_path / "file.gz"))  # as some servers call a .gz file
+    assert (tmp_path / "file.gz").read_bytes() == body
+
+
+def test_the_body_of_a_redirect_is_not_read(serve_plan, tmp_path):
+    over = threading.Event()
+
+    def redirect(handler, start):
+        handler.answer(
+            302, body[:64], Location="/b", Content_Encoding="gzip", Content_Length=1 << 50
+        )
+        over.wait(20)
+
+    body = gzip.compress(bytes(1 << 20))
+    server = serve_plan(redirect, sends(BODY))
+    worker = threading.Thread(target=download, args=(server.url, str(tmp_path / "file.bin")))
+    worker.start()
+    worker.join(10)
+    is_done = not worker.is_alive()
+    over.set()
+    worker.join()
+    assert is_done and (tmp_path / "file.bin").read_bytes() == BODY
+
+
 def test_refusals(serve, tmp_path):
     path = str(tmp_path / "file.bin")
     with pytest.raises(UserError, match="404"):
@@ -151,6 +323,97 @@ def test_atomic_write_leaves_the_old_file(tmp_path):
         f.write(b"half of the new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+@contextlib.contextmanager
+def full_disk(n_bytes):
+    """No file may become longer than n_bytes, as on a disk that is full."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_is_named(serve, tmp_path):
+    (tmp_path / "big").write_bytes(BODY)
+    with full_disk(100_000), pytest.raises(OSError) as e, atomic_write(tmp_path / "a") as f:
+        f.write(BODY)
+    assert e.value.filename == str(tmp_path / "a")
+    with full_disk(100_000), pytest.raises(OSError) as e:
+        download(serve("whole").url, str(tmp_path / "b"))
+    assert e.value.filename == str(tmp_path / "b.part")
+    with pytest.raises(FileNotFoundError) as e, atomic_write(tmp_path / "a"):
+        (tmp_path / "another").read_bytes()
+    assert e.value.filename == str(tmp_path / "another")
+    members = {"x": BODY}
+    path = archive(tmp_path / "a.tar", members, "w")
+    with (
+        full_disk(100_000),
+        pytest.raises(UserError, match=r"cannot unpack .*/out: File too large"),
+    ):
+        unpack(path, str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "b.part", "b.part.tag", "big"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (["tinystories.py", "synth", "--n_stories=400", "--data_dir=new"], "data00.json"),
+        (["webtext.py", "train_vocab", "--source=t", "--vocab_size=300"], "sample.txt"),
+        (["bpe.py", "encode", "--source=t", "--model=a.model", "--out=x.npy"], "x.npy"),
+        (["bpe.py", "encode", "--source=t", "--model=a.model", "--out=x"], "data_0"),
+    ],
+)
+def test_a_full_disk_ends_a_script_with_the_name_of_the_file(tmp_path, words, name):
+    (tmp_path / "t").mkdir()
+    rng = random.Random(1)
+    for i in range(3):
+        text = "<|endoftext|>".join(f"a day {rng.random()}" for _ in range(5000))
+        (tmp_path / "t" / f"{i}.txt").write_text(text)
+    train = ["train", "--source=t/0.txt", "--vocab_size=270", "--model=a.model"]
+    assert not script("bpe.py", *train, cwd=tmp_path).returncode
+    before = sorted(os.listdir(tmp_path))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    done = script(*words, "--num_workers=1", cwd=tmp_path, preexec_fn=limit)
+    refused(done, name, "File too large")
+    new = set(os.listdir(tmp_path)) - set(before)
+    assert not new & {"x.npy"} and not list((tmp_path / "new").glob("*"))
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for read in (text_files, read_json, lambda path: unpack(path, str(tmp_path / "out"))):
+        answers = []
+
+        def call(read=read, answers=answers):
+            try:
+                read(str(tmp_path / "pipe.txt"))
+            except UserError as e:
+                answers.append(str(e))
+
+        worker = threading.Thread(target=call, daemon=True)
+        worker.start()
+        worker.join(5)
+        assert not worker.is_alive() and "is a pipe or a device" in answers[0]
+    assert os.listdir(tmp_path) == ["pipe.txt"]
+
+
+def test_a_copy_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    (tmp_path / "big").write_bytes(BODY)
+
+    def no_links(source, destination):
+        raise OSError
+
+    monkeypatch.setattr(os, "link", no_links)
+    with full_disk(100_000), pytest.raises(OSError) as e:
+        link_or_copy(str(tmp_path / "big"), str(tmp_path / "copy"))
+    assert e.value.filename == str(tmp_path / "copy")
 
 
 def archive(path, members, mode="w:gz"):
@@ -210,3 +473,132 @@ def test_half_an_archive_is_not_taken_for_a_whole_one(tmp_path, mode):
         (tmp_path / "half.tar").write_bytes(broken)
         with pytest.raises(UserError, match="no whole tar archive"):
             unpack(str(tmp_path / "half.tar"), str(tmp_path / "out"))
+
+
+def header(size, kind, name="x"):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def zeros(n):
+    return (bytes(1 << 20) for _ in range(n >> 20))
+
+
+END = [header(0, tarfile.REGTYPE), bytes(1024)]
+NEGATIVE = bytearray(header(0, tarfile.REGTYPE))
+NEGATIVE[124:136] = (-1024).to_bytes(12, "big", signed=True)
+NEGATIVE[148:156] = b"%06o\0 " % tarfile.calc_chksums(NEGATIVE)[0]
+SPARSE = tarfile.TarInfo("s")
+SPARSE.size, SPARSE.pax_headers = 0, {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}
+BOMBS = {
+    "a pax header": ([header(1 << 28, b"x"), *zeros(1 << 28), *END], "header .* longer"),
+    "a global header": ([header(1 << 28, b"g"), *zeros(1 << 28), *END], "header .* longer"),
+    "a long name": ([header(1 << 28, b"L"), *zeros(1 << 28), *END], "header .* longer"),
+    "a chain of pax headers": (
+        [header(12, b"x"), b"12 path=abc\n".ljust(512, b"\0")] * 2000 + END,
+        "longer",
+    ),
+    "a chain of long names": ([header(4, b"L"), b"name".ljust(512, b"\0")] * 2000 + END, "longer"),
+    "zeros": ([header(1 << 28, b"0"), *zeros(1 << 28), *END], "times its size; refused"),
+    "skipped zeros": ([header(1 << 28, b"0", "._x"), *zeros(1 << 28), *END], "times its size"),
+    "zeros after the end": ([*END, *zeros(1 << 28)], "times its size; refused"),
+    "a negative size": ([bytes(NEGATIVE), *END], "no whole tar archive"),
+    "a sparse file": ([SPARSE.tobuf(tarfile.PAX_FORMAT), *END], "not a regular file"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOMBS)
+def test_an_archive_that_would_fill_memory_or_the_disk_is_refused(tmp_path, name):
+    chunks, message = BOMBS[name]
+    with gzip.open(tmp_path / "a.tar.gz", "wb", 1) as f:
+        f.writelines(chunks)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with full_disk(1 << 30), pytest.raises(UserError, match=message):
+        unpack(str(tmp_path / "a.tar.gz"), str(tmp_path / "out"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_too_many_or_too_deep_members_are_refused(tmp_path, monkeypatch):
+    path = archive(tmp_path / "a.tar.gz", {"a/" * 1900 + "x": b"x"})
+    with pytest.raises(UserError, match="too many folders"):
+        unpack(path, str(tmp_path / "out"))
+    monkeypatch.setattr("system.files.MOST_MEMBERS", 9)
+    path = archive(tmp_path / "a.tar.gz", {f"{i}": b"x" for i in range(10)})
+    with pytest.raises(UserError, match="more than 9 files"):
+        unpack(path, str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def seeds(folder):
+    """Archives of all the kinds there are, to mutate."""
+    members = {f"top/{'long' * 40}{i}.json": json.dumps([i] * 300).encode() for i in range(3)}
+    members |= {"top/link": (tarfile.SYMTYPE, "x"), "top/\u00e9": b"x" * 600}
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        for mode in ("w", "w:gz", "w:bz2", "w:xz"):
+            with tarfile.open(folder / "seed", mode, format=kind) as tar:
+                for name, data in members.items():
+                    info = tarfile.TarInfo(name)
+                    if isinstance(data, bytes):
+                        info.size, info.mtime = len(data), 0.5
+                    elif mode != "w":
+                        info.type, info.linkname = data
+                    tar.addfile(info, io.BytesIO(data if isinstance(data, bytes) else b""))
+                if mode == "w":
+                    tar.addfile(SPARSE)
+            yield (folder / "seed").read_bytes()
+    with zipfile.ZipFile(folder / "seed", "w") as z:
+        z.writestr("a.json", "[]")
+    yield (folder / "seed").read_bytes()
+
+
+def mutated(rng, data):
+    """Data with a few bytes, fields or lengths changed; headers of plain tars stay well-formed."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(data))
+        if len(data) % 512 == 0 and rng.random() < 0.8:
+            at = at // 512 * 512 + rng.choice([0, 100, 124, 156, 257, 345, 386, 482])
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            n = rng.choice([1, 8, 12])
+            data[at : at + n] = rng.choice([b"\xff", b"\0", b"7", b"9", b"L", b"x", b"S"]) * n
+        elif kind == 2:
+            del data[at:]
+            data += bytes(rng.choice([0, 512, 1024]))
+        else:
+            block = at // 512 * 512
+            data[at:at] = data[block : block + 512] * rng.choice([1, 5, 500])
+        if not data:
+            break
+        for block in range(0, len(data) - 511, 512) if len(data) % 512 == 0 else ():
+            part = data[block : block + 512]
+            if part[257:262] == b"ustar":
+                data[block + 148 : block + 156] = b"%06o\0 " % tarfile.calc_chksums(part)[0]
+    return bytes(data)
+
+
+@pytest.mark.slow
+def test_mutated_archives_unpack_or_are_refused_with_a_sentence(tmp_path):
+    rng, counts = random.Random(1), {"unpacked": 0, "refused": 0}
+    (tmp_path / "there").mkdir()
+    originals = list(seeds(tmp_path))
+    for i in range(1000):
+        path, out = tmp_path / "a", tmp_path / "there" / "out"
+        path.write_bytes(mutated(rng, originals[i % len(originals)]))
+        try:
+            unpack(str(path), str(out))
+            counts["unpacked"] += 1
+            assert os.listdir(out)
+        except UserError as e:
+            assert len(str(e)) < 2000
+            counts["refused"] += 1
+            assert not out.exists(), i
+        else:
+            shutil.rmtree(out)
+        assert os.listdir(tmp_path / "there") == [], i
+    assert counts["unpacked"] > 20 and counts["refused"] > 200, counts

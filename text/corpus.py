@@ -29,6 +29,7 @@ import zlib
 from dataclasses import dataclass
 
 from configurator import UserError
+from system.files import check_regular
 
 SEPARATOR = b"<|endoftext|>"
 HOW_TO_CUT = (
@@ -118,6 +119,7 @@ def text_files(source):
     """
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist")
+    check_regular(source)
     names = [source]
     if os.path.isdir(source):
         there = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]

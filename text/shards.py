@@ -341,7 +341,7 @@ def write_npy(path, tokenizer, spans, num_workers, encoder="auto"):
     with atomic_write(path) as f:
         np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
         for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
-            ids.tofile(f)
+            f.write(ids)  # tofile() does not report a full disk
             n += len(ids)
         f.seek(0)
         np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})  # has room for any number
