@@ -28,6 +28,7 @@ import re
 import shlex
 import sys
 import tokenize
+import traceback
 
 SETTING_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 BOOLS = {True: ("true", "1", "yes", "on"), False: ("false", "0", "no", "off")}
@@ -65,7 +66,9 @@ def one_sentence_errors():
         if hasattr(stream, "reconfigure"):  # a notebook's has no such method
             stream.reconfigure(errors="backslashreplace")
 
-    def hook(kind, error, traceback):
+    def hook(kind, error, trace):
+        if issubclass(kind, (UserError, OSError)):  # progress bars close before the sentence
+            traceback.clear_frames(trace)
         if issubclass(kind, UserError):
             text = printable(str(error)).replace("\n", r"\n").replace("\t", r"\t")  # in one line
             print(f"error: {text}", file=sys.stderr)
@@ -78,7 +81,7 @@ def one_sentence_errors():
         elif issubclass(kind, KeyboardInterrupt):
             print("\ninterrupted", file=sys.stderr)
         else:
-            sys.__excepthook__(kind, error, traceback)
+            sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
     atexit.register(flush_output)

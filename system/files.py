@@ -479,7 +479,7 @@ def extract_all(archive, root):
                 extract_member(tar, member, root)
             file.room = MOST_HEADERS
             bar.update(raw.tell() - bar.n)
-        file.room = file.most
+        file.room = 2 * file.most
         check_end(tar)
 
 

@@ -386,6 +386,13 @@ def test_a_full_disk_ends_a_script_with_the_name_of_the_file(tmp_path, words, na
     assert not new & {"x.npy"} and not list((tmp_path / "new").glob("*"))
 
 
+def test_a_text_may_be_named_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a text")
+    assert text_files("text.txt") == ["text.txt"]
+    assert text_files(".") == ["./text.txt"]
+
+
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for read in (text_files, read_json, lambda path: unpack(path, str(tmp_path / "out"))):

@@ -120,11 +120,12 @@ def text_files(source):
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist")
     check_regular(source)
-    names = [source]
+    folder, names = "", [source]
     if os.path.isdir(source):
+        folder = source
         there = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]
         names = data_files(there, source)
-    paths = [os.path.join(source, name) for name in names if name.lower().endswith(READABLE)]
+    paths = [os.path.join(folder, name) for name in names if name.lower().endswith(READABLE)]
     if not paths:
         raise UserError(
             f"{source}: expected a file, or a folder of files, ending in {', '.join(READABLE)}"
