@@ -255,12 +255,14 @@ def read_gguf(path):
 
 
 def check_places(reader):
-    """Raise ValueError unless tensors follow each other, as llama.cpp expects."""
-    place = reader.data_offset
+    """Raise ValueError unless tensors follow each other to the end, as llama.cpp writes them."""
+    place, alignment = reader.data_offset, int(reader.alignment)
     for tensor in reader.tensors:
         if tensor.data_offset != place:
             raise ValueError(f"{tensor.name} begins at {tensor.data_offset}, expected {place}")
-        place += tensor.n_bytes + -tensor.n_bytes % int(reader.alignment)
+        place += tensor.n_bytes + -tensor.n_bytes % alignment
+    if not 0 <= place - len(reader.data) < alignment:  # the last one may not be padded
+        raise ValueError(f"it has {len(reader.data)} bytes, and its tensors end at {place}")
 
 
 def shape_of(tensor):

@@ -88,7 +88,8 @@ def misfit(args, target):
 
 def shortest(value):
     """The number with the fewest digits that is `value` in float32: 1e-5, not 9.999999747e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # past float32 it is infinite, and refused as such
+        return float(str(np.float32(value)))
 
 
 def window_settings(sizes):

@@ -999,6 +999,9 @@ def test_tensors_that_share_their_bytes_are_refused(tmp_path, tokenizers):
     gguf_with(path, tokenizers[512])
     places = [t.field.offset for t in need("gguf").GGUFReader(path).tensors]
     data = bytearray(path.read_bytes())
+    path.write_bytes(data + bytes(32))
+    with pytest.raises(UserError, match=r"it has \d+ bytes, and its tensors end at \d+"):
+        load(str(path))
     data[places[2] - 8 : places[2]] = bytes(8)  # the offset of the second tensor
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"blk.0.attn_norm.weight begins at \d+, expected \d+"):

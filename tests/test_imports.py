@@ -266,18 +266,18 @@ BINS = "v0.bin v1.bin v2.bin v3_bf16.bin v3_fp32.bin v3_int4.bin v3_int8.bin"
 CONFIGS = "hf_llama hf_mistral hf_modded hf_qwen3"
 # file: how it is mutated, the share of these mutations that is tried, and of which models
 MUTATIONS = {
-    "config.json": (partial(json_mutations, more=CONFIG), 0.5, CONFIGS),
+    "config.json": (partial(json_mutations, more=CONFIG), 0.25, CONFIGS),
     "generation_config.json": (json_mutations, 0.5, "hf_qwen3"),
-    "tokenizer.json": (tokenizer_mutations, 0.1, "hf_bytes hf_qwen3"),
+    "tokenizer.json": (tokenizer_mutations, 0.06, "hf_bytes hf_qwen3"),
     "tokenizer.model": (byte_mutations, 1.0, "hf_llama"),
     "model.safetensors.index.json": (json_mutations, 0.2, "hf_sharded"),
-    "model.safetensors": (safetensors_mutations, 0.5, "hf_llama"),
+    "model.safetensors": (safetensors_mutations, 0.25, "hf_llama"),
     "pytorch_model.bin": (torch_mutations, 1.0, "hf_torch"),
     "params.json": (json_mutations, 0.5, "meta"),
     "consolidated.00.pth": (torch_mutations, 1.0, "meta"),
-    "one.safetensors": (safetensors_mutations, 0.5, "one.safetensors"),
-    **dict.fromkeys(("llama.gguf", "qwen3.gguf"), (gguf_mutations, 0.3, "llama.gguf qwen3.gguf")),
-    **dict.fromkeys(BINS.split(), (bin_mutations, 0.3, BINS)),
+    "one.safetensors": (safetensors_mutations, 0.25, "one.safetensors"),
+    **dict.fromkeys(("llama.gguf", "qwen3.gguf"), (gguf_mutations, 0.2, "llama.gguf qwen3.gguf")),
+    **dict.fromkeys(BINS.split(), (bin_mutations, 0.2, BINS)),
 }
 
 
@@ -347,11 +347,11 @@ def attack(folder, *names):
             whole, label = path.read_bytes(), [model.name, path.name, what]
             path.unlink() if new is None else path.write_bytes(new)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-            before, start = vm("VmRSS"), time.monotonic()
+            before, start = vm("VmRSS"), time.process_time()
             print(json.dumps(label), end="\t", file=out, flush=True)
             with redirect_stdout(StringIO()):
                 outcome, text = outcome_of(model, expected)
-            taken, seconds = vm("VmHWM") - before, time.monotonic() - start
+            taken, seconds = vm("VmHWM") - before, time.process_time() - start
             if taken > MOST_BYTES + 10 * len(new or ""):
                 outcome, text = "wrong", f"{taken >> 20} MB; {outcome} {text}"
             if seconds > MOST_S:
@@ -415,18 +415,19 @@ def write_others(folder, hf, model):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory in /proc")
 def test_mutated_files_are_refused_or_read_right(tmp_path, tokenizers):
     make_models(tmp_path / "models", tokenizers)
     words = [sys.executable, __file__, str(tmp_path / "models")]
     done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"{lines[-1][:500]}\n{done.stderr[-2000:]}"
-    found = [line.split("\t") for line in lines]
-    wrong = [line[:500] for line in lines if '	["wrong"' in line]
+    wrong = [line[:500] for line in lines if '\t["wrong"' in line]
     assert not wrong, "\n".join(wrong[:50])
-    counts = Counter(json.loads(end)[0] for _, end in found)
-    assert len(lines) >= 3000
-    print(counts)
+    counts = Counter(json.loads(line.partition("\t")[2])[0] for line in lines)
+    assert counts.total() > 4000 and counts["refused"] > 2500
+    assert counts["equal"] > 500  # the file says the same in other words, or the field is not used
+    assert 50 < counts["accepted"] < 600  # other numbers, which are as good as those before
 
 
 if __name__ == "__main__":
