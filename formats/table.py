@@ -218,7 +218,8 @@ def load(path, kind=None, tokenizer=""):
         cause = f"cannot read {path}: {reason(e)}"
     except Exception as e:  # foreign files may lead to anything
         cause = f"{path} cannot be read: {reason(e)}"
-    raise UserError(cause if len(cause) <= LONGEST else f"{cause[:LONGEST]} ...")
+    half = LONGEST // 2
+    raise UserError(cause if len(cause) <= LONGEST else f"{cause[:half]} ... {cause[-half:]}")
 
 
 def fitted(model, tokenizer, kind):
