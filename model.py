@@ -164,7 +164,7 @@ LIMITS = {
     "norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
     "dropout": (0, 1),
-    "logit_softcap": (0, sys.float_info.max),
+    "logit_softcap": (0, 1e6),
     "sliding_window": (0, math.inf),
     "bigram_rows": (0, 1 << 28),
     "embedding_std": (0, sys.float_info.max),

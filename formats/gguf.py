@@ -23,6 +23,7 @@ from formats.tensors import (
     exported,
     filled,
     gguf_name,
+    list_of,
     misfit,
     not_carried,
     shortest,
@@ -31,6 +32,7 @@ from model import ModelArgs
 from system.files import atomic_write
 from system.remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
+from training.runlog import is_count, is_number
 
 # Fields of ModelArgs and their keys, which follow the architecture and a dot
 KEYS = {
@@ -76,6 +78,8 @@ GGUF_DTYPES = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
     "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }
+ARRAY = 9  # the type of a field that is a list
+MOST_PARTS = 1 << 22  # of a file's fields, about 250 bytes each; one with 256,000 tokens has 1.5 M
 BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # numbers; scales are F16
 
@@ -223,12 +227,13 @@ def token_type(sp, i):
 def read_gguf(path):
     """
     The Transformer of a GGUF file of llama or qwen3, in any number format that gguf can read, as
-    float32 on the CPU, and its tokenizer model as bytes, or None. Raises UserError.
+    float32 on the CPU, and the file's fields for tokenizer_of(). Raises UserError.
     """
     gguf = need("gguf")
     try:
         reader = open_gguf(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+        check_places(reader)
     except OSError:
         raise
     except Exception as e:  # foreign bytes may lead to anything
@@ -246,7 +251,18 @@ def read_gguf(path):
 
     source = {name: (shape_of(t), partial(numbers, t)) for name, t in tensors.items()}
     in_halves = fields["general.architecture"] == "qwen3"
-    return filled(args, source, path, gguf_name, in_halves), tokenizer_of(fields)
+    return filled(args, source, path, gguf_name, in_halves), fields
+
+
+def check_places(reader):
+    """Raise ValueError unless tensors follow each other to the end, as llama.cpp writes them."""
+    place, alignment = reader.data_offset, int(reader.alignment)
+    for tensor in reader.tensors:
+        if tensor.data_offset != place:
+            raise ValueError(f"{tensor.name} begins at {tensor.data_offset}, expected {place}")
+        place += tensor.n_bytes + -tensor.n_bytes % alignment
+    if not 0 <= place - len(reader.data) < alignment:  # the last one may not be padded
+        raise ValueError(f"it has {len(reader.data)} bytes, and its tensors end at {place}")
 
 
 def shape_of(tensor):
@@ -283,45 +299,94 @@ def args_of(fields, tensors, path):
 
 
 def open_gguf(path):
-    """gguf's reader of a file, which must not end before what its lengths announce."""
+    """
+    gguf's reader of a file, which must not end before what its lengths announce, and must have no
+    more fields and tensors than fit the memory.
+    """
 
     class Reader(need("gguf").GGUFReader):
+        n_parts = 0  # arrays made so far
+
         def _get(self, offset, dtype, count=1, override_order=None):
+            self.data = self.data.view(np.ndarray)  # parts of a memmap take far more memory
+            self.n_parts += 1
+            if self.n_parts > MOST_PARTS:
+                raise ValueError("it has more fields than this program reads")
             found = super()._get(offset, dtype, count, override_order)
             if len(found) < count:  # gguf's own loops over what is not there
                 raise ValueError(f"it ends at byte {len(self.data)}, before {count} numbers")
             return found
 
+        def _get_field_parts(self, orig_offs, raw_type):
+            """An array of numbers as one part; gguf makes a part of each number."""
+            kinds = self.gguf_scalar_to_np
+            if raw_type == ARRAY and (kind := self._get(orig_offs, np.uint32))[0] in kinds:
+                size = self._get(orig_offs + 4, np.uint64)
+                values = self._get(orig_offs + 12, kinds[kind[0]], size[0])
+                return 12 + values.nbytes, [kind, size, values], [2], [ARRAY, kind[0]]
+            return super()._get_field_parts(orig_offs, raw_type)
+
     return Reader(path)
 
 
-def tokenizer_of(fields):
-    """The tokenizer model in a GGUF file's fields, as bytes; None for one that we do not have."""
-    if not fields.get("tokenizer.ggml.add_bos_token", True):  # ours always begins with BOS
+def is_string(value):
+    return type(value) is str
+
+
+# What the fields of a tokenizer, tokenizer.ggml.*, may be
+TOKENIZER = {
+    "model": is_string,
+    "pre": is_string,
+    "tokens": list_of(is_string),
+    "merges": list_of(is_string),
+    "scores": list_of(is_number),
+    "token_type": list_of(is_count),
+    **dict.fromkeys(("unknown_token_id", "bos_token_id", "eos_token_id"), is_count),
+    **dict.fromkeys(("add_bos_token", "add_space_prefix"), lambda value: type(value) is bool),
+}
+
+
+def tokenizer_of(fields, path):
+    """
+    The tokenizer model in a GGUF file's fields, as bytes; None for one that we do not have. Raises
+    UserError where its fields do not fit together.
+    """
+    found = {}
+    for name, check in TOKENIZER.items():
+        if (key := f"tokenizer.ggml.{name}") in fields:
+            found[name] = fields[key]
+            expect(check(found[name]), path, key, found[name], "what llama.cpp writes there")
+    if not found.get("add_bos_token", True):  # ours always begins with BOS
         return None
-    if fields.get("tokenizer.ggml.model") == "gpt2":
-        return byte_level_of(fields)
-    if fields.get("tokenizer.ggml.model") != "llama":
+    if found.get("model") not in ("gpt2", "llama") or "tokens" not in found:
         return None
-    lists = [fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
-    if not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) > 1:
-        return None
-    has_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    of_each = ("scores", "token_type") if found["model"] == "llama" else ("token_type",)
+    n = len(found["tokens"])
+    for name in of_each:
+        size = len(found.get(name, ()))
+        expect(size == n, path, f"tokenizer.ggml.{name}", f"{size} values", f"{n}, one a token")
+    if found["model"] == "gpt2":
+        return byte_level_of(found)
+    ids = [found.get(f"{name}_token_id", i) for i, name in enumerate(("unknown", "bos", "eos"))]
+    expect(ids == [0, 1, 2], path, "the ids of unk, BOS and EOS", ids, "[0, 1, 2] as in Llama 2")
+    has_prefix = found.get("add_space_prefix", True)
+    lists = (found[name] for name in ("tokens", "scores", "token_type"))
     return sentencepiece_model(*lists, add_dummy_prefix=has_prefix)
 
 
-def byte_level_of(fields):
-    """The model of bpe.py in a GGUF file's fields, as bytes; None if its pattern is another."""
+def byte_level_of(found):
+    """
+    The model of bpe.py in the checked fields of TOKENIZER, as bytes; None if its pattern is
+    another.
+    """
     names = {theirs: ours for ours, theirs in PRE_TOKENIZERS.items()}
-    pattern_name = names.get(fields.get("tokenizer.ggml.pre"))
-    tokens, types, merges = (
-        fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")
-    )
-    bos = fields.get("tokenizer.ggml.bos_token_id")
-    if not (pattern_name and tokens and merges and len(tokens) == len(types or ())):
+    pattern_name = names.get(found.get("pre"))
+    tokens, types, merges = found["tokens"], found["token_type"], found.get("merges")
+    bos = found.get("bos_token_id")
+    if not (pattern_name and merges):
         return None
     special = [i for i, kind in enumerate(types) if kind == 3]
-    if bos not in special or bos != fields.get("tokenizer.ggml.eos_token_id"):
+    if bos not in special or bos != found.get("eos_token_id"):
         return None
     special.sort(key=lambda i: i != bos)  # the first begins texts
     try:

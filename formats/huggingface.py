@@ -12,6 +12,8 @@ modeling_modded_llama.py. To add an activation: its use there. To read another a
 transformers: its row in DEFAULTS.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -26,12 +28,14 @@ from configurator import UserError
 from formats.hftokenizer import tokenizer_config, tokenizer_json
 from formats.tensors import (
     Target,
+    check_numbers,
     check_range,
     expect,
     expect_neutral,
     exported,
     filled,
     hf_name,
+    list_of,
     misfit,
     window_settings,
     windows,
@@ -39,6 +43,7 @@ from formats.tensors import (
 from model import ModelArgs
 from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
 from system.remote import need, reason
+from training.runlog import each, is_count, is_text, optional
 
 # Number formats of the tensors, by --dtype
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,6 +93,23 @@ DEFAULTS = {
     "qwen3": {**COMMON, "max_position_embeddings": 1 << 15, "head_dim": 128},
     "modded_llama": COMMON,
 }
+# What the fields of a config.json that ModelArgs does not check may be, and the same in words
+CHECKS = {
+    "head_dim": (optional(is_count), "a whole number"),
+    "max_window_layers": (optional(is_count), "a whole number"),
+    "sliding_window": (optional(is_count), "a whole number"),
+    "use_sliding_window": (optional(lambda value: type(value) is bool), "true or false"),
+    "layer_types": (optional(list_of(is_text)), "a list of words"),
+    "layer_windows": (optional(list_of(is_count)), "a list of whole numbers"),
+}
+# The same for the ids that begin and end texts, in config.json and generation_config.json
+STOPS = {
+    "bos_token_id": (optional(is_count), "the id of a token"),
+    "eos_token_id": (
+        lambda value: optional(is_count)(value) or list_of(is_count)(value),
+        "ids of tokens",
+    ),
+}
 # Fields of a config.json that ModelArgs lacks, with the values that change nothing, besides null
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
@@ -106,6 +128,13 @@ NEUTRAL_ROPE = {
 
 
 # ---- config.json
+
+
+def check_fields(config, checks, path):
+    """Raise UserError, which names the field, unless parsed JSON is as `checks` describes it."""
+    for name, (check, expected) in checks.items():
+        value = config.get(name)
+        expect(check(value), path, name, value, expected)
 
 
 def config_of(args, dtype, special_ids):
@@ -143,6 +172,7 @@ def args_of(config, path):
     kind = config.get("model_type")
     expect(kind in DEFAULTS, path, "model_type", kind, " or ".join(DEFAULTS))
     config |= {k: value for k, value in DEFAULTS[kind].items() if config.get(k) is None}
+    check_fields(config, CHECKS, path)
     for name, values in NEUTRAL.items():
         expect_neutral(path, name, config.get(name), values)
     rope = {}
@@ -163,7 +193,8 @@ def args_of(config, path):
     values["qk_norm"] = kind == "qwen3"
     if kind == "modded_llama":
         values |= {name: config[name] for name in EXTRAS if name in config}
-    args = ModelArgs(**values, **window_settings(windows_of(config, kind, path)))
+    args = ModelArgs(**values)  # checks the number of layers before windows of each are made
+    args = dataclasses.replace(args, **window_settings(windows_of(config, kind, path)))
     size = config["head_dim"] or args.head_dim
     expected = f"hidden_size / num_attention_heads, {args.head_dim}"
     expect(size == args.head_dim, path, "head_dim", size, expected)
@@ -179,7 +210,7 @@ def windows_of(config, kind, path):
     """The window of each layer, 0 where it sees everything, of a config.json."""
     n = config["num_hidden_layers"]
     if kind == "modded_llama":
-        sizes = config.get("layer_windows", [])
+        sizes = config.get("layer_windows") or []
     elif kind == "mistral":
         sizes = [config.get("sliding_window", 4096) or 0] * n
     elif kind == "qwen3" and config.get("use_sliding_window"):
@@ -190,8 +221,7 @@ def windows_of(config, kind, path):
         sizes = [size if k == "sliding_attention" else 0 for k in kinds]
     else:
         sizes = []
-    is_right = all(type(size) is int and size >= 0 for size in sizes)
-    is_right = is_right and len(sizes) in (0, n) and len(set(sizes) - {0}) < 2
+    is_right = len(sizes) in (0, n) and len(set(sizes) - {0}) < 2
     expect(is_right, path, "windows", sizes, f"those of {n} layers, all of one size or 0")
     if (words := config.get("layer_types")) is not None:
         expected = layer_types(sizes or [0] * n)
@@ -212,9 +242,12 @@ def weight_files(folder):
         index, paths = f"{single}.index.json", [single]
         if os.path.isfile(index) and not os.path.isfile(single):
             names = read_json(index).get("weight_map")
-            if not names:
-                raise UserError(f"{index} cannot be read: it has no weight_map")
-            paths = [os.path.join(folder, os.path.basename(n)) for n in sorted({*names.values()})]
+            if not names or not each(is_text)(names):
+                raise UserError(f"{index} cannot be read: it has no weight_map of files")
+            files = sorted({*names.values()})
+            if outside := [name for name in files if os.path.basename(name) != name]:
+                raise UserError(f"{index} cannot be read: it names {outside[0]}, a file elsewhere")
+            paths = [os.path.join(folder, name) for name in files]
             for path in paths:
                 if not os.path.isfile(path):
                     raise UserError(f"{path} does not exist, but {index} names it")
@@ -234,14 +267,18 @@ def open_tensors(paths):
                 state = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
             except pickle.UnpicklingError:
                 raise UserError(f"{path} is damaged, or holds more than tensors") from None
-            found |= {name: (tuple(tensor.shape), tensor.clone) for name, tensor in state.items()}
-            continue
-        try:
-            f = safetensors.safe_open(path, "pt")
-        except (safetensors.SafetensorError, OSError) as e:
-            raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
-        for name in f.keys():  # noqa: SIM118 (not a dict)
-            found[name] = tuple(f.get_slice(name).get_shape()), partial(f.get_tensor, name)
+            part = {name: (tuple(tensor.shape), tensor.clone) for name, tensor in state.items()}
+        else:
+            try:
+                f = safetensors.safe_open(path, "pt")
+            except (safetensors.SafetensorError, OSError) as e:
+                raise UserError(f"{path} is damaged or no safetensors file: {e}") from None
+            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+            part = {name: (shape, partial(f.get_tensor, name)) for name, shape in shapes.items()}
+        if both := found.keys() & part.keys():
+            raise UserError(f"{path} cannot be read: {min(both)} is in another file as well")
+        found |= part
+    check_numbers([shape for shape, _ in found.values()], paths)
     return found
 
 
@@ -262,25 +299,43 @@ class FastTokenizer:
 
     def __init__(self, folder):
         self.model_path = os.path.join(folder, "tokenizer.json")
-        try:
+        with self.calling():
             self.backend = need("tokenizers").Tokenizer.from_file(self.model_path)
-        except Exception as e:  # the library raises plain Exceptions
-            raise UserError(f"{self.model_path} cannot be read: {e}") from None
-        config = read_json(os.path.join(folder, "config.json"))
-        generation = os.path.join(folder, "generation_config.json")
-        config |= read_json(generation) if os.path.isfile(generation) else {}
-        stop = [config.get("bos_token_id"), config.get("eos_token_id")]
-        stop = [i for one in stop for i in (one if isinstance(one, list) else [one])]
-        self.stop = tuple(i for i in stop if isinstance(i, int))
-        self.vocab_size = 1 + max(self.backend.get_vocab().values(), default=-1)
+            self.backend.no_padding()  # as transformers, which takes neither from this file
+            self.backend.no_truncation()
+            self.vocab_size = 1 + max(self.backend.get_vocab().values(), default=-1)
+        if not self.vocab_size:
+            raise UserError(f"{self.model_path} cannot be read: it has no tokens")
+        config, stop = {}, []
+        for path in (os.path.join(folder, n) for n in ("config.json", "generation_config.json")):
+            config |= read_json(path) if os.path.isfile(path) else {}
+            check_fields(config, STOPS, path)
+        for ids in (config.get("bos_token_id"), config.get("eos_token_id")):
+            stop += ids if isinstance(ids, list) else [ids]
+        self.stop = tuple(i for i in stop if i is not None and i < self.vocab_size)
+
+    @contextlib.contextmanager
+    def calling(self):
+        """Have what the library raises end in one sentence."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException as e:  # a panic of Rust is not an Exception
+            raise UserError(f"{self.model_path} cannot be read: {reason(e)}") from None
 
     def encode(self, text):
         """Ids of a text, str or bytes; of an empty one BOS or EOS, if the model has them."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return self.backend.encode(text).ids or list(self.stop[:1])
+        with self.calling():
+            ids = self.backend.encode(text).ids or list(self.stop[:1])
+        if max(ids, default=0) >= self.vocab_size:  # put there by the post_processor
+            raise UserError(f"{self.model_path} cannot be read: it has no token {max(ids)}")
+        return ids
 
     def decode(self, ids):
-        return self.backend.decode(list(ids))
+        with self.calling():
+            return self.backend.decode(list(ids))
 
 
 # ---- writing a folder

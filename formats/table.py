@@ -19,7 +19,7 @@ from configurator import UserError
 from formats import gguf, huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
-from formats.tensors import PADDED, filled, skeleton
+from formats.tensors import PADDED, check_numbers, filled, skeleton
 from model import ModelArgs, Transformer
 from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
@@ -28,6 +28,7 @@ from training.checkpoint import load_checkpoint, load_model, save_file
 from training.runlog import RunLog
 
 HUB = "hf:"  # before the name of a model of the hub
+LONGEST = 1000  # characters of a message, which may quote a file
 
 
 class Loaded(NamedTuple):
@@ -108,8 +109,13 @@ def from_file(read, path):
 
 
 def from_gguf(path):
-    model, proto = gguf.read_gguf(path)
-    return model, lambda: proto and open_tokenizer(path, proto), {}
+    model, fields = gguf.read_gguf(path)
+
+    def find_tokenizer():
+        proto = gguf.tokenizer_of(fields, path)
+        return proto and open_tokenizer(path, proto)
+
+    return model, find_tokenizer, {}
 
 
 META_PARAMS = set(
@@ -132,6 +138,7 @@ def from_meta(folder):
     if not paths:
         raise UserError(f"{folder} has no consolidated.00.pth; expected the weights there")
     parts = [torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths]
+    check_numbers([tensor.shape for part in parts for tensor in part.values()], paths)
     rows = {name: sum(len(part[f"{name}.weight"]) for part in parts) for name in WHOLE_ROWS}
     names = "dim n_layers n_heads n_kv_heads norm_eps rope_theta".split()
     args = ModelArgs(
@@ -188,7 +195,8 @@ def recognize(path):
 def load(path, kind=None, tokenizer=""):
     """
     The Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of a tokenizer
-    model to use instead of the one beside it, or "none". Raises UserError.
+    model to use instead of the one beside it, or "none". Raises UserError, also for weights that
+    are not finite.
     """
     try:
         for file in [path] if os.path.isfile(path) else glob.glob(f"{glob.escape(path)}/*"):
@@ -196,17 +204,22 @@ def load(path, kind=None, tokenizer=""):
                 check_not_pointer(file)
         kind = kind or recognize(path) or "checkpoint"
         model, find_tokenizer, facts = SOURCES[kind](path)
+        if not all(p.isfinite().all() for p in model.parameters()):
+            what = "name an earlier checkpoint" if kind == "checkpoint" else "the file is damaged"
+            raise UserError(f"{path} has weights that are not finite: {what}")
         if tokenizer:
             found = None if tokenizer == "none" else open_tokenizer(tokenizer)
         else:
             found = find_tokenizer()
-    except UserError:
-        raise
+        return Loaded(fitted(model, found, kind) if found else model, found, facts)
+    except UserError as e:
+        cause = str(e)
     except OSError as e:
-        raise UserError(f"cannot read {path}: {reason(e)}") from None
+        cause = f"cannot read {path}: {reason(e)}"
     except Exception as e:  # foreign files may lead to anything
-        raise UserError(f"{path} cannot be read: {reason(e)}") from None
-    return Loaded(fitted(model, found, kind) if found else model, found, facts)
+        cause = f"{path} cannot be read: {reason(e)}"
+    half = LONGEST // 2
+    raise UserError(cause if len(cause) <= LONGEST else f"{cause[:half]} ... {cause[-half:]}")
 
 
 def fitted(model, tokenizer, kind):
@@ -236,14 +249,12 @@ def fitted(model, tokenizer, kind):
 def load_teller(path, start, tokenizer=""):
     """
     (Loaded, ids of the prompt `start`) of a model that is to tell stories; the other arguments are
-    those of load(). Raises UserError without a tokenizer, for weights that are not finite, and for
-    a prompt that does not fit the context.
+    those of load(). Raises UserError without a tokenizer, and for a prompt that does not fit the
+    context.
     """
     loaded = load(path, tokenizer=tokenizer)
     if loaded.tokenizer is None:
         raise UserError(f"there is no tokenizer.model beside {path}: give --tokenizer=PATH")
-    if not all(p.isfinite().all() for p in loaded.model.parameters()):
-        raise UserError(f"{path} has weights that are no numbers: name an earlier checkpoint")
     prompt = loaded.tokenizer.encode(start.encode(errors="surrogateescape"))
     if not prompt:
         raise UserError(f"the tokenizer of {path} begins no text by itself: give --start")

@@ -7,6 +7,7 @@ damaged file: load() of table.py turns it into one sentence.
 """
 
 import math
+import os
 from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
@@ -87,7 +88,8 @@ def misfit(args, target):
 
 def shortest(value):
     """The number with the fewest digits that is `value` in float32: 1e-5, not 9.999999747e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # past float32 it is infinite, and refused as such
+        return float(str(np.float32(value)))
 
 
 def window_settings(sizes):
@@ -110,6 +112,11 @@ def expect(is_so, path, name, value, expected):
     """Raise UserError about a field of a file unless it is as expected."""
     if not is_so:
         raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
+
+
+def list_of(check):
+    """A check of parsed lists, as those of runlog.py, with values that all pass `check`."""
+    return lambda value: type(value) is list and all(map(check, value))
 
 
 # ---- tensors
@@ -151,12 +158,26 @@ def exported(model, in_halves):
 def skeleton(args):
     """
     The model without its numbers, to know its shapes before memory is taken for them. Raises
-    UserError where the tables of RoPE alone would take more than half a gigabyte.
+    UserError where the tables of RoPE would be large, and larger than all weights.
     """
-    if args.max_seq_len * args.head_dim > 1 << 27:
-        raise UserError(f"max_seq_len = {args.max_seq_len} is more than this program reads")
     with torch.device("meta"):
-        return Transformer(args)
+        model = Transformer(args)
+    if args.max_seq_len * args.head_dim > max(1 << 24, model.n_params()):
+        raise UserError(
+            f"max_seq_len = {args.max_seq_len} is more than this program reads for a model of "
+            f"{model.n_params():,} weights"
+        )
+    return model
+
+
+def check_numbers(shapes, paths):
+    """
+    Raise UserError where tensors have more numbers than their files have bytes: tensors of torch
+    may share their numbers, and repeat them without end.
+    """
+    n, size = sum(map(math.prod, shapes)), sum(map(os.path.getsize, paths))
+    if n > size:  # a number takes two bytes at least, and an embedding may be the head as well
+        raise UserError(f"{paths[0]} cannot be read: {n:,} numbers in files of {size:,} bytes")
 
 
 def filled(args, source, path, rename, in_halves):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import struct
 import sys
 
@@ -379,6 +380,37 @@ def test_a_tokenizer_json_alone_is_enough_to_sample(tmp_path, tokenizers, capsys
         export(tmp_path / "m.gguf", f"--from-hf={tmp_path / 'hf'}")
 
 
+def test_what_a_tokenizer_json_does_is_transformers(tmp_path, tokenizers):
+    """It neither pads nor truncates, and what the library cannot do ends in a sentence."""
+    tokenizer, path = tokenizers["gpt2"], tmp_path / "hf" / "tokenizer.json"
+    huggingface.write_folder(sized(tokenizer), str(tmp_path / "hf"), "fp32", tokenizer, {})
+    os.remove(tmp_path / "hf" / "tokenizer.model")
+    whole = json.loads(path.read_text())
+    padding = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "a"}
+    truncation = {"direction": "Left", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps({**whole, "padding": padding, "truncation": truncation}))
+    assert load(str(tmp_path / "hf")).tokenizer.encode("Once upon") == tokenizer.encode("Once upon")
+    begin = whole["post_processor"]["special_tokens"]["<|endoftext|>"]
+    for ids, part in (([1 << 20], "it has no token 1048576"), (None, "no entry found for key")):
+        wrong = {"<|endoftext|>": {**begin, "ids": ids}} if ids else {}
+        wrong = {**whole["post_processor"], "special_tokens": wrong}
+        path.write_text(json.dumps({**whole, "post_processor": wrong}))
+        with pytest.raises(UserError, match=rf"tokenizer.json cannot be read: .*{part}"):
+            load(str(tmp_path / "hf")).tokenizer.encode("Once upon")
+    path.write_text(json.dumps(whole))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    for ids, stop in ((5, (5,)), ([5, 7], (5, 7)), (1 << 40, ()), (None, ())):
+        text = json.dumps({**config, "bos_token_id": None, "eos_token_id": ids})
+        (tmp_path / "hf" / "config.json").write_text(text)
+        assert load(str(tmp_path / "hf")).tokenizer.stop == stop
+    for ids in ("5", True, -1, [5, None]):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": ids}))
+        with pytest.raises(UserError, match=r"eos_token_id = .*; expected ids of tokens"):
+            load(str(tmp_path / "hf"))
+
+
 @pytest.mark.parametrize("options", [{}, {"tie_embeddings": False, "value_embeddings": 1}])
 def test_rows_without_a_piece_are_never_drawn(tmp_path, tokenizers, capsys, run, options):
     """An embedding that was padded to a round number of rows is cut to the tokenizer's pieces."""
@@ -580,6 +612,15 @@ FOREIGN = (
     ({"num_hidden_layers": 3}, "it has no model.layers.2."),
     ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place"),
     ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
+    ({"model_type": "mistral", "num_hidden_layers": 1 << 40}, "n_layers = 1099511627776: expected"),
+    (
+        {"model_type": "qwen3", "use_sliding_window": "false"},
+        "use_sliding_window = false; expected",
+    ),
+    ({"model_type": "qwen3", "layer_types": {}}, "layer_types = {}; expected a list of words"),
+    ({"head_dim": ""}, "head_dim = ; expected a whole number"),
+    ({"max_position_embeddings": 1 << 22}, "more than this program reads for a model of"),
+    ({"hidden_act": "x" * 5000}, "xxx ..."),
 )
 
 
@@ -673,8 +714,21 @@ def test_damaged_folders_and_files(tmp_path, tokenizers):
     same_model(load(str(folder)).model, model)
     index = folder / "model.safetensors.index.json"
     os.replace(weights, tmp_path / "elsewhere.safetensors")
-    index.write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
-    with pytest.raises(UserError, match=r"elsewhere.safetensors does not exist"):
+    for name, part in (
+        ("../elsewhere.safetensors", "it names ../elsewhere.safetensors, a file elsewhere"),
+        (str(tmp_path / "elsewhere.safetensors"), "a file elsewhere"),
+        ("other.safetensors", "other.safetensors does not exist"),
+        (["model.safetensors"], "it has no weight_map of files"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UserError, match=part):
+            load(str(folder))
+    for name in ("a.safetensors", "b.safetensors"):
+        shutil.copy(tmp_path / "elsewhere.safetensors", folder / name)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys("0123", "a.safetensors")}))
+    same_model(load(str(folder)).model, model)
+    index.write_text('{"weight_map": {"1": "a.safetensors", "2": "b.safetensors"}}')
+    with pytest.raises(UserError, match=r"b.safetensors .* is in another file as well"):
         load(str(folder))
     index.write_text("{}")
     with pytest.raises(UserError, match="has no weight_map"):
@@ -911,6 +965,63 @@ def test_a_hostile_gguf_ends_soon(tmp_path, tokenizers):
         (tmp_path / "m.gguf").write_bytes(start + name + value + bytes(200))
         with pytest.raises(UserError, match=r"ends at byte|is damaged|cannot be read"):
             load(str(tmp_path / "m.gguf"))
+
+
+def gguf_with(path, tokenizer, **more):
+    """A GGUF file of a random model, with other values of some fields tokenizer.ggml.*."""
+    add = need("gguf").GGUFWriter.add_key_value
+
+    def changed(self, key, value, kind, sub_type=None):
+        value = more.get(key.removeprefix("tokenizer.ggml."), value)
+        add(self, key, value, kind, sub_type)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(need("gguf").GGUFWriter, "add_key_value", changed)
+        gguffile.write_gguf(sized(tokenizer), str(path), "fp32", tokenizer, {})
+
+
+def test_a_gguf_whose_tokenizer_does_not_fit_is_refused(tmp_path, tokenizers):
+    path, pieces = str(tmp_path / "m.gguf"), tokenizers[512]
+    for more, part in (
+        ({"scores": [0.0] * 511}, "tokenizer.ggml.scores = 511 values; expected 512"),
+        ({"bos_token_id": 5}, r"the ids of unk, BOS and EOS = \[0, 5, 2\]"),
+        ({"token_type": [-1] * 512}, "tokenizer.ggml.token_type = .* expected what llama.cpp"),
+    ):
+        gguf_with(path, pieces, **more)
+        with pytest.raises(UserError, match=part):
+            load(path)
+        assert load(path, tokenizer=pieces.model_path).tokenizer.vocab_size == 512
+
+
+def test_tensors_that_share_their_bytes_are_refused(tmp_path, tokenizers):
+    """A small file cannot stand for a large model, and no number is read twice."""
+    path = tmp_path / "m.gguf"
+    gguf_with(path, tokenizers[512])
+    places = [t.field.offset for t in need("gguf").GGUFReader(path).tensors]
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data + bytes(32))
+    with pytest.raises(UserError, match=r"it has \d+ bytes, and its tensors end at \d+"):
+        load(str(path))
+    data[places[2] - 8 : places[2]] = bytes(8)  # the offset of the second tensor
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"blk.0.attn_norm.weight begins at \d+, expected \d+"):
+        load(str(path))
+    huggingface.write_folder(sized(tokenizers[105]), str(tmp_path / "hf"), "fp32", None, {})
+    os.remove(tmp_path / "hf" / "model.safetensors")
+    one = torch.zeros(1000)
+    torch.save({str(i): one for i in range(1000)}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"1,000,000 numbers in files of [\d,]+ bytes"):
+        load(str(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_weights_that_are_not_finite_are_refused(tmp_path, tokenizers, to):
+    model, path = sized(tokenizers[512]), str(tmp_path / f"m{FORMATS[to].ending}")
+    with torch.no_grad():
+        model.layers[0].attention.wq.weight[1, 2] = float("nan")
+    FORMATS[to].write(model, path, "fp32", tokenizers[512], {})
+    with pytest.raises(UserError, match="has weights that are not finite"):
+        load(path, tokenizer=tokenizers[512].model_path)
 
 
 # ---- the hub

@@ -387,6 +387,6 @@ def test_a_model_that_diverged_is_refused(trained, tmp_path):
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     next(iter(checkpoint["model"].values())).view(-1)[0] = float("nan")
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    refused(script("generate.py", tmp_path), "weights that are no numbers")
+    refused(script("generate.py", tmp_path), "weights that are not finite")
     one = f"--checkpoint={tmp_path / 'ckpt.pt'}"
-    refused(script("sample.py", one, "--temperature=0"), "weights that are no numbers")
+    refused(script("sample.py", one, "--temperature=0"), "weights that are not finite")
