@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from formats.tensors import (
 from model import ModelArgs
 from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
 from system.remote import need, reason
+from training import torchfile
 
 # Number formats of the tensors, by --dtype
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -229,11 +229,12 @@ def open_tensors(paths):
     found = {}
     for path in paths:
         if os.path.basename(path).startswith("pytorch_model"):
-            is_zip = zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
             try:
-                state = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
+                state = torchfile.load(path, mmap=True)
             except pickle.UnpicklingError:
                 raise UserError(f"{path} is damaged, or holds more than tensors") from None
+            if not torchfile.is_state(state):
+                raise UserError(f"{path} is damaged, or holds more than tensors")
             found |= {name: (tuple(tensor.shape), tensor.clone) for name, tensor in state.items()}
             continue
         try:
