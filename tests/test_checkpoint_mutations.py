@@ -6,13 +6,17 @@ sentence or work, take no more memory than the file is long, and leave the folde
 import copy
 import itertools
 import math
+import os
 import random
+import struct
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, script
+from conftest import REPO, TINY, refused, script
 
 from configurator import UserError
 from dataset import DataPaths, TokenData, TrainBatches
@@ -289,7 +293,7 @@ def test_a_small_checkpoint_takes_little_memory(tmp_path, what):
 
 
 def test_a_huge_context_takes_memory_only_where_it_is_used(run, tmp_path):
-    out, settings, data = run
+    out, _, _ = run
     good = torch.load(out / "ckpt.pt", weights_only=True)
     good["model_args"]["max_seq_len"] = 1 << 24
     torch.save(good, tmp_path / "ckpt.pt")
