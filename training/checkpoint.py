@@ -429,15 +429,17 @@ def check_fields(checkpoint, path):
         raise Damaged(f"{path} is no checkpoint of this program: evaluated is after iter_num")
 
 
-def check_size(args, path):
+def check_size(args, checkpoint, path):
     """
-    Raise UserError where a model of ModelArgs has more numbers than the checkpoint at `path` can
+    Raise UserError where a model of ModelArgs has more numbers than the checkpoint from `path` can
     hold, before memory is taken for them.
     """
-    paths = [path]
-    if os.path.isdir(path):
-        paths = [os.path.join(path, name) for name in os.listdir(path)]
-    most = sum(map(os.path.getsize, paths)) // 2  # a number takes two bytes at least
+    if "model" in checkpoint:
+        storages = [tensor.untyped_storage() for tensor in checkpoint["model"].values()]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
+    else:
+        sizes = [os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)]
+    most = sum(sizes) // 2  # a number takes two bytes at least
     n_params = 2 * args.n_layers * args.dim**2  # of wq and wo
     if n_params <= most:
         with torch.device("meta"):
@@ -572,7 +574,7 @@ def load_model(checkpoint, path):
     """The Transformer of a loaded checkpoint, on the CPU; `path` is where it came from."""
     try:
         args = ModelArgs.from_dict(checkpoint["model_args"])
-        check_size(args, path)
+        check_size(args, checkpoint, path)
         model = Transformer(args)
         if "model" in checkpoint:
             model.load_state_dict(plain_state(checkpoint))

@@ -67,7 +67,8 @@ def begin(settings, given):
         start.settings = with_arch(settings, given)
     check(start.settings)
     if start.checkpoint:
-        check_size(args_of(start.settings, start.checkpoint["model_args"]), start.path)
+        args = args_of(start.settings, start.checkpoint["model_args"])
+        check_size(args, start.checkpoint, start.path)
     return start
 
 
