@@ -86,7 +86,8 @@ def check_target(name, path, endings):
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder):  # those that are missing will be made
         folder = os.path.dirname(folder)
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    is_odd = os.path.exists(path) and not os.path.isfile(path)  # a pipe would be waited for
+    if is_odd or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: give another place with --{name}=PATH")
     if os.path.exists(path):  # a log and a corpus end in .jsonl too
         with open(path, "rb") as f:

@@ -151,6 +151,7 @@ class ModelArgs:
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+ROOM = 1 << 12  # positions that memory is taken for before they are used
 # Least and most of each number, as in run.c: a larger one is a slip that would exhaust the memory
 LIMITS = {
     "dim": (1, 1 << 16),
@@ -351,7 +352,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args, args.dim)
         self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)  # (vocab_rows, dim)
-        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
+        cos, sin = rope_tables(args.head_dim, min(args.max_seq_len, ROOM), args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         if args.embedding_norm:
@@ -398,6 +399,14 @@ class Transformer(nn.Module):
             return 0.0
         return 0.02 / math.sqrt(2 * args.n_layers) if writes_residual else 0.02
 
+    def rope(self, start, end):
+        """Rotary tables (end - start, head_dim // 2) of positions, cosine and sine."""
+        if end > (n := len(self.rope_cos)):
+            with torch.inference_mode(False):  # training may use them later
+                tables = rope_tables(self.args.head_dim, max(end, 2 * n), self.args.rope_theta)
+                self.rope_cos, self.rope_sin = (t.to(self.rope_cos.device) for t in tables)
+        return self.rope_cos[start:end], self.rope_sin[start:end]
+
     def embed(self, tokens, cache):
         """tokens (B, T) -> what the first layer reads, (B, T, dim); cache: as in forward."""
         args = self.args
@@ -428,7 +437,7 @@ class Transformer(nn.Module):
         end = start + tokens.shape[1]
         if end > args.max_seq_len:
             raise ValueError(f"{end} positions exceed max_seq_len = {args.max_seq_len}")
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]  # (T, head_dim // 2)
+        cos, sin = self.rope(start, end)  # (T, head_dim // 2)
         x = x0 = self.embed(tokens, cache)  # (B, T, dim)
         if args.residual_scalars:
             a, b = self.residual_scalars.to(x.dtype), self.x0_scalars.to(x.dtype)  # (n_layers,)
@@ -493,7 +502,7 @@ class Transformer(nn.Module):
         """
         device = self.output.weight.device
         limit = min(max_new_tokens, self.room_after(tokens))
-        cache = KVCache(self.args, 1, device, self.dtype)
+        cache = KVCache(self.args, 1, device, self.dtype, len(tokens) + limit)
         step = torch.tensor([tokens], device=device)  # (1, T), then (1, 1)
         for _ in range(limit):
             logits = self(step, cache=cache)[0, -1].float().cpu()  # (vocab_size,)
@@ -513,8 +522,7 @@ class Transformer(nn.Module):
         device = self.output.weight.device
         n, max_new_tokens = draws.shape
         limit = min(max_new_tokens, self.room_after(tokens))
-        n_positions = min(len(tokens) + limit, self.args.max_seq_len)
-        cache = KVCache(self.args, n, device, self.dtype, n_positions)
+        cache = KVCache(self.args, n, device, self.dtype, len(tokens) + limit)
         step = torch.tensor([tokens] * n, device=device)  # (n, T), then (rows, 1)
         running = list(range(n))  # the continuation that each row of the batch is
         for i in range(limit):
@@ -579,11 +587,11 @@ ACTIVATION_CHECKPOINTING = {
 class KVCache:
     """
     Keys and values of the positions so far, n of them, and the last token. n_positions: how many
-    there is room for; 0: max_seq_len.
+    are expected. There is room for ROOM of them at first, and for more when they come.
     """
 
-    def __init__(self, args, batch_size, device, dtype, n_positions=0):
-        n_positions = n_positions or args.max_seq_len
+    def __init__(self, args, batch_size, device, dtype, n_positions=ROOM):
+        n_positions = min(n_positions, ROOM, args.max_seq_len)
         shape = (args.n_layers, batch_size, args.n_kv_heads, n_positions, args.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -592,7 +600,10 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Store k, v (B, n_kv_heads, T, head_dim) after the filled part; return all up to them."""
-        end = self.n + k.shape[2]
+        end, room = self.n + k.shape[2], self.k.shape[3]
+        if end > room:
+            more = 0, 0, 0, max(end, 2 * room) - room
+            self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
         self.k[layer, :, :, self.n : end] = k
         self.v[layer, :, :, self.n : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]

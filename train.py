@@ -321,7 +321,8 @@ stop = parallel.StopRequest()
 if settings.eval_only:
     say(f"step {state.iter_num}: {show(evaluate(model, validation(), to_device, stop))}")
     raise SystemExit
-if state.is_done(settings) and state.evaluated == state.iter_num:
+is_past = not settings.max_minutes and state.iter_num > settings.max_iters
+if is_past or (state.is_done(settings) and state.evaluated == state.iter_num):
     if settings.resume == "auto":
         say(f"the run in {settings.out_dir} is complete ({state.iter_num} steps)")
         away = Away(settings, is_new=False)

@@ -18,7 +18,6 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from formats.tensors import (
 from model import ModelArgs
 from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
 from system.remote import need, reason
+from training import torchfile
 from training.runlog import each, is_count, is_text, optional
 
 # Number formats of the tensors, by --dtype
@@ -262,11 +262,12 @@ def open_tensors(paths):
     found = {}
     for path in paths:
         if os.path.basename(path).startswith("pytorch_model"):
-            is_zip = zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
             try:
-                state = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
+                state = torchfile.load(path, mmap=True, legacy=True)
             except pickle.UnpicklingError:
                 raise UserError(f"{path} is damaged, or holds more than tensors") from None
+            if not torchfile.is_state(state):
+                raise UserError(f"{path} is damaged, or holds more than tensors")
             part = {name: (tuple(tensor.shape), tensor.clone) for name, tensor in state.items()}
         else:
             try:

@@ -117,8 +117,8 @@ def tensors(model, with_rope_tables=False):
     args, state = model.args, model.state_dict()
     for key, *_ in NAMES:
         if key == "output" and with_rope_tables:
-            yield "rope_cos", [model.rope_cos]
-            yield "rope_sin", [model.rope_sin]
+            cos, sin = model.rope(0, args.max_seq_len)
+            yield from (("rope_cos", [cos]), ("rope_sin", [sin]))
         if key == "output" and args.tie_embeddings:
             continue
         name = key.removeprefix("layers.{}.").removesuffix(".{}")

@@ -24,6 +24,7 @@ from model import ModelArgs, Transformer
 from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
 from tokenizer import Tokenizer, open_tokenizer
+from training import torchfile
 from training.checkpoint import load_checkpoint, load_model, save_file
 from training.runlog import RunLog
 
@@ -137,7 +138,9 @@ def from_meta(folder):
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "consolidated.*.pth")))
     if not paths:
         raise UserError(f"{folder} has no consolidated.00.pth; expected the weights there")
-    parts = [torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths]
+    parts = [torchfile.load(path, mmap=True, legacy=True) for path in paths]
+    if not all(map(torchfile.is_state, parts)):
+        raise UserError(f"{folder} cannot be read: its files hold more than tensors")
     check_numbers([tensor.shape for part in parts for tensor in part.values()], paths)
     rows = {name: sum(len(part[f"{name}.weight"]) for part in parts) for name in WHOLE_ROWS}
     names = "dim n_layers n_heads n_kv_heads norm_eps rope_theta".split()

@@ -39,7 +39,6 @@ import re
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +49,6 @@ from model import ModelArgs, Transformer
 from optim import part_for, warmup_steps
 from system.files import (
     atomic_write,
-    check_not_pointer,
     checksum,
     flush_folder,
     link_or_copy,
@@ -58,17 +56,50 @@ from system.files import (
     replace,
 )
 from system.progress import print_line
-from training import parallel
+from training import parallel, torchfile
+from training.runlog import (
+    each,
+    fits,
+    is_config,
+    is_count,
+    is_scalar,
+    is_size,
+    is_text,
+)
 
 FORMAT = 2
 MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
-NESTED = ("model", "model_args", "optimizer", "config", "versions", "files")
-NEEDED_TO_RESUME = set(
-    "format iter_num n_sequences n_windows evaluated train_s best_val_loss scaler "
-    "tokenizer_hash config versions compute_dtype".split()
-)
+SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()
+
+
+def is_string(value):
+    return type(value) is str
+
+
+# what the fields may hold, see runlog.fits: where they are present, in every checkpoint
+FIELDS = {
+    "model": torchfile.is_state,
+    "model_args": each(is_scalar),
+    "config": is_config,
+    "tokenizer_hash": is_text,
+    "files": lambda value: type(value) is dict,
+    **dict.fromkeys("format iter_num n_sequences n_windows evaluated".split(), is_count),
+    "train_s": is_size,
+}
+# and what a run that can be resumed has as well; llama2.c's are of other types
+OF_RUN = {
+    **{name: FIELDS[name] for name in FIELDS if name not in ("model", "files")},
+    "config": lambda value: is_config(value) and fits(value, {"data_dir": is_string}),
+    "best_val_loss": lambda value: type(value) is float and value >= 0,  # infinite at first
+    "scaler": lambda value: value == {} or fits(value, dict.fromkeys(SCALER, is_size)),
+    "versions": lambda value: fits(value, dict.fromkeys(versions(), is_text)),
+    "compute_dtype": lambda value: value in DTYPES,
+}
+# absent from sharded checkpoints, or from those of earlier programs
+OPTIONAL = {"optimizer": torchfile.is_state, "data_path": is_string}
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 @dataclass
@@ -372,9 +403,7 @@ def load_whole(path, device="cpu"):
         checkpoint, needed = load_file(path, device), ("model", "model_args")
     if not isinstance(checkpoint, dict) or any(name not in checkpoint for name in needed):
         raise Damaged(f"{path} is no checkpoint: it has no {' and '.join(needed)}")
-    for name in NESTED:
-        if not isinstance(checkpoint.get(name, {}), dict):
-            raise Damaged(f"{path} is no checkpoint of this program: its {name} is no table")
+    check_fields(checkpoint, path)
     for name, expected in checkpoint.get("files", {}).items() if os.path.isdir(path) else ():
         name = os.path.join(path, os.path.basename(str(name)))
         if not os.path.isfile(name) or checksum(name) != expected:
@@ -382,30 +411,66 @@ def load_whole(path, device="cpu"):
     return checkpoint
 
 
+def check_fields(checkpoint, path):
+    """Raise UserError for a field that no run would have saved."""
+    fields = FIELDS
+    if is_count(checkpoint.get("format")) and checkpoint["format"] == FORMAT:
+        fields = FIELDS | OPTIONAL | {n: OF_RUN[n] for n in OF_RUN if n in checkpoint}
+    for name, check in fields.items():
+        if name in checkpoint and not check(checkpoint[name]):
+            raise Damaged(
+                f"{path} is no checkpoint of this program: its {name} is not what a run saves"
+            )
+    try:
+        ModelArgs.from_dict(checkpoint["model_args"])
+    except ValueError as e:
+        raise UserError(f"{path} does not fit this program: {e}") from None
+    if checkpoint.get("evaluated", 0) > checkpoint.get("iter_num", math.inf):
+        raise Damaged(f"{path} is no checkpoint of this program: evaluated is after iter_num")
+
+
+def check_size(args, checkpoint, path):
+    """
+    Raise UserError where a model of ModelArgs has more numbers than the checkpoint from `path` can
+    hold, before memory is taken for them.
+    """
+    if "model" in checkpoint:
+        storages = [tensor.untyped_storage() for tensor in checkpoint["model"].values()]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
+    else:
+        sizes = [os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)]
+    most = sum(sizes) // 2  # a number takes two bytes at least
+    n_params = 2 * args.n_layers * args.dim**2  # of wq and wo
+    if n_params <= most:
+        with torch.device("meta"):
+            n_params = Transformer(args).n_params()
+    if n_params > most:
+        raise UserError(
+            f"{path} does not fit this model, which has {n_params:,} numbers or more: it is "
+            f"too short"
+        )
+
+
 def load_file(path, device):
     if not os.path.exists(path):
         earlier = os.path.join(os.path.dirname(path), "previous")
         also = f"; the run before it is in {earlier}" if os.path.isdir(earlier) else ""
         raise UserError(f"checkpoint {path} does not exist; train one with: python train.py{also}")
-    damaged = Damaged(f"{path} is damaged or no checkpoint of this program")
     try:
-        check_not_pointer(path)
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise damaged
-        return torch.load(path, map_location=device, weights_only=True)
+        return torchfile.load(path, device)
     except UserError:
         raise
     except OSError as e:  # the file may be whole, and readable another time
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except pickle.UnpicklingError:
         raise Damaged(
-            f"{path} holds more than numbers and was not loaded, since that could run code"
+            f"{path} holds more than numbers and was not loaded, since that could run code or "
+            f"exhaust the memory"
         ) from None
     except Exception as e:  # what foreign bytes lead to is open-ended
         if isinstance(e, MemoryError) or "allocate" in str(e):
             raise UserError(f"there is not enough memory to read {path}") from None
-        raise damaged from None
+        raise Damaged(f"{path} is damaged or no checkpoint of this program") from None
 
 
 def has_checkpoint(folder):
@@ -440,7 +505,7 @@ def load_latest(folder):
     if not whole:
         return None, None, []
     checkpoint, path = max(whole, key=lambda one: one[0].get("iter_num", 0))
-    if NEEDED_TO_RESUME - checkpoint.keys():
+    if OF_RUN.keys() - checkpoint.keys():
         raise UserError(
             f"{path} holds weights but no run that can be resumed; to train on from the "
             f"weights: --init_from={path} and another --out_dir"
@@ -508,7 +573,9 @@ def plain_state(checkpoint):
 def load_model(checkpoint, path):
     """The Transformer of a loaded checkpoint, on the CPU; `path` is where it came from."""
     try:
-        model = Transformer(ModelArgs.from_dict(checkpoint["model_args"]))
+        args = ModelArgs.from_dict(checkpoint["model_args"])
+        check_size(args, checkpoint, path)
+        model = Transformer(args)
         if "model" in checkpoint:
             model.load_state_dict(plain_state(checkpoint))
     except (ValueError, TypeError, RuntimeError, AttributeError) as e:

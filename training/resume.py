@@ -7,13 +7,14 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from configurator import UserError
+from configurator import SETTING_TYPES, UserError
 from dataset import DataPaths
 from model import ModelArgs
 from system.remote import fetch_latest
 from training import parallel
 from training.checkpoint import (
     RunState,
+    check_size,
     has_checkpoint,
     load_checkpoint,
     load_latest,
@@ -22,7 +23,7 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, WORLD_SIZE, say
 from training.rundir import RunDir
-from training.settings import FIXED, OF_ONE_START, OPTIONS, check, with_arch
+from training.settings import FIXED, OF_ONE_START, OPTIONS, args_of, check, with_arch
 
 
 @dataclass
@@ -65,6 +66,9 @@ def begin(settings, given):
             )
         start.settings = with_arch(settings, given)
     check(start.settings)
+    if start.checkpoint:
+        args = args_of(start.settings, start.checkpoint["model_args"])
+        check_size(args, start.checkpoint, start.path)
     return start
 
 
@@ -92,10 +96,11 @@ def latest_of(settings, given):
 
 def fits(name, value, model_args):
     """Whether a setting of the architecture, such as -1 for all layers, means what a model has."""
-    if value == model_args[name]:
+    old = getattr(ModelArgs.from_dict(model_args), name)
+    if value == old:
         return True
     try:
-        return getattr(ModelArgs.from_dict({**model_args, name: value}), name) == model_args[name]
+        return getattr(ModelArgs.from_dict({**model_args, name: value}), name) == old
     except ValueError:
         return False
 
@@ -105,6 +110,12 @@ def resumed(settings, checkpoint, given):
     settings, old = dict(settings), checkpoint["config"]
     changed = []
     for name in settings.keys() & old.keys() - OF_ONE_START:
+        kind = type(settings[name])
+        if type(old[name]) is not kind and (kind, type(old[name])) != (float, int):
+            raise UserError(
+                f"cannot resume: the checkpoint has {name} = {old[name]!r}, expected "
+                f"{SETTING_TYPES[kind]}"
+            )
         if name not in given:
             settings[name] = old[name]
         elif settings[name] != old[name]:

@@ -4,12 +4,17 @@ Tensors that are spread over processes, in a folder: torch.distributed.checkpoin
 Imported where it is needed only: it takes a second to load.
 """
 
+import io
 import os
 import pickle
+import pickletools
 import warnings
 
 import torch.distributed.checkpoint as dcp
 
+from training import torchfile
+
+LONGEST_CONTENTS = 16 << 20  # bytes; each tensor takes about 500
 CONTENTS = {  # what a table of contents, a pickle, is made of
     "torch": {"Size", "float32", "float16", "bfloat16", "int64"},
     "torch.serialization": {"_get_layout"},
@@ -39,18 +44,36 @@ class NumbersReader(dcp.FileSystemReader):
 
     def __init__(self, folder):
         super().__init__(folder)
-        with open(os.path.join(folder, ".metadata"), "rb") as f:
-            self.contents = ContentsUnpickler(f).load()
+        contents = os.path.join(folder, ".metadata")
+        torchfile.check_regular(contents)
+        with open(contents, "rb") as f:
+            data = f.read(LONGEST_CONTENTS)
+        check_memo(data)
+        self.contents = ContentsUnpickler(io.BytesIO(data)).load()
         kinds = {type(entry) for entry in self.contents.state_dict_metadata.values()}
         if kinds - {dcp.metadata.TensorStorageMetadata}:  # others are unpickled without care
             raise pickle.UnpicklingError("it holds more than numbers")
         names = {place.relative_path for place in self.contents.storage_data.values()}
         if any(os.path.basename(name) != name for name in names):
             raise pickle.UnpicklingError("it points to files outside its folder")
+        for name in names:
+            torchfile.check_regular(os.path.join(folder, name))
         self.contents.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
 
     def read_metadata(self, *args, **kwargs):
         return self.contents
+
+    def _slice_file(self, file, place):  # of each tensor, which torch.load reads next
+        part = super()._slice_file(file, place)
+        torchfile.check_archive(part)
+        return part
+
+
+def check_memo(data):
+    """Raise UnpicklingError for a memo longer than the pickle: Python would take its memory."""
+    for op, place, _ in pickletools.genops(data):
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(place) > len(data):
+            raise pickle.UnpicklingError("it asks for more memory than it needs")
 
 
 def write(folder, tensors):
