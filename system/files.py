@@ -163,6 +163,13 @@ def check_regular(path):
         raise UserError(f"{path} is a pipe or a device: expected a file; write the data to one")
 
 
+def check_file(path):
+    """check_regular() where a folder is wrong as well."""
+    check_regular(path)
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: expected a file")
+
+
 def check_not_pointer(path):
     """Raise UserError for the few lines that Git LFS leaves in place of a large file."""
     with open(path, "rb") as f:

@@ -12,6 +12,7 @@ import warnings
 
 import torch.distributed.checkpoint as dcp
 
+from system.files import check_file
 from training import torchfile
 
 LONGEST_CONTENTS = 16 << 20  # bytes; each tensor takes about 500
@@ -45,7 +46,7 @@ class NumbersReader(dcp.FileSystemReader):
     def __init__(self, folder):
         super().__init__(folder)
         contents = os.path.join(folder, ".metadata")
-        torchfile.check_regular(contents)
+        check_file(contents)
         with open(contents, "rb") as f:
             data = f.read(LONGEST_CONTENTS)
         check_memo(data)
@@ -57,7 +58,7 @@ class NumbersReader(dcp.FileSystemReader):
         if any(os.path.basename(name) != name for name in names):
             raise pickle.UnpicklingError("it points to files outside its folder")
         for name in names:
-            torchfile.check_regular(os.path.join(folder, name))
+            check_file(os.path.join(folder, name))
         self.contents.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
 
     def read_metadata(self, *args, **kwargs):

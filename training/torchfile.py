@@ -11,13 +11,12 @@ import io
 import os
 import pickle
 import pickletools
-import stat
 import zipfile
 
 import torch
 
 from configurator import UserError
-from system.files import check_not_pointer
+from system.files import check_file, check_not_pointer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LONGEST_PICKLE = 16 << 20  # bytes; each tensor takes about 200
@@ -59,12 +58,6 @@ def is_state(value):
     )
 
 
-def check_regular(path):
-    """Raise UserError for a pipe or a device, which could be endless, and for a folder."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError(f"{path} is a folder, a pipe or a device; expected a file")
-
-
 def load(path, device="cpu", mmap=False, legacy=False):
     """
     What torch.save wrote to a file; the checksums in it are compared, which torch does not do.
@@ -72,7 +65,7 @@ def load(path, device="cpu", mmap=False, legacy=False):
     has no checksums. Raises UserError for what is not a regular file, UnpicklingError for values
     that torch.save would not write for a checkpoint, and any other error for a damaged file.
     """
-    check_regular(path)
+    check_file(path)
     check_not_pointer(path)
     is_zip = zipfile.is_zipfile(path)  # the legacy format is not, and cannot be mapped
     with open(path, "rb") as f:
