@@ -15,7 +15,6 @@ import zipfile
 
 import torch
 
-from configurator import UserError
 from system.files import check_file, check_not_pointer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
