@@ -51,8 +51,12 @@ def list_of(check):
     return lambda value: type(value) is list and all(map(check, value))
 
 
-def fits(value, fields):
-    """Whether a parsed object has all of `fields`, {name: check}, with values that pass."""
-    return type(value) is dict and all(
-        name in value and check(value[name]) for name, check in fields.items()
-    )
+def fits(value, fields, optional=()):
+    """
+    Whether a parsed object has all of `fields`, {name: check}, with values that pass, and of those
+    in `optional`, a dict likewise, none that does not.
+    """
+    if type(value) is not dict or not fields.keys() <= value.keys():
+        return False
+    checks = {**fields, **dict(optional)}
+    return all(check(value[name]) for name, check in checks.items() if name in value)

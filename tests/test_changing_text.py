@@ -46,7 +46,7 @@ def appended(path):
         f.write(LINES[:100])
 
 
-CHANGES = {"cut": cut_short, "grown": appended, "removed": os.remove}
+CHANGES = {"cut": cut_short, "grown": appended}
 
 
 # ---- text
@@ -254,7 +254,7 @@ def large_ids(path):
     ids.tofile(path)
 
 
-@pytest.mark.parametrize("change", [*CHANGES.values(), other_ids, large_ids])
+@pytest.mark.parametrize("change", [cut_short, appended, os.remove, other_ids, large_ids])
 @pytest.mark.parametrize("number", [0, 2])
 def test_shards_that_change_are_noticed(shards, change, number):
     data = shards[1]

@@ -502,8 +502,8 @@ def next_item(text, at, before):
         return [], at + 1
     item, end = JSON.raw_decode(text, at)
     end = BLANK.match(text, end).end()
-    if end == len(text):
-        raise ValueError("the list does not end")
+    if text[end : end + 1] not in (",", "]"):  # also within a number that is read in part
+        raise ValueError("expected , or ]")
     return [item], end
 
 

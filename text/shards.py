@@ -303,7 +303,7 @@ def report(meta, folder):
 
 def is_shard(value):
     """Whether a parsed value describes a shard in the folder of the sidecar."""
-    return fits(value, SHARD | {k: is_count for k in OPTIONAL_COUNTS if k in value})
+    return fits(value, SHARD, OPTIONAL_COUNTS)
 
 
 def are_shards(value):
@@ -315,7 +315,8 @@ SHARD = {
     "source": lambda value: type(value) is list,
     **dict.fromkeys(("documents", "bytes"), is_count),
 }
-OPTIONAL_COUNTS = ("tokens", "unk", "held_out", "crc32")  # which earlier versions left out
+# which earlier versions left out
+OPTIONAL_COUNTS = dict.fromkeys(("tokens", "unk", "held_out", "crc32"), is_count)
 SIDECAR_FIELDS = {
     **dict.fromkeys(("format", "vocab_size"), is_count),
     "dtype": lambda value: value in DTYPES,
@@ -337,7 +338,7 @@ def read_sidecar(folder):
         raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
     if is_count(meta.get("format")) and meta["format"] > FORMAT:
         raise UserError(f"{path} was written by a newer version of this program")
-    if not fits(meta, SIDECAR_FIELDS | {k: v for k, v in OPTIONAL.items() if k in meta}):
+    if not fits(meta, SIDECAR_FIELDS, OPTIONAL):
         raise UserError(f"{path} is damaged; delete it and pretokenize again")
     return meta
 
