@@ -35,10 +35,19 @@ from itertools import pairwise
 import numpy as np
 
 from configurator import UserError, configure
-from system.files import atomic_write
+from system.files import atomic_write, parse_json
 from system.progress import progress
 from system.workers import over_spans, worker_count
-from text.corpus import Span, cut, is_plain, plan_shards, text_files, texts_of, whole_file
+from text.corpus import (
+    Span,
+    cut,
+    is_plain,
+    plan_shards,
+    text_files,
+    texts_of,
+    unchanged,
+    whole_file,
+)
 from text.letters import ranges
 
 TYPE = "byte-level BPE"  # marks a file of save()
@@ -150,18 +159,19 @@ def count_all(spans, special_tokens, num_processes, pattern_name):
     Counter of the pre-tokens in Spans. Memory stays bounded: beyond MOST_BYTES of different
     pre-tokens the rarest are dropped, and a line says so.
     """
-    pieces = all_pieces(spans, special_tokens)
     counts, n_bytes, dropped = Counter(), 0, 0
     arguments = special_tokens, pattern_name
-    for more in over_spans(count_pretokens, pieces, arguments, num_processes, "count"):
-        counts.update(more)
-        n_bytes += sum(map(len, more))  # an upper bound: some were known
-        if n_bytes > MOST_BYTES:
-            n_bytes = sum(map(len, counts))
-        while n_bytes > MOST_BYTES:
-            dropped += 1
-            counts = Counter({token: n for token, n in counts.items() if n > dropped})
-            n_bytes = sum(map(len, counts))
+    with unchanged(spans):
+        pieces = all_pieces(spans, special_tokens)
+        for more in over_spans(count_pretokens, pieces, arguments, num_processes, "count"):
+            counts.update(more)
+            n_bytes += sum(map(len, more))  # an upper bound: some were known
+            if n_bytes > MOST_BYTES:
+                n_bytes = sum(map(len, counts))
+            while n_bytes > MOST_BYTES:
+                dropped += 1
+                counts = Counter({token: n for token, n in counts.items() if n > dropped})
+                n_bytes = sum(map(len, counts))
     if dropped:
         print(
             f"more than {MOST_BYTES / 1e6:.0f} MB of different pre-tokens: some of those that came "
@@ -422,10 +432,7 @@ class BPETokenizer:
     def from_bytes(cls, data, path):
         """The inverse of to_bytes(), for data read from `path`. Raises UserError."""
         try:
-            try:
-                value = json.loads(data)
-            except ValueError:
-                raise ValueError("it is damaged or not JSON") from None
+            value = parse_json(data, "it")
             if value["type"] != TYPE:
                 raise ValueError(f"its type is {value['type']!r}, not {TYPE!r}")
             vocab = {int(i): token.encode("latin-1") for i, token in value["vocab"].items()}
@@ -485,7 +492,7 @@ class BPETokenizer:
         """
         try:
             with open(vocab_path, encoding="utf-8-sig") as f:
-                names = {i: name for name, i in json.load(f).items()}
+                names = {i: name for name, i in parse_json(f.read(), "the first").items()}
             with open(merges_path, encoding="utf-8-sig") as f:
                 lines = f.read().split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]

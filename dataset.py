@@ -23,6 +23,7 @@ import zlib
 import numpy as np
 
 from configurator import UserError
+from system.files import checksum
 from system.progress import progress
 from text.corpus import SIDECAR
 from text.pieces import PARTS, shard_size_fits
@@ -130,6 +131,8 @@ class TokenData:
                 )
             shards.append(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
             crcs.append(entry.get("crc32"))
+        self.shards, self.crcs, self.vocab_size, self.again = shards, crcs, vocab_size, again
+        self.stamps = [stamp(shard.filename) for shard in shards]
         if check:
             self.check_contents(shards, crcs, vocab_size, again)
         self.valid, self.train = shards[:1], shards[1:]
@@ -164,10 +167,49 @@ class TokenData:
                         f"shard {shard.filename} has changed; make it again with: {again}"
                     )
 
+    def check_unchanged(self, train=None):
+        """
+        Raise UserError if the file of a shard has another size or time than when it was opened, and
+        not the same contents. train: numbers of the training shards to look at; None: all shards.
+
+        This cannot see a change that keeps size and time, nor one between the check and the
+        reading that follows. A shard that is cut short in that moment still ends the process with
+        SIGBUS, since it is mapped into memory.
+        """
+        numbers = range(len(self.shards)) if train is None else {1 + int(i) for i in train}
+        for i in numbers:
+            path, now = self.shards[i].filename, stamp(self.shards[i].filename)
+            if now == self.stamps[i]:
+                continue
+            known = self.stamps[i][0], self.crcs[i]  # size and CRC-32
+            if now is None or now[0] != known[0] or checksum(path) != list(known):
+                raise UserError(
+                    f"shard {path} was changed or removed while it was in use; make it again with: "
+                    f"{self.again}"
+                )
+            self.stamps[i] = now  # copied or touched
+
+    def check_ids(self, batch):
+        """Raise UserError for an id in a batch that the vocabulary lacks."""
+        if (top := int(batch.max())) >= self.vocab_size:
+            raise UserError(
+                f"vocab_size = {self.vocab_size}, but a shard now has a token {top}: it was "
+                f"changed while it was in use; make it again with: {self.again}"
+            )
+
     def tokens_per_byte(self):
         """Validation tokens a byte of text, BOS counted; None where the bytes are unknown."""
         n_tokens = sum(map(len, self.valid))
         return n_tokens / self.valid_bytes if self.valid_bytes else None
+
+
+def stamp(path):
+    """(size in bytes, time of the last change in ns) of a file; None if it is not there."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns
 
 
 def names_without_sidecar(paths, again):
@@ -244,11 +286,12 @@ class TrainBatches:
     An endless stream of training sequences. Each epoch has every window of every shard once, in an
     order that (seed, epoch) decides. What a position of the stream holds depends on nothing else,
     so that processes share it by taking different positions, and a resumed run sees the same data.
+    data: the TokenData that the shards are from, which checks them at each use.
     """
 
-    def __init__(self, shards, seq_len, seed):
+    def __init__(self, shards, seq_len, seed, data=None):
         self.shards = [np.asarray(shard) for shard in shards]  # slices of a memmap are slow to make
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len, self.seed, self.data = seq_len, seed, data
         counts = [(len(shard) - 1) // seq_len for shard in shards]
         self.ends = np.cumsum(counts)  # (n_shards,) number of windows up to the end of each shard
         self.n_windows = sum(counts)  # of an epoch
@@ -270,9 +313,13 @@ class TrainBatches:
 
     def at(self, position, n, stride=1):
         """Inputs and targets (n, seq_len) int64 of the windows that places() tells."""
-        return gather(
-            self.shards, zip(*self.places(position, n, stride), strict=True), n, self.seq_len
-        )
+        shard, start = self.places(position, n, stride)
+        if self.data:
+            self.data.check_unchanged(shard)
+        x, y = gather(self.shards, zip(shard, start, strict=True), n, self.seq_len)
+        if self.data:
+            self.data.check_ids(y)
+        return x, y
 
 
 def ahead(make, depth=4):

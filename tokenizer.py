@@ -166,7 +166,8 @@ class SentencePiece(Tokenizer):
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(self.proto)
-        except RuntimeError:
+            self.sp.id_to_piece(list(range(self.sp.vocab_size())))  # all of them are UTF-8
+        except (RuntimeError, UnicodeDecodeError):
             raise UserError(
                 f"{self.model_path} is not a SentencePiece model or one of bpe.py"
             ) from None

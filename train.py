@@ -244,7 +244,7 @@ data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RA
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
     raise UserError(f"{start.path} was trained with another {paths.tokenizer_model}")
-batches = TrainBatches(data.train, settings.max_seq_len, settings.seed)
+batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data)
 if batches.n_windows < step_size:
     raise UserError(
         f"the training shards hold {batches.n_windows} sequences of {settings.max_seq_len} tokens, "
@@ -466,6 +466,8 @@ while True:
     time_to_save &= state.iter_num != first_step
 
     # ---- evaluate, export the best model so far, save
+    if time_to_eval or time_to_save or stopping:
+        data.check_unchanged()  # before a model of other text replaces a checkpoint
     is_best, has_evaluated = False, False
     if time_to_eval and state.evaluated != state.iter_num and not stopping:
         val_loss = evaluate(model, validation(), to_device, stop)

@@ -11,12 +11,17 @@ import numpy as np
 
 from configurator import UserError, printable
 from report.tables import markdown
+from system.fields import (
+    each,
+    fits,
+    is_count,
+    is_number,
+    is_scalar,
+    is_size,
+    is_string,
+    optional,
+)
 from system.progress import print_line
-from training.runlog import each, fits, is_count, is_number, is_scalar, is_size, optional
-
-
-def is_string(value):
-    return type(value) is str
 
 
 def is_curve(value):
@@ -28,7 +33,7 @@ def is_hardware(value):
     return each(is_scalar)(value) and set(value) == {"device_name", "threads", "platform", "torch"}
 
 
-# what a result holds, by its status; see runlog.fits
+# what a result holds, by its status; see system/fields.py
 POINT = {"step": is_count, "tokens": is_count, "train_s": is_size}
 POINT |= dict.fromkeys(("val_loss", "val_bpb"), optional(is_number))
 RUN = {"name": is_string, "varied": each(is_scalar), "config": each(is_scalar)}

@@ -186,16 +186,25 @@ def write_json(path, value):
         f.write("\n")
 
 
+def parse_json(text, what):
+    """What JSON says, in a str or in bytes. Raises UserError: `what` is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # numbers of 5,000 digits, and deep nesting
+        raise UserError(f"{what} is not JSON: {e}") from None
+
+
 def read_json(path):
     """The object in a JSON file, as a dict. Raises UserError for anything else."""
     check_regular(path)
     try:
         with open(path, encoding="utf-8-sig") as f:  # Windows puts a byte order mark first
-            found = json.load(f)
+            text = f.read()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
+    except UnicodeDecodeError as e:
         raise UserError(f"{path} is not JSON: {e}") from None
+    found = parse_json(text, path)
     if not isinstance(found, dict):
         raise UserError(f"{path} cannot be read: expected a JSON object")
     return found

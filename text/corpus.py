@@ -11,6 +11,9 @@ All but the last may be compressed with gzip (.txt.gz). Text is UTF-8, and a byt
 beginning of a file is skipped. Documents lose the white space around them, and empty ones are
 dropped, as in llama2.c.
 
+Files are read in steps: memory depends on the longest document. Its length has a limit, and so has
+the factor by which a compressed file may expand.
+
 To add a shape: a reader in READERS, its ending in READABLE, and in MARKS what ends a document if a
 file may be cut there.
 """
@@ -29,7 +32,7 @@ import zlib
 from dataclasses import dataclass
 
 from configurator import UserError
-from system.files import check_regular
+from system.files import check_regular, parse_json
 
 SEPARATOR = b"<|endoftext|>"
 HOW_TO_CUT = (
@@ -41,12 +44,17 @@ SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
 METADATA = (SIDECAR, "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # at the end of a document
 FIELDS = ("story", "text")
+OF_OBJECTS = "expected a list of objects, or an object a line"
+JSON, BLANKS, BLANK = json.JSONDecoder(), " \t\r\n", re.compile(r"[ \t\r\n]*")
 TEXT = (".txt", ".json", ".jsonl", ".csv")
 READABLE = (*TEXT, ".parquet", *(f"{ending}.gz" for ending in TEXT))
 MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
 MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
 LONGEST = 1 << 28  # bytes of one document, which is in memory as a whole
+LONGEST_RECORD = 1 << 25  # bytes of one in JSON or CSV, which takes up to 25 times as much memory
+# a file that unpacks to more than this, and to more than MOST_PACKED times its size, is no text
+LARGE, MOST_PACKED = 1 << 28, 200
 LFS = b"version https://git-lfs.github.com/spec/"  # begins a file that git did not fetch
 CHECKED = 1 << 32  # bytes of a source, from its beginning, that are checked before work begins
 
@@ -69,7 +77,10 @@ class Span:
         """The bytes of a file that is not compressed, without a byte order mark."""
         with opened(self.path) as (file, _):
             file.seek(max(self.start, file.tell()))
-            return file.read(max(0, self.end - file.tell()))
+            data = file.read(max(0, self.end - file.tell()))
+            if file.tell() < self.end:
+                raise changed(self.path)
+            return data
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,14 @@ class File:
             return read_documents(self.spans)
         return (text for text, _ in stream_documents(self.path))
 
+    def check_unchanged(self):
+        """Raise UserError if the file was written to, or removed, since this File was made."""
+        with watched_for_removal(self.path):
+            now = file_of_spans(self.spans) if self.spans else file_here(self.path)
+        # a file of the hub has the hub's version
+        if now.size != self.size or (not self.url and now.version != self.version):
+            raise changed(self.path)
+
 
 def file_here(path, is_valid=False):
     """The File of a path."""
@@ -107,6 +126,31 @@ def file_of_spans(spans, is_valid=False):
     path, version = spans[0].path, "; ".join(span.key() for span in spans)
     size = sum(span.end - span.start for span in spans)
     return File(os.path.basename(path), size, version, path, "", is_valid, tuple(spans))
+
+
+def changed(path):
+    return UserError(
+        f"{path} was changed while it was read: run the same command again once it stays as it is"
+    )
+
+
+@contextlib.contextmanager
+def watched_for_removal(path):
+    try:
+        yield
+    except FileNotFoundError:
+        raise changed(path) from None
+
+
+@contextlib.contextmanager
+def unchanged(spans):
+    """Raise UserError at the end of the block if a file of some Spans was written to meanwhile."""
+    before = {span.path: whole_file(span.path).key() for span in spans}
+    yield
+    for path, key in before.items():
+        with watched_for_removal(path):
+            if whole_file(path).key() != key:
+                raise changed(path)
 
 
 # ---- which files, and where to cut them
@@ -262,6 +306,36 @@ def border_after(f, offset, mark):
 # ---- documents
 
 
+class Unpacked(gzip.GzipFile):
+    """A file of gzip. Reading it raises UserError where it expands too far."""
+
+    def read(self, size=-1):
+        return self.checked(super().read(size))
+
+    def read1(self, size=-1):
+        return self.checked(super().read1(size))
+
+    def readline(self, size=-1):
+        return self.checked(super().readline(size))
+
+    def checked(self, data):
+        check_ratio(self.tell(), self.fileobj)
+        return data
+
+
+def check_ratio(n_bytes, raw):
+    """Raise UserError if `n_bytes` came from an open file that is far too small for them."""
+    if n_bytes > LARGE and n_bytes > MOST_PACKED * os.fstat(raw.fileno()).st_size:
+        raise UserError(
+            f"{raw.name} unpacks to more than {MOST_PACKED} times its size: not read, since text "
+            f"does not"
+        )
+
+
+def too_long(where, limit=LONGEST_RECORD):
+    return UserError(f"{where} is longer than {limit >> 20} MB: expected one document there")
+
+
 @contextlib.contextmanager
 def opened(path):
     """
@@ -269,7 +343,7 @@ def opened(path):
     the file as it is, whose position tells how much is read.
     """
     with open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if os.fspath(path).lower().endswith(".gz") else raw
+        file = Unpacked(fileobj=raw) if os.fspath(path).lower().endswith(".gz") else raw
         head = file.read(1 << 6)
         if head.startswith(LFS):
             raise UserError(f"{path} is a pointer of Git LFS; get the file with: git lfs pull")
@@ -299,7 +373,7 @@ def is_streamed(path):
 def read_documents(spans):
     """The documents of Spans, one str after another."""
     for span in spans:
-        if is_streamed(span.path):
+        if is_streamed(span.path) or shape_of(span.path) == ".json":
             yield from (text for text, _ in stream_documents(span.path))
             continue
         where = f"{span.path} (from byte {span.start:,})" if span.start else span.path
@@ -309,8 +383,8 @@ def read_documents(spans):
 
 def stream_documents(path):
     """
-    Yield (document, bytes of the file read so far) of a file that need not fit into memory; only a
-    JSON list is read as a whole. Raises UserError if it is damaged.
+    Yield (document, bytes of the file read so far) of a file that need not fit into memory. Raises
+    UserError if it is damaged.
     """
     with readable(path), opened(path) as (file, raw):
         for text in cleaned(READERS[shape_of(path)](file, path)):
@@ -375,37 +449,88 @@ def read_txt(file, path):
 
 
 def read_jsonl(file, path):
-    for i, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+    for i, line in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), b""), 1):
+        where = f"{path}, line {i:,}"
+        if len(line) > LONGEST_RECORD:
+            raise too_long(where)
         if line.strip():
-            where = f"{path}, line {i:,}"
             yield text_field(parsed(line, where), where)
 
 
 def read_json(file, path):
-    items = parsed(file.read(), path)
-    if not isinstance(items, list):
-        raise UserError(f"{path}: expected a JSON list of stories")
-    for i, item in enumerate(items):
-        yield text_field(item, f"{path}, item {i}")
+    for i, item in enumerate(items_of(file, path)):
+        yield text_field(item, f"{path}, item {i:,}")
+
+
+def items_of(file, path):
+    """Yield the items of a JSON list, each of them once it is read. Raises UserError."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text, at, before, n, is_end = "", 0, "[", 0, False
+    while not is_end:
+        try:
+            found, at = next_item(text, at, before)
+        except (ValueError, RecursionError) as e:  # perhaps since there is more of it to read
+            if len(text) - at > LONGEST_RECORD:
+                raise too_long(f"item {n:,} of {path}") from None
+            chunk = file.read(max(1 << 16, len(text) - at))
+            if not chunk:
+                why = getattr(e, "msg", e)
+                raise UserError(f"{path}, item {n:,} is not JSON ({why}): {OF_OBJECTS}") from None
+            text, at = text[at:] + decode(chunk), 0
+            continue
+        yield from found
+        before, n, is_end = ",", n + 1, not found
+    text = text[at:]
+    while text or (text := decode(file.read(1 << 20))):
+        if text.strip(BLANKS):
+            raise UserError(f"{path} is not JSON (text follows the list): {OF_OBJECTS}")
+        text = ""
+
+
+def next_item(text, at, before):
+    """
+    ([item], end) of the next item of a JSON list, from `at` on, where `before` comes first; ([],
+    end) at the end of the list. Raises ValueError or RecursionError where `text` ends before that.
+    """
+    at = BLANK.match(text, at).end()
+    if before == "," and text[at : at + 1] == "]":
+        return [], at + 1
+    if text[at : at + 1] != before:
+        raise ValueError(f"expected {before}")
+    at = BLANK.match(text, at + 1).end()
+    if before == "[" and text[at : at + 1] == "]":
+        return [], at + 1
+    item, end = JSON.raw_decode(text, at)
+    end = BLANK.match(text, end).end()
+    if text[end : end + 1] not in (",", "]"):  # also within a number that is read in part
+        raise ValueError("expected , or ]")
+    return [item], end
 
 
 def parsed(data, what):
     """What JSON, in bytes, says. UserError: `what` is not JSON."""
-    text = data.decode()
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
+        return parse_json(data.decode(), what)
+    except UserError as e:
         why = str(e).replace("line 1 column", "column")  # of a .jsonl it would mislead
-        raise UserError(
-            f"{what} is not JSON ({why}): expected a list of objects, or an object a line"
-        ) from None
+        raise UserError(f"{why}: {OF_OBJECTS}") from None
 
 
 def read_csv(file, path):
-    csv.field_size_limit(LONGEST)
-    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
+    csv.field_size_limit(LONGEST_RECORD)
+    text, size = io.TextIOWrapper(file, "utf-8", newline=""), 0
+
+    def lines():
+        nonlocal size
+        while line := text.readline(LONGEST_RECORD):
+            size += len(line)  # since the last row
+            if size >= LONGEST_RECORD:
+                raise too_long(f"a row of {path}")
+            yield line
+
     try:
-        for i, row in enumerate(rows, 1):
+        for i, row in enumerate(csv.DictReader(lines()), 1):
+            size = 0
             yield text_field(row, f"{path}, row {i:,}")
     except csv.Error as e:
         raise UserError(f"{path} is not CSV: {e}") from None
@@ -428,12 +553,33 @@ def read_parquet(file, path):
         kind = getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind
         if "string" not in str(kind) or "<" in str(kind):
             raise UserError(f"{path}: its column {field} is of type {kind}: expected string")
-        for group in range(table.num_row_groups):  # all at once they would stay in memory
-            words = {"row_groups": [group], "columns": [field], "use_threads": False}
-            for rows in table.iter_batches(1024, **words):
-                yield from (text for text in rows.column(0).to_pylist() if text)
+        yield from parquet_texts(table, field, file)
     except (ArrowException, OSError) as e:
         raise UserError(f"{path} is not a parquet file, or is damaged: {e}") from None
+
+
+def parquet_texts(table, field, file):
+    """Yield the texts in a column of a ParquetFile. Raises UserError where they expand too far."""
+    from pyarrow import parquet
+
+    groups, n_bytes = range(table.num_row_groups), 0
+    check_ratio(sum(table.metadata.row_group(i).total_byte_size for i in groups), file)
+    if os.fstat(file.fileno()).st_size < LARGE:
+        # texts that occur often are stored once, and stay so; for others this takes twice as long
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, read_dictionary=[field])
+    for group in groups:  # all at once they would stay in memory
+        words = {"row_groups": [group], "columns": [field], "use_threads": False}
+        for rows in table.iter_batches(1024, **words):
+            column = rows.column(0)
+            if hasattr(column, "dictionary"):
+                values, places = column.dictionary, column.indices.to_pylist()
+                texts = (None if i is None else values[i].as_py() for i in places)
+            else:
+                texts = column.to_pylist()
+            for text in filter(None, texts):
+                n_bytes += len(text)
+                check_ratio(n_bytes, file)
+                yield text
 
 
 READERS = {

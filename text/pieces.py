@@ -8,6 +8,7 @@ import contextlib
 import glob
 import math
 import os
+import re
 import time
 import zlib
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import UserError
+from system.fields import fits, is_bool, is_count, is_string, list_of
 from system.files import atomic_write, checksum, flush_files, read_json, write_json
 from text.corpus import HOW_TO_CUT, MTIME, File, cut, read_documents, stream_documents
 
 FORMAT = 2  # of shards.json and of the files in parts
+DTYPES = ("uint16", "uint32")  # of ids
 PARTS = "parts"  # the folder, beside the shards, of what each machine has done
 PIECE = 1 << 27  # characters of text, at least, in a shard, except for the last of a file
 BATCH = 1 << 20  # characters that a worker encodes at a time
@@ -97,9 +100,8 @@ class Part:
             "finished": {},  # {file that this machine has read: how many pieces it has}
             "complete": False,
         }
-        # a damaged file can lead to any of these; then all of it is done again
-        with contextlib.suppress(UserError, FileNotFoundError, KeyError, TypeError, AttributeError):
-            self.keep(read_json(self.path), shared, files)
+        with contextlib.suppress(UserError):  # absent or damaged: all of it is done again
+            self.keep(read_part(self.path), shared, files)
         self.save()
 
     def lock(self):
@@ -131,7 +133,10 @@ class Part:
             n_pieces = old["finished"].get(str(k))
             if whole:
                 self.meta["pieces"][str(k)] = whole
-            if n_pieces is not None and sum(map(self.is_mine(k), range(n_pieces))) == len(whole):
+            # n machines have nearly as many pieces each; or this one has all or none
+            if n_pieces is None or n_pieces > self.n * (len(whole) + 1):
+                continue
+            if sum(map(self.is_mine(k), range(n_pieces))) == len(whole):
                 self.meta["finished"][str(k)] = n_pieces
 
     def save(self, interval=0.0):
@@ -206,6 +211,53 @@ class Part:
 # ---- from parts to one set of shards
 
 
+def of_files(check):
+    """A check of objects {number of a file: value that passes `check`}."""
+    return lambda value: (
+        type(value) is dict
+        and all(re.fullmatch(r"0|[1-9][0-9]{0,8}", name) for name in value)
+        and all(map(check, value.values()))
+    )
+
+
+def is_key(value):
+    """Whether a parsed value is a File.key()."""
+    return type(value) is list and fits(dict(enumerate(value)), KEY) and len(value) == len(KEY)
+
+
+def is_side(value):
+    return fits(value, dict.fromkeys((*COUNTS, "crc32"), is_count))
+
+
+def is_piece(value):
+    return fits(value, {"piece": is_count, "train": is_side, "valid": is_side})
+
+
+KEY = {0: is_string, 1: is_count, 2: is_string}
+SHARED = ("tokenizer_hash", "vocab_size", "dtype")  # of a part and the sidecar
+PART = {
+    "format": lambda value: is_count(value) and value == FORMAT,
+    "vocab_size": is_count,
+    "dtype": lambda value: value in DTYPES,
+    "tokenizer_hash": is_string,
+    "split": lambda value: type(value) is list,
+    "by_file": is_bool,
+    "piece": is_count,
+    "files": of_files(is_key),
+    "pieces": of_files(list_of(is_piece)),
+    "finished": of_files(is_count),
+    "complete": is_bool,
+}
+
+
+def read_part(path):
+    """What a part says. Raises UserError if it is damaged, or of another version."""
+    meta = read_json(path)
+    if not fits(meta, PART) or not {*meta["pieces"], *meta["finished"]} <= {*meta["files"]}:
+        raise UserError(f"{path} is damaged, or of another version: prepare that part again")
+    return meta
+
+
 def merge(folder, n):
     """
     Make data00.bin, for validation, of the parts of n machines. Returns what the parts share, a
@@ -219,21 +271,18 @@ def merge(folder, n):
             f"{missing[0]} does not exist; there {'are' if there else 'is'} "
             f"{', '.join(map(os.path.basename, there)) or 'no part'}: prepare the missing ones"
         )
-    try:
-        metas = [read_json(path) for path in paths]
-        pieces = [  # (number of the file, piece of it, what its part says of it)
-            (int(k), entry["piece"], entry)
-            for meta in metas
-            for k, entries in meta["pieces"].items()
-            for entry in entries
-        ]
-        pieces.sort(key=lambda x: x[:2])
-        check_parts(paths, metas, [x[:2] for x in pieces])
-        train, valid = entries_of(folder, metas[0], pieces)
-        shared = {name: metas[0][name] for name in ("vocab_size", "dtype", "tokenizer_hash")}
-        return shared, [write_validation(folder, valid), *train]
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise UserError(f"a file of {os.path.dirname(paths[0])} is damaged ({e!r})") from None
+    metas = list(map(read_part, paths))
+    pieces = [  # (number of the file, piece of it, what its part says of it)
+        (int(k), entry["piece"], entry)
+        for meta in metas
+        for k, entries in meta["pieces"].items()
+        for entry in entries
+    ]
+    pieces.sort(key=lambda x: x[:2])
+    check_parts(paths, metas, [x[:2] for x in pieces])
+    train, valid = entries_of(folder, metas[0], pieces)
+    shared = {name: metas[0][name] for name in SHARED}
+    return shared, [write_validation(folder, valid), *train]
 
 
 def check_parts(paths, metas, pieces):
@@ -247,14 +296,14 @@ def check_parts(paths, metas, pieces):
             raise UserError(f"{path} is not finished: run its prepare again")
         meta["files"] = {k: portable(key) for k, key in meta["files"].items()}
         meta["split"] = [portable(x) if isinstance(x, list) else x for x in meta["split"]]
-        for name in ("tokenizer_hash", "split", "files", "piece"):
+        for name in (*SHARED, "split", "files", "piece"):
             if meta[name] != first[name]:
                 raise UserError(
                     f"{path} has another {name} than {paths[0]}: prepare one of them again"
                 )
     finished = {int(k): n for meta in metas for k, n in meta["finished"].items()}
-    expected = [(k, p) for k, n in sorted(finished.items()) for p in range(n)]
-    if pieces != expected or len(finished) < len(first["files"]):
+    is_whole = len(pieces) == sum(finished.values()) and len(finished) == len(first["files"])
+    if not is_whole or pieces != [(k, p) for k, n in sorted(finished.items()) for p in range(n)]:
         raise UserError(
             f"the parts in {os.path.dirname(paths[0])} do not make a whole: delete that folder and "
             f"prepare all of them again"
@@ -294,7 +343,7 @@ def entries_of(folder, meta, pieces):
 
 
 def shard_size_fits(path, n_tokens, width):
-    return os.path.exists(path) and os.path.getsize(path) == n_tokens * width
+    return os.path.isfile(path) and os.path.getsize(path) == n_tokens * width
 
 
 def write_validation(folder, entries):

@@ -14,7 +14,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import UserError
-from system.files import atomic_write, remove, write_json
+from system.fields import fits, is_bool, is_count, is_string, list_of
+from system.files import atomic_write, read_json, remove, write_json
 from system.progress import progress
 from system.workers import in_order, over_spans
-from text.corpus import HOW_TO_CUT, SIDECAR, is_plain, texts_of
-from text.pieces import FORMAT, Part, batches_of, merge
+from text.corpus import HOW_TO_CUT, SIDECAR, is_plain, texts_of, unchanged
+from text.pieces import DTYPES, FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
 TINY = 2_500_000  # bytes of text below which the validation part has as many documents as it should
@@ -152,6 +152,7 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
                 if n_bytes >= limit:
                     print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
                     return
+            file.check_unchanged()
 
 
 # ---- writing
@@ -159,7 +160,7 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
 
 def id_type(tokenizer):
     """The smallest number format for the ids of a Tokenizer."""
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    return DTYPES[tokenizer.vocab_size > 1 << 16]
 
 
 def encode_batch(batch, tokenizer, encoder, dtype, split):
@@ -242,6 +243,7 @@ def write_part(part, files, words, num_workers, bring, done):
             bar.update(before + batch.read - bar.n)
             if batch.n_pieces is None:
                 continue
+            batch.file.check_unchanged()
             if results:
                 part.add(*at, results)
                 results = []
@@ -299,24 +301,46 @@ def report(meta, folder):
 # ---- reading the sidecar
 
 
+def is_shard(value):
+    """Whether a parsed value describes a shard in the folder of the sidecar."""
+    return fits(value, SHARD, OPTIONAL_COUNTS)
+
+
+def are_shards(value):
+    return list_of(is_shard)(value) and len({shard["name"] for shard in value}) == len(value)
+
+
+SHARD = {
+    "name": lambda value: is_string(value) and re.fullmatch(r"[\w-]+\.bin", value, re.ASCII),
+    "source": lambda value: type(value) is list,
+    **dict.fromkeys(("documents", "bytes"), is_count),
+}
+# which earlier versions left out
+OPTIONAL_COUNTS = dict.fromkeys(("tokens", "unk", "held_out", "crc32"), is_count)
+SIDECAR_FIELDS = {
+    **dict.fromkeys(("format", "vocab_size"), is_count),
+    "dtype": lambda value: value in DTYPES,
+    "tokenizer_hash": is_string,
+    "complete": is_bool,
+    "shards": are_shards,
+}
+OPTIONAL = {"made_by": is_string, "valid_source": list_of(is_string), "held_out": is_count}
+
+
 def read_sidecar(folder):
     """What shards.json of a folder says, or None if there is none."""
     path = os.path.join(folder, SIDECAR)
     if not os.path.exists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-        if meta["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer version of this program")
-        fields = [meta[k] for k in ("vocab_size", "tokenizer_hash", "complete")]
-        fields += [s[k] for s in meta["shards"] for k in ("name", "source", "documents", "bytes")]
-        names = [s["name"] for s in meta["shards"]]
-        if meta["dtype"] not in ("uint16", "uint32") or names != list(map(os.path.basename, names)):
-            raise ValueError
-        return meta
-    except (ValueError, KeyError, TypeError):
+        meta = read_json(path)
+    except UserError:
         raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
+    if is_count(meta.get("format")) and meta["format"] > FORMAT:
+        raise UserError(f"{path} was written by a newer version of this program")
+    if not fits(meta, SIDECAR_FIELDS, OPTIONAL):
+        raise UserError(f"{path} is damaged; delete it and pretokenize again")
+    return meta
 
 
 # ---- one array instead of shards
@@ -338,7 +362,7 @@ def write_npy(path, tokenizer, spans, num_workers, encoder="auto"):
     dtype, n = id_type(tokenizer), 0
     words = tokenizer, tokenizer.encoder(encoder)[0], dtype
     header = {"descr": np.dtype(dtype).str, "fortran_order": False}
-    with atomic_write(path) as f:
+    with atomic_write(path) as f, unchanged(spans):
         np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
         for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
             f.write(ids)  # tofile() does not report a full disk

@@ -9,52 +9,11 @@ import json
 import os
 from dataclasses import dataclass, field
 
+from system.fields import each, fits, is_count, is_number, is_scalar, is_size, is_text, optional
+
 LOG = "log.jsonl"
 LONGEST_LINE = 1 << 20  # bytes; train.py's are shorter than 10,000
 MOST_LINES = 50_000  # of a kind that are kept; of more, every second, then every fourth ...
-
-# ---- what values may be, here and in results.jsonl: functions, or {name: function} for objects
-
-
-def is_number(value):
-    """Whether a parsed value is a number that a page and a picture can show."""
-    most = {float: 1e40, int: 1 << 53}.get(type(value), 0)
-    return most > 0 and -most < value < most  # NaN compares as False
-
-
-def is_size(value):
-    return is_number(value) and value >= 0
-
-
-def is_count(value):
-    return type(value) is int and 0 <= value < 1 << 53  # exact in a browser too
-
-
-def is_text(value):
-    return type(value) is str and len(value) <= 1000 and value.isprintable()
-
-
-def is_scalar(value):
-    return value is None or type(value) in (bool, str) or is_number(value)
-
-
-def optional(check):
-    return lambda value: value is None or check(value)
-
-
-def each(check):
-    """A check of objects that have printable names and values that all pass `check`."""
-    return lambda value: (
-        type(value) is dict and all(map(is_text, value)) and all(map(check, value.values()))
-    )
-
-
-def fits(value, fields):
-    """Whether a parsed object has all of `fields`, {name: check}, with values that pass."""
-    return type(value) is dict and all(
-        name in value and check(value[name]) for name, check in fields.items()
-    )
-
 
 # ---- the lines of a log; doc/log-fields.md says what the fields mean
 
