@@ -166,14 +166,10 @@ def test_version_3_says_everything_about_itself(tmp_path, options):
     assert end == len(data) and left == ({"output.weight"} if args.tie_embeddings else set())
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"sliding_window": 1 << 25}, {"logit_softcap": 1e7}],
-)
-def test_version_3_writes_nothing_that_its_readers_refuse(tmp_path, option):
-    (name, value) = next(iter(option.items()))
-    with pytest.raises(UserError, match=f"version 3 cannot carry {name} = {value}: expected"):
-        export_model(random_model(**option), tmp_path / "model.bin")
+def test_version_3_writes_nothing_that_its_readers_refuse(tmp_path):
+    expected = f"version 3 cannot carry sliding_window = {1 << 25}: expected"
+    with pytest.raises(UserError, match=expected):
+        export_model(random_model(sliding_window=1 << 25), tmp_path / "model.bin")
     assert not os.listdir(tmp_path)
 
 
