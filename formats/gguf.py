@@ -23,16 +23,15 @@ from formats.tensors import (
     exported,
     filled,
     gguf_name,
-    list_of,
     misfit,
     not_carried,
     shortest,
 )
 from model import ModelArgs
+from system.fields import is_count, is_number, is_string, list_of
 from system.files import atomic_write
 from system.remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
-from training.runlog import is_count, is_number
 
 # Fields of ModelArgs and their keys, which follow the architecture and a dot
 KEYS = {
@@ -327,10 +326,6 @@ def open_gguf(path):
             return super()._get_field_parts(orig_offs, raw_type)
 
     return Reader(path)
-
-
-def is_string(value):
-    return type(value) is str
 
 
 # What the fields of a tokenizer, tokenizer.ggml.*, may be

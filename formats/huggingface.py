@@ -34,16 +34,15 @@ from formats.tensors import (
     exported,
     filled,
     hf_name,
-    list_of,
     misfit,
     window_settings,
     windows,
 )
 from model import ModelArgs
+from system.fields import each, is_bool, is_count, is_text, list_of, optional
 from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
 from system.remote import need, reason
 from training import torchfile
-from training.runlog import each, is_count, is_text, optional
 
 # Number formats of the tensors, by --dtype
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,7 +97,7 @@ CHECKS = {
     "head_dim": (optional(is_count), "a whole number"),
     "max_window_layers": (optional(is_count), "a whole number"),
     "sliding_window": (optional(is_count), "a whole number"),
-    "use_sliding_window": (optional(lambda value: type(value) is bool), "true or false"),
+    "use_sliding_window": (optional(is_bool), "true or false"),
     "layer_types": (optional(list_of(is_text)), "a list of words"),
     "layer_windows": (optional(list_of(is_count)), "a list of whole numbers"),
 }

@@ -114,11 +114,6 @@ def expect(is_so, path, name, value, expected):
         raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
 
 
-def list_of(check):
-    """A check of parsed lists, as those of runlog.py, with values that all pass `check`."""
-    return lambda value: type(value) is list and all(map(check, value))
-
-
 # ---- tensors
 
 

@@ -20,8 +20,8 @@ from report.sweeps import (
     title_of,
     value_of,
 )
+from system.fields import is_number
 from system.files import atomic_write
-from training.runlog import is_number
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))

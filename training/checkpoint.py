@@ -47,6 +47,7 @@ import torch
 from configurator import UserError
 from model import ModelArgs, Transformer
 from optim import part_for, warmup_steps
+from system.fields import each, fits, is_count, is_scalar, is_size, is_string, is_text
 from system.files import (
     atomic_write,
     checksum,
@@ -57,25 +58,13 @@ from system.files import (
 )
 from system.progress import print_line
 from training import parallel, torchfile
-from training.runlog import (
-    each,
-    fits,
-    is_config,
-    is_count,
-    is_scalar,
-    is_size,
-    is_text,
-)
+from training.runlog import is_config
 
 FORMAT = 2
 MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
 LATEST, BEST = "ckpt.pt", "best.pt"
 RUN_FILE = "run.pt"  # of a sharded checkpoint
 SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()
-
-
-def is_string(value):
-    return type(value) is str
 
 
 # what the fields may hold, see runlog.fits: where they are present, in every checkpoint
