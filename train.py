@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 from configurator import UserError, configure, settings_of
+from system.tuning import tune_process
 
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
 
@@ -131,6 +132,8 @@ price = 2.4  # dollars per GPU hour, for the estimate
 given = configure(globals())
 # -----------------------------------------------------------------------------
 
+tune_process()
+
 import torch
 
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches
@@ -139,8 +142,8 @@ from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer, set_rates, table
 from report.curves import find_runs
 from system.hardware import describe, git_commit, peak_flops, pick_dtype
-from system.memory import tune_malloc
 from system.progress import print_line, progress
+from system.threads import Threads
 from tokenizer import open_tokenizer
 from training import fit, parallel
 from training.away import Away
@@ -159,7 +162,6 @@ from training.rundir import RunDir
 from training.settings import SECRET, args_of
 
 torch.set_flush_denormal(True)  # denormals slow a CPU many times over; before its threads begin
-tune_malloc()
 fit.use_private_compile_cache()
 parallel.errors_of_ranks()
 
@@ -218,6 +220,7 @@ def draw_losses(folder):
 # From here on `settings` are those of the run: of this command, or mostly of the checkpoint when a
 # run is resumed. The names of the block above are not read any more
 this_device = parallel.start(device)
+threads = Threads(this_device)
 start = begin(settings_of(globals()), given)
 settings = SimpleNamespace(**start.settings)
 saved_settings = {name: value for name, value in vars(settings).items() if name not in SECRET}
@@ -537,6 +540,7 @@ while True:
         if settings.max_minutes:
             left = f", {max(0, 60 * settings.max_minutes - state.train_s):.0f} s left"
         bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s{left}")
+        threads.watch(unlogged_steps, elapsed)
         since, unlogged_steps = time.perf_counter(), 0
 
 # ---- the end: a last checkpoint, the log's last line, the picture, uploads

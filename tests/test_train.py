@@ -208,9 +208,9 @@ def test_malloc_keeps_memory_in_the_process_that_calls(tmp_path, given, is_tuned
     """No new process takes the place of one that a notebook or a debugger began."""
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import resource; from system.memory import tune_malloc; print('began', flush=True)\n"
+        "import resource; from system.tuning import tune_process; print('began', flush=True)\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "tune_malloc(); bytearray(1 << 26); before = faults(); bytearray(1 << 26)\n"
+        "tune_process(); bytearray(1 << 26); before = faults(); bytearray(1 << 26)\n"
         "print(faults() - before < 1000)"
     )
     bare = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
