@@ -220,7 +220,6 @@ def draw_losses(folder):
 # From here on `settings` are those of the run: of this command, or mostly of the checkpoint when a
 # run is resumed. The names of the block above are not read any more
 this_device = parallel.start(device)
-threads = Threads(this_device)
 start = begin(settings_of(globals()), given)
 settings = SimpleNamespace(**start.settings)
 saved_settings = {name: value for name, value in vars(settings).items() if name not in SECRET}
@@ -278,6 +277,7 @@ def show(loss):
 
 # ---- model
 
+threads = Threads(this_device)
 dtype_name = settings.dtype
 if settings.dtype == "auto" and start.is_resumed:  # as it began
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")

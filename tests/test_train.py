@@ -143,12 +143,12 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
         "cannot resume with dim = 64: the checkpoint's model has 32",
     )
     refused(script("train.py", "--init_from=resume", f"--out_dir={out}"), "raise --max_iters")
-    words = ["--max_iters=65", "--base_learning_rate=1e-3", "--batch_size=4"]
+    words = ["--max_iters=65", "--hidden_lr=1e-3", "--batch_size=4"]
     words += ["--weight_decay=0.5", "--beta2=0.9", "--dropout=0.2"]
     done = script("train.py", "--init_from=resume", f"--out_dir={out}", *words)
     assert done.returncode == 0, done.stderr
     assert "resuming with max_iters = 65 instead of 60" in done.stdout
-    assert "resuming with base_learning_rate = 0.001 instead of 0.01" in done.stdout
+    assert "resuming with hidden_lr = 0.001 instead of 0.02" in done.stdout
     assert read_log(out)[-1]["step"] == 65
     checkpoint = load_checkpoint(out / "ckpt.pt")
     assert checkpoint["model_args"]["dropout"] == 0.2
@@ -316,7 +316,7 @@ def test_accumulated_batches_are_one_batch(practice, tmp_path):
 def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     # a rate that does not depend on max_iters, so that a run in two parts can equal one in one
     words = ["--dtype=bfloat16", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
-    words += ["--warmup_iters=0", "--base_learning_rate=1e-3"]
+    words += ["--warmup_iters=0", "--hidden_lr=1e-3"]
     assert train(practice, tmp_path / "whole", *words, "--max_iters=12").returncode == 0
     assert train(practice, tmp_path / "parts", *words, "--max_iters=6").returncode == 0
     more = ["--init_from=resume", "--max_iters=12", "--device=cpu"]

@@ -22,7 +22,7 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, WORLD_SIZE, say
 from training.rundir import RunDir
-from training.settings import FIXED, OF_ONE_START, OPTIONS, check, with_arch
+from training.settings import FIXED, OF_ONE_START, OPTIONS, check, unused, with_arch
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Beginning:
 
 def begin(settings, given):
     """
-    The Beginning that train.py's settings ask for. `given`: names of those from the command line.
+    The Beginning that train.py's settings ask for. `given`: {name: the word of the command line}.
     Raises UserError where a checkpoint is missing or does not fit, or a setting is out of range.
     """
     init_from, out_dir = settings["init_from"], settings["out_dir"]
@@ -65,6 +65,8 @@ def begin(settings, given):
             )
         start.settings = with_arch(settings, given)
     check(start.settings)
+    for names, how in unused(start.settings, given):
+        say(f"this run does not use {', '.join(names)}; with {how} it would")
     return start
 
 
