@@ -553,6 +553,8 @@ if not diverged and parallel.any_rank(FIRST and writer.latest_step != state.iter
         state.best_val_loss = best_before
     save()
     writer.wait()
+if not diverged and state.best_val_loss == math.inf:  # stopped before the first evaluation
+    export_best(model, model_path, is_sharded)
 stop.restore()
 finished = done and state.evaluated == state.iter_num
 reason = "diverged" if diverged else "finished" if finished else "interrupted"
@@ -584,4 +586,6 @@ else:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
     flags = f"--init_from=resume --out_dir={shlex.quote(settings.out_dir)}"
     say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
+    if state.best_val_loss == math.inf:
+        say(f"{model_path} is of this step: nothing was evaluated yet")
 away.wrap_up(all_arrived, finished)

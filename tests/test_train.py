@@ -102,15 +102,11 @@ def same_weights(a, b):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practice, tmp_path):
-    out = tmp_path / "out"
+def interrupted(practice, out, *words):
+    """What a run prints that gets a Ctrl-C after its first step."""
     command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
-    process = subprocess.Popen(
-        [*command, f"--out_dir={out}", "--max_iters=60", "--eval_interval=1"],  # slow steps
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, f"--out_dir={out}", *words], **pipes)
     while process.poll() is None:  # let it take some steps, then interrupt it
         if (out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text():
             process.send_signal(signal.SIGINT)
@@ -118,6 +114,20 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practi
         time.sleep(0.02)
     text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, text
+    return text
+
+
+def test_a_run_that_stops_before_its_first_evaluation_leaves_a_model(practice, tmp_path, run):
+    text = interrupted(practice, tmp_path, "--max_iters=100000", "--eval_interval=100000")
+    assert f"{tmp_path / 'model.bin'} is of this step" in text
+    done = run(tmp_path / "model.bin", "-n", "5", "-i", "Once")
+    assert done.returncode == 0 and done.stdout.startswith(b"Once")
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practice, tmp_path):
+    out = tmp_path / "out"
+    # slow steps
+    text = interrupted(practice, out, "--max_iters=60", "--eval_interval=1")
     stopped = load_checkpoint(out / "ckpt.pt")["iter_num"]
     assert 0 < stopped < 60 and f"stopped at step {stopped}" in text
     assert read_log(out)[-1]["reason"] == "interrupted"
