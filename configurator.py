@@ -268,11 +268,11 @@ def apply(namespace, argv, positional=None, many=False):
     """
     Apply the words of `argv` to the settings in `namespace`; raise UserError at the first that
     does not fit. `positional` names a str setting that takes the one bare word that is no file.
-    With `many`, further bare words are added to it with commas between them. Returns the names of
-    the settings that were given.
+    With `many`, further bare words are added to it with commas between them. Returns {setting: the
+    last word that gave it}.
     """
     settings = settings_of(namespace)
-    given = set()
+    given = {}
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             key, equals, text = word[2:].partition("=")
@@ -292,7 +292,7 @@ def apply(namespace, argv, positional=None, many=False):
         else:
             raise UserError(f"cannot read {word!r}: settings are given as --key=value")
         namespace.update(changes)
-        given |= set(changes)
+        given |= dict.fromkeys(changes, word)
         settings = settings_of(namespace)
     return given
 
@@ -331,7 +331,7 @@ def configure(namespace, positional=None, argv=None, many=False):
     Override a script's globals in place from the command line; see the top of this file. Prints
     help and exits on --help; on --print-settings prints all settings as JSON and exits. Anything
     that it cannot use, and any later UserError, ends the script with one sentence and status 1.
-    Returns the names of the settings that were given.
+    Returns {setting: the last word that gave it}.
     """
     one_sentence_errors()
     argv = sys.argv[1:] if argv is None else argv

@@ -14,31 +14,8 @@ import itertools
 import os
 import time
 
-import torch
-
 from configurator import UserError, configure, listed_paths, settings_of
-from dataset import DataPaths, TokenData
-from formats.table import HUB, load_teller, recognize
-from report.stories import (
-    Overlap,
-    Story,
-    check_sampling,
-    documents_of_file,
-    documents_of_shard,
-    figures_of,
-    pieces_of,
-    read_prompt,
-    rows_of,
-    some_of,
-    write_lines,
-)
-from report.storypage import write_page
-from report.tables import print_table
-from system.hardware import pick_device, pick_dtype
-from system.progress import print_line, progress
-from text.corpus import text_files
-from training.checkpoint import RUN_FILE, load_checkpoint
-from training.runlog import RunLog
+from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
 models = "out"  # folders of runs, or anything that export.py reads, also with commas
@@ -61,6 +38,34 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals(), positional="models", many=True)
 # -----------------------------------------------------------------------------
+
+tune_process()
+
+import torch
+
+from dataset import DataPaths, TokenData
+from formats.table import HUB, load_teller, recognize
+from report.stories import (
+    Overlap,
+    Story,
+    check_sampling,
+    documents_of_file,
+    documents_of_shard,
+    figures_of,
+    pieces_of,
+    read_prompt,
+    rows_of,
+    some_of,
+    write_lines,
+)
+from report.storypage import write_page
+from report.tables import print_table
+from system.hardware import pick_device, pick_dtype
+from system.progress import print_line, progress
+from system.threads import Threads
+from text.corpus import text_files
+from training.checkpoint import RUN_FILE, load_checkpoint
+from training.runlog import RunLog
 
 REAL = "real stories"  # the name of their column
 MADE_BY = b"Made by generate.py"  # in the footer of a page
@@ -134,7 +139,8 @@ def tell(name, model, tokenizer, prompt):
         n = min(batch_size, num_samples - first)
         draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
         new, ended = [[] for _ in range(n)], set()
-        for step in model.generate_batch(prompt, draws, temperature, top_k, top_p, tokenizer.stop):
+        words = temperature, top_k, top_p, tokenizer.stop
+        for step in threads.watched(model.generate_batch(prompt, draws, *words)):
             for i, token in enumerate(step):
                 if token is None:
                     ended.add(i)
@@ -172,6 +178,7 @@ source_files = text_files(source) if source else []
 valid_files = text_files(valid_source) if valid_source else []
 
 torch_device = pick_device(device)
+threads = Threads(torch_device)
 compute_dtype = pick_dtype(dtype, torch_device)
 loaded, prompts = {}, {}
 for name, path in paths.items():

@@ -9,12 +9,8 @@ Generate stories with a trained model, in PyTorch.
 import os
 import sys
 
-import torch
-
 from configurator import configure, printable
-from formats.table import load_teller
-from report.stories import check_sampling, read_prompt
-from system.hardware import pick_device, pick_dtype
+from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a training run
@@ -32,6 +28,15 @@ dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals())
 # -----------------------------------------------------------------------------
 
+tune_process()
+
+import torch
+
+from formats.table import load_teller
+from report.stories import check_sampling, read_prompt
+from system.hardware import pick_device, pick_dtype
+from system.threads import Threads
+
 check_sampling(globals(), num_samples=1, max_new_tokens=0, top_k=0)
 start = read_prompt(start)
 
@@ -39,6 +44,7 @@ if not checkpoint:
     best, latest = (os.path.join(out_dir, name) for name in ("best.pt", "ckpt.pt"))
     checkpoint = best if os.path.exists(best) else latest
 device = pick_device(device)
+threads = Threads(device)
 dtype = pick_dtype(dtype, device)
 (model, tokenizer, _), prompt = load_teller(checkpoint, start, tokenizer)
 model = model.to(device).eval()
@@ -51,5 +57,5 @@ for i in range(num_samples):
     if i:
         print("\n---\n")
     new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
-    text = tokenizer.decode([*prompt, *new])
+    text = tokenizer.decode([*prompt, *threads.watched(new)])
     print(printable(text) if on_terminal else text)

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from configurator import UserError, check_range, configure, split_words
-from system.memory import tune_malloc
+from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
 # what to run
@@ -64,7 +64,7 @@ dry_run = False  # print the list and the estimate, and stop
 configure(globals())
 # -----------------------------------------------------------------------------
 
-tune_malloc()  # as train.py does, whose speed is measured here
+tune_process()  # as train.py does, whose speed is measured here
 
 import torch
 
@@ -74,6 +74,7 @@ from report.tables import print_table
 from system.files import atomic_write, read_json, remove, write_json
 from system.hardware import pick_device
 from system.progress import print_line, progress
+from system.threads import Threads
 from training.rundir import WORTH_KEEPING, FolderInUse, RunDir
 from training.runlog import RunLog
 from training.runs import (
@@ -531,8 +532,9 @@ def lock_folder():
 check_settings()
 torch_device = pick_device(device)
 device_name = torch_device.type if device == "auto" else device
-threads = max(1, torch.get_num_threads() // jobs)  # of each run
+threads = max(1, torch.get_num_threads() // jobs)  # of each run, at most
 torch.set_num_threads(threads)
+Threads(torch_device)
 files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
 stem = os.path.splitext(os.path.basename(files[-1]))[0] if files else "sweep"
 sweep_dir = out_dir or os.path.join("out", "sweeps", stem)

@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 from configurator import UserError, configure, settings_of
+from system.tuning import tune_process
 
 START = time.perf_counter()  # before torch is loaded: time_s counts from here
 
@@ -131,6 +132,8 @@ price = 2.4  # dollars per GPU hour, for the estimate
 given = configure(globals())
 # -----------------------------------------------------------------------------
 
+tune_process()
+
 import torch
 
 from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches
@@ -139,8 +142,8 @@ from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer, set_rates, table
 from report.curves import find_runs
 from system.hardware import describe, git_commit, peak_flops, pick_dtype
-from system.memory import tune_malloc
 from system.progress import print_line, progress
+from system.threads import Threads
 from tokenizer import open_tokenizer
 from training import fit, parallel
 from training.away import Away
@@ -159,7 +162,6 @@ from training.rundir import RunDir
 from training.settings import SECRET, args_of
 
 torch.set_flush_denormal(True)  # denormals slow a CPU many times over; before its threads begin
-tune_malloc()
 fit.use_private_compile_cache()
 parallel.errors_of_ranks()
 
@@ -275,6 +277,7 @@ def show(loss):
 
 # ---- model
 
+threads = Threads(this_device)
 dtype_name = settings.dtype
 if settings.dtype == "auto" and start.is_resumed:  # as it began
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")
@@ -540,6 +543,7 @@ while True:
         if settings.max_minutes:
             left = f", {max(0, 60 * settings.max_minutes - state.train_s):.0f} s left"
         bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s{left}")
+        threads.watch(unlogged_steps, elapsed)
         since, unlogged_steps = time.perf_counter(), 0
 
 # ---- the end: a last checkpoint, the log's last line, the picture, uploads
@@ -552,6 +556,8 @@ if not diverged and parallel.any_rank(FIRST and writer.latest_step != state.iter
         state.best_val_loss = best_before
     save()
     writer.wait()
+if not diverged and state.best_val_loss == math.inf:  # stopped before the first evaluation
+    export_best(model, model_path, is_sharded)
 stop.restore()
 finished = done and state.evaluated == state.iter_num
 reason = "diverged" if diverged else "finished" if finished else "interrupted"
@@ -583,4 +589,6 @@ else:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
     flags = f"--init_from=resume --out_dir={shlex.quote(settings.out_dir)}"
     say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
+    if state.best_val_loss == math.inf:
+        say(f"{model_path} is of this step: nothing was evaluated yet")
 away.wrap_up(all_arrived, finished)

@@ -15,15 +15,8 @@ import sys
 import tempfile
 from functools import partial
 
-import torch
-
-from bench.common import alternate, median_and_range, open_device, ratio
 from configurator import UserError, check_range, configure
-from report.tables import print_table
-from system.hardware import DTYPES, peak_flops
-from system.memory import tune_malloc
-from training.runs import model_of, seconds_of, stepper, tokens_of_step
-from training.settings import resolved
+from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
 shapes = "128,288"  # names in SHAPES
@@ -38,7 +31,15 @@ dtype = "auto"
 configure(globals())
 # -----------------------------------------------------------------------------
 
-tune_malloc()  # as train.py does
+tune_process()  # as train.py does
+
+import torch
+
+from bench.common import alternate, median_and_range, open_device, ratio
+from report.tables import print_table
+from system.hardware import DTYPES, peak_flops
+from training.runs import model_of, seconds_of, stepper, tokens_of_step
+from training.settings import resolved
 
 # in train.py's words
 SHAPES = {

@@ -78,9 +78,9 @@ def test_refusals_are_sentences(word, part):
     assert part in str(e.value)
 
 
-def test_later_words_win_and_given_names_come_back():
+def test_later_words_win_and_come_back():
     values = namespace()
-    assert apply(values, ["--batch_size=1", "--batch_size=2"]) == {"batch_size"}
+    assert apply(values, ["--batch_size=1", "--batch_size=2"]) == {"batch_size": "--batch_size=2"}
     assert values["batch_size"] == 2
 
 

@@ -40,7 +40,7 @@ def test_the_pipeline_runs_on_real_stories(real_data, tmp_path, run):
         assert sum(s["documents"] for s in meta["shards"][1:]) == 16505
         assert sum(s["unk"] for s in meta["shards"]) == 0
     words = [*TINY, "--vocab_size=512", f"--data_dir={data}", f"--out_dir={out}"]
-    words += ["--dim=64", "--batch_size=32", "--max_iters=200", "--base_learning_rate=3e-3"]
+    words += ["--dim=64", "--batch_size=32", "--max_iters=200"]
     done = script("train.py", *words)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

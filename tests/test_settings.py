@@ -13,6 +13,7 @@ from configurator import UserError
 from model import ModelArgs
 from training import settings
 from training.checkpoint import NEEDED_TO_RESUME, RunState
+from training.settings import USED_IF, resolved, unused
 
 
 def block():
@@ -75,3 +76,41 @@ def test_help_has_the_groups_as_headings():
     done = script("train.py", "--help")
     assert "\nlearning rates:\n  --hidden_lr=0.02" in done.stdout
     refused(script("train.py", "--hidden_lr"), "--hidden_lr needs a value")
+
+
+def given_as(word, **settings):
+    return {**resolved(), **settings}, dict.fromkeys(settings, word)
+
+
+@pytest.mark.parametrize(
+    "settings, names, how",
+    [
+        ({"optimizer": "adamw", "hidden_lr": 0.1, "grad_clip": 2.0}, ["hidden_lr"], "muon"),
+        ({"weight_decay": 0.2, "beta2": 0.9}, ["beta2", "weight_decay"], "adamw"),
+        ({"sliding_window": 0, "window_pattern": "SL"}, ["window_pattern"], "sliding_window"),
+        ({"max_minutes": 1.0, "max_iters": 5}, ["max_iters"], "max_minutes=0"),
+        ({"wandb_run": "a"}, ["wandb_run"], "wandb_project"),
+    ],
+)
+def test_settings_without_effect_are_named(settings, names, how):
+    [(found, words)] = unused(*given_as("config.py", **settings))
+    assert sorted(found) == names and how in words
+
+
+def test_the_rate_of_another_optimizer_is_refused_by_hand_and_named_from_a_file():
+    settings, given = given_as("--base_learning_rate=1", base_learning_rate=1.0)
+    with pytest.raises(UserError, match=r"--optimizer=adamw .*--hidden_lr"):
+        unused(settings, given)
+    assert unused(settings, {"base_learning_rate": "config/plain_llama2c.py"})
+    assert not unused(settings | {"optimizer": "adamw"}, given)
+
+
+def test_every_setting_that_may_be_unused_exists():
+    names = {name for _, _, names in USED_IF for name in names.split()}
+    assert len(names) > 25 and names <= resolved().keys()
+
+
+def test_a_run_says_what_it_does_not_use(tmp_path):
+    done = script("train.py", "--estimate", "--max_minutes=1", "--max_iters=5", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "this run does not use max_iters; with --max_minutes=0 it would" in done.stdout

@@ -16,7 +16,7 @@ from conftest import (
     wait_until,
 )
 
-BASE = " ".join([*TINY, "--arch=llama", "--optimizer=adamw", "--bigram_rows=0"])
+BASE = " ".join([*TINY, "--arch=llama --optimizer=adamw --base_learning_rate=1e-2 --bigram_rows=0"])
 
 
 def sweep(data_dir, out_dir, *words, **options):

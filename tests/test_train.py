@@ -102,15 +102,11 @@ def same_weights(a, b):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practice, tmp_path):
-    out = tmp_path / "out"
+def interrupted(practice, out, *words):
+    """What a run prints that gets a Ctrl-C after its first step."""
     command = [sys.executable, REPO / "train.py", *TINY, f"--data_dir={practice}"]
-    process = subprocess.Popen(
-        [*command, f"--out_dir={out}", "--max_iters=60", "--eval_interval=1"],  # slow steps
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, f"--out_dir={out}", *words], **pipes)
     while process.poll() is None:  # let it take some steps, then interrupt it
         if (out / "log.jsonl").exists() and '"train"' in (out / "log.jsonl").read_text():
             process.send_signal(signal.SIGINT)
@@ -118,6 +114,20 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practi
         time.sleep(0.02)
     text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, text
+    return text
+
+
+def test_a_run_that_stops_before_its_first_evaluation_leaves_a_model(practice, tmp_path, run):
+    text = interrupted(practice, tmp_path, "--max_iters=100000", "--eval_interval=100000")
+    assert f"{tmp_path / 'model.bin'} is of this step" in text
+    done = run(tmp_path / "model.bin", "-n", "5", "-i", "Once")
+    assert done.returncode == 0 and done.stdout.startswith(b"Once")
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_changes_nothing(trained, practice, tmp_path):
+    out = tmp_path / "out"
+    # slow steps
+    text = interrupted(practice, out, "--max_iters=60", "--eval_interval=1")
     stopped = load_checkpoint(out / "ckpt.pt")["iter_num"]
     assert 0 < stopped < 60 and f"stopped at step {stopped}" in text
     assert read_log(out)[-1]["reason"] == "interrupted"
@@ -143,12 +153,12 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
         "cannot resume with dim = 64: the checkpoint's model has 32",
     )
     refused(script("train.py", "--init_from=resume", f"--out_dir={out}"), "raise --max_iters")
-    words = ["--max_iters=65", "--base_learning_rate=1e-3", "--batch_size=4"]
+    words = ["--max_iters=65", "--hidden_lr=1e-3", "--batch_size=4"]
     words += ["--weight_decay=0.5", "--beta2=0.9", "--dropout=0.2"]
     done = script("train.py", "--init_from=resume", f"--out_dir={out}", *words)
     assert done.returncode == 0, done.stderr
     assert "resuming with max_iters = 65 instead of 60" in done.stdout
-    assert "resuming with base_learning_rate = 0.001 instead of 0.01" in done.stdout
+    assert "resuming with hidden_lr = 0.001 instead of 0.02" in done.stdout
     assert read_log(out)[-1]["step"] == 65
     checkpoint = load_checkpoint(out / "ckpt.pt")
     assert checkpoint["model_args"]["dropout"] == 0.2
@@ -208,9 +218,9 @@ def test_malloc_keeps_memory_in_the_process_that_calls(tmp_path, given, is_tuned
     """No new process takes the place of one that a notebook or a debugger began."""
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import resource; from system.memory import tune_malloc; print('began', flush=True)\n"
+        "import resource; from system.tuning import tune_process; print('began', flush=True)\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "tune_malloc(); bytearray(1 << 26); before = faults(); bytearray(1 << 26)\n"
+        "tune_process(); bytearray(1 << 26); before = faults(); bytearray(1 << 26)\n"
         "print(faults() - before < 1000)"
     )
     bare = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
@@ -316,7 +326,7 @@ def test_accumulated_batches_are_one_batch(practice, tmp_path):
 def test_bfloat16_and_dropout_train_and_resume(practice, tmp_path):
     # a rate that does not depend on max_iters, so that a run in two parts can equal one in one
     words = ["--dtype=bfloat16", "--dropout=0.1", "--tie_embeddings=False", "--cooldown_frac=0"]
-    words += ["--warmup_iters=0", "--base_learning_rate=1e-3"]
+    words += ["--warmup_iters=0", "--hidden_lr=1e-3"]
     assert train(practice, tmp_path / "whole", *words, "--max_iters=12").returncode == 0
     assert train(practice, tmp_path / "parts", *words, "--max_iters=6").returncode == 0
     more = ["--init_from=resume", "--max_iters=12", "--device=cpu"]

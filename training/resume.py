@@ -23,7 +23,7 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, WORLD_SIZE, say
 from training.rundir import RunDir
-from training.settings import FIXED, OF_ONE_START, OPTIONS, args_of, check, with_arch
+from training.settings import FIXED, OF_ONE_START, OPTIONS, args_of, check, unused, with_arch
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Beginning:
 
 def begin(settings, given):
     """
-    The Beginning that train.py's settings ask for. `given`: names of those from the command line.
+    The Beginning that train.py's settings ask for. `given`: {name: the word of the command line}.
     Raises UserError where a checkpoint is missing or does not fit, or a setting is out of range.
     """
     init_from, out_dir = settings["init_from"], settings["out_dir"]
@@ -69,6 +69,8 @@ def begin(settings, given):
     if start.checkpoint:
         args = args_of(start.settings, start.checkpoint["model_args"])
         check_size(args, start.checkpoint, start.path)
+    for names, how in unused(start.settings, given):
+        say(f"this run does not use {', '.join(names)}; with {how} it would")
     return start
 
 

@@ -71,6 +71,11 @@ SAME_WORK = {"data_dir", "seed"} | names_of(
     *("folder", "start", "intervals", "initialization", "length"),
     *("rates", "moments", "decay", "schedule", "away", "estimate"),
 )
+ADAMW = "base_learning_rate beta1 beta2 weight_decay"
+MUON = (
+    "hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum muon_beta1 muon_beta2 "
+    "muon_weight_decay neuron_beta momentum_warmup"
+)
 SECRET = {"on_finish"}  # which may hold a token, and checkpoints and logs are shown around
 
 
@@ -104,6 +109,43 @@ def args_of(settings, inherited=None):
 def with_arch(settings, given):
     """Settings with those options of their architecture (--arch) that were not given."""
     return settings | {k: v for k, v in ARCHS.get(settings["arch"], {}).items() if k not in given}
+
+
+# (what has to be so for a run to use some settings, how to make it so, these settings)
+USED_IF = (
+    (lambda s: s["optimizer"] == "adamw", "optimizer=adamw", ADAMW),
+    (lambda s: s["optimizer"] == "muon", "optimizer=muon", MUON),
+    (lambda s: s["sliding_window"], "sliding_window=N", "window_pattern"),
+    (lambda s: s["bigram_rows"], "bigram_rows=N", "bigram_lr"),
+    (lambda s: not s["tie_embeddings"], "tie_embeddings=False", "head_std"),
+    (lambda s: not s["hidden_dim"], "hidden_dim=0", "multiple_of"),
+    (lambda s: not s["max_minutes"], "max_minutes=0", "max_iters"),
+    (lambda s: s["init_from"] == "scratch", "init_from=scratch", "zero_init embedding_std"),
+    (lambda s: s["hub_repo"], "hub_repo=user/name", "hub_private hub_keep_local"),
+    (lambda s: s["wandb_project"], "wandb_project=NAME", "wandb_run"),
+    (lambda s: s["estimate"], "estimate", "mfu price"),
+)
+
+
+def unused(settings, given):
+    """
+    [(names, the words that would have them used)] of the settings that were given without effect.
+    given: {name: the word that gave it}. Raises UserError for base_learning_rate by hand under
+    Muon: it would be taken for the rate of the run.
+    """
+    found = []
+    for is_so, how, names in USED_IF:
+        names = [name for name in names.split() if name in given]
+        if names and not is_so(settings):
+            found.append((names, f"--{how}"))
+    by_hand = given.get("base_learning_rate", "").startswith("--")
+    if by_hand and any("base_learning_rate" in names for names, _ in found):
+        raise UserError(
+            "base_learning_rate is the rate of --optimizer=adamw, and this run uses Muon: add "
+            "--optimizer=adamw (config/plain_llama2c.py is llama2.c's whole recipe), or leave it "
+            "out and set Muon's --hidden_lr"
+        )
+    return found
 
 
 CHOICES = {
