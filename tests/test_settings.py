@@ -12,7 +12,7 @@ from conftest import REPO, refused, script
 from configurator import UserError
 from model import ModelArgs
 from training import settings
-from training.checkpoint import NEEDED_TO_RESUME, RunState
+from training.checkpoint import OF_RUN, RunState
 from training.settings import USED_IF, resolved, unused
 
 
@@ -49,7 +49,7 @@ def test_below_the_block_a_setting_is_read_from_what_the_run_settled_on():
 
 
 def test_what_a_run_has_reached_is_in_every_checkpoint():
-    assert {f.name for f in fields(RunState)} <= NEEDED_TO_RESUME
+    assert {f.name for f in fields(RunState)} <= OF_RUN.keys()
 
 
 def test_settings_as_json():
