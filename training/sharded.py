@@ -65,7 +65,7 @@ class NumbersReader(dcp.FileSystemReader):
         return self.contents
 
     def _slice_file(self, file, place):  # of each tensor, which torch.load reads next
-        part = super()._slice_file(file, place)
+        part = io.BytesIO(super()._slice_file(file, place).read())  # that view cannot seek properly
         torchfile.check_archive(part)
         return part
 
