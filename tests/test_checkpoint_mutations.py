@@ -140,7 +140,7 @@ def repacked(path, entries, deflated):
 def resumed(out, settings, data):
     """A step of the run in a folder, after what train.py does to resume it."""
     settings = {**settings, "out_dir": str(out), "init_from": "resume", "eval_only": True}
-    start = begin(settings, {"eval_only", "out_dir", "init_from", "data_dir"})
+    start = begin(settings, dict.fromkeys(("eval_only", "out_dir", "init_from", "data_dir"), ""))
     args = args_of(start.settings, start.checkpoint["model_args"])
     model = Transformer(args)
     optimizer = make_optimizer(model, start.settings["optimizer"], start.settings)
