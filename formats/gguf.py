@@ -28,7 +28,7 @@ from formats.tensors import (
     shortest,
 )
 from model import ModelArgs
-from system.fields import is_count, is_number, is_string, list_of
+from system.fields import is_bool, is_count, is_number, is_string, list_of
 from system.files import atomic_write
 from system.remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
@@ -337,7 +337,7 @@ TOKENIZER = {
     "scores": list_of(is_number),
     "token_type": list_of(is_count),
     **dict.fromkeys(("unknown_token_id", "bos_token_id", "eos_token_id"), is_count),
-    **dict.fromkeys(("add_bos_token", "add_space_prefix"), lambda value: type(value) is bool),
+    **dict.fromkeys(("add_bos_token", "add_space_prefix"), is_bool),
 }
 
 

@@ -14,10 +14,10 @@ def tune_process():
     """
     Call it before torch is imported, whose OpenMP reads its settings when it is loaded.
 
-    Threads that wait spin for SPINS turns and then sleep. By default (libgomp) it is 300,000, and
-    with another program on one of the cores they spin away the time of the thread that they wait
-    for: a step of config/story.py on two cores then takes some fifty times as long. Compiled code
-    asks how many threads there are each time it runs, since system/threads.py changes that.
+    Threads that wait spin for SPINS turns and then sleep. By default (libgomp) it is 300,000. If
+    another program has one of the cores, they spin away the time of the thread that they wait for:
+    a step of config/story.py on two cores takes more than ten times as long. Compiled code asks
+    how many threads there are each time it runs, since system/threads.py changes that.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

@@ -53,7 +53,7 @@ SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there a
 MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
 LONGEST = 1 << 28  # bytes of one document, which is in memory as a whole
 LONGEST_RECORD = 1 << 25  # bytes of one in JSON or CSV, which takes up to 25 times as much memory
-# a file that unpacks to more than this, and to more than MOST_PACKED times its size, is no text
+# a file that unpacks to more than this, and to more than MOST_PACKED times its size, is not text
 LARGE, MOST_PACKED = 1 << 28, 200
 LFS = b"version https://git-lfs.github.com/spec/"  # begins a file that git did not fetch
 CHECKED = 1 << 32  # bytes of a source, from its beginning, that are checked before work begins

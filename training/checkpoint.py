@@ -67,7 +67,7 @@ RUN_FILE = "run.pt"  # of a sharded checkpoint
 SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()
 
 
-# what the fields may hold, see runlog.fits: where they are present, in every checkpoint
+# what the fields may hold, see fields.fits: where they are present, in every checkpoint
 FIELDS = {
     "model": torchfile.is_state,
     "model_args": each(is_scalar),
