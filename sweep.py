@@ -543,7 +543,11 @@ planned = plan(device_name)
 hints = [shards_hint(run.config, run.config["data_dir"]) for run in planned]
 hints = list(dict.fromkeys(filter(None, hints)))
 if hints and not dry_run:
-    raise UserError(f"there are no shards for this sweep; make them with: {' && '.join(hints)}")
+    config = planned[0].config
+    paths = DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"])
+    raise UserError(
+        f"there are no shards for this sweep; make them with: {' && '.join(hints)}{paths.others()}"
+    )
 folder = None if dry_run else lock_folder()
 results = Results(planned)
 measure(planned, torch_device)
