@@ -309,4 +309,5 @@ def write_lines(path, columns, settings):
     """Write the figures as JSON lines, one for each column, with the settings they were made by."""
     with atomic_write(path, "w") as f:
         for name, figures in columns.items():
-            print(json.dumps({"model": name, **figures, **settings}), file=f)
+            values = {"model": name, **figures, **settings}
+            print(json.dumps(values, ensure_ascii=False), file=f)
