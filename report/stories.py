@@ -17,7 +17,7 @@ from collections import Counter
 
 import numpy as np
 
-from configurator import UserError, check_range
+from configurator import STEERING, UserError, check_range
 from dataset import CHUNK, mixed
 from system.files import atomic_write
 from text.corpus import stream_documents
@@ -68,7 +68,7 @@ def words_of(text):
 
 def printable(text):
     """Text without what no page or terminal shows, BREAK among it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return STEERING.sub("\ufffd", text)
 
 
 class Story:
