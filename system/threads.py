@@ -9,6 +9,7 @@ digits of results depend on.
 
 import os
 import statistics
+import sys
 import time
 
 import torch
@@ -50,7 +51,8 @@ class Threads:
         torch.set_num_threads(fastest)
         if fastest != before:
             why = "other programs use the cores" if fastest < before else "cores are free again"
-            print_line(f"{why}: {fastest} of {self.most} threads, {ratio:.1f} times as fast")
+            line = f"{why}: {fastest} of {self.most} threads, {ratio:.1f} times as fast"
+            print_line(line, sys.stderr)  # stdout may be a story
         self.best, self.chosen = 0.0, time.monotonic()
         self.start_window()
 

@@ -33,12 +33,12 @@ BUSY = {4: 5.0, 3: 1.3, 2: 2.0, 1: 4.0}  # a program on one of the cores
 
 def test_the_fastest_number_is_taken_at_the_start(machine, capsys):
     Threads(CPU)
-    assert machine["threads"] == 4 and not capsys.readouterr().out
+    assert machine["threads"] == 4 and not capsys.readouterr().err
     machine["seconds"] = BUSY
     Threads(CPU)
     assert machine["threads"] == 3
     assert (
-        capsys.readouterr().out
+        capsys.readouterr().err
         == "other programs use the cores: 3 of 4 threads, 3.8 times as fast\n"
     )
 
@@ -65,7 +65,7 @@ def test_they_are_chosen_again_where_the_work_slows_down(machine, capsys):
     assert machine["probes"] == 2
     machine["now"] += threads.LATER_S + 1
     chosen.watch(10, 1.0)
-    assert machine["threads"] == 4 and "cores are free again: 4 of 4" in capsys.readouterr().out
+    assert machine["threads"] == 4 and "cores are free again: 4 of 4" in capsys.readouterr().err
     machine["now"] += threads.LATER_S + 1
     chosen.watch(10, 1.0)
     assert machine["probes"] == 3
