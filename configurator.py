@@ -48,13 +48,18 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PRINT_SETTINGS = "--print-settings"  # for programs that need to know what a command line means
 
 
+# control characters, lone surrogates, and overrides of the direction, which can hide text; not the
+# joiners and spaces that scripts and emoji need
+STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 class UserError(Exception):
     """Something the user has to change; the message says what was wrong and what to do."""
 
 
 def printable(text):
-    """Text as a terminal may show it: escape sequences and the like as \\x1b, which do nothing."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    r"""Text as a terminal may show it: what would steer it becomes \x1b and the like."""
+    return STEERING.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def one_sentence_errors():

@@ -66,8 +66,12 @@ class DataPaths:
         self.shards = self.stories if self.is_llama2 else os.path.join(data_dir, name)
 
     def others(self):
-        """What to say where data_dir has shards of other vocabularies; or ""."""
-        found = glob.glob(os.path.join(glob.escape(self.data_dir), "*", SIDECAR))
+        """What to say where a folder in data_dir has these shards, or it has others; or ""."""
+        name, inside = os.path.basename(self.shards), glob.escape(self.data_dir)
+        if found := sorted(glob.glob(os.path.join(inside, "*", name, SIDECAR))):
+            folder = os.path.dirname(os.path.dirname(found[0]))
+            return f"; or give --data_dir={shlex.quote(folder)}, which has some"
+        found = glob.glob(os.path.join(inside, "*", SIDECAR))
         names = sorted(os.path.basename(os.path.dirname(path)) for path in found)
         matches = [re.fullmatch(r"(bpe|tok)(\d+)", name) for name in names]
         flags = [

@@ -13,6 +13,7 @@ formats/table.py.
 
 import argparse
 import os
+import re
 import sys
 from functools import partial
 
@@ -95,9 +96,11 @@ if flags.push_to_hub:
     check_push(flags.push_to_hub, flags.dry_run)
 if not flags.path:
     raise UserError("the path to write is empty: name a file or a folder")
-if to != "checkpoint" and recognize(flags.path) == "checkpoint" and os.path.isfile(flags.path):
+is_tokenizer = re.fullmatch(r"(tokenizer|tok\d+|bpe\d+)\.bin", os.path.basename(flags.path))
+if os.path.isfile(flags.path) and to != "hf" and (is_tokenizer or recognize(flags.path) != to):
+    was = "a checkpoint" if recognize(flags.path) == "checkpoint" else "no model of this format"
     raise UserError(
-        f"{flags.path} is a checkpoint, which would be lost: name another file for the model"
+        f"{flags.path} exists and is {was}, and would be lost: name another file for the model"
     )
 target, read = os.path.realpath(flags.path), os.path.realpath(source)
 if os.path.exists(target) and (

@@ -61,7 +61,18 @@ keep_checkpoints = False  # of finished runs; their model.bin always stays
 # before anything is spent
 price = 0.0  # dollars an hour for the machine, for the estimate
 dry_run = False  # print the list and the estimate, and stop
-configure(globals())
+try:
+    configure(globals())
+except UserError as e:
+    from training.settings import GROUPS, names_of
+
+    name = str(e).partition("unknown setting --")[2].partition(":")[0]
+    if name not in names_of(*GROUPS):
+        raise
+    raise UserError(
+        f"--{name} is a setting of train.py, for all runs: --base='{base} --{name}=...'; to vary "
+        f"it: --grid='{name}=...'"
+    ) from None
 # -----------------------------------------------------------------------------
 
 tune_process()  # as train.py does, whose speed is measured here
@@ -322,7 +333,8 @@ def print_estimate(planned, todo):
     cost = f", {price * wall_s / 3600:.2f} dollars" if price else ""
     at_once = f" with {jobs} at once" if jobs > 1 else ""
     print(
-        f"{len(todo)} of {len(planned)} runs to do, about {duration(wall_s)}{cost}{at_once}",
+        f"{len(todo)} of {len(planned)} runs to do in {sweep_dir}, "
+        f"about {duration(wall_s)}{cost}{at_once}",
         flush=True,
     )
 
@@ -511,7 +523,8 @@ class Runner:
                 run, slot = self.running.pop(process)
                 slots.append(slot)
                 print_line(self.finish(run, process.returncode))
-                bar.update(round(run.seconds))
+                if not self.stopping:
+                    bar.update(round(run.seconds))
         bar.close()
 
 
@@ -527,6 +540,16 @@ def lock_folder():
     raise UserError(f"another sweep is at work in {sweep_dir}: wait for it, or give an --out_dir")
 
 
+def name_of_sweep():
+    """The name of its file; of a sweep without one, what it varies and of which base."""
+    files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
+    if files:
+        return os.path.splitext(os.path.basename(files[-1]))[0]
+    bases = [os.path.splitext(os.path.basename(w))[0] for w in base.split() if w.endswith(".py")]
+    names = [*bases, *axes_of_grid(), *(name for name, _ in listed_runs() if name)]
+    return re.sub(r"[^\w.=+-]+", "_", "-".join(names))[:100]
+
+
 # ---- the sweep
 
 check_settings()
@@ -535,15 +558,17 @@ device_name = torch_device.type if device == "auto" else device
 threads = max(1, torch.get_num_threads() // jobs)  # of each run, at most
 torch.set_num_threads(threads)
 Threads(torch_device)
-files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
-stem = os.path.splitext(os.path.basename(files[-1]))[0] if files else "sweep"
-sweep_dir = out_dir or os.path.join("out", "sweeps", stem)
+sweep_dir = out_dir or os.path.join("out", "sweeps", name_of_sweep())
 
 planned = plan(device_name)
 hints = [shards_hint(run.config, run.config["data_dir"]) for run in planned]
 hints = list(dict.fromkeys(filter(None, hints)))
 if hints and not dry_run:
-    raise UserError(f"there are no shards for this sweep; make them with: {' && '.join(hints)}")
+    config = planned[0].config
+    paths = DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"])
+    raise UserError(
+        f"there are no shards for this sweep; make them with: {' && '.join(hints)}{paths.others()}"
+    )
 folder = None if dry_run else lock_folder()
 results = Results(planned)
 measure(planned, torch_device)

@@ -146,7 +146,7 @@ def write_stories(folder):
     for i in range(N_JSON):
         n = n_stories * (i + 1) // N_JSON - n_stories * i // N_JSON
         with atomic_write(os.path.join(folder, f"data{i:02}.json"), "w", durable=False) as f:
-            json.dump([next(all_stories) for _ in range(n)], f)
+            json.dump([next(all_stories) for _ in range(n)], f, ensure_ascii=False)
     list(all_stories)  # lets the bar close
 
 

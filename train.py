@@ -485,11 +485,11 @@ while True:
         state.best_val_loss = best_before
     if has_evaluated:
         is_best = val_loss < state.best_val_loss
+        if is_best and (is_best := export_best(model, model_path, is_sharded)):
+            best_before, state.best_val_loss = state.best_val_loss, val_loss
         if FIRST:
             best = ", the best so far" if is_best else ""
             print_line(f"step {state.iter_num}: {show(val_loss)}{best}")
-        if is_best and (is_best := export_best(model, model_path, is_sharded)):
-            best_before, state.best_val_loss = state.best_val_loss, val_loss
     if is_best or (has_evaluated and settings.always_save_checkpoint) or time_to_save:
         save(is_best)
     if done or stopping:

@@ -17,7 +17,7 @@ from collections import Counter
 
 import numpy as np
 
-from configurator import UserError, check_range
+from configurator import STEERING, UserError, check_range
 from dataset import CHUNK, mixed
 from system.files import atomic_write
 from text.corpus import stream_documents
@@ -68,7 +68,7 @@ def words_of(text):
 
 def printable(text):
     """Text without what no page or terminal shows, BREAK among it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return STEERING.sub("\ufffd", text)
 
 
 class Story:
@@ -309,4 +309,5 @@ def write_lines(path, columns, settings):
     """Write the figures as JSON lines, one for each column, with the settings they were made by."""
     with atomic_write(path, "w") as f:
         for name, figures in columns.items():
-            print(json.dumps({"model": name, **figures, **settings}), file=f)
+            values = {"model": name, **figures, **settings}
+            print(json.dumps(values, ensure_ascii=False), file=f)

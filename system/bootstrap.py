@@ -21,6 +21,7 @@ VENV = ".venv"
 DATA, OUT = os.path.join("data", "practice"), os.path.join("out", "story")
 CONFIG = os.path.join("config", "story.py")
 VOCAB_SIZE = 1024
+PROMPT = "Once upon a time"
 OLDEST_PYTHON = (3, 10)
 
 
@@ -28,10 +29,11 @@ class StepFailed(Exception):
     """A command of a step failed; it has said why."""
 
 
-def call(*command, shown=True):
+def call(*command, shown=True, after=lambda line: None):
     """
     Run a command; raise StepFailed unless it succeeds. Its output is shown as it is, or with
-    shown=False indented and without the hints that its steps here do not need.
+    shown=False indented and without the hints that its steps here do not need; after(line) is
+    called for each of its lines then.
     """
     # Ctrl-C reaches the command as well, which may have something to save: wait for it
     interrupts = []
@@ -42,6 +44,7 @@ def call(*command, shown=True):
             for line in process.stdout or ():
                 if line.strip() and not line.startswith("next: "):
                     print("   " + line, end="", flush=True)
+                after(line)
     except OSError as e:
         raise StepFailed(f"cannot run {command[0]}: {e.strerror}") from None
     finally:
@@ -156,8 +159,8 @@ def step(number, title, done, action, *words):
     print(f"   took {time.monotonic() - begin:.0f} s", flush=True)
 
 
-def script(*words):
-    call(venv_python(), "-u", *words, shown=False)
+def script(*words, **options):
+    call(venv_python(), "-u", *words, shown=False, **options)
 
 
 def train_model(model, flags):
@@ -165,7 +168,14 @@ def train_model(model, flags):
     if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
         script("export.py", model, f"--checkpoint={best}")
         return
-    script("train.py", CONFIG, *flags, f"--out_dir={OUT}", "--resume=auto")
+
+    def tell(line):  # so that one sees it learn
+        if line.startswith("step ") and "the best so far" in line:
+            text = output_of("./run", model, "-t", "0.7", "-s", "1", "-n", "40", "-i", PROMPT)
+            print(f'   it tells: "{" ".join(text.split())} ..."', flush=True)
+
+    words = [f"--out_dir={OUT}", "--resume=auto"]
+    script("train.py", CONFIG, *flags, *words, after=tell)
     if not finished(OUT):
         raise StepFailed("training was stopped; the same command goes on from there")
 
@@ -189,7 +199,7 @@ def story():
     title = f"training a small model into {OUT} (about 2 minutes on two idle cores)"
     is_done = finished(OUT) and os.path.exists(model)
     step(6, title, is_done and model, train_model, model, flags)
-    step(7, "a story", "", call, "./run", model, "-t", "0.7", "-i", "Once upon a time")
+    step(7, "a story", "", call, "./run", model, "-t", "0.7", "-i", PROMPT)
     print(
         f"""
 Three commands to try next:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPO, refused
 
-from configurator import UserError, apply, configure, listed_paths
+from configurator import UserError, apply, configure, listed_paths, printable
 
 
 def namespace(**more):
@@ -210,3 +210,9 @@ def test_every_setting_is_explained():
         lines = [line for line in done.stdout.splitlines() if line.startswith("  --")]
         unexplained = [line.split()[0] for line in lines if len(line.split(None, 1)) < 2]
         assert len(lines) > 8 and not unexplained
+
+
+def test_only_what_could_steer_a_terminal_is_replaced():
+    kept = "a\u00a0b 👩\u200d👩\u200d👧 می\u200cخواهم \u00adx\n\t"
+    assert printable(kept) == kept
+    assert printable("\x1b[31m\x9b\u202e\udc80\r\x7f") == r"\x1b[31m\x9b\u202e\udc80\r\x7f"

@@ -619,3 +619,15 @@ def test_wide_vocabularies_use_uint32(tmp_path):
     (folder / "shards.json").write_text(json.dumps({**meta, "complete": True}))
     data = TokenData(DataPaths(tmp_path, "custom", 70_000), 16)
     assert data.train[0][0] == 69_000 and data.tokens_per_byte() == pytest.approx(1 / 3)
+
+
+def test_shards_in_a_folder_below_are_found(tmp_path):
+    """As those of `make story` by the command that one tries next."""
+    (tmp_path / "my practice" / "tok300").mkdir(parents=True)
+    (tmp_path / "my practice" / "tok300" / "shards.json").write_text("{}")
+    said = f"or give --data_dir='{tmp_path}/my practice', which has some"
+    words = ["--vocab_size=300", f"--data_dir={tmp_path}"]
+    refused(script("train.py", *words, f"--out_dir={tmp_path / 'out'}", "--device=cpu"), said)
+    base = f"--base={' '.join(words)} --batch_size=4"
+    done = script("sweep.py", base, "--grid=hidden_lr=0.1", "--seeds=1", "--eval_windows=400")
+    refused(done, "no shards for this sweep", said)

@@ -530,6 +530,10 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
     model = sized(tokenizers[512])
     formats.write_bin(model, str(tmp_path / "a" / "model.bin"), "fp32", None, {})
     bin_ = tmp_path / "a" / "model.bin"
+    mine = tmp_path / "a" / "z"
+    mine.mkdir()
+    for name in ("README.md", "tokenizer.model", "tok128.bin"):
+        (mine / name).write_text("mine")
     before = {name: (finished / name).read_bytes() for name in ("best.pt", "ckpt.pt", "log.jsonl")}
     for words, part in (
         ([out, best, "--version=3", "--format=hf"], "only --format=bin has versions"),
@@ -542,7 +546,10 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
             [bin_, f"--from-bin={bin_}", "--dtype=int8"],
             "which belongs to what is read, would be lost",
         ),
-        ([finished / "ckpt.pt", best, "--format=bin"], "is a checkpoint, which would be lost"),
+        (
+            [finished / "ckpt.pt", best, "--format=bin"],
+            "is a checkpoint, and would be lost",
+        ),
         ([finished / "ckpt.pt", f"--from-bin={bin_}"], "exists, and would be lost"),
         ([finished, best, "--format=hf"], "which belongs to what is read, would be lost"),
         (
@@ -555,6 +562,9 @@ def test_commands_that_contradict_themselves(tmp_path, tokenizers, finished):
         ([out, f"--from-gguf={bin_}"], "is damaged or not a GGUF file"),
         ([out, f"--from-gguf={tmp_path / 'none'}"], "cannot read"),
         (["", best], "the path to write is empty"),
+        ([mine / "README.md", best, "--format=bin"], "exists and is no model of this format"),
+        ([mine / "tokenizer.model", best, "--format=bin"], "exists and is no model of this format"),
+        ([mine / "tok128.bin", best], "exists and is no model of this format"),
         ([f"{out}/", best], "is a folder, or the tokenizer's"),
         ([tmp_path / "tokenizer.bin", best], "is a folder, or the tokenizer's"),
         ([out, best, "--format=hf", "--push-to-hub=a b/c", "--dry-run"], "cannot upload to a b/c"),

@@ -32,6 +32,7 @@ def test_pyproject_and_requirements_have_the_same_pins():
     text = (REPO / "pyproject.toml").read_text().split("plot = [")[0]  # further extras
     found = set(re.findall(r"""["']([\w.-]+==[^"']*(?:"[\d.]+")?)["']""", text))
     expected = pins("requirements.txt") | pins("requirements-dev.txt")
+    expected.add("notebook==7.6.5")  # Jupyter's page, which tests do without
     assert {re.sub(r"\s", "", pin) for pin in found} == {re.sub(r"\s", "", p) for p in expected}
     assert "torch==2.13.0" in expected
 
@@ -57,6 +58,16 @@ def test_presets_are_what_their_table_says(path):
     assert documented_presets()[path.stem] == expected
 
 
+def test_the_model_tells_while_it_learns(monkeypatch, capsys):
+    lines = ["20%, 240 of 1200 steps\n", "step 300: validation loss 0.4, the best so far\n", "x\n"]
+    monkeypatch.setattr(bootstrap, "finished", lambda out_dir: False)
+    monkeypatch.setattr(bootstrap, "output_of", lambda *command: "Once\nthere was")
+    monkeypatch.setattr(bootstrap, "script", lambda *w, after: [after(line) for line in lines])
+    with pytest.raises(bootstrap.StepFailed):
+        bootstrap.train_model("model.bin", [])
+    assert capsys.readouterr().out == '   it tells: "Once there was ..."\n'
+
+
 def test_bootstrap_reads_pins_and_results(tmp_path):
     assert bootstrap.pinned_torch(REPO / "requirements.txt") == "2.13.0"
     assert bootstrap.torch_here() == "2.13.0"
@@ -76,7 +87,7 @@ def test_bootstrap_reads_pins_and_results(tmp_path):
 def test_no_story_after_a_training_that_was_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bootstrap, "OUT", str(tmp_path))
     monkeypatch.setattr(bootstrap, "make_venv", lambda requirements: None)
-    monkeypatch.setattr(bootstrap, "call", lambda *command, shown=True: None)
+    monkeypatch.setattr(bootstrap, "call", lambda *command, **options: None)
     (tmp_path / "log.jsonl").write_text('{"kind": "end", "reason": "interrupted"}\n')
     with pytest.raises(bootstrap.StepFailed, match="training was stopped; the same command"):
         bootstrap.story()

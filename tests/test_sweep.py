@@ -196,12 +196,29 @@ def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
         (["--grid=batch_size=3,8", "--eval_windows=8"], ["not a multiple of batch_size = 3"]),
         (["--base=--compile=auto", "--grid=dim=32", "--equal_minutes=1"], ["--compile=True or"]),
         (["--grid=max_minutes=1", "--equal_tokens=500"], ["max_minutes = 1"]),
+        (["--vocab_size=512"], ["--base='config/speedrun_cpu.py --vocab_size=...'", "--grid="]),
+        (["--weather=512"], ["unknown setting --weather"]),
     ],
 )
 def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
     done = script("sweep.py", *words, f"--out_dir={tmp_path / 'out'}", cwd=tmp_path)
     refused(done, *parts)
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "words, folder",
+    [
+        (["experiments/lr.py"], "lr"),
+        (["--base=config/story.py", "--grid=hidden_lr=0.1,0.2 dim=64"], "story-hidden_lr-dim"),
+        (["--base=", "--runs=small one: --dim=64; large: --dim=128"], "small_one-large"),
+    ],
+)
+def test_each_sweep_has_a_folder_of_its_own(words, folder):
+    """That of a sweep without a file is named after what it varies."""
+    done = script("sweep.py", *words, "--dry_run", "--seeds=1", "--eval_windows=0", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"runs to do in {os.path.join('out', 'sweeps', folder)}, about" in done.stdout
 
 
 def test_two_sweeps_in_one_folder_are_refused(practice, tmp_path):
