@@ -11,13 +11,17 @@ anywhere, and any number of processes can share it.
 
 import collections
 import concurrent.futures
+import contextlib
+import filecmp
 import functools
 import glob
+import hashlib
 import itertools
 import math
 import os
 import re
 import shlex
+import tempfile
 import zlib
 
 import numpy as np
@@ -81,6 +85,30 @@ class DataPaths:
         ]
         return f"; {self.data_dir} has others: give {' or '.join(flags)}" if flags else ""
 
+    @contextlib.contextmanager
+    def new_tokenizer(self, overwrite):
+        """
+        For a block that trains a vocabulary: the path to write it to. It takes the place of
+        tokenizer_model after the block. Raises UserError where that would be another vocabulary
+        than the shards were made with, unless `overwrite` is true.
+        """
+        path = self.tokenizer_model
+        in_use = is_model_of(self.shards, path)
+        if in_use:
+            fate = "will be replaced" if overwrite else "is replaced only with --overwrite"
+            print(f"note: {path}, which the shards in {self.shards} were made with, {fate}")
+        os.makedirs(self.data_dir, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.data_dir) as folder:
+            new = os.path.join(folder, os.path.basename(path))
+            yield new
+            if in_use and not overwrite and not filecmp.cmp(new, path, shallow=False):
+                raise UserError(
+                    f"the new vocabulary differs from {path}, and the shards in {self.shards} were "
+                    f"made with that: nothing is changed; give --overwrite, and pretokenize again, "
+                    f"or another --data_dir"
+                )
+            os.replace(new, path)
+
     def make_hint(self):
         """The flags that name this vocabulary and its folder on tinystories.py's command line."""
         flags = []
@@ -91,6 +119,15 @@ class DataPaths:
         if self.data_dir != "data":
             flags.append(f"--data_dir={shlex.quote(str(self.data_dir))}")
         return " ".join(flags)
+
+
+def is_model_of(shards, tokenizer_model):
+    """Whether the shards in a folder were made with the tokenizer in a file."""
+    if not os.path.isfile(tokenizer_model):
+        return False
+    with open(tokenizer_model, "rb") as f:
+        expected = hashlib.sha256(f.read()).hexdigest()
+    return (read_sidecar(shards) or {}).get("tokenizer_hash") == expected
 
 
 class TokenData:

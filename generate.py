@@ -63,7 +63,7 @@ from report.tables import print_table
 from system.hardware import pick_device, pick_dtype
 from system.progress import print_line, progress
 from system.threads import Threads
-from text.corpus import text_files
+from text.corpus import books_among, text_files
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
@@ -196,7 +196,9 @@ for name in names if not source or (reference and not valid_source) else []:
 real = []  # (text, number of tokens)
 if reference and valid_source:
     found = loaded[names[0]][1]
-    documents = itertools.chain.from_iterable(map(documents_of_file, valid_files))
+    books = books_among(valid_files)
+    documents = (documents_of_file(path, path in books) for path in valid_files)
+    documents = itertools.chain.from_iterable(documents)
     real = some_of(documents, num_samples, seed)
     real = [(text, len(found.encode(text, bos=False))) for text, _ in real]
 elif reference and data:

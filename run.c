@@ -365,6 +365,7 @@ typedef struct {
     int32_t bigram_rows;       // of the hashed table of (previous token, token); 0: none
     float norm_eps, rope_theta;
     float logit_softcap;  // c: logits become c * tanh(logits / c); 0: none
+    uint32_t tokenizer;   // fingerprint() of the tokenizer; 0: unknown. Earlier files lack it
     int32_t group;        // version 2: how many numbers share a scale; not in version 3's header
 } Config;
 
@@ -381,15 +382,17 @@ enum {  // bits of Config.options
 enum {
     MAGIC = 0x616b3432,
     HEADER_BYTES = offsetof(Config, group),
+    EARLIER_HEADER_BYTES = offsetof(Config, tokenizer),
     ALIGNMENT = 64,  // of the tensors of version 3
     MAX_COPY = 1 << 22,  // bytes: smaller files are copied for alignment, see load_weights()
     MAX_CONTEXT = 1 << 24,
     MAX_GROUP = 256,  // larger sums might overflow 32 bits
 };
 
-static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, HEADER_BYTES};  // by version
+// at least, by version
+static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, EARLIER_HEADER_BYTES};
 
-_Static_assert(HEADER_BYTES == 80, "the header has no gaps");
+_Static_assert(HEADER_BYTES == 84, "the header has no gaps");
 
 static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
@@ -443,7 +446,9 @@ static Config read_header(const File *f) {
             version);
     Config c = {0};
     if (version == 3) {
-        memcpy(&c, f->data, HEADER_BYTES);
+        memcpy(&c, f->data, EARLIER_HEADER_BYTES);
+        if (c.header_size == HEADER_BYTES && f->size >= HEADER_BYTES)
+            memcpy(&c, f->data, HEADER_BYTES);
         return c;
     }
     int32_t h[7];
@@ -463,11 +468,13 @@ static Config read_header(const File *f) {
 }
 
 static void check_config(const Config *c, const char *path) {
+    uint32_t header_size = HEADER_SIZES[c->version];
+    if (c->version == 3 && c->header_size != header_size) header_size = HEADER_BYTES;
     struct {
         const char *name;
         double value, min, max;
     } ranges[] = {
-        {"header_size", c->header_size, HEADER_SIZES[c->version], HEADER_SIZES[c->version]},
+        {"header_size", c->header_size, header_size, header_size},
         {"options", c->options, 0, KNOWN_OPTIONS},
         {"dtype", c->format, 0, N_FORMATS - 1},
         {"activation", c->activation, 0, N_ACTIVATIONS - 1},
@@ -1130,6 +1137,31 @@ static void load_weights(Model *m) {
                 "%d, expected 0 to %d", f->path, l, windows[l], MAX_CONTEXT);
 }
 
+// Bytes of memory that this process may use: those of the machine, or of its container.
+static double memory_limit(void) {
+    double limit = HUGE_VAL, group;
+#if !defined(_WIN32)
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    if (pages > 0 && size > 0) limit = (double)pages * (double)size;
+    FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
+    if (f && fscanf(f, "%lf", &group) == 1 && group < limit) limit = group;
+    if (f) fclose(f);
+#endif
+    return limit;
+}
+
+// End the program if the keys and values of all positions do not fit in memory. The system provides
+// memory when it is first written to, and would otherwise end the program in the middle of a story.
+static void check_memory(const Model *m) {
+    const Config *c = &m->config;
+    double numbers = 2.0 * m->n_stories * c->n_layers * c->n_kv_heads * (c->dim / c->n_heads);
+    double bytes = numbers * (m->bf16_cache ? 2 : 4) * (double)m->n_positions;
+    if (bytes > memory_limit())
+        die("keys and values of %zu positions%s take %.1f GB, and there are %.1f GB of memory: "
+            "give fewer positions (-n)%s", m->n_positions, m->n_stories > 1 ? " a story" : "",
+            bytes / 1e9, memory_limit() / 1e9, m->n_stories > 1 ? " or stories (-b)" : "");
+}
+
 static void alloc_buffers(Model *m) {
     const Config *c = &m->config;
     size_t head_dim = c->dim / c->n_heads;
@@ -1167,6 +1199,7 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
     m.n_threads = m.n_active = pick_threads(c, n_threads);
     m.patience = MIN_PATIENCE;
+    check_memory(&m);
     alloc_buffers(&m);
     return m;
 }
@@ -1371,6 +1404,41 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         merged[i] = (Piece){ids, 8, -(float)i, both->id};
         *find_slot(t, ids, 8) = &merged[i];
     }
+}
+
+// CRC-32 of n bytes, four bits at a time, as zlib and PNG have it.
+static uint32_t crc32(const uint8_t *p, size_t n) {
+    static const uint32_t table[16] = {
+        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158,
+        0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4,
+        0xa00ae278, 0xbdbdf21c,
+    };
+    uint32_t crc = ~0u;
+    for (size_t i = 0; i < n; i++) {
+        crc = table[(crc ^ p[i]) & 15] ^ crc >> 4;
+        crc = table[(crc ^ p[i] >> 4) & 15] ^ crc >> 4;
+    }
+    return ~crc;
+}
+
+// What stands for a tokenizer in the header of a model: the CRC-32 of its file, without the classes
+// of characters, which follow Unicode; never 0. tokenizer.py has the same.
+static uint32_t fingerprint(const Tokenizer *t) {
+    size_t at = 0;
+    if (t->is_byte_level) {
+        uint32_t n_ranges;
+        memcpy(&n_ranges, t->file.data + 28, sizeof n_ranges);
+        at = 32 + 12 * (size_t)n_ranges;
+    }
+    uint32_t crc = crc32(t->file.data + at, t->file.size - at);
+    return crc ? crc : 1;
+}
+
+// End the program if the model in a file was trained with another tokenizer.
+static void check_tokenizer(const Tokenizer *t, const Config *c, const char *model_path) {
+    if (c->tokenizer && c->tokenizer != fingerprint(t))
+        die("%s was trained with another tokenizer than %s: give the right one (-z)", model_path,
+            t->file.path);
 }
 
 // The tokenizer in a file, which must have vocab_size pieces, as many as the model.
@@ -1898,8 +1966,10 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
         if (n) run_batch(m, batch, n);
     }
     double end = seconds();
-    for (size_t i = 0; n_stories > 1 && i < n_stories; i++)
+    for (size_t i = 0; n_stories > 1 && i < n_stories; i++) {
+        if (i && !as_json) fputs("\n---\n\n", stdout);
         print_story(tokenizer, &printer, &stories[i]);
+    }
     fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt,
             (double)n_prompt / (prefilled - start));
     if (n_told) fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_told / (end - prefilled));
@@ -2212,6 +2282,7 @@ int main(int argc, char **argv) {
         if (!o.tokenizer) o.tokenizer = default_tokenizer(o.model);
         Tokenizer tokenizer = load_tokenizer(open_file(o.tokenizer, "tokenizer file"),
                                              model.config.vocab_size);
+        check_tokenizer(&tokenizer, &model.config, o.model);
         o.sampler.kernels = model.kernels;
         o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
                                      sizeof(Candidate));

@@ -54,6 +54,7 @@ seed = 1337  # the same seed writes the same stories
 # train_vocab
 vocab_mb = 500  # megabytes of text, at most, that the vocabulary is trained on
 pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, or as for gpt4
+overwrite = False  # replace a vocabulary that shards were made with
 # pretokenize
 encoder = "auto"  # auto: the fastest that is installed; gigatoken, sentencepiece, tiktoken, own
 # -----------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def corpus():
         return v2_train, valid_source or v2_valid
     raise UserError(
         f"there are no stories in {data_dir}; get them with: python tinystories.py download "
-        f"(or synth for a practice corpus), or name a text with --source=PATH"
+        f"{same_flags()} (or synth for a practice corpus), or name a text with --source=PATH"
     )
 
 
@@ -181,19 +182,20 @@ def train_vocab_stage():
         raise UserError(f"vocab_size = {vocab_size}: expected 64 to 1,000,000")
     files, workers = plan_shards(*corpus()), worker_count(num_workers)
     texts = training_documents(files, choose_split(files, valid_frac), vocab_mb)
-    if vocab_source == "bpe":
-        train_byte_level(texts, vocab_size, paths.tokenizer_model, workers, pattern_name)
-    else:
-        train_sentencepiece_vocab(paths, list(texts), workers)
+    with paths.new_tokenizer(overwrite) as path:
+        if vocab_source == "bpe":
+            train_byte_level(texts, vocab_size, path, workers, pattern_name)
+        else:
+            train_sentencepiece_vocab(path, list(texts), workers)
     export_beside(paths.tokenizer_model)
     print(f"next: python tinystories.py pretokenize {same_flags()}")
 
 
-def train_sentencepiece_vocab(paths, texts, workers):
+def train_sentencepiece_vocab(path, texts, workers):
     n_bytes = sum(len(text.encode()) for text in texts)
     print(f"training {vocab_size} pieces on {n_bytes:,} bytes of text")
     model, about = train_sentencepiece(texts, vocab_size, workers)
-    with atomic_write(paths.tokenizer_model) as f:
+    with atomic_write(path) as f:
         f.write(model)
     if not about["byte_fallback"]:
         print(

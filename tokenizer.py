@@ -34,6 +34,7 @@ import json
 import os
 import struct
 import tempfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -49,6 +50,7 @@ SPACE = "\u2581"  # SentencePiece's visible space
 UNK_TEXT = " \u2047 "  # what SentencePiece, and run.c, show for an unknown piece
 N_SPECIAL = 3  # <unk>, <s>, </s>
 N_BYTES = 256
+BPE_MAGIC = b"bpe1"  # begins a tokenizer file of byte-level BPE
 RESERVED = "\0\x1f\u2585"  # SentencePiece gives them no piece, and drops lines with the last
 # texts that a library must encode as we do before it is used
 PROBE = [
@@ -133,10 +135,28 @@ class Tokenizer:
         """A sentence if ./run gives some texts other ids; else ""."""
         return ""
 
+    @functools.cached_property
+    def fingerprint(self):
+        """What a model file says of this tokenizer, see fingerprint_of()."""
+        return fingerprint_of(self.c_file())
+
     def export(self, path):
         """Write the tokenizer file of run.c."""
         with atomic_write(path) as f:
             f.write(self.c_file())
+
+
+def fingerprint_of(c_file):
+    """
+    What stands for a tokenizer in the header of a model file: the CRC-32 of run.c's tokenizer file,
+    without the classes of characters of byte-level BPE, which follow Unicode. Never 0, which means
+    unknown.
+    """
+    start = 0
+    if c_file.startswith(BPE_MAGIC):
+        *_, n_ranges = struct.unpack_from("<7I", c_file, len(BPE_MAGIC))
+        start = struct.calcsize("<8I") + n_ranges * struct.calcsize("<3I")
+    return zlib.crc32(c_file[start:]) or 1
 
 
 def read_model(path):
@@ -380,7 +400,7 @@ def byte_level_c_file(bpe, bos, eos):
         numbers += bpe.ids[a], bpe.ids[b], bpe.ids[a + b]
     tokens = (bpe.vocab.get(i, b"") for i in range(n))
     entries = (struct.pack("<I", len(token)) + token for token in tokens)
-    return b"bpe1" + struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(entries)
+    return BPE_MAGIC + struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(entries)
 
 
 def open_tokenizer(model_path, proto=None):

@@ -198,7 +198,7 @@ def export_best(model, path, is_sharded):
             model.load_state_dict(weights)
     if FIRST:
         try:
-            export_model(model, path)
+            export_model(model, path, fingerprint=tokenizer.fingerprint if tokenizer else 0)
         except UserError as e:
             failed = True
             print_line(f"warning: {e}; training continues", sys.stderr)

@@ -42,7 +42,7 @@ from system.files import atomic_write, checksum, download, remove
 from system.progress import progress
 from system.remote import need, reason, secret
 from system.workers import worker_count
-from text.corpus import READABLE, File, data_files, file_here, text_files
+from text.corpus import READABLE, File, books_among, data_files, file_here, text_files
 from text.pieces import COUNTS
 from text.shards import (
     choose_split,
@@ -69,6 +69,7 @@ endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # Hugging Fa
 # train_vocab
 vocab_mb = 500  # megabytes of text, at most, that the vocabulary is trained on
 pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, or as for gpt4
+overwrite = False  # replace a vocabulary that shards were made with
 # prepare
 encoder = "auto"  # auto: the fastest that is installed; gigatoken, tiktoken, own
 keep_raw = False  # keep downloaded files once they are in shards
@@ -151,7 +152,9 @@ def files_here(path, is_valid):
     if not os.path.exists(path):
         names = ", ".join([*TOKENIZED, *SOURCES])
         raise UserError(f"{path!r} does not exist: expected {names}, hf:user/name, or a path")
-    return [file_here(one, is_valid) for one in text_files(path)]
+    paths = text_files(path)
+    books = books_among(paths)
+    return [file_here(one, is_valid, one in books) for one in paths]
 
 
 def files_of_hub():
@@ -245,7 +248,8 @@ def train_vocab_stage():
         raise UserError(f"vocab_size = {vocab_size}: expected 257 to 1,000,000")
     paths, files = data_paths(), all_files()
     texts = training_documents(files, how_to_split(files), vocab_mb, fetch)
-    train_byte_level(texts, vocab_size, paths.tokenizer_model, workers, pattern_name)
+    with paths.new_tokenizer(overwrite) as path:
+        train_byte_level(texts, vocab_size, path, workers, pattern_name)
     export_beside(paths.tokenizer_model)
     print(f"next: python webtext.py prepare {same_flags()}")
 

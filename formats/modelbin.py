@@ -76,7 +76,7 @@ V3_HEADER = (
     ("magic", "I", MAGIC, MAGIC),
     ("version", "i", 3, 3),
     ("file_size", "Q", 1, 1 << 62),  # bytes
-    ("header_size", "I", 80, 80),  # bytes of these fields
+    ("header_size", "I", 80, 84),  # bytes of these fields; 80 in files without the last one
     ("options", "I", 0, (1 << len(V3_OPTIONS)) - 1),
     ("dtype", "I", 0, len(DTYPES) - 1),  # of the tensors
     ("activation", "I", 0, len(ACTIVATIONS) - 1),  # the place in ACTIVATIONS
@@ -92,8 +92,10 @@ V3_HEADER = (
     ("norm_eps", "f", 0, 1),
     ("rope_theta", "f", 1, 1e12),
     ("logit_softcap", "f", 0, 1e6),
+    ("tokenizer", "I", 0, (1 << 32) - 1),  # its fingerprint, see tokenizer.py; 0: unknown
 )
 V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
+V3_SHORTEST = 80  # bytes of the header of earlier files, which lack `tokenizer`
 MAX_WINDOW = 1 << 24
 TABLES = {"value_embeddings", "bigram_embeddings"}  # of rows that are looked up, not multiplied
 V3_TARGET = Target({*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"})
@@ -178,7 +180,7 @@ def raw(tensor):
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
-def write_v0(model, f, dtype):
+def write_v0(model, f, dtype, fingerprint):
     args = model.args
     refuse(args, V0_TARGET, 0)
     if dtype != "fp32":
@@ -217,7 +219,7 @@ def blobs(model, dtype):
             yield (raw(part.to(kind)) for part in parts)
 
 
-def write_v3(model, f, dtype):
+def write_v3(model, f, dtype, fingerprint):
     args = model.args
     refuse(args, V3_TARGET, 3)
     values = {
@@ -229,6 +231,7 @@ def write_v3(model, f, dtype):
         "options": sum(getattr(args, name) << bit for bit, name in enumerate(V3_OPTIONS)),
         "dtype": list(DTYPES).index(dtype),
         "activation": list(ACTIVATIONS).index(args.activation),
+        "tokenizer": fingerprint,
     }
     limits = [*V3_HEADER, ("sliding_window", "i", 0, MAX_WINDOW)]
     for name, _, least, most in limits:
@@ -249,16 +252,17 @@ def write_v3(model, f, dtype):
 VERSIONS = {0: write_v0, 3: write_v3}
 
 
-def export_model(model, path, version=None, dtype="fp32"):
+def export_model(model, path, version=None, dtype="fp32", fingerprint=0):
     """
     Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 if
-    that carries the model, so that llama2.c's readers can read it, else 3.
+    that carries the model, so that llama2.c's readers can read it, else 3. fingerprint: that of its
+    Tokenizer, which version 3 carries; 0: unknown.
     """
     if version is None:
         version = 3 if dtype != "fp32" or misfit(model.args, V0_TARGET) else 0
     try:
         with atomic_write(path) as f:
-            VERSIONS[version](model, f, dtype)
+            VERSIONS[version](model, f, dtype, fingerprint)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from None
 
@@ -363,13 +367,33 @@ def read_llama2cs(data, version):
     return model
 
 
-def read_v3(data):
-    header = struct.unpack(V3_STRUCT, data.take("u1", struct.calcsize(V3_STRUCT)).tobytes())
+def read_fingerprint(path):
+    """The fingerprint of its Tokenizer in a file that read_bin() reads; 0: unknown."""
+    data = Bytes(path)
+    is_v3 = data.size >= 8 and data.take("<u4", 2).tolist() == [MAGIC, 3]
+    data.at = 0
+    return read_v3_header(data)["tokenizer"] if is_v3 else 0
+
+
+def read_v3_header(data):
+    """{field: value} of a version 3 file, and what follows it is next in `data`."""
+    header = data.take("u1", V3_SHORTEST).tobytes()
+    is_short = header[16:20] == struct.pack("<I", V3_SHORTEST)
+    n_more = struct.calcsize(V3_STRUCT) - V3_SHORTEST
+    header += bytes(n_more) if is_short else data.take("u1", n_more).tobytes()
+    header = struct.unpack(V3_STRUCT, header)
     values = {}
     for (name, code, least, most), value in zip(V3_HEADER, header, strict=True):
         if not least <= value <= most:
             data.refuse(f"{name} = {value}, expected {least} to {most}")
         values[name] = shortest(value) if code == "f" else value
+    if values["header_size"] not in (V3_SHORTEST, struct.calcsize(V3_STRUCT)):
+        data.refuse(f"header_size = {values['header_size']}")
+    return values
+
+
+def read_v3(data):
+    values = read_v3_header(data)
     if values["file_size"] != data.size:
         data.refuse(f"it has {data.size} bytes, and its header says {values['file_size']}")
     sizes = data.take("<i4", values["n_layers"]).tolist()

@@ -10,7 +10,6 @@ import glob
 import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +31,15 @@ HUB = "hf:"  # before the name of a model of the hub
 LONGEST = 1000  # characters of a message, which may quote a file
 
 
+class Source(NamedTuple):
+    """What a path holds. fits(tokenizer): whether the model was trained with that one."""
+
+    model: Transformer
+    find_tokenizer: Callable  # its Tokenizer, or None
+    facts: dict
+    fits: Callable = lambda tokenizer: True
+
+
 class Loaded(NamedTuple):
     """A model, its tokenizer or None, and facts about its training for the model card."""
 
@@ -42,8 +50,8 @@ class Loaded(NamedTuple):
 
 # ---- reading
 
-# A function of SOURCES takes a path and returns (model, function that finds its tokenizer, facts).
-# It may raise anything; load() says it in one sentence.
+# A function of SOURCES takes a path and returns a Source. It may raise anything; load() says it in
+# one sentence.
 
 
 def tokenizer_in(*folders):
@@ -59,18 +67,13 @@ def folders_of(path):
 
 def from_checkpoint(path):
     checkpoint = load_checkpoint(path)
-    model, folder = load_model(checkpoint, path), os.path.dirname(path)
-
-    def find_tokenizer():
-        found = tokenizer_in(*folders_of(path))
-        if found and checkpoint.get("tokenizer_hash", "") not in ("", found.hash):
-            raise UserError(
-                f"{path} was trained with another tokenizer than {found.model_path}: "
-                f"give it with --tokenizer=PATH"
-            )
-        return found
-
-    return model, find_tokenizer, training_facts(checkpoint, folder)
+    model, trained_with = load_model(checkpoint, path), checkpoint.get("tokenizer_hash", "")
+    return Source(
+        model,
+        lambda: tokenizer_in(*folders_of(path)),
+        training_facts(checkpoint, os.path.dirname(path)),
+        lambda tokenizer: trained_with in ("", tokenizer.hash),
+    )
 
 
 def training_facts(checkpoint, folder):
@@ -102,11 +105,22 @@ def from_hf(path):
         path = fetch_model(path.removeprefix(HUB))
     has_json = os.path.isfile(os.path.join(path, "tokenizer.json"))
     model = huggingface.read_folder(path)
-    return model, lambda: tokenizer_in(path) or (FastTokenizer(path) if has_json else None), {}
+    return Source(
+        model, lambda: tokenizer_in(path) or (FastTokenizer(path) if has_json else None), {}
+    )
 
 
-def from_file(read, path):
-    return read(path), lambda: tokenizer_in(*folders_of(path)), {}
+def from_safetensors(path):
+    return Source(huggingface.read_file(path), lambda: tokenizer_in(*folders_of(path)), {})
+
+
+def from_bin(path):
+    model, fingerprint = modelbin.read_bin(path), modelbin.read_fingerprint(path)
+
+    def fits(tokenizer):
+        return fingerprint in (0, tokenizer.fingerprint)
+
+    return Source(model, lambda: tokenizer_in(*folders_of(path)), {}, fits)
 
 
 def from_gguf(path):
@@ -116,7 +130,7 @@ def from_gguf(path):
         proto = gguf.tokenizer_of(fields, path)
         return proto and open_tokenizer(path, proto)
 
-    return model, find_tokenizer, {}
+    return Source(model, find_tokenizer, {})
 
 
 META_PARAMS = set(
@@ -164,7 +178,7 @@ def from_meta(folder):
     source = {name: (tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
     model = filled(args, source, folder, str, in_halves=False)
     folder = folder.rstrip("/\\")
-    return model, lambda: tokenizer_in(folder, os.path.dirname(folder)), {}
+    return Source(model, lambda: tokenizer_in(folder, os.path.dirname(folder)), {})
 
 
 WHOLE_ROWS = ("output", "layers.0.feed_forward.w1")  # matrices whose rows are split over the files
@@ -173,9 +187,9 @@ SOURCES = {
     "checkpoint": from_checkpoint,
     "hf": from_hf,
     "meta": from_meta,
-    "bin": partial(from_file, modelbin.read_bin),
+    "bin": from_bin,
     "gguf": from_gguf,
-    "safetensors": partial(from_file, huggingface.read_file),
+    "safetensors": from_safetensors,
 }
 
 
@@ -206,7 +220,7 @@ def load(path, kind=None, tokenizer=""):
             if os.path.isfile(file):
                 check_not_pointer(file)
         kind = kind or recognize(path) or "checkpoint"
-        model, find_tokenizer, facts = SOURCES[kind](path)
+        model, find_tokenizer, facts, fits = SOURCES[kind](path)
         if not all(p.isfinite().all() for p in model.parameters()):
             what = "name an earlier checkpoint" if kind == "checkpoint" else "the file is damaged"
             raise UserError(f"{path} has weights that are not finite: {what}")
@@ -214,6 +228,11 @@ def load(path, kind=None, tokenizer=""):
             found = None if tokenizer == "none" else open_tokenizer(tokenizer)
         else:
             found = find_tokenizer()
+        if found and not fits(found):
+            raise UserError(
+                f"{path} was trained with another tokenizer than {found.model_path}: give the "
+                f"right one with --tokenizer=PATH"
+            )
         return Loaded(fitted(model, found, kind) if found else model, found, facts)
     except UserError as e:
         cause = str(e)
@@ -297,7 +316,8 @@ def with_tokenizer(path, name, tokenizer):
 
 def write_bin(model, path, dtype, tokenizer, facts, version=None):
     with with_tokenizer(path, "tokenizer.bin", tokenizer):
-        export_model(model, path, version, dtype)
+        fingerprint = tokenizer.fingerprint if tokenizer else 0
+        export_model(model, path, version, dtype, fingerprint)
 
 
 def write_checkpoint(model, path, dtype, tokenizer, facts):

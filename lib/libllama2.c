@@ -107,6 +107,7 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
                           n_threads > 0 ? n_threads : 0, false, false);
     int vocab_size = l->model.config.vocab_size;
     l->tokenizer = load_tokenizer(open_file(tokenizer, "tokenizer file"), vocab_size);
+    check_tokenizer(&l->tokenizer, &l->model.config, model);
     l->sampler.kernels = l->model.kernels;
     l->sampler.candidates = alloc(vocab_size, sizeof(Candidate));
     l->tokens = alloc(l->model.n_positions, sizeof(int));

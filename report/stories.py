@@ -194,10 +194,10 @@ def pieces_of(documents):
     yield BREAK.join(texts), total
 
 
-def documents_of_file(path):
+def documents_of_file(path, is_book=False):
     """Yield (text, bytes read for it) of each document of a text file, as a stream."""
     before = 0
-    for text, at in stream_documents(path):
+    for text, at in stream_documents(path, is_book):
         yield text, at - before
         before = at
 

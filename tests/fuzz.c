@@ -52,6 +52,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     file.size -= 1 + text;
     if (file.size) {
         Tokenizer t = load_tokenizer(file, 3 + 3 * data[0]);
+        if (!fingerprint(&t)) abort();
         encode_and_decode(&t, (const char *)data + size - text, text);
     }
 #else

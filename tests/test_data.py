@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -181,6 +183,106 @@ def test_files_beside_the_data_are_left_out(tmp_path, capsys):
     (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
     assert documents_of(plan_shards(str(tmp_path))) == DOCUMENTS * 2
     assert "has .parquet and other files" in capsys.readouterr().out
+
+
+def prose(n, seed=0):
+    """A text of n paragraphs of 100 to 600 characters."""
+    random_numbers = random.Random(seed)
+    letters = "abcdefghij"
+    return "\n\n".join(
+        " ".join("".join(random_numbers.choices(letters, k=4)) for _ in range(length))
+        for length in random_numbers.choices(range(20, 120), k=n)
+    )
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "old mac"])
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
+@pytest.mark.parametrize("n", [12, 1000])
+def test_a_book_is_cut_at_paragraphs(tmp_path, capsys, n, name, end):
+    text = prose(n)
+    data = text.replace("\n", end).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    plan = plan_shards(str(tmp_path / name))
+    documents = documents_of(plan)
+    assert 1 < len(documents) < 2 + len(text) / 2000
+    assert max(map(len, documents)) <= 4000
+    assert "\n\n".join(documents) == text
+    if n == 1000 and end != "\r":
+        assert len(plan) == (1 if name.endswith(".gz") else len(data) // (64 << 10))
+    assert f"{name} has no <|endoftext|> between documents: cut" in capsys.readouterr().out
+    sides = choose_split(plan).sides(documents, False)
+    assert all(sides) and len(sides[1]) == max(1, round(len(documents) / 10))
+    assert all(file.check_unchanged() is None for file in plan)
+
+
+def test_paragraphs_too_long_are_cut_at_lines_and_words(tmp_path):
+    path = tmp_path / "a.txt"
+    for text, end in (
+        (prose(60).replace("\n\n", "\n"), "\n"),
+        (prose(60).replace("\n\n", " "), " "),
+    ):
+        path.write_text(text)
+        documents = documents_of(plan_shards(str(path)))
+        assert end.join(documents) == text and 1000 < len(documents[0]) <= 4000
+    path.write_text("a" * 10_000)
+    assert list(map(len, documents_of(plan_shards(str(path))))) == [4000, 4000, 2000]
+
+
+def test_short_files_without_separators_are_whole_documents(tmp_path):
+    stories = [prose(5, seed) for seed in range(30)]
+    for i, story in enumerate(stories):
+        (tmp_path / f"{i:02}.txt").write_text(story)
+    assert documents_of(plan_shards(str(tmp_path))) == stories
+    (tmp_path / "99.txt").write_text(prose(100))
+    assert documents_of(plan_shards(str(tmp_path)))[:30] == stories
+    assert len(documents_of(plan_shards(str(tmp_path)))) > 35
+
+
+def test_validation_is_from_all_files_and_is_told(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_bytes(prose(150, i).replace("\n", "\r\n").encode())
+    words = [f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}", "--vocab_size=64"]
+    done = script("tinystories.py", "train_vocab", *words)
+    assert done.returncode == 0, done.stderr
+    assert f"pretokenize --vocab_size=64 --data_dir={tmp_path / 'data'} --source={tmp_path}" in (
+        done.stdout
+    )
+    done = script("tinystories.py", "pretokenize", *words)
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"for validation: (\d+) of the documents \((9|10)\.\d%\), .*", done.stdout)
+    assert int(told[1]) > 5 and told[0].endswith("from all files")
+    shards = DataPaths(tmp_path / "data", "custom", 64).shards
+    tokenizer = open_tokenizer(tmp_path / "data" / "tok64.model")
+    valid = tokenizer.decode(np.fromfile(os.path.join(shards, "data00.bin"), "<u2").tolist())
+    assert "\r" not in valid
+    for i in range(3):  # each file has passages there
+        parts = [part[:40] for part in prose(150, i).split("\n\n")]
+        assert any(part in valid for part in parts)
+
+
+def test_a_vocabulary_in_use_is_kept(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(100))
+    (tmp_path / "b.txt").write_text(prose(100, 1).upper())
+    words = [f"--data_dir={tmp_path / 'data'}", "--vocab_size=300", "--vocab_source=bpe"]
+
+    def stage(name, text, *more):
+        return script("tinystories.py", name, *words, f"--source={tmp_path / text}.txt", *more)
+
+    model = tmp_path / "data" / "bpe300.model"
+    for name, text in (("train_vocab", "a"), ("train_vocab", "b"), ("train_vocab", "a")):
+        assert stage(name, text).returncode == 0  # no shards yet
+    assert stage("pretokenize", "a").returncode == 0
+    before = model.read_bytes()
+    done = stage("train_vocab", "a")
+    assert done.returncode == 0 and "is replaced only with --overwrite" in done.stdout
+    refused(stage("train_vocab", "b"), "differs from", "give --overwrite", "another --data_dir")
+    assert model.read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "data")) == ["bpe300", "bpe300.bin", "bpe300.model"]
+    done = stage("train_vocab", "b", "--overwrite=True")
+    assert done.returncode == 0 and "will be replaced" in done.stdout
+    assert model.read_bytes() != before
+    with pytest.raises(UserError, match="was made with another tokenizer"):
+        TokenData(DataPaths(tmp_path / "data", "bpe", 300), 16, open_tokenizer(model))
 
 
 @pytest.mark.parametrize(

@@ -130,14 +130,15 @@ def test_rows_past_the_vocabulary_are_not_exported(tmp_path, version, tied):
 def test_version_3_says_everything_about_itself(tmp_path, options):
     model = random_model(**options)
     args, path = model.args, tmp_path / "model.bin"
-    export_model(model, path, version=3)
+    export_model(model, path, version=3, fingerprint=0xFEDCBA98)
     data = path.read_bytes()
     names = [name for name, *_ in V3_HEADER]
     fields = dict(zip(names, struct.unpack_from(V3_STRUCT, data), strict=True))
     assert list(fields)[:4] == ["magic", "version", "file_size", "header_size"]
     assert data[:8] == b"24ka\3\0\0\0" and fields.pop("magic") == 0x616B3432
     assert fields.pop("version") == 3 and fields.pop("file_size") == len(data)
-    assert fields.pop("header_size") == 80 and fields.pop("dtype") == 0
+    assert fields.pop("header_size") == 84 and fields.pop("dtype") == 0
+    assert fields.pop("tokenizer") == 0xFEDCBA98
     bits = fields.pop("options")
     for bit, name in enumerate(V3_OPTIONS):
         assert bits >> bit & 1 == getattr(args, name), name
@@ -145,11 +146,11 @@ def test_version_3_says_everything_about_itself(tmp_path, options):
     assert fields.pop("activation") == (args.activation == "relu2")
     for name, value in fields.items():
         assert value == np.float32(getattr(args, name)), name
-    windows = struct.unpack_from(f"<{args.n_layers}i", data, 80)
+    windows = struct.unpack_from(f"<{args.n_layers}i", data, 84)
     assert windows == ((5, 5, 0, 5, 5) if options is EVERYTHING else (0, 0))
 
     # every number of the model, once, from multiples of 64 on, with zeros between
-    end, left = 80 + 4 * args.n_layers, set(model.state_dict())
+    end, left = 84 + 4 * args.n_layers, set(model.state_dict())
     for name, parts in tensors(model):
         place = -(-end // 64) * 64
         assert not any(data[end:place])

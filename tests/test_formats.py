@@ -7,6 +7,7 @@ import runpy
 import shutil
 import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -21,11 +22,11 @@ from formats import gguf as gguffile
 from formats import huggingface
 from formats import table as formats
 from formats.hftokenizer import byte_level_from_json
-from formats.modelbin import export_model, read_bin
+from formats.modelbin import export_model, read_bin, read_fingerprint
 from formats.table import FORMATS, load, recognize
 from formats.tensors import windows
 from system.remote import need
-from tokenizer import byte_level_json, open_tokenizer
+from tokenizer import byte_level_json, open_tokenizer, train_sentencepiece
 from training.checkpoint import load_checkpoint, save_file
 
 # name: options, the class of transformers that loads it
@@ -825,7 +826,8 @@ def test_damaged_model_bins(tmp_path, tokenizers):
     for one, version in ((plain, 0), (model, 3)):
         export_model(one, path, version)
         data = path.read_bytes()
-        for size in (0, 3, 27, 28, 79, 80, 90, 300, len(data) // 2, len(data) - 1, len(data) + 1):
+        sizes = 0, 3, 27, 28, 79, 80, 83, 84, 90, 300, len(data) // 2, len(data) - 1, len(data) + 1
+        for size in sizes:
             path.write_bytes((data + b"\0")[:size])
             with pytest.raises(UserError, match=r"no model.bin that this version reads|ends at"):
                 read_bin(path)
@@ -919,6 +921,29 @@ def test_the_tokenizer_goes_with_the_model(tmp_path, tokenizers):
     with pytest.raises(UserError, match="was trained with another tokenizer than"):
         load(str(tmp_path / "a.pt"))
     assert load(str(tmp_path / "a.pt"), tokenizer=tokenizer.model_path).tokenizer.vocab_size == 512
+
+
+def test_a_model_file_knows_its_tokenizer(tmp_path, tokenizers, stories):
+    """Another one of the same size is refused; a file without a fingerprint takes any."""
+    tokenizer, path = tokenizers[512], str(tmp_path / "a.bin")
+    other = tmp_path / "other.model"
+    other.write_bytes(train_sentencepiece(stories[500:900], 512)[0])
+    model = sized(tokenizer, qk_norm=True)
+    FORMATS["bin"].write(model, path, "fp32", tokenizer, {})
+    assert read_fingerprint(path) == tokenizer.fingerprint == zlib.crc32(tokenizer.c_file())
+    assert load(path, tokenizer=tokenizer.model_path).tokenizer.hash == tokenizer.hash
+    with pytest.raises(UserError, match=r"a\.bin was trained with another .*other"):
+        load(path, tokenizer=str(other))
+    shutil.copy(other, tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match="give the right one with --tokenizer=PATH"):
+        load(path)
+    export_model(model, path, 3)
+    assert read_fingerprint(path) == 0 and load(path).tokenizer.hash == open_tokenizer(other).hash
+    checkpoint = str(tmp_path / "a.pt")
+    os.remove(tmp_path / "tokenizer.model")
+    FORMATS["checkpoint"].write(model, checkpoint, "fp32", tokenizer, {})
+    with pytest.raises(UserError, match=r"a\.pt was trained with another .*other"):
+        load(checkpoint, tokenizer=str(other))
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf", "safetensors"])

@@ -30,6 +30,7 @@ from conftest import (
     supports,
 )
 
+from bpe import BPETokenizer, train_bpe
 from formats.modelbin import (
     DTYPES,
     MAGIC,
@@ -42,6 +43,7 @@ from formats.modelbin import (
     read_bin,
 )
 from model import ARCHS
+from tokenizer import byte_level_c_file, fingerprint_of, open_tokenizer, train_sentencepiece
 
 PARITY = {
     "plain": {},
@@ -279,10 +281,13 @@ def test_n_counts_the_prompt_and_0_is_the_whole_context(run, tmp_path, tokenizer
         assert done.stdout.decode() == tokenizer.decode(text) + "\n"
 
 
+BETWEEN = b"\n---\n\n"  # stories, as sample.py has it
+
+
 def test_stories_told_at_once_are_those_told_alone(run, small):
     alone = [run(small, "-s", seed, "-n", "30").stdout for seed in range(7, 12)]
     together = run(small, "-s", "7", "-n", "30", "-b", "5")
-    assert together.returncode == 0 and together.stdout == b"".join(alone)
+    assert together.returncode == 0 and together.stdout == BETWEEN.join(alone)
     lines = run(small, "-s", "7", "-n", "30", "-b", "5", "--json").stdout.decode().splitlines()
     told = [json.loads(line) for line in lines]
     assert [story["seed"] for story in told] == list(range(7, 12))
@@ -297,7 +302,7 @@ def test_number_formats_tell_the_same_at_once_and_alone(run, small, dtype, words
     alone = [run(small, "-s", seed, "-n", "20", *words).stdout for seed in range(15)]
     for n in (2, 7, 15):
         together = run(small, "-s", "0", "-n", "20", "-b", n, *words)
-        assert together.returncode == 0 and together.stdout == b"".join(alone[:n])
+        assert together.returncode == 0 and together.stdout == BETWEEN.join(alone[:n])
 
 
 def loss_of(done):
@@ -477,6 +482,18 @@ assert logits == other.forward([1, 5, 7])
 
 
 @pytest.mark.slow
+def test_the_library_refuses_the_tokenizer_of_another_model(library_script, confusable, tmp_path):
+    (tmp_path / "other.bin").write_bytes(confusable[1]["sp"])
+    library_script(f"""
+model = {str(confusable[0] / "sp" / "model.bin")!r}
+other = {str(tmp_path / "other.bin")!r}
+Llama(model, library=LIBRARY)
+refusal = outcome(lambda: Llama(model, other, library=LIBRARY))
+assert "was trained with another tokenizer" in refusal
+""")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_the_library_refuses_forks_and_models_that_were_freed(library_script):
     library_script("""
@@ -501,6 +518,69 @@ logits = llama.forward([1, 5, 7])
 os.truncate(MODEL, 0)
 assert llama.forward([1, 5, 7]) == logits
 """)
+
+
+def without_fingerprint(data):
+    """A version 3 file as earlier exports wrote it, with a header of 80 bytes."""
+    data = bytearray(data[:80] + data[84:])
+    n_layers = struct.unpack_from("<i", data, offset_of("n_layers")[0])[0]
+    first = -(-(84 + 4 * n_layers) // 64) * 64
+    assert first == -(-(80 + 4 * n_layers) // 64) * 64
+    data[first - 4 : first - 4] = bytes(4)
+    struct.pack_into("<I", data, 16, 80)
+    return bytes(data)
+
+
+@pytest.fixture(scope="session")
+def confusable(tmp_path_factory, tokenizers, stories):
+    """(folder with a model for each kind of tokenizer, {kind: another one of its size})"""
+    folder = tmp_path_factory.mktemp("confusable")
+    files = {"sp": bin_of(tokenizers[512]).read_bytes()}
+    others = {"sp": open_tokenizer("x", train_sentencepiece(stories[500:900], 512)[0]).c_file()}
+    for files_of, text in ((files, stories[:50]), (others, stories[50:100])):
+        path = folder / "text.txt"
+        path.write_text("".join(text))
+        bpe = BPETokenizer(*train_bpe(path, 300, ["<|endoftext|>"]), ["<|endoftext|>"])
+        files_of["bpe"] = byte_level_c_file(bpe, 299, 299)
+    for kind, c_file in files.items():
+        (folder / kind).mkdir()
+        (folder / kind / "tokenizer.bin").write_bytes(c_file)
+        model = random_model(vocab_size=512 if kind == "sp" else 300, qk_norm=True)
+        export_model(model, folder / kind / "model.bin", fingerprint=fingerprint_of(c_file))
+    return folder, others
+
+
+@pytest.mark.parametrize("kind", ["sp", "bpe"])
+def test_a_tokenizer_of_another_model_is_refused(run, confusable, tmp_path, kind):
+    folder, others = confusable
+    path, other = folder / kind / "model.bin", tmp_path / "other.bin"
+    other.write_bytes(others[kind])
+    words = ["-n", "9", "-s", "1"]
+    done = run(path, *words)
+    assert done.returncode == 0, done.stderr
+    refused_by(run(path, *words, "-z", other), "was trained with another tokenizer than", "(-z)")
+    earlier = tmp_path / "earlier.bin"
+    earlier.write_bytes(without_fingerprint(path.read_bytes()))
+    assert run(earlier, *words, "-z", folder / kind / "tokenizer.bin").stdout == done.stdout
+    assert run(earlier, *words, "-z", other).returncode == 0
+
+
+def test_classes_of_characters_do_not_make_another_tokenizer(run, confusable, tmp_path):
+    """They follow Unicode's version, the vocabulary does not."""
+    path = confusable[0] / "bpe" / "model.bin"
+    data = bytearray(path.with_name("tokenizer.bin").read_bytes())
+    struct.pack_into("<I", data, 32 + 12 + 8, 3)  # the class of the second range
+    (tmp_path / "t.bin").write_bytes(data)
+    done = run(path, "-n", "9", "-z", tmp_path / "t.bin")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_context_that_cannot_fit_in_memory_is_refused(run, tmp_path, tokenizers):
+    sizes = {"dim": 256, "n_layers": 8, "max_seq_len": 1 << 24, "vocab_size": 105}
+    export_model(random_model(**sizes), tmp_path / "model.bin", 3)
+    words = [tmp_path / "model.bin", "-z", bin_of(tokenizers[105])]
+    refused_by(run(*words, "-n", "0", "-b", "9"), "keys and values of 16777216 positions", "(-b)")
+    assert run(*words, "-n", "9").returncode == 0
 
 
 @pytest.mark.slow
@@ -664,7 +744,7 @@ def changed(data, **values):
 def test_truncated_and_padded_version_3_files(modded, load):
     whole = modded.read_bytes()
     assert load(whole).returncode == 0
-    sizes = [1, 7, 8, 79, 80, 81, 99, 100, 128, 1000, len(whole) // 2, len(whole) - 1]
+    sizes = [1, 7, 8, 79, 80, 81, 83, 84, 99, 100, 128, 1000, len(whole) // 2, len(whole) - 1]
     for size in sizes:
         refused_by(load(whole[:size]), f"has {size} bytes", "header" if size < 80 else "truncated")
         if size >= 80:  # one that says so itself is told from what its tensors need
@@ -675,7 +755,7 @@ def test_truncated_and_padded_version_3_files(modded, load):
     refused_by(load(longer), f"needs {len(whole)}: it is too long, or no version 3")
 
 
-@pytest.mark.parametrize("field, code, least, most", V3_HEADER[4:])
+@pytest.mark.parametrize("field, code, least, most", V3_HEADER[4:-1])
 def test_every_field_of_version_3_is_checked(modded, load, field, code, least, most):
     whole = modded.read_bytes()
     wrong = [np.nextafter(np.float32(x), np.float32(d)) for x, d in ((least, -1), (most, 1e30))]
@@ -690,7 +770,8 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, least, m
     "values, part",
     [
         ({"version": 4}, "version 4 model file, and this engine reads versions 0 to 3"),
-        ({"header_size": 84}, "header_size = 84, expected 80 to 80"),
+        ({"header_size": 82}, "header_size = 82, expected 84 to 84"),
+        ({"header_size": 88}, "header_size = 88, expected 84 to 84"),
         ({"options": 1 << 6}, "options = 64, expected 0 to 63"),
         ({"dtype": 4}, "dtype = 4, expected 0 to 3"),
         (

@@ -211,7 +211,7 @@ def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
     [
         (["experiments/lr.py"], "lr"),
         (["--base=config/story.py", "--grid=hidden_lr=0.1,0.2 dim=64"], "story-hidden_lr-dim"),
-        (["--base=", "--runs=small one: --dim=64; large: --dim=128"], "small_one-large"),
+        (["--base=--batch_size=2", "--runs=small one: --dim=64; big: --dim=96"], "small_one-big"),
     ],
 )
 def test_each_sweep_has_a_folder_of_its_own(words, folder):

@@ -2,14 +2,15 @@
 Text on disk as documents: which files there are, how they are cut, what they say.
 
 These shapes are read, told apart by the end of the name, and JSON by its first character:
-  .txt            documents with <|endoftext|> between them (TinyStoriesV2-GPT4)
+  .txt            documents with <|endoftext|> between them (TinyStoriesV2-GPT4); a long file
+                  without any, such as a book, is cut into passages at its paragraphs
   .json, .jsonl   a list of objects with the text under "story" or "text" (TinyStories_all_data),
                   or one such object a line (C4, and most others)
   .csv            a table with a heading "story" or "text"
   .parquet        the same as a table of columns
 All but the last may be compressed with gzip (.txt.gz). Text is UTF-8, and a byte order mark at the
-beginning of a file is skipped. Documents lose the white space around them, and empty ones are
-dropped, as in llama2.c.
+beginning of a file is skipped. Lines end with a newline, also where Windows ended them. Documents
+lose the white space around them, and empty ones are dropped, as in llama2.c.
 
 Files are read in steps: memory depends on the longest document. Its length has a limit, and so has
 the factor by which a compressed file may expand.
@@ -29,7 +30,7 @@ import json
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configurator import UserError
 from system.files import check_regular, parse_json
@@ -43,6 +44,13 @@ SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
 # JSON beside data that is not data
 METADATA = (SIDECAR, "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # at the end of a document
+BOOK_SHARD = 64 << 10  # bytes, at least, of a part of a file that is cut into passages
+WHOLE = 16 << 10  # bytes up to which a file without separators is one document
+# A passage of a text without separators: 2,000 characters or more, up to the next blank line within
+# 2,000 more; or else the next line or word
+PASSAGE = re.compile(
+    r".{2000,4000}?\n[ \t]*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}", re.DOTALL
+)
 FIELDS = ("story", "text")
 OF_OBJECTS = "expected a list of objects, or an object a line"
 JSON, BLANKS, BLANK = json.JSONDecoder(), " \t\r\n", re.compile(r"[ \t\r\n]*")
@@ -51,6 +59,7 @@ READABLE = (*TEXT, ".parquet", *(f"{ending}.gz" for ending in TEXT))
 MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
 MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
+IN_PASSAGES = " in passages"  # ends the version of a file without separators that is cut
 LONGEST = 1 << 28  # bytes of one document, which is in memory as a whole
 LONGEST_RECORD = 1 << 25  # bytes of one in JSON or CSV, which takes up to 25 times as much memory
 # a file that unpacks to more than this, and to more than MOST_PACKED times its size, is not text
@@ -61,17 +70,19 @@ CHECKED = 1 << 32  # bytes of a source, from its beginning, that are checked bef
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes start to end of a file, whole documents."""
+    """Bytes start to end of a file, whole documents; is_book: it is cut into passages."""
 
     path: str
     start: int
     end: int
+    is_book: bool = False
 
     def key(self):
         """What must stay the same for a shard made from it to stay good."""
         info = os.stat(self.path)
         name = os.path.basename(self.path)
-        return f"{name} {info.st_size} {info.st_mtime_ns} {self.start}-{self.end}"
+        key = f"{name} {info.st_size} {info.st_mtime_ns} {self.start}-{self.end}"
+        return key + IN_PASSAGES * self.is_book
 
     def data(self):
         """The bytes of a file that is not compressed, without a byte order mark."""
@@ -87,7 +98,7 @@ class Span:
 class File:
     """
     A file of text at `path`, once it is downloaded from `url`, which is read from its beginning; or
-    `spans` of files here, which make one shard.
+    `spans` of files here, which make one shard. is_book: it is cut into passages.
     """
 
     name: str
@@ -97,6 +108,7 @@ class File:
     url: str = ""
     is_valid: bool = False  # all of it is for validation
     spans: tuple = ()
+    is_book: bool = False
 
     def key(self):
         return [self.name, self.size, self.version]
@@ -104,22 +116,23 @@ class File:
     def documents(self):
         if self.spans:
             return read_documents(self.spans)
-        return (text for text, _ in stream_documents(self.path))
+        return (text for text, _ in stream_documents(self.path, self.is_book))
 
     def check_unchanged(self):
         """Raise UserError if the file was written to, or removed, since this File was made."""
         with watched_for_removal(self.path):
-            now = file_of_spans(self.spans) if self.spans else file_here(self.path)
+            now = file_here(self.path, is_book=self.is_book)
+            now = file_of_spans(self.spans) if self.spans else now
         # a file of the hub has the hub's version
         if now.size != self.size or (not self.url and now.version != self.version):
             raise changed(self.path)
 
 
-def file_here(path, is_valid=False):
+def file_here(path, is_valid=False, is_book=False):
     """The File of a path."""
     info = os.stat(path)
-    version = f"{MTIME}{info.st_mtime_ns}"
-    return File(os.path.basename(path), info.st_size, version, path, "", is_valid)
+    version = f"{MTIME}{info.st_mtime_ns}" + IN_PASSAGES * is_book
+    return File(os.path.basename(path), info.st_size, version, path, "", is_valid, (), is_book)
 
 
 def file_of_spans(spans, is_valid=False):
@@ -232,6 +245,37 @@ def not_utf8(what):
     return UserError(f"{what}; convert it, for example with iconv -f LATIN1 -t UTF-8")
 
 
+def books_among(paths):
+    """
+    Which files of a source, a set of paths, are to be cut into passages: .txt without separators,
+    if it is long or all there is. Prints that.
+    """
+    books = [
+        path
+        for path in paths
+        if shape_of(path) == ".txt"
+        and (len(paths) == 1 or os.path.getsize(path) > WHOLE)
+        and not has_separator(path)
+    ]
+    if books:
+        others = f" and {len(books) - 1} other files have" if len(books) > 1 else " has"
+        print_once(
+            f"{books[0]}{others} no {SEPARATOR.decode()} between documents: cut at blank lines "
+            f"into passages of 2,000 characters or more, each of which is a document"
+        )
+    return set(books)
+
+
+def has_separator(path):
+    with readable(path), opened(path) as (file, _):
+        tail = b""
+        while chunk := file.read(1 << 20):
+            if SEPARATOR in tail + chunk:
+                return True
+            tail = chunk[-len(SEPARATOR) :]
+    return False
+
+
 def plan_shards(source, valid_source=""):
     """
     Cut a corpus into Files, one a shard; those of valid_source come first. Depends on the files
@@ -243,27 +287,33 @@ def plan_shards(source, valid_source=""):
         paths = [p for p in paths if not any(os.path.samefile(p, v) for v in valid)]
         if not paths:
             raise UserError(f"{valid_source} is all of {source}: nothing is left to train on")
+    books = books_among(paths) | books_among(valid)
     # a single .json list is read once, for all workers
     is_list = len(paths) == 1 and shape_of(paths[0]) == ".json"
     streamed = [path for path in paths if is_list or is_streamed(path)]
     paths = [path for path in paths if path not in streamed]
-    total = sum(map(os.path.getsize, paths))
+    spans = [whole_file(path, path in books) for path in paths]
+    total = sum(span.end for span in spans)
     n = max(min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS), -(-total // LARGE_SHARD))
-    parts = (
-        cut(whole_file(path), round(n * os.path.getsize(path) / max(total, 1))) for path in paths
-    )
+    parts = (cut(span, n_shards(span, n, total)) for span in spans)
     train = grouped(itertools.chain.from_iterable(parts), total // n)
-    whole = (whole_file(path) for path in valid if not is_streamed(path))
+    whole = (whole_file(path, path in books) for path in valid if not is_streamed(path))
     return [
         *(file_of_spans(spans, True) for spans in grouped(whole, LARGE_SHARD)),
-        *(file_here(path, True) for path in valid if is_streamed(path)),
+        *(file_here(path, True, path in books) for path in valid if is_streamed(path)),
         *map(file_of_spans, train),
-        *map(file_here, streamed),
+        *(file_here(path, False, path in books) for path in streamed),
     ]
 
 
-def whole_file(path):
-    return Span(path, 0, os.path.getsize(path))
+def n_shards(span, n, total):
+    """How many of n shards of a corpus of `total` bytes a whole file is worth."""
+    worth = round(n * span.end / max(total, 1))
+    return min(worth, span.end // BOOK_SHARD) if span.is_book else worth
+
+
+def whole_file(path, is_book=False):
+    return Span(path, 0, os.path.getsize(path), is_book)
 
 
 def grouped(spans, size):
@@ -281,14 +331,25 @@ def grouped(spans, size):
 def cut(span, n):
     """
     Up to n Spans of about equal size that make up a Span, cut between documents. Where those are
-    found by reading alone, it stays whole.
+    found by reading alone, it stays whole. A book is cut once, since passages depend on where.
     """
     ends, size = {span.start, span.end}, span.end - span.start
-    if n > 1 and (mark := mark_of(span.path)):
+    mark = mark_of(span.path)
+    if span.is_book:
+        is_whole = span == whole_file(span.path, True)
+        mark = end_of_paragraph(span.path) if is_whole else None
+    if n > 1 and mark:
         with open(span.path, "rb") as f:
             ends |= {border_after(f, span.start + size * i // n, mark) for i in range(1, n)}
     ends = sorted(end for end in ends if span.start <= end <= span.end)
-    return [Span(span.path, a, b) for a, b in itertools.pairwise(ends)]
+    return [replace(span, start=a, end=b) for a, b in itertools.pairwise(ends)]
+
+
+def end_of_paragraph(path):
+    """A blank line as it is in a file, or, if it has none, a newline."""
+    with open(path, "rb") as f:
+        head = f.read(1 << 20)
+    return next((mark for mark in (b"\n\n", b"\n\r\n") if mark in head), b"\n")
 
 
 def border_after(f, offset, mark):
@@ -374,20 +435,22 @@ def read_documents(spans):
     """The documents of Spans, one str after another."""
     for span in spans:
         if is_streamed(span.path) or shape_of(span.path) == ".json":
-            yield from (text for text, _ in stream_documents(span.path))
+            yield from (text for text, _ in stream_documents(span.path, span.is_book))
             continue
         where = f"{span.path} (from byte {span.start:,})" if span.start else span.path
+        read = read_passages if span.is_book else READERS[shape_of(span.path)]
         with readable(span.path):
-            yield from cleaned(READERS[shape_of(span.path)](io.BytesIO(span.data()), where))
+            yield from cleaned(read(io.BytesIO(span.data()), where))
 
 
-def stream_documents(path):
+def stream_documents(path, is_book=False):
     """
-    Yield (document, bytes of the file read so far) of a file that need not fit into memory. Raises
-    UserError if it is damaged.
+    Yield (document, bytes of the file read so far) of a file that need not fit into memory;
+    is_book: passages. Raises UserError if it is damaged.
     """
+    read = read_passages if is_book else READERS[shape_of(path)]
     with readable(path), opened(path) as (file, raw):
-        for text in cleaned(READERS[shape_of(path)](file, path)):
+        for text in cleaned(read(file, path)):
             yield text, raw.tell()
 
 
@@ -403,8 +466,13 @@ def readable(path):
 
 
 def cleaned(texts):
-    """Texts without the white space around them, and without those that are nothing else."""
+    """
+    Texts without the white space around them, and without those that are nothing else; lines end
+    with a newline alone.
+    """
     for text in texts:
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
         text = text.strip()
         if text:  # JSON can say half of a surrogate pair, which is no text
             yield text.encode("utf-8", "replace").decode()
@@ -446,6 +514,15 @@ def read_txt(file, path):
                 f"{path} has a document of more than {LONGEST >> 20} MB: expected {HOW_TO_CUT}"
             )
     yield tail.decode()
+
+
+def read_passages(file, path):
+    text = io.TextIOWrapper(file, "utf-8")  # also makes \r\n a newline
+    rest = ""
+    while chunk := text.read(1 << 20):
+        *whole, rest = PASSAGE.findall(rest + chunk)
+        yield from whole
+    yield rest
 
 
 def read_jsonl(file, path):

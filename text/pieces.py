@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import UserError
-from system.fields import fits, is_bool, is_count, is_string, list_of
+from system.fields import fits, is_bool, is_count, is_size, is_string, list_of
 from system.files import atomic_write, checksum, flush_files, read_json, write_json
 from text.corpus import HOW_TO_CUT, MTIME, File, cut, read_documents, stream_documents
 
@@ -64,7 +64,7 @@ def span_batches(file, wanted):
 def stream_batches(file, wanted):
     """A piece ends once it has PIECE characters."""
     piece, texts, n_batch, n_piece = 0, [], 0, 0
-    for text, at in stream_documents(file.path):
+    for text, at in stream_documents(file.path, file.is_book):
         n_piece += len(text)
         if wanted(piece):
             texts.append(text)
@@ -240,7 +240,7 @@ PART = {
     "vocab_size": is_count,
     "dtype": lambda value: value in DTYPES,
     "tokenizer_hash": is_string,
-    "split": lambda value: type(value) is list,
+    "split": lambda value: type(value) is list and value and is_size(value[0]),
     "by_file": is_bool,
     "piece": is_count,
     "files": of_files(is_key),
@@ -282,6 +282,7 @@ def merge(folder, n):
     check_parts(paths, metas, [x[:2] for x in pieces])
     train, valid = entries_of(folder, metas[0], pieces)
     shared = {name: metas[0][name] for name in SHARED}
+    shared["valid_frac"] = metas[0]["split"][0]
     return shared, [write_validation(folder, valid), *train]
 
 

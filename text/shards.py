@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import UserError
-from system.fields import fits, is_bool, is_count, is_string, list_of
+from system.fields import fits, is_bool, is_count, is_size, is_string, list_of
 from system.files import atomic_write, read_json, remove, write_json
 from system.progress import progress
 from system.workers import in_order, over_spans
@@ -215,7 +215,7 @@ def write_shards(
     todo = part.todo(files)
     n_bytes = sum(file.size for file in todo)
     what = "shards to make" if files[0].spans else "files to read"
-    print(f"{len(todo)} of {len(files)} {what}, {n_bytes / 1e9:.2f} GB")
+    print(f"{len(todo)} of {len(files)} {what}, {n_bytes / 1e6:,.1f} MB")
     if old and todo:
         if not part.meta["pieces"]:
             print(f"the shards in {folder} are of another text, tokenizer or split: made again")
@@ -283,7 +283,7 @@ def write_sidecar(folder, about, shards):
 
 def report(meta, folder):
     """Print what is in the shards of a folder."""
-    counts = ("documents", "tokens", "bytes", "unk")
+    counts, by_hash = ("documents", "tokens", "bytes", "unk"), meta.get("valid_frac", 0.0) > 0
     total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
     print(
         f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
@@ -291,7 +291,11 @@ def report(meta, folder):
         f"in {len(meta['shards'])} shards in {folder}"
     )
     valid = meta["shards"][0]
-    print(f"for validation: {valid['documents']:,} documents, {valid['tokens']:,} tokens")
+    print(
+        f"for validation: {valid['documents']:,} of the documents "
+        f"({valid['documents'] / total['documents']:.1%}), {valid['tokens']:,} tokens"
+        + (", chosen by a hash of their text, from all files" if by_hash else "")
+    )
     if meta["held_out"]:
         print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
     if total["unk"]:
@@ -324,7 +328,12 @@ SIDECAR_FIELDS = {
     "complete": is_bool,
     "shards": are_shards,
 }
-OPTIONAL = {"made_by": is_string, "valid_source": list_of(is_string), "held_out": is_count}
+OPTIONAL = {
+    "made_by": is_string,
+    "valid_source": list_of(is_string),
+    "valid_frac": is_size,
+    "held_out": is_count,
+}
 
 
 def read_sidecar(folder):
