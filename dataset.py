@@ -398,20 +398,30 @@ def gather(shards, places, n, seq_len):
     return batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
 
 
-def valid_batches(shards, seq_len, batch_size, max_batches, rank=0, world_size=1):
+class ValidBatches:
     """
     The fixed validation batches: all windows of the text in order where max_batches hold them, else
     as many of them, evenly spaced. Yields inputs and targets (up to batch_size, seq_len) of every
     world_size-th batch from `rank` on; one without targets where a rank has one less than others.
     """
-    places = valid_windows(shards, seq_len)
-    if len(places) > max_batches * batch_size:
-        places = places[np.linspace(0, len(places) - 1, max_batches * batch_size).astype(int)]
-    n_batches = -(-len(places) // batch_size)
-    for first in range(0, n_batches, world_size):
-        mine = min(first + rank, n_batches - 1)
-        rows = places[mine * batch_size : (mine + 1) * batch_size]
-        x, y = gather(shards, rows, len(rows), seq_len)
-        if mine < first + rank:
-            y[:] = -1
-        yield x, y
+
+    def __init__(self, shards, seq_len, batch_size, max_batches, rank=0, world_size=1):
+        self.shards, self.seq_len, self.size = shards, seq_len, batch_size
+        places = valid_windows(shards, seq_len)
+        if len(places) > max_batches * batch_size:
+            places = places[np.linspace(0, len(places) - 1, max_batches * batch_size).astype(int)]
+        self.places = places
+        n_batches = -(-len(places) // batch_size)
+        self.wanted = [first + rank for first in range(0, n_batches, world_size)]
+        self.last = n_batches - 1
+
+    def __len__(self):
+        return len(self.wanted)
+
+    def __iter__(self):
+        for i in self.wanted:
+            rows = self.places[min(i, self.last) * self.size :][: self.size]
+            x, y = gather(self.shards, rows, len(rows), self.seq_len)
+            if i > self.last:
+                y[:] = -1
+            yield x, y

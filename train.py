@@ -136,7 +136,7 @@ tune_process()
 
 import torch
 
-from dataset import DataPaths, TokenData, TrainBatches, ahead, valid_batches
+from dataset import DataPaths, TokenData, TrainBatches, ValidBatches, ahead
 from formats.modelbin import export_model
 from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer, set_rates, table
@@ -158,6 +158,7 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, RANK, WORLD_SIZE, say
 from training.resume import begin, check_machines, restore_run
+from training.runbar import RunBar
 from training.rundir import RunDir
 from training.settings import SECRET, args_of
 
@@ -258,10 +259,8 @@ def to_device(x, y):
     return x.to(this_device, non_blocking=True), y.to(this_device, non_blocking=True)
 
 
-def validation():
-    """The fixed validation batches of this rank."""
-    size = settings.max_seq_len, settings.batch_size, settings.eval_iters
-    return valid_batches(data.valid, *size, RANK, WORLD_SIZE)
+valid_size = settings.max_seq_len, settings.batch_size, settings.eval_iters
+validation = ValidBatches(data.valid, *valid_size, RANK, WORLD_SIZE)
 
 
 def bits_per_byte(loss):
@@ -322,7 +321,8 @@ first_step = state.iter_num
 
 stop = parallel.StopRequest()
 if settings.eval_only:
-    say(f"step {state.iter_num}: {show(evaluate(model, validation(), to_device, stop))}")
+    measured = progress(validation, desc="evaluation", disable=not FIRST)
+    say(f"step {state.iter_num}: {show(evaluate(model, measured, to_device, stop))}")
     raise SystemExit
 is_past = not settings.max_minutes and state.iter_num > settings.max_iters
 if is_past or (state.is_done(settings) and state.evaluated == state.iter_num):
@@ -425,10 +425,12 @@ def save(is_best=False):
 say(table(model_optimizer))
 if settings.on_finish:
     say(f"when the run is finished, this command runs: {settings.on_finish!r}")
-length = f"{settings.max_minutes:g} minutes of" if settings.max_minutes else settings.max_iters
+reached = f"{state.iter_num} of {settings.max_iters} steps"
+if settings.max_minutes:
+    reached = f"{state.train_s / 60:.3g} of {settings.max_minutes:g} minutes"
 say(
     f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
-    f"{state.iter_num} of {length} steps done; "
+    f"{reached} done; "
     f"{this_device}, {str(compute_dtype).removeprefix('torch.')}"
     + (f", {WORLD_SIZE} processes ({'FSDP' if is_sharded else 'DDP'})" if WORLD_SIZE > 1 else "")
 )
@@ -456,13 +458,7 @@ model_path = os.path.join(settings.out_dir, "model.bin")
 val_loss, best_before, diverged = math.inf, state.best_val_loss, None
 since, unlogged_steps = time.perf_counter(), 0  # since the last line of the log
 stopping, done = False, state.is_done(settings)
-bar = progress(
-    total=None if settings.max_minutes else settings.max_iters,
-    initial=state.iter_num,
-    unit="step",
-    dynamic_ncols=True,
-    disable=not FIRST,
-)
+bar = RunBar(settings, state, len(validation), disable=not FIRST)
 while True:
     time_to_eval = state.iter_num % settings.eval_interval == 0 or done
     time_to_save = settings.save_interval > 0 and state.iter_num % settings.save_interval == 0
@@ -473,7 +469,7 @@ while True:
         data.check_unchanged()  # before a model of other text replaces a checkpoint
     is_best, has_evaluated = False, False
     if time_to_eval and state.evaluated != state.iter_num and not stopping:
-        val_loss = evaluate(model, validation(), to_device, stop)
+        val_loss = evaluate(model, bar.evaluating(validation), to_device, stop)
         if val_loss is None:  # told to stop: a resumed run begins with this evaluation
             break
         if not math.isfinite(val_loss):
@@ -516,7 +512,7 @@ while True:
     state.iter_num += 1
     state.n_sequences += step_size
     unlogged_steps += 1
-    bar.update()
+    bar.step(since)
     stopping, done = stop.in_any_rank(), state.is_done(settings, since)
 
     # ---- log
@@ -539,10 +535,7 @@ while True:
         if peak:
             values["mfu"] = round(tok_s * model.flops_per_token() / (peak * WORLD_SIZE), 4)
         log("train", **values, tok_s=round(tok_s))
-        left = ""
-        if settings.max_minutes:
-            left = f", {max(0, 60 * settings.max_minutes - state.train_s):.0f} s left"
-        bar.set_postfix_str(f"loss {loss:.3f}, {tok_s:,.0f} tok/s{left}")
+        bar.measured(loss, elapsed / unlogged_steps, tok_s)
         threads.watch(unlogged_steps, elapsed)
         since, unlogged_steps = time.perf_counter(), 0
 

@@ -19,13 +19,14 @@ class PlainLines(tqdm):
             total = len(iterable)
         unit = unit if unit == "B" else f" {unit.strip()}"
         counted = unit if unit[-1] in "Bs" else f"{unit}s"
-        options["bar_format"] = (
+        usual = (
             ("{desc}: " if desc else "")
             + ("{percentage:.0f}%, " if total else "")
             + "{n_fmt}"
             + (" of {total_fmt}" if total else "")
             + f"{counted} in {{elapsed}}, {{rate_fmt}}{{postfix}}"
         )
+        options["bar_format"] = options.get("bar_format", usual).replace("|{bar}|", ",")
         super().__init__(iterable, desc, total, mininterval=0.5, unit=unit, **options)
 
     def display(self, msg=None, pos=None):

@@ -17,7 +17,7 @@ from conftest import refused, train
 
 import bpe
 from configurator import UserError
-from dataset import DataPaths, TokenData, TrainBatches, valid_batches
+from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
 from system.files import read_json
 from text import corpus
 from text.corpus import items_of, plan_shards, stream_documents, text_files, whole_file
@@ -360,7 +360,7 @@ def test_no_mutated_sidecar_ends_in_a_traceback(shards, tokenizers):
             data = TokenData(paths, 16, tokenizers[512])
             batches = TrainBatches(data.train, 16, 1, data)
             batches.at(0, min(8, batches.n_windows))
-            next(iter(valid_batches(data.valid, 16, 4, 2)))
+            next(iter(ValidBatches(data.valid, 16, 4, 2)))
             assert data.tokens_per_byte() is None or data.tokens_per_byte() > 0
             data.check_unchanged()
             n_read += 1

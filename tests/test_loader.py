@@ -14,10 +14,10 @@ from dataset import (
     DataPaths,
     TokenData,
     TrainBatches,
+    ValidBatches,
     ahead,
     permuted,
     round_keys,
-    valid_batches,
     valid_windows,
 )
 from text.corpus import plan_shards
@@ -170,18 +170,18 @@ def test_validation_is_fixed_whole_and_shared(case):
     rng = np.random.default_rng(200 + case)
     (shard,) = random_shards(rng, n_shards=1)
     seq_len, size, world = (int(rng.integers(1, top)) for top in (30, 9, 5))
-    whole = list(valid_batches([shard], seq_len, size, 1000))
+    whole = list(ValidBatches([shard], seq_len, size, 1000))
     targets = np.concatenate([y.numpy().ravel() for _, y in whole])
     assert targets[targets >= 0].tolist() == shard[1:].tolist()  # each token but the first, once
     assert all((x >= 0).all() for x, _ in whole)
-    shared = [list(valid_batches([shard], seq_len, size, 1000, r, world)) for r in range(world)]
+    shared = [list(ValidBatches([shard], seq_len, size, 1000, r, world)) for r in range(world)]
     assert len({len(part) for part in shared}) == 1  # no rank waits for another
     for i, (x, y) in enumerate(whole):
         rank_x, rank_y = shared[i % world][i // world]
         assert (x == rank_x).all() and (y == rank_y).all()
     n_targets = sum(int((y >= 0).sum()) for part in shared for _, y in part)
     assert n_targets == len(shard) - 1
-    few = list(valid_batches([shard], seq_len, size, 2))
+    few = list(ValidBatches([shard], seq_len, size, 2))
     n_windows = len(valid_windows([shard], seq_len))
     assert n_windows == -(-(len(shard) - 1) // seq_len)
     assert sum(len(x) for x, _ in few) == min(2 * size, n_windows)
