@@ -66,6 +66,15 @@ parser.add_argument(
     help="a tokenizer's .model (default: the one beside the model); none: leave it out",
 )
 parser.add_argument(
+    "--title",
+    default="",
+    help="name of the model in its card or GGUF file (default: that of the hub, or of the path)",
+)
+parser.add_argument("--language", default="en", help="code of its language, there (default: en)")
+parser.add_argument(
+    "--license", default="unknown", help="its licence, there, such as mit (default: unknown)"
+)
+parser.add_argument(
     "--push-to-hub",
     "--push_to_hub",
     metavar="USER/NAME",
@@ -92,6 +101,12 @@ if flags.push_to_hub and to != "hf":
     raise UserError("push-to-hub uploads a folder: give --format=hf")
 if (flags.dry_run or flags.private) and not flags.push_to_hub:
     raise UserError("dry-run and private are about an upload: give --push-to-hub=USER/NAME")
+about = {name: getattr(flags, name) for name in ("title", "language", "license")}
+for name, value in about.items():
+    if value != parser.get_default(name) and to not in ("hf", "gguf"):
+        raise UserError(f"{name} is for --format=hf and --format=gguf: {to} does not carry it")
+    if name != "title" and not re.fullmatch(r"[\w.+-]{2,40}", value):
+        raise UserError(f"{name} = {value!r}: expected a short code, such as en or mit")
 if flags.push_to_hub:
     check_push(flags.push_to_hub, flags.dry_run)
 if not flags.path:
@@ -121,8 +136,13 @@ if to == "hf" and tokenizer is None and flags.tokenizer != "none":
     )
 if tokenizer is None and flags.tokenizer != "none":
     print(f"note: there is no tokenizer.model beside {source}: the model is written without")
-name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
-facts = {"name": name, "repository": flags.push_to_hub or ".", **facts}
+name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path)).removesuffix(".gguf")
+if name in ("hf", "gguf", "model", "out", "export"):
+    name = f"Story teller of {model.n_params():,} parameters"
+facts = {**about, "repository": flags.push_to_hub or ".", **facts}
+facts["title"] = " ".join(flags.title.split()) or name
+if to == "hf" and flags.license == "unknown":
+    print("note: the model card says license: unknown; give another with --license=mit or the like")
 write = FORMATS[to].write
 if to == "bin":
     write = partial(write, version=None if flags.version == "auto" else int(flags.version))

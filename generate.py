@@ -34,7 +34,7 @@ reference = True  # measure real stories of the validation text as well
 valid_source = ""  # text that those are from; empty: the validation shard of the first run
 out = ""  # the page; empty: stories.html in the first run's folder
 json = ""  # a .jsonl for the figures, one line a model; empty: none
-device = "auto"  # auto, cpu, cuda, cuda:1, mps
+device = "auto"  # cpu, cuda, cuda:1, mps; auto: the first there is of cuda, mps, cpu
 dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals(), positional="models", many=True)
 # -----------------------------------------------------------------------------
@@ -161,6 +161,14 @@ def tell(name, model, tokenizer, prompt):
     return stories
 
 
+def real_story(text, tokenizer):
+    """A Story from the validation text, cut where one by a model would have been."""
+    ids = tokenizer.encode(text, bos=False)
+    if len(ids) <= max_new_tokens:
+        return Story(text, len(ids))
+    return Story(tokenizer.decode(ids[:max_new_tokens]), max_new_tokens, ended=False)
+
+
 names = listed_paths(models)
 if not names:
     raise UserError("models is empty: expected folders of runs or files, with commas between them")
@@ -193,18 +201,16 @@ for name in names if not source or (reference and not valid_source) else []:
         if not source:
             notes.append(f"For {name} copies are not looked for: {e}; --source= names a text.")
 
-real = []  # (text, number of tokens)
+real = []  # Story
 if reference and valid_source:
-    found = loaded[names[0]][1]
     books = books_among(valid_files)
     documents = (documents_of_file(path, path in books) for path in valid_files)
     documents = itertools.chain.from_iterable(documents)
-    real = some_of(documents, num_samples, seed)
-    real = [(text, len(found.encode(text, bos=False))) for text, _ in real]
+    real = [real_story(t, loaded[names[0]][1]) for t, _ in some_of(documents, num_samples, seed)]
 elif reference and data:
-    name = next(iter(data))
-    documents = documents_of_shard(data[name][1].valid[0], loaded[name][1])
-    real = some_of(documents, num_samples, seed)
+    name, (_, tokens) = next(iter(data.items()))
+    documents = documents_of_shard(tokens.valid[0], loaded[name][1])
+    real = [real_story(t, loaded[name][1]) for t, _ in some_of(documents, num_samples, seed)]
 if reference and not real:
     notes.append("There are no real stories to compare with: --valid_source= names a text.")
 
@@ -213,7 +219,7 @@ told = {  # name: list of Story
     for name, (model, loaded_tokenizer, _) in loaded.items()
 }
 if real:
-    told[REAL] = [Story(text, n_tokens) for text, n_tokens in real]
+    told[REAL] = real
 
 # one pass over each training text, for all that are compared with it
 texts = {name: source or data[name][0] for name in names if source or name in data}

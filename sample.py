@@ -23,7 +23,7 @@ temperature = 1.0  # 0: always the likeliest token
 top_k = 0  # sample from this many likeliest tokens; 0: all
 top_p = 0.9  # sample from the likeliest tokens with this total probability; 1: all
 seed = 1337  # the same seed gives the same stories
-device = "auto"  # auto, cpu, cuda, cuda:1, mps
+device = "auto"  # cpu, cuda, cuda:1, mps; auto: the first there is of cuda, mps, cpu
 dtype = "float32"  # auto, float32, bfloat16, float16
 configure(globals())
 # -----------------------------------------------------------------------------

@@ -130,7 +130,9 @@ def write_gguf(model, path, dtype, tokenizer, facts):
     try:
         with atomic_write(path) as part:
             f = gguf.GGUFWriter(part.name, kind)
-            f.add_name(facts.get("name", "story teller"))
+            f.add_name(facts.get("title", "story teller"))
+            f.add_license(facts.get("license", "unknown"))
+            f.add_languages([facts.get("language", "en")])
             put_args(f, kind, model.args)
             f.add_file_type(getattr(gguf.LlamaFileType, GGUF_DTYPES[dtype][1]))
             f.add_quantization_version(gguf.GGML_QUANT_VERSION)

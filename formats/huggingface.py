@@ -324,11 +324,12 @@ class FastTokenizer:
         except BaseException as e:  # a panic of Rust is not an Exception
             raise UserError(f"{self.model_path} cannot be read: {reason(e)}") from None
 
-    def encode(self, text):
-        """Ids of a text, str or bytes; of an empty one BOS or EOS, if the model has them."""
+    def encode(self, text, bos=True):
+        """Ids of a text, str or bytes; with `bos`, of an empty one BOS or EOS, if there is one."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         with self.calling():
-            ids = self.backend.encode(text).ids or list(self.stop[:1])
+            ids = self.backend.encode(text, add_special_tokens=bos).ids
+            ids = ids or list(self.stop[: int(bos)])
         if max(ids, default=0) >= self.vocab_size:  # put there by the post_processor
             raise UserError(f"{self.model_path} cannot be read: it has no token {max(ids)}")
         return ids
@@ -348,10 +349,13 @@ def card(model, facts):
     options = {k: v for k, v in args.to_dict().items() if v != getattr(ModelArgs(), k)}
     rows = {**facts, "parameters": f"{model.n_params():,}", "max_seq_len": args.max_seq_len}
     rows |= options
-    name, path = rows.pop("name", "a story teller"), rows.pop("repository", ".")
+    title, path = rows.pop("title", "a story teller"), rows.pop("repository", ".")
+    language, licence = rows.pop("language", "en"), rows.pop("license", "unknown")
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     code = f"the file {MODELING} beside it" if trust else "transformers' own code, nothing else"
     return f"""---
+language: {language}
+license: {licence}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -359,7 +363,7 @@ tags:
 - {kind}
 ---
 
-# {name}
+# {title}
 
 {MARK} transformers runs it with {code}.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
+from dataset import DataPaths
 from formats import gguf, huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
@@ -22,6 +23,7 @@ from formats.tensors import PADDED, check_numbers, filled, skeleton
 from model import ModelArgs, Transformer
 from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
+from text.shards import read_sidecar
 from tokenizer import Tokenizer, open_tokenizer
 from training import torchfile
 from training.checkpoint import load_checkpoint, load_model, save_file
@@ -89,6 +91,8 @@ def training_facts(checkpoint, folder):
     if "train_s" in checkpoint:
         facts["training"] = f"{checkpoint['train_s'] / 60:,.1f} minutes"
     log = RunLog(folder).read()
+    if source := source_of(config):
+        facts["trained on"] = source
     if log.start:
         facts["training text"] = f"{log.start.get('train_tokens', 0):,} tokens"
         facts["device"] = log.start.get("device_name")
@@ -98,6 +102,16 @@ def training_facts(checkpoint, folder):
             if line.get("val_bpb"):
                 facts["validation"] = f"{line['val_bpb']:.4f} bits per byte"
     return facts
+
+
+def source_of(config):
+    """What the shards of a run were made of: a file or folder, after the folder it is in; or ""."""
+    try:
+        paths = DataPaths(*(config[name] for name in ("data_dir", "vocab_source", "vocab_size")))
+        [source] = (read_sidecar(paths.shards) or {}).get("valid_source", [""])
+    except (KeyError, ValueError, UserError):
+        return ""
+    return " ".join("/".join(source.replace("\\", "/").split("/")[-2:]).split())[:100]
 
 
 def from_hf(path):

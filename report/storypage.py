@@ -33,13 +33,13 @@ def marked(story, overlap):
     return "".join([*parts, html.escape(story.text[at:])])
 
 
-def story_cell(story, overlap):
+def story_cell(name, story, overlap):
     if story is None:
         return "<td></td>"
     cut = "" if story.ended else ' <span class="cut">(cut at the limit)</span>'
     n_words = f"{story.n_words():,} word{'s' * (story.n_words() != 1)}"
     return (
-        f'<td dir="auto"><p>{marked(story, overlap)}{cut}</p>'
+        f'<td dir="auto" data-model="{html.escape(name)}"><p>{marked(story, overlap)}{cut}</p>'
         f'<div class="note small">{n_words}</div></td>'
     )
 
@@ -62,10 +62,10 @@ def figure_table(columns, n, n_words):
 def story_table(stories, overlaps):
     """stories, overlaps: by the name of a column its list of stories, its Overlap or None."""
     names = "".join(f"<th>{html.escape(name)}</th>" for name in stories)
-    width = 3 + 18 * len(stories)  # rem; on a narrower screen the page scrolls
+    width = 3 + 18 * len(stories)  # rem; on a narrower screen, but not on a phone, the page scrolls
     of_columns = [overlaps[name] for name in stories]
     rows = [
-        f"<th>{i}</th>{''.join(map(story_cell, told, of_columns))}"
+        f"<th>{i}</th>{''.join(map(story_cell, stories, told, of_columns))}"
         for i, told in enumerate(itertools.zip_longest(*stories.values()), start=1)
     ]
     attributes = f'class="stories" style="min-width: {width}rem"'
@@ -94,6 +94,7 @@ def write_page(path, title, stories, overlaps, columns, n, n_words, notes, setti
         notes=paragraphs,
         legend=legend,
         stories=story_table(stories, overlaps),
+        n_columns=len(columns),
         settings=html.escape(used),
     )
     with atomic_write(path) as f:

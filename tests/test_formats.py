@@ -180,6 +180,15 @@ def test_from_a_run_to_a_folder_and_on(tmp_path, finished, run):
     ):
         assert part in card
     assert str(finished) not in card + (folder / "config.json").read_text()
+    assert card.startswith("---\nlanguage: en\nlicense: unknown\n")
+    assert "license: unknown" in done.stdout and "\n# Story teller of " in card
+    words = ["--format=hf", f"--checkpoint={best}", "--license=mit", "--language=de"]
+    assert script("export.py", folder, *words, "--title=Tim  und\nLily").returncode == 0
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlanguage: de\nlicense: mit\n") and "\n# Tim und Lily\n" in card
+    refused(script("export.py", folder, *words[:-1], "--language=a\nb"), "expected a short code")
+    words[0] = tmp_path / "x.bin"
+    refused(script("export.py", *words[:3]), "license is for --format=hf and --format=gguf")
 
 
 def test_a_theta_that_is_a_whole_number(tmp_path, tokenizers):

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,8 +10,8 @@ from dataclasses import fields
 import pytest
 from conftest import REPO, refused, script
 
-from configurator import UserError
-from model import ModelArgs
+from configurator import UserError, comments_of
+from model import ARCHS, ModelArgs
 from training import settings
 from training.checkpoint import OF_RUN, RunState
 from training.settings import USED_IF, resolved, unused
@@ -80,6 +81,23 @@ def test_help_has_the_groups_as_headings():
 
 def given_as(word, **settings):
     return {**resolved(), **settings}, dict.fromkeys(settings, word)
+
+
+def test_help_says_what_the_presets_are():
+    """At each option its values in ARCHS, where they differ from the default; nothing else."""
+    comments, _ = comments_of(REPO / "train.py")
+    told = {
+        (arch, name): value
+        for name in settings.OPTIONS
+        for archs, value in re.findall(r"; ((?:\w+, )*\w+): (\S+)$", comments[name])
+        for arch in archs.split(", ")
+        if arch in ARCHS
+    }
+    assert told == {
+        (arch, name): str(value)
+        for arch, options in ARCHS.items()
+        for name, value in options.items()
+    }
 
 
 @pytest.mark.parametrize(

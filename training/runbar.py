@@ -57,6 +57,7 @@ class RunBar:
         if self.settings.max_minutes:
             done = self.state.train_s + time.perf_counter() - since
         self.bar.n = min(self.bar.total, done)
+        self.bar.set_description_str(self.text(), refresh=False)
         self.bar.update(0)
 
     def measured(self, loss, step_s, tok_s):
@@ -93,4 +94,5 @@ class RunBar:
     def close(self):
         with self.lock:
             self.closed.set()
+            self.bar.set_description_str(self.text(), refresh=False)
             self.bar.close()
