@@ -566,8 +566,9 @@ hints = list(dict.fromkeys(filter(None, hints)))
 if hints and not dry_run:
     config = planned[0].config
     paths = DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"])
+    others = paths.others() and f"{paths.others()}, in --base"
     raise UserError(
-        f"there are no shards for this sweep; make them with: {' && '.join(hints)}{paths.others()}"
+        f"there are no shards for this sweep; make them with: {' && '.join(hints)}{others}"
     )
 folder = None if dry_run else lock_folder()
 results = Results(planned)
@@ -596,7 +597,8 @@ ended = sorted(results.in_order(), key=lambda line: list(FIELDS).index(line["sta
 for line in ended:
     print_line(sentence_of(line))
 counts = Counter(line["status"] for line in ended)
-print(", ".join(f"{n} {status}" for status, n in counts.items()))
+if counts:
+    print(", ".join(f"{n} {status}" for status, n in counts.items()))
 n_failed = counts["failed"]
 if runner.stopping:
     print("stopped; the same command continues")
