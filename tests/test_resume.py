@@ -135,6 +135,16 @@ def test_resume_auto_starts_goes_on_and_ends(whole, practice, tmp_path):
     )
 
 
+def test_checkpoints_of_earlier_versions_are_read(whole, tmp_path):
+    """They also have the states of three random number generators."""
+    value = torch.load(whole / "ckpt.pt", weights_only=True)
+    python, numpy = random.Random(0).getstate(), ("MT19937", [1, 1 << 31], 624, 0, 0.0)
+    value["rng"] = {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
+    torch.save(value, tmp_path / "ckpt.pt")
+    found = load_checkpoint(tmp_path / "ckpt.pt")
+    assert same(found["model"], value["model"]) and found["iter_num"] == value["iter_num"]
+
+
 @pytest.mark.slow
 def test_weights_alone_start_a_new_run(whole, practice, tmp_path):
     """The architecture comes with the weights; optimizer, steps and data begin anew."""

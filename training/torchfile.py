@@ -32,7 +32,8 @@ CALLS = frozenset(
     [DICT, *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "parameter"))]
 )
 MARK = object()
-NAMES = CALLS | {f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int".split()}
+STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
+NAMES = CALLS | {f"torch {kind}Storage" for kind in STORAGES}
 
 
 class Suspicious(pickle.UnpicklingError):
