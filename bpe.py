@@ -41,13 +41,13 @@ from system.workers import over_spans, worker_count
 from text.corpus import (
     Span,
     cut,
-    is_plain,
     plan_shards,
     text_files,
     texts_of,
     unchanged,
     whole_file,
 )
+from text.documents import is_plain
 from text.letters import ranges
 
 TYPE = "byte-level BPE"  # marks a file of save()

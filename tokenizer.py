@@ -43,7 +43,7 @@ import sentencepiece
 from bpe import PATTERNS, BPETokenizer, as_visible, pattern, train_bpe
 from configurator import UserError, one_sentence_errors
 from system.files import atomic_write, check_not_pointer, named
-from text.corpus import SEPARATOR
+from text.documents import SEPARATOR
 from text.letters import ranges
 
 SPACE = "\u2581"  # SentencePiece's visible space

@@ -42,7 +42,8 @@ from system.files import atomic_write, checksum, download, remove
 from system.progress import progress
 from system.remote import need, reason, secret
 from system.workers import worker_count
-from text.corpus import READABLE, File, books_among, data_files, file_here, text_files
+from text.corpus import File, books_among, data_files, file_here, text_files
+from text.documents import READABLE
 from text.pieces import COUNTS
 from text.shards import (
     choose_split,

@@ -22,7 +22,7 @@ from bpe import BPETokenizer, train_bpe
 from configurator import UserError, check_range, configure
 from formats.hftokenizer import tokenizer_json
 from report.tables import print_table
-from text.corpus import SEPARATOR
+from text.documents import SEPARATOR
 from tokenizer import ByteLevel, SentencePiece, train_sentencepiece
 from training.runs import REPO, seconds_of
 

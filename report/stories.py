@@ -20,7 +20,7 @@ import numpy as np
 from configurator import STEERING, UserError, check_range
 from dataset import CHUNK, mixed
 from system.files import atomic_write
-from text.corpus import stream_documents
+from text.documents import stream_documents
 
 BREAK = "\0"  # between documents: a word that no story has, so that no n-gram goes across
 WORD = re.compile(rf"{BREAK}|[^\W_]+(?:'[^\W_]+)*")

@@ -19,8 +19,9 @@ import bpe
 from configurator import UserError
 from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
 from system.files import read_json
-from text import corpus
-from text.corpus import items_of, plan_shards, stream_documents, text_files, whole_file
+from text import documents
+from text.corpus import plan_shards, text_files, whole_file
+from text.documents import items_of, stream_documents
 from text.pieces import merge
 from text.shards import (
     choose_split,
@@ -150,7 +151,7 @@ def test_memory_depends_on_a_document_and_not_on_its_list(tmp_path):
 
 
 def test_long_records_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST_RECORD", 1 << 18)
+    monkeypatch.setattr(documents, "LONGEST_RECORD", 1 << 18)
     long = json.dumps({"text": "a" * (1 << 19)})
     for name, text, where in (
         ("a.json", f'[{{"text": "x"}}, {long}]', "item 1 of"),
@@ -165,7 +166,7 @@ def test_long_records_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz", "a.parquet"])
 def test_files_that_expand_too_far_are_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(corpus, "LARGE", 1 << 18)
+    monkeypatch.setattr(documents, "LARGE", 1 << 18)
     data = {
         "a.txt.gz": b"a <|endoftext|>" * 100_000,
         "a.jsonl.gz": b"\n" * (1 << 20),

@@ -24,7 +24,8 @@ from conftest import REPO, bin_of, refused, script
 
 from configurator import UserError
 from dataset import DataPaths, TokenData
-from text.corpus import plan_shards, stream_documents
+from text.corpus import plan_shards
+from text.documents import stream_documents
 from text.shards import choose_split
 from text.synth import make_stories
 from tokenizer import open_tokenizer

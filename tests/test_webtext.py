@@ -18,7 +18,7 @@ from bpe import BPETokenizer, train_bpe
 from configurator import UserError
 from dataset import DataPaths, TokenData
 from formats.hftokenizer import byte_level_from_json, byte_level_json
-from text.corpus import stream_documents
+from text.documents import stream_documents
 from tokenizer import ByteLevel
 
 pq = pytest.importorskip("pyarrow.parquet")

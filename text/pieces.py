@@ -18,7 +18,8 @@ import numpy as np
 from configurator import UserError
 from system.fields import fits, is_bool, is_count, is_size, is_string, list_of
 from system.files import atomic_write, checksum, flush_files, read_json, write_json
-from text.corpus import HOW_TO_CUT, MTIME, File, cut, read_documents, stream_documents
+from text.corpus import MTIME, File, cut, read_documents
+from text.documents import HOW_TO_CUT, stream_documents
 
 FORMAT = 2  # of shards.json and of the files in parts
 DTYPES = ("uint16", "uint32")  # of ids

@@ -25,7 +25,8 @@ from system.fields import fits, is_bool, is_count, is_size, is_string, list_of
 from system.files import atomic_write, read_json, remove, write_json
 from system.progress import progress
 from system.workers import in_order, over_spans
-from text.corpus import HOW_TO_CUT, SIDECAR, is_plain, texts_of, unchanged
+from text.corpus import SIDECAR, texts_of, unchanged
+from text.documents import HOW_TO_CUT, is_plain
 from text.pieces import DTYPES, FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
