@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import difflib
 import errno
+import itertools
 import json
 import math
 import operator
@@ -278,14 +279,16 @@ def apply(namespace, argv, positional=None, many=False):
     """
     settings = settings_of(namespace)
     given = {}
-    for word in argv:
+    for word, following in itertools.zip_longest(argv, argv[1:]):
         if word.startswith("--") and len(word) > 2:
             key, equals, text = word[2:].partition("=")
             name = key.replace("-", "_")
             check_name(name, settings)
             default = settings[name]
             if not equals and not isinstance(default, bool):
-                raise UserError(f"--{key} needs a value: --{key}={default or '...'}")
+                is_value = following and not following.startswith("--")
+                value = following if is_value else default or "..."
+                raise UserError(f"--{key} needs a value, after an equals sign: --{key}={value}")
             changes = {name: parse(name, text, default) if equals else True}
         elif word.endswith(".py"):
             changes = read_override_file(word, settings)

@@ -246,7 +246,10 @@ if os.path.exists(paths.tokenizer_model):
 data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
-    raise UserError(f"{start.path} was trained with another {paths.tokenizer_model}")
+    raise UserError(
+        f"{start.path} was trained with another {paths.tokenizer_model}: copy the tokenizer.model "
+        f"of its folder to another --data_dir, and pretokenize there"
+    )
 batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data)
 if batches.n_windows < step_size:
     raise UserError(

@@ -33,6 +33,7 @@ class Threads:
         self.most = torch.get_num_threads()
         is_fixed = os.environ.get("OMP_DYNAMIC", "").lower() == "false"
         self.is_fixed = is_fixed or self.most == 1 or device.type != "cpu"
+        self.latest, self.earlier, self.patience = 0.0, None, LATER_S
         self.start_window()
         if not self.is_fixed:
             self.choose()
@@ -53,8 +54,18 @@ class Threads:
             why = "other programs use the cores" if fastest < before else "cores are free again"
             line = f"{why}: {fastest} of {self.most} threads, {ratio:.1f} times as fast"
             print_line(line, sys.stderr)  # stdout may be a story
+        # a number that had a speed before, if this one should be faster than that
+        self.earlier = (before, self.latest) if fastest > before else None
         self.best, self.chosen = 0.0, time.monotonic()
         self.start_window()
+
+    def choose_by_work(self, speed):
+        """Go back to the earlier number where that was faster at the work itself."""
+        (number, before), self.earlier = self.earlier, None
+        if speed < before:
+            torch.set_num_threads(number)
+            self.patience *= 2
+            print_line(f"back to {number} of {self.most} threads, which were faster", sys.stderr)
 
     def watch(self, n, seconds):
         """Choose again where it is time to. n: steps that took `seconds`, all of one kind."""
@@ -64,9 +75,12 @@ class Threads:
         if self.seconds < WINDOW_S:
             return
         speed = self.n / self.seconds
-        self.best = max(self.best, speed)
+        self.best, self.latest = max(self.best, speed), speed
         self.start_window()
-        is_late = time.monotonic() > self.chosen + LATER_S
+        if self.earlier:
+            self.choose_by_work(speed)
+            return
+        is_late = time.monotonic() > self.chosen + self.patience
         if speed < SLOW * self.best or (is_late and torch.get_num_threads() < self.most):
             self.choose()
 

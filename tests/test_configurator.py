@@ -78,6 +78,14 @@ def test_refusals_are_sentences(word, part):
     assert part in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "words, hint", [(["--batch_size", "64"], "64"), (["--batch_size", "--rate=1"], "32")]
+)
+def test_a_value_after_a_space_is_shown_with_its_equals_sign(words, hint):
+    with pytest.raises(UserError, match=f"needs a value, after an .*: --batch_size={hint}$"):
+        apply(namespace(), words)
+
+
 def test_later_words_win_and_come_back():
     values = namespace()
     assert apply(values, ["--batch_size=1", "--batch_size=2"]) == {"batch_size": "--batch_size=2"}

@@ -333,6 +333,9 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
     "name, data, part",
     [
         ("a.txt", b"one document without a mark", "expected several documents"),
+        ("a.txt", b"", "has no text to train on: its files are empty"),
+        ("a.txt", b" \n ", "has no text to train on: only white space"),
+        ("a.txt.gz", b"", "has no text to train on|damaged"),
         ("a.txt", b"good <|endoftext|>" * 50 + b"\xff", "not UTF-8"),
         ("a.json", b'[{"story": "half of', "not JSON"),
         ("a.json", b'{"story": "no list"}', "not JSON|several documents|a JSON list"),
@@ -548,7 +551,7 @@ def test_shards_of_earlier_versions_are_read_and_replaced(folder, tokenizers):
     assert len(data.train) == 2 and data.valid_bytes == entries[0]["bytes"]
     done = pretokenize(folder)
     assert done.returncode == 0, done.stderr
-    assert "of another text, tokenizer or split: made again" in done.stdout
+    assert "or with another tokenizer or split: made again" in done.stdout
     assert not (shards / "data01.bin").exists()
     assert TokenData(DataPaths(folder, "custom", 512), 16, tokenizer).valid_bytes > 0
 

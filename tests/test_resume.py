@@ -306,7 +306,10 @@ def test_an_interrupted_setting_aside_is_completed(tmp_path):
     for name in ("log.jsonl", "model.bin"):  # of a run that was killed in its first save
         (tmp_path / name).write_text("young")
     run.set_aside_earlier_run()
-    assert sorted(os.listdir(tmp_path))[-2:] == ["previous", "previous_2"]
+    assert sorted(os.listdir(tmp_path)) == ["previous", "previous_2", "previous_3"]
+    (tmp_path / "log.jsonl").write_text("without a model")
+    run.set_aside_earlier_run()
+    assert sorted(os.listdir(tmp_path))[-2:] == ["previous_2", "previous_3"]
     assert (tmp_path / "previous" / "ckpt.pt").read_text() == "older"
 
 

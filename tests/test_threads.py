@@ -71,6 +71,27 @@ def test_they_are_chosen_again_where_the_work_slows_down(machine, capsys):
     assert machine["probes"] == 3
 
 
+def test_a_number_that_is_slower_at_the_work_is_taken_back(machine, capsys):
+    """The small computation of a probe may be faster where the work is not."""
+    machine["seconds"] = BUSY
+    chosen = Threads(CPU)
+    chosen.watch(10, 1.0)
+    machine["seconds"] = {4: 1.0, 3: 1.3, 2: 2.0, 1: 4.0}
+    machine["now"] += threads.LATER_S + 1
+    chosen.watch(10, 1.0)
+    assert machine["threads"] == 4
+    chosen.watch(6, 1.0)
+    assert machine["threads"] == 3 and "back to 3 of 4 threads" in capsys.readouterr().err
+    machine["now"] += threads.LATER_S + 1
+    chosen.watch(10, 1.0)
+    assert machine["threads"] == 3  # the next try is later
+    machine["now"] += threads.LATER_S
+    chosen.watch(10, 1.0)
+    assert machine["threads"] == 4
+    chosen.watch(12, 1.0)
+    assert machine["threads"] == 4  # faster this time
+
+
 @pytest.mark.parametrize("device, dynamic", [("cpu", "false"), ("meta", "")])
 def test_a_given_number_and_a_gpu_are_left_alone(machine, monkeypatch, device, dynamic):
     monkeypatch.setenv("OMP_DYNAMIC", dynamic)

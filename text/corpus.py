@@ -258,6 +258,8 @@ def plan_shards(source, valid_source=""):
     paths = [path for path in paths if path not in streamed]
     spans = [whole_file(path, path in books) for path in paths]
     total = sum(span.end for span in spans)
+    if not total and not streamed:
+        raise UserError(f"{source} has no text to train on: its files are empty")
     n = max(min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS), -(-total // LARGE_SHARD))
     parts = (cut(span, n_shards(span, n, total)) for span in spans)
     train = grouped(itertools.chain.from_iterable(parts), total // n)

@@ -145,11 +145,11 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
         for file in files:
             fetch(file)
             for text in file.documents():
+                bar.update(n := len(text.encode()))
                 if not split.sides([text], False)[0]:
                     continue
                 yield text
-                n_bytes += (n := len(text.encode()))
-                bar.update(n)
+                n_bytes += n
                 if n_bytes >= limit:
                     print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
                     return
@@ -219,7 +219,11 @@ def write_shards(
     print(f"{len(todo)} of {len(files)} {what}, {n_bytes / 1e6:,.1f} MB")
     if old and todo:
         if not part.meta["pieces"]:
-            print(f"the shards in {folder} are of another text, tokenizer or split: made again")
+            of = " and ".join(old.get("valid_source", [])) or "another text"
+            print(
+                f"the shards in {folder} were made of {of}, or with another tokenizer or split: "
+                f"made again"
+            )
         write_json(os.path.join(folder, SIDECAR), {**old, "complete": False})
     words = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split
     write_part(part, files, words, num_workers, bring, done)

@@ -196,8 +196,10 @@ def restore_run(start, model, optimizer, scaler, dtype, n_windows):
     if checkpoint["n_windows"] != n_windows:
         say(
             f"the shards are not those of the run so far: {n_windows:,} sequences instead of "
-            f"{checkpoint['n_windows']:,}; resuming at the same place of another order"
+            f"{checkpoint['n_windows']:,}; resuming at the same place of another order, and the "
+            f"best model so far does not count"
         )
+        state.best_val_loss = math.inf
     if checkpoint["scaler"]:  # empty where the run so far was not in float16
         scaler.load_state_dict(checkpoint["scaler"])
     return state

@@ -114,12 +114,13 @@ class RunDir:
     def set_aside_earlier_run(self):
         """
         Move what an earlier run left to `previous`, or previous_2 and so on where there is one from
-        before; a run without a checkpoint is not kept. The next call completes a call that
+        before; a run without a checkpoint or a model is not kept. The next call completes one that
         was interrupted.
         """
         moving = self.file("moving")
         names = self.find(WORTH_KEEPING)
-        if not names and not os.path.isdir(moving):
+        is_worth = names or os.path.exists(self.file("model.bin"))
+        if not is_worth and not os.path.isdir(moving):
             for name in ("wandb_id", "uploads"):  # which a new run must not go on with
                 remove(self.file(name))
             return

@@ -180,6 +180,11 @@ RANGES = {
 
 def check(settings):
     """Raise UserError, in one sentence, for a setting out of its range."""
+    if os.path.realpath(settings["out_dir"]) == os.path.realpath(settings["data_dir"]):
+        raise UserError(
+            f"out_dir = {settings['out_dir']} is the data_dir too: name another folder, since a "
+            f"run would replace its tokenizer.model"
+        )
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             raise UserError(f"{name} = {settings[name]!r}: expected one of {', '.join(choices)}")
