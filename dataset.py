@@ -88,9 +88,9 @@ class DataPaths:
     @contextlib.contextmanager
     def new_tokenizer(self, overwrite):
         """
-        For a block that trains a vocabulary: the path to write it to. It takes the place of
-        tokenizer_model after the block. Raises UserError where that would be another vocabulary
-        than the shards were made with, unless `overwrite` is true.
+        For a block that trains a vocabulary: the path to write it to. After the block, what was
+        written there and beside it replaces tokenizer_model and its .vocab. Raises UserError where
+        the shards were made with another vocabulary, unless `overwrite` is true.
         """
         path = self.tokenizer_model
         in_use = is_model_of(self.shards, path)
@@ -107,7 +107,8 @@ class DataPaths:
                     f"made with that: nothing is changed; give --overwrite, and pretokenize again, "
                     f"or another --data_dir"
                 )
-            os.replace(new, path)
+            for name in sorted(os.listdir(folder), reverse=True):  # a .vocab before the .model
+                os.replace(os.path.join(folder, name), os.path.join(self.data_dir, name))
 
     def make_hint(self):
         """The flags that name this vocabulary and its folder on tinystories.py's command line."""

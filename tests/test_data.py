@@ -269,19 +269,19 @@ def test_a_vocabulary_in_use_is_kept(tmp_path):
     def stage(name, text, *more):
         return script("tinystories.py", name, *words, f"--source={tmp_path / text}.txt", *more)
 
-    model = tmp_path / "data" / "bpe300.model"
+    model, names = tmp_path / "data" / "bpe300.model", ["bpe300.model", "bpe300.vocab"]
     for name, text in (("train_vocab", "a"), ("train_vocab", "b"), ("train_vocab", "a")):
         assert stage(name, text).returncode == 0  # no shards yet
     assert stage("pretokenize", "a").returncode == 0
-    before = model.read_bytes()
+    before, listed = model.read_bytes(), model.with_suffix(".vocab").read_text()
     done = stage("train_vocab", "a")
     assert done.returncode == 0 and "is replaced only with --overwrite" in done.stdout
     refused(stage("train_vocab", "b"), "differs from", "give --overwrite", "another --data_dir")
     assert model.read_bytes() == before
-    assert sorted(os.listdir(tmp_path / "data")) == ["bpe300", "bpe300.bin", "bpe300.model"]
+    assert sorted(os.listdir(tmp_path / "data")) == ["bpe300", "bpe300.bin", *names]
     done = stage("train_vocab", "b", "--overwrite=True")
     assert done.returncode == 0 and "will be replaced" in done.stdout
-    assert model.read_bytes() != before
+    assert model.read_bytes() != before and model.with_suffix(".vocab").read_text() != listed
     with pytest.raises(UserError, match="was made with another tokenizer"):
         TokenData(DataPaths(tmp_path / "data", "bpe", 300), 16, open_tokenizer(model))
 
