@@ -1,25 +1,26 @@
 # make story   from nothing to a story: environment, practice corpus, vocabulary, training, text
 # make test    the quick tests; make test-slow: all others
-# make run     the C engine; make debug: run_debug, the same with sanitizers; make libllama2: the
-#              engine as a shared library, see lib/llama2.h and examples/llama2.py
-# make test-peers   the GGUF files that export.py writes, run by llama.cpp (llama-cpp-python)
-# make fuzz    wrong files and texts at random for the engine, with clang; FUZZ_SECONDS=60 for each
-# make test-arm   the engine's tests of numbers under qemu-user, with a cross compiler for aarch64
-# make bench   training speed (10 minutes), the loader, the checkpoints (10 minutes), two processes
-#              (4), the engine (5), and with TEXT=PATH, a .txt file with <|endoftext|> between
-#              documents, the tokenizers (3). LLAMA2C=PATH, a checkout of llama2.c, and
-#              LLAMA_BENCH=PATH, llama.cpp's llama-bench, are measured beside ours. `python -m
-#              bench` lists the benchmarks; experiments/speedrun.py measures the recipe
-# make lint    ruff; make clean: removes what was built, not data, models or environment
+# make run     the C engine; make debug: run_debug, with sanitizers; make libllama2: the engine as
+#              a shared library, see lib/llama2.h and examples/llama2.py
+# make test-peers   run the GGUF files of export.py with llama.cpp (llama-cpp-python)
+# make fuzz    random model files, tokenizer files and texts for the engine, with clang;
+#              FUZZ_SECONDS=60 for each
+# make test-arm   the engine's numerical tests under qemu-user, with a cross compiler for aarch64
+# make bench   training speed (10 minutes), the loader, checkpoints (10 minutes), two processes (4),
+#              the engine (5), and with TEXT=PATH, a .txt file with <|endoftext|> between documents,
+#              the tokenizers (3). For comparison, LLAMA2C=PATH adds a checkout of llama2.c, and
+#              LLAMA_BENCH=PATH llama.cpp's llama-bench. `python -m bench` lists the benchmarks;
+#              experiments/speedrun.py measures the recipe
+# make lint    ruff; make clean: remove build outputs, but not data, models or the environment
 #
-# PYTHON=...   the Python to begin from; a fitting torch that it has is used as it is
+# PYTHON=...   the Python to start from; its torch is reused if it has the right version
 # CC=... CFLAGS=...   another compiler, other flags
 
 PYTHON ?= python3
 CC ?= cc
 
-# The one flags variable. On x86 run.c picks its instructions when it runs, so that one binary does
-# for all; sums and products are not fused, so that they round alike everywhere
+# On x86 run.c picks its instructions at run time, so one binary serves all machines. Sums and
+# products are not fused, so that they round alike everywhere
 has = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo $(1))
 STRICT = -std=c11 -ffp-contract=off -Wall -Wextra -Wno-psabi
 CFLAGS ?= $(STRICT) -O3 $(if $(filter x86_64,$(shell uname -m)),,$(call has,-mcpu=native)) \
@@ -53,7 +54,7 @@ test: dev
 test-slow: dev
 	.venv/bin/python -m pytest -m "slow and not peers"
 
-# the numbers alone: everything else is the same C on every machine
+# only the numerical tests: everything else is the same C on every machine
 test-arm: dev
 	ENGINE_CC=aarch64-linux-gnu-gcc ENGINE_FLAGS="-march=armv8.2-a+dotprod -static" \
 	ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest -m "not peers" tests/test_run.py -k "logits or bits"
@@ -62,7 +63,7 @@ PEER = llama-cpp-python==0.3.36
 
 test-peers: dev
 	@.venv/bin/python -c "import llama_cpp" 2>/dev/null || { \
-	  echo "llama.cpp is missing. It is compiled in ten to twenty minutes by:"; \
+	  echo "error: llama.cpp is missing. To compile it (ten to twenty minutes):"; \
 	  echo "    .venv/bin/python -m pip install $(PEER)"; exit 1; }
 	.venv/bin/python -m pytest -m peers tests/test_peers.py
 

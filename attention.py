@@ -1,12 +1,12 @@
 """
-Causal attention: attend(), and the backends it chooses from.
+Causal attention: attend() and its backends.
 
-Shapes: q (B, n_heads, T, head_dim); k, v (B, n_kv_heads, S, head_dim), whose last T positions are
-those of the queries; the result has the shape of q. window: how many positions a query sees, its
-own included; 0: all up to its own.
+Shapes: q (B, n_heads, T, head_dim); k, v (B, n_kv_heads, S, head_dim), where the last T positions
+are those of the queries; the result has the shape of q. window: how many positions a query sees,
+including its own; 0: all up to its own.
 
-To add a backend for training: a function (q, k, v, window) in KERNELS, for T == S. train.py
-compares its gradients with those of PyTorch's attention before using it.
+To add a backend for training, add a function (q, k, v, window) for T == S to KERNELS. Before using
+it, train.py compares its gradients with those of PyTorch's attention.
 """
 
 import math
@@ -17,32 +17,32 @@ import torch.nn.functional as F
 
 
 def is_visible(distance, window):
-    """Whether a query sees a key that lies `distance` positions before it, a tensor of ints."""
+    """Return whether a query sees a key `distance` positions before it, a tensor of ints."""
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def causal_mask(n_queries, n_keys, window, device):
-    """(n_queries, n_keys) bool, true where a query sees a key; both end at the same position."""
+    """Return (n_queries, n_keys) bool: whether a query sees a key; both end at one position."""
     positions = torch.arange(n_keys, device=device)
     return is_visible(positions[n_keys - n_queries :, None] - positions, window)
 
 
 def additive(mask, dtype):
-    """A bool mask as numbers to add to scores: 0 where it is true, minus infinity elsewhere."""
+    """Return the mask to add to scores: 0 where a bool mask is true, -infinity elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def attend(q, k, v, window, dropout, kernel="sdpa"):
     """
-    Causal attention by whichever implementation is fastest here. kernel: a name in KERNELS, used
-    for whole sequences (T == S) without dropout.
+    Return the causal attention, computed by the fastest implementation for these inputs. kernel: a
+    name in KERNELS, used for whole sequences (T == S) without dropout.
     """
     T, S = q.shape[2], k.shape[2]
     window = 0 if window >= S else window
     if kernel != "sdpa" and T == S > 1 and not dropout:
         return KERNELS[kernel](q, k, v, window)
     if q.device.type == "cpu" and T == S and not dropout:
-        is_bf16 = q.dtype is torch.bfloat16  # in which SDPA is slow
+        is_bf16 = q.dtype is torch.bfloat16  # slow in SDPA
         if window and T % window == 0 and (is_bf16 or 8 * window <= T):
             return attend_blocks(q, k, v, window)
         if is_bf16 and (T <= 512 or q.shape[0] * q.shape[1] * T * T <= 1 << 26):  # 128 MB
@@ -56,13 +56,13 @@ def attend(q, k, v, window, dropout, kernel="sdpa"):
 
 def attend_all(q, k, v, window=0):
     """
-    attend() with all scores in memory: on a CPU in bfloat16 up to three times as fast as SDPA. The
-    queries are processed in pieces, and a piece skips the keys after its end: halves, or quarters
-    where heads are so small that scores are most of the work, of at most 512 queries.
+    Compute attend() with all scores in memory, on a CPU in bfloat16 up to three times as fast as
+    SDPA. Queries are processed in pieces of at most 512, and a piece skips the keys after its end:
+    at least two pieces, or four for small heads, where scores are most of the work.
     """
     (B, n_heads, T, head_dim), n_kv_heads = q.shape, k.shape[1]
     size = min(512, math.ceil(T / (4 if head_dim < 32 else 2)))
-    q = q.reshape(B * n_kv_heads, -1, T, head_dim)  # query heads that share keys side by side
+    q = q.reshape(B * n_kv_heads, -1, T, head_dim)  # groups query heads that share keys
     k, v = k.reshape(-1, T, head_dim), v.reshape(-1, T, head_dim)
     out = []
     for start in range(0, T, size):
@@ -77,7 +77,7 @@ def attend_all(q, k, v, window=0):
 
 
 def attend_blocks(q, k, v, window):
-    """attend() for T a multiple of window: each block of queries sees two blocks of keys."""
+    """Compute attend() for T a multiple of window: each block of queries sees two key blocks."""
     T, head_dim = q.shape[2:]
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     q, k, v = (t.unflatten(2, (-1, window)) for t in (q, k, v))  # (B, heads, blocks, window, dim)
@@ -95,7 +95,7 @@ def attend_blocks(q, k, v, window):
 
 @cache
 def flex_kernel(T, window, device):
-    """FlexAttention, compiled on a GPU, and the blocks of a T x T causal mask that it computes."""
+    """Return FlexAttention, compiled on a GPU, and its block mask for T positions."""
     from torch.nn.attention import flex_attention as flex
 
     def sees(_batch, _head, query, key):
@@ -107,15 +107,15 @@ def flex_kernel(T, window, device):
 
 
 def attend_flex(q, k, v, window):
-    """attend() by FlexAttention (arXiv:2412.05496), which skips what a window hides."""
+    """Compute attend() by FlexAttention (arXiv:2412.05496), which skips what a window hides."""
     kernel, mask = flex_kernel(q.shape[2], window, q.device)
-    # compiled for a CPU it has read other strides in the wrong order (torch 2.13)
+    # compiled for a CPU, it read other strides in the wrong order (torch 2.13)
     q, k, v = (t.contiguous() for t in (q, k, v))
     return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
 
 
 def attend_flash(q, k, v, window):
-    """attend() by the package flash-attn (Dao 2023, arXiv:2307.08691)."""
+    """Compute attend() by the package flash-attn (Dao 2023, arXiv:2307.08691)."""
     from flash_attn import flash_attn_func
 
     size = (window - 1, 0) if window else (-1, -1)
@@ -123,6 +123,6 @@ def attend_flash(q, k, v, window):
     return flash_attn_func(q, k, v, causal=True, window_size=size).transpose(1, 2)
 
 
-# The values of --attention. SDPA is PyTorch's own: FlashAttention for layers that see everything;
-# in layers with a window it also computes what the window hides
+# The values of --attention. SDPA is PyTorch's attention: it uses FlashAttention in layers that see
+# everything, but in layers with a window it also computes what the window hides
 KERNELS = {"sdpa": attend, "flex": attend_flex, "flash": attend_flash}

@@ -1,21 +1,22 @@
 """
-Byte-level BPE: a vocabulary of the 256 bytes and of the tokens that merging them makes.
+Byte-level BPE: a vocabulary of the 256 bytes and of tokens that are merged from them.
 
 Text is cut into pre-tokens: words with the space before them, numbers, runs of punctuation or of
-white space. Training counts the pre-tokens and repeatedly merges the pair of neighbouring tokens
-that occurs most often, within pre-tokens only. Encoding merges the bytes of each pre-token in the
-order in which the merges were learned (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2).
+white space. Training counts the pre-tokens, then repeatedly merges the most frequent pair of
+adjacent tokens, only inside pre-tokens. Encoding merges the bytes of each pre-token in the order in
+which training learned the merges (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2).
 
-For example "low low low lower" has the pre-tokens "low", " low" (twice) and " lower". Its pairs are
-l o and o w, 4 times each; " " l, 3 times; w e and e r, once. Of equally frequent pairs the
-lexicographically greater comes first: o w is merged, then l ow, 4 times, then " " low, 3 times.
-"slow" is encoded by the same steps: s l o w, s l ow, s low.
+For example, "low low low lower" has the pre-tokens "low", " low" (twice) and " lower". Its pairs
+are l o and o w, 4 times each; " " l, 3 times; w e and e r, once. Ties go to the lexicographically
+greater pair: o w is merged first, then l ow (4 times), then " " low (3 times). "slow" is encoded by
+the same steps: s l o w, s l ow, s low.
 
-The ids are the 256 bytes, then the merges in order, then the special tokens, which stand for
-themselves in a text and are never split or merged.
+The ids are the 256 bytes, then the merges in order, then the special tokens, which are never split
+or merged.
 
-In this file: the patterns; training (merge_all() is its heart); encoding (pretoken_ids()); files;
-where a long text may be cut. The command line at the end uses modules above this one.
+This file has the patterns, training (see merge_all()), encoding (see pretoken_ids()), the file
+formats, and the places where a long text may be cut. Only the command line at the end uses
+tokenizer.py and formats/.
 
     python bpe.py train --source=text.txt --model=my.model --vocab_size=10000
     python bpe.py encode --source=text.txt --model=my.model --out=shards     # or --out=ids.npy
@@ -50,21 +51,21 @@ from text.corpus import (
 from text.documents import is_plain
 from text.letters import ranges
 
-TYPE = "byte-level BPE"  # marks a file of save()
+TYPE = "byte-level BPE"  # identifies a file written by save()
 MAX_PIECE = 1 << 22  # bytes of a file that one worker counts at a time
-MOST_BYTES = 1 << 26  # of different pre-tokens in training; they take 20 times as much memory
-MOST_TOKENS = 1 << 24  # in a vocabulary
-WINDOW = 1 << 12  # bytes in which one search for a place to cut looks
-CACHED = 1 << 21  # characters of text whose ids an encoder remembers
+MAX_BYTES = 1 << 26  # of different pre-tokens in training; they take 20 times as much memory
+MAX_TOKENS = 1 << 24  # in a vocabulary
+WINDOW = 1 << 12  # bytes to search at a time for a place to cut
+CACHE_SIZE = 1 << 21  # characters of text whose ids an encoder caches
 BLOCK = 1 << 16  # characters of a stream that are encoded at a time
-# Every pattern cuts before a space that is followed by something else. Cutting there first, and
-# matching each different stretch of text only once, is several times as fast
+# Every pattern cuts before a space followed by a character that is not white space. Cutting there
+# first, and matching each distinct stretch of text only once, is several times as fast
 BEFORE_SPACE = re.compile(r"(?= \S)")
-# Every pattern also cuts between a letter or number and a sign, and after a newline between two
+# Every pattern also cuts between a letter or digit and a symbol, and after a newline between two
 # characters that are not white space
 SAFE = re.compile(r"(?= \S)|(?<=[^\W_])(?=[^\w\s])|(?<=\S\n)(?=\S)")
-# The patterns of pre-tokens of GPT-2 and GPT-4 (cl100k, in Llama 3's spelling, which cuts the
-# same). run.c has a matcher for each and knows them by their place here
+# The pre-token patterns of GPT-2 and GPT-4 (cl100k, in Llama 3's notation, which cuts the same
+# way). run.c has a matcher for each and identifies them by their index here
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (
@@ -76,37 +77,37 @@ PATTERNS = {
 
 @cache
 def pattern(name="gpt2"):
-    """A compiled pattern of PATTERNS; ranges() stand for the classes that Python's re lacks."""
+    """Compile one of PATTERNS, with ranges() for the classes that Python's re does not know."""
     if name not in PATTERNS:
         raise UserError(f"pattern_name = {name!r}: expected {' or '.join(PATTERNS)}")
     text = PATTERNS[name].replace(r"\S", r"[^\s]")
-    for kind, named in {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}.items():
-        own = "".join(f"{chr(a)}-{chr(b)}" for a, b, of in ranges() if of == kind)
-        parts = re.split(r"(\[.*?\])", text)  # "a", "[bc]", "d": every second one is a set
-        parts[1::2] = [part.replace(named, own) for part in parts[1::2]]
-        parts[::2] = [part.replace(named, f"[{own}]") for part in parts[::2]]
+    for kind, name_in_re in {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}.items():
+        characters = "".join(f"{chr(a)}-{chr(b)}" for a, b, k in ranges() if k == kind)
+        parts = re.split(r"(\[.*?\])", text)  # "a", "[bc]", "d": every second part is a set
+        parts[1::2] = [part.replace(name_in_re, characters) for part in parts[1::2]]
+        parts[::2] = [part.replace(name_in_re, f"[{characters}]") for part in parts[::2]]
         text = "".join(parts)
     return re.compile(text)
 
 
 def checked_special(special_tokens):
-    """The special tokens as a list without repetitions. Raises UserError for anything else."""
+    """Return the special tokens as a list without duplicates; raise UserError if one is invalid."""
     if isinstance(special_tokens, str):
-        raise UserError(f"special_tokens = {special_tokens!r}: expected a list of texts")
+        raise UserError(f"special_tokens = {special_tokens!r}: expected a list of strings")
     for token in special_tokens or ():
         try:
             n_bytes = len(token.encode())
-        except (AttributeError, UnicodeEncodeError):  # no text, or bytes of the command line
+        except (AttributeError, UnicodeEncodeError):  # not a str, or not UTF-8 on the command line
             n_bytes = 0
         if n_bytes < 2:
             raise UserError(
-                f"special token {token!r}: expected a text of two bytes or more, in UTF-8"
+                f"special token {token!r}: expected a string of at least two bytes in UTF-8"
             )
     return list(dict.fromkeys(special_tokens or ()))
 
 
 def split_at(special_tokens):
-    """A compiled pattern that finds special tokens, the longest first; None without any."""
+    """Compile a pattern that finds special tokens, the longest first; None without any."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if special_tokens else None
 
@@ -118,21 +119,21 @@ def train_bpe(input_path, vocab_size, special_tokens=(), num_processes=1, patter
     """
     Train on a text file -> (vocab {id: bytes}, merges [(bytes, bytes)]), the interface of CS336.
     Special tokens end a pre-token and are not counted. A text with too few pairs gives a smaller
-    vocabulary. Raises UserError where vocab_size has no room for the bytes and special tokens.
+    vocabulary. Raises UserError if vocab_size has no room for the bytes and special tokens.
     """
     spans = [Span(os.fspath(input_path), 0, os.path.getsize(input_path))]
     return train_on(spans, vocab_size, special_tokens, num_processes, pattern_name)
 
 
 def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name="gpt2"):
-    """train_bpe() on a list of Spans."""
-    pattern(pattern_name)  # UserError for an unknown name
+    """Do the work of train_bpe() on a list of Spans."""
+    pattern(pattern_name)  # raises UserError for an unknown name
     special_tokens = checked_special(special_tokens)
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
         raise UserError(
-            f"vocab_size = {vocab_size}: expected at least {256 + len(special_tokens)}, for the "
-            f"256 bytes and the special tokens"
+            f"vocab_size = {vocab_size}: expected at least {256 + len(special_tokens)} for the 256 "
+            f"bytes and the special tokens"
         )
     counts = count_all(spans, special_tokens, num_processes, pattern_name)
     merges = merge_all(counts, n_merges)
@@ -142,7 +143,7 @@ def train_on(spans, vocab_size, special_tokens=(), num_processes=1, pattern_name
 
 
 def count_pretokens(span, special_tokens, pattern_name):
-    """Counter of the pre-tokens, as bytes, in a Span."""
+    """Return a Counter of the pre-tokens in a Span, as bytes."""
     special, find = split_at(special_tokens), pattern(pattern_name).finditer
     stretches, counts = Counter(), Counter()
     for text in texts_of(span):
@@ -156,8 +157,8 @@ def count_pretokens(span, special_tokens, pattern_name):
 
 def count_all(spans, special_tokens, num_processes, pattern_name):
     """
-    Counter of the pre-tokens in Spans. Memory stays bounded: beyond MOST_BYTES of different
-    pre-tokens the rarest are dropped, and a line says so.
+    Return a Counter of the pre-tokens in Spans. To bound memory, beyond MAX_BYTES of different
+    pre-tokens, drop the rarest and print a note.
     """
     counts, n_bytes, dropped = Counter(), 0, 0
     arguments = special_tokens, pattern_name
@@ -165,34 +166,34 @@ def count_all(spans, special_tokens, num_processes, pattern_name):
         pieces = all_pieces(spans, special_tokens)
         for more in over_spans(count_pretokens, pieces, arguments, num_processes, "count"):
             counts.update(more)
-            n_bytes += sum(map(len, more))  # an upper bound: some were known
-            if n_bytes > MOST_BYTES:
+            n_bytes += sum(map(len, more))  # an upper bound: some pre-tokens are not new
+            if n_bytes > MAX_BYTES:
                 n_bytes = sum(map(len, counts))
-            while n_bytes > MOST_BYTES:
+            while n_bytes > MAX_BYTES:
                 dropped += 1
                 counts = Counter({token: n for token, n in counts.items() if n > dropped})
                 n_bytes = sum(map(len, counts))
     if dropped:
         print(
-            f"more than {MOST_BYTES / 1e6:.0f} MB of different pre-tokens: some of those that came "
-            f"up {dropped} times or less were not counted"
+            f"note: this text has more than {MAX_BYTES / 1e6:.0f} MB of different pre-tokens; some "
+            f"that occur {dropped} times or less were not counted"
         )
     return counts
 
 
 def merge_all(counts, n_merges):
     """
-    The first n_merges merges, pairs of bytes, of pre-tokens {bytes: count}. Of equally frequent
-    pairs the lexicographically greater is merged first.
+    Return the first n_merges merges, pairs of bytes, of pre-tokens {bytes: count}. Ties go to the
+    lexicographically greater pair.
 
-    The heap has the most frequent pair on top. A count in it may be out of date, but only too high:
-    it is corrected when it comes to the top.
+    The heap has the most frequent pair on top. A count in the heap may be outdated, but it can only
+    be too high, and is corrected when it reaches the top.
     """
     text = Symbols(counts)
     tokens = [bytes([i]) for i in range(256)]  # id -> bytes
     ids_of = {token: i for i, token in enumerate(tokens)}
-    # Python's heaps have the smallest on top, and the greater token is wanted. So the key of a
-    # token is its bytes counted down, then a mark above all of them: a longer token is greater
+    # Python's heaps have the smallest key on top, but ties go to the greater token. So the key of
+    # a token has its bytes inverted, then an end mark above them: of "a" and "ab", "ab" comes first
     keys = [chr(255 - i) + "\u0100" for i in range(256)]
 
     def entry(count, pair):
@@ -227,9 +228,9 @@ def merge_all(counts, n_merges):
 
 class Symbols:
     """
-    The pre-tokens that are trained on, one after another as symbols (a token at a place): arrays of
-    each symbol's token, of the places of its neighbours, and of how often its pre-token occurs. A
-    pair knows how often it occurs and where, so that a merge costs only what it changes.
+    The pre-tokens of the training text as one sequence of symbols. For each symbol, arrays hold its
+    token, the positions of its neighbours, and the count of its pre-token. For each pair, `counts`
+    and `places` tell how often and where it occurs, so that a merge touches only these positions.
     """
 
     def __init__(self, counts):
@@ -240,13 +241,13 @@ class Symbols:
         left = np.arange(-1, len(ids) - 1, dtype=np.int32)
         right = np.arange(1, len(ids) + 1, dtype=np.int32)
         left[ends - lengths], right[ends - 1] = -1, -1  # no neighbour
-        # one element of an array is read faster than one of numpy's
+        # single elements are faster to read from an array than from numpy
         self.ids = array("i", ids.tobytes())  # -1: merged into the symbol to its left
         self.left, self.right = array("i", left.tobytes()), array("i", right.tobytes())
         self.weights = array("q", weights.tobytes())
-        self.counts = {}  # {(id, id): how often}
-        self.places = defaultdict(partial(array, "i"))  # {(id, id): where}; may be out of date
-        first = np.flatnonzero(right >= 0)  # where a pair of bytes begins
+        self.counts = {}  # {(id, id): count}
+        self.places = defaultdict(partial(array, "i"))  # {(id, id): positions}; may be outdated
+        first = np.flatnonzero(right >= 0)  # where a pair of bytes starts
         codes = ids[first] << 8 | ids[first + 1]
         totals = np.bincount(codes, weights[first], 1 << 16)
         order = np.argsort(codes, kind="stable")
@@ -257,14 +258,14 @@ class Symbols:
                 self.places[pair] = array("i", part.astype(np.int32).tobytes())
 
     def merge(self, pair, new):
-        """Merge a pair into the token `new` everywhere; returns the set of pairs that it made."""
+        """Merge a pair into the token `new` everywhere; return the set of pairs that this makes."""
         ids, weights, left, right = self.ids, self.weights, self.left, self.right
         counts, places, grown = self.counts, self.places, set()
         a, b = pair
-        found = places.pop(pair)
-        for i in sorted(found) if a == b else found:  # in order where pairs overlap: aaa
+        positions = places.pop(pair)
+        for i in sorted(positions) if a == b else positions:  # pairs may overlap, as in aaa
             j = right[i]
-            if ids[i] != a or j < 0 or ids[j] != b:  # another merge came first
+            if ids[i] != a or j < 0 or ids[j] != b:  # changed by an earlier merge
                 continue
             weight, before, after = weights[i], left[i], right[j]
             if before >= 0:
@@ -290,16 +291,16 @@ class Symbols:
 
 class BPETokenizer:
     """
-    Text to ids and back, with a vocabulary {id: bytes}, merges [(bytes, bytes)] in their order, and
-    special tokens; those that the vocabulary lacks get the next ids. Raises UserError where the
+    Text to ids and back, with a vocabulary {id: bytes}, ordered merges [(bytes, bytes)] and special
+    tokens, which get the next ids if they are not in the vocabulary. Raises UserError if the
     vocabulary lacks a byte or the result of a merge.
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern_name="gpt2"):
         self.vocab = dict(vocab)
         self.merges, self.pattern_name = [tuple(pair) for pair in merges], pattern_name
-        if wrong := [i for i in self.vocab if type(i) is not int or not 0 <= i < MOST_TOKENS]:
-            raise UserError(f"an id is {wrong[0]!r}: expected 0 to {MOST_TOKENS - 1:,}")
+        if wrong := [i for i in self.vocab if type(i) is not int or not 0 <= i < MAX_TOKENS]:
+            raise UserError(f"token id {wrong[0]!r}: expected 0 to {MAX_TOKENS - 1:,}")
         self.ids = {token: i for i, token in self.vocab.items()}
         if len(self.ids) < len(self.vocab) or b"" in self.ids:
             raise UserError("two ids have the same token, or a token is empty")
@@ -313,7 +314,7 @@ class BPETokenizer:
         for token in [bytes([i]) for i in range(256)] + [a + b for a, b in self.merges]:
             if token not in self.ids:
                 raise UserError(f"the vocabulary has no token {token!r}")
-        # {(id, id): (place in the order, id)}
+        # {(id, id): (rank of the merge, merged id)}
         self.ranks = {
             (self.ids[a], self.ids[b]): (rank, self.ids[a + b])
             for rank, (a, b) in enumerate(self.merges)
@@ -324,43 +325,43 @@ class BPETokenizer:
 
     def pretoken_ids(self, token):
         """
-        The ids of one pre-token, given as bytes. Repeatedly the pair of neighbours whose merge was
-        learned first is merged, the leftmost where there are several.
+        Return the ids of one pre-token, given as bytes: repeatedly merge the adjacent pair with the
+        earliest merge, and of several such pairs the leftmost.
         """
         ids, ranks = [self.byte_ids[byte] for byte in token], self.ranks
         n = len(ids)
-        left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # places of neighbours
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # positions of neighbours
         heap = [(*ranks[pair], i, pair) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
         heapq.heapify(heap)
         while heap:
             _, new, i, pair = heapq.heappop(heap)
             j = right[i]
-            if j == n or (ids[i], ids[j]) != pair:  # another merge came first
+            if j == n or (ids[i], ids[j]) != pair:  # changed by an earlier merge
                 continue
             ids[i], ids[j], after, before = new, None, right[j], left[i]
             right[i] = after
             if after < n:
                 left[after] = i
-                if found := ranks.get(pair := (new, ids[after])):
-                    heapq.heappush(heap, (*found, i, pair))
-            if before >= 0 and (found := ranks.get(pair := (ids[before], new))):
-                heapq.heappush(heap, (*found, before, pair))
+                if rank := ranks.get(pair := (new, ids[after])):
+                    heapq.heappush(heap, (*rank, i, pair))
+            if before >= 0 and (rank := ranks.get(pair := (ids[before], new))):
+                heapq.heappush(heap, (*rank, before, pair))
         return [i for i in ids if i is not None]
 
     def stretch_ids(self, text):
-        """The ids of text between two places where every pattern cuts; they are remembered."""
+        """Return the ids of text between two places where every pattern cuts, and cache them."""
         ids = []
         for match in self.pretokens(text):
             ids += self.pretoken_ids(match[0].encode(errors="replace"))
         if len(text) < WINDOW:
             self.cached += len(text)
-            if self.cached > CACHED:
+            if self.cached > CACHE_SIZE:
                 self.cache, self.cached = {}, len(text)
             self.cache[text] = ids
         return ids
 
     def encode(self, text):
-        """The ids of a text; special tokens in it stand for themselves."""
+        """Return the ids of a text; special tokens in it get their own ids."""
         ids, at = [], 0
         for match in [*(self.special_pattern.finditer(text) if self.special_pattern else ()), None]:
             for stretch in BEFORE_SPACE.split(text[at : match.start()] if match else text[at:]):
@@ -372,8 +373,8 @@ class BPETokenizer:
 
     def encode_iterable(self, texts):
         """
-        Yield the ids of texts that continue each other, such as the lines of an open file. They are
-        the ids of the whole; memory holds BLOCK characters and one line of it.
+        Yield the ids of consecutive pieces of a text, such as the lines of an open file. They are
+        the same as those of the whole text; memory holds only BLOCK characters and one piece.
         """
         parts, size, searched = [], 0, 0
         for text in texts:
@@ -389,8 +390,8 @@ class BPETokenizer:
 
     def safe_end(self, text, searched):
         """
-        How much of a text can be encoded whatever follows: up to the last of safe_places() that no
-        special token may span; 0 where there is none after `searched`.
+        Return how many characters of a text can be encoded whatever follows: up to the last of
+        safe_places() that no special token can cross, or 0 without one after `searched`.
         """
         end = len(text) - max(map(len, self.special), default=1)
         while end > searched:
@@ -401,14 +402,13 @@ class BPETokenizer:
         return 0
 
     def decode(self, ids):
-        """The text of ids; broken UTF-8 becomes U+FFFD."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.vocab.get(i, b"") for i in ids).decode(errors="replace")
 
     def makes_its_tokens(self):
         """
-        Whether every token, as a pre-token, is encoded as itself. A trained vocabulary is like
-        that. Then engines that know only the tokens, and merge any pair that makes one, give the
-        same ids.
+        Return whether every token, as a pre-token, is encoded as itself, as in any vocabulary that
+        was trained. If so, engines that know only the tokens, not the merges, give the same ids.
         """
         special = set(self.special.values())
         return all(
@@ -418,7 +418,7 @@ class BPETokenizer:
     # ---- files
 
     def to_bytes(self):
-        """The tokenizer as JSON; tokens are strings with one character per byte (Latin-1)."""
+        """Return the tokenizer as JSON; each byte of a token is one character (Latin-1)."""
         value = {
             "type": TYPE,
             "pattern": self.pattern_name,
@@ -430,7 +430,7 @@ class BPETokenizer:
 
     @classmethod
     def from_bytes(cls, data, path):
-        """The inverse of to_bytes(), for data read from `path`. Raises UserError."""
+        """Read the result of to_bytes(); raise UserError, with `path`, for anything else."""
         try:
             value = parse_json(data, "it")
             if value["type"] != TYPE:
@@ -442,7 +442,7 @@ class BPETokenizer:
             raise UserError(f"{path} is not a tokenizer of bpe.py: {e}") from None
 
     def save(self, path):
-        """Write the tokenizer, and beside it a list of its tokens to read, ending in .vocab."""
+        """Write the tokenizer, and beside it a readable list of its tokens, ending in .vocab."""
         with atomic_write(path) as f:
             f.write(self.to_bytes())
         with atomic_write(os.path.splitext(path)[0] + ".vocab", "w") as f:
@@ -450,7 +450,7 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read what save() wrote. Raises UserError for anything else."""
+        """Read a file written by save(); raise UserError for anything else."""
         try:
             with open(path, "rb") as f:
                 return cls.from_bytes(f.read(), path)
@@ -459,24 +459,23 @@ class BPETokenizer:
 
     def names(self):
         """
-        {id: name} of the tokens in GPT-2's spelling, which Hugging Face and llama.cpp use too: see
-        as_visible(); special tokens are spelled as they are. Raises UserError where two names are
-        equal.
+        Return {id: name} of the tokens in GPT-2's spelling, which Hugging Face and llama.cpp use
+        too, see as_visible(). A special token is its own name. Raises UserError if two are equal.
         """
         special = {i: text for text, i in self.special.items()}
         names = {i: special.get(i) or as_visible(token) for i, token in self.vocab.items()}
         if len(set(names.values())) < len(names):
             raise UserError(
-                "a special token is spelled like another token in the letters that Hugging Face "
-                "and llama.cpp write bytes with: train with other --special_tokens"
+                "a special token is spelled like another token in the files of Hugging Face and "
+                "llama.cpp: train with other --special_tokens"
             )
         return names
 
     @classmethod
     def from_names(cls, names, merges, special_tokens, pattern_name="gpt2"):
         """
-        The inverse of names(); merges as pairs of names or as "left right". Raises KeyError where a
-        name has other characters, and what the constructor raises.
+        Return a tokenizer from names(), with merges as pairs of names or as "left right". Raises
+        KeyError for a character that stands for no byte, and UserError like the constructor.
         """
         special = set(special_tokens)
         vocab = {i: t.encode() if t in special else from_visible(t) for i, t in names.items()}
@@ -487,12 +486,12 @@ class BPETokenizer:
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):
         """
-        Read GPT-2's files, in which tokens are names(): vocab.json, {name: id}, and merges.txt, a
-        pair a line. Raises UserError for anything else.
+        Read GPT-2's files, where tokens are names(): vocab.json with {name: id} and merges.txt with
+        one pair per line. Raises UserError for anything else.
         """
         try:
             with open(vocab_path, encoding="utf-8-sig") as f:
-                names = {i: name for name, i in parse_json(f.read(), "the first").items()}
+                names = {i: name for name, i in parse_json(f.read(), "the first file").items()}
             with open(merges_path, encoding="utf-8-sig") as f:
                 lines = f.read().split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]
@@ -500,9 +499,9 @@ class BPETokenizer:
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-            cause = f"there is no byte {e}" if isinstance(e, KeyError) else e
+            reason = f"{e} does not stand for a byte" if isinstance(e, KeyError) else e
             raise UserError(
-                f"{vocab_path} and {merges_path} are not a GPT-2 vocabulary: {cause}"
+                f"{vocab_path} and {merges_path} are not a GPT-2 vocabulary: {reason}"
             ) from None
 
 
@@ -511,14 +510,14 @@ class BPETokenizer:
 
 def safe_places(text, special_tokens, start, end):
     """
-    Yield the places in a text, from start to end, where every pattern cuts and no special token can
-    lie across, so that the two sides can be encoded separately.
+    Yield the positions in a text, from start to end, where every pattern cuts and that no special
+    token crosses, so that the two sides can be encoded separately.
     """
     for match in SAFE.finditer(text, start, end):
         place = match.start()
         if not any(
             text.find(token, max(0, place - len(token) + 1), place + len(token) - 1) >= 0
-            or text.startswith(token, place + 1)  # the space before it ends a run of white space
+            or text.startswith(token, place + 1)  # the space joins the white space before it
             for token in special_tokens
         ):
             yield place
@@ -526,14 +525,14 @@ def safe_places(text, special_tokens, start, end):
 
 def pieces_of(span, special_tokens, size):
     """
-    A Span cut into Spans of about `size` bytes without cutting a pre-token: .txt files at
-    safe_places(), others between documents. Without a safe place the whole is one piece.
+    Cut a Span into Spans of about `size` bytes without cutting a pre-token: .txt files at
+    safe_places(), others between documents. Without a safe place it stays whole.
     """
     if not is_plain(span.path):
         if span.end - span.start < os.path.getsize(span.path):
             return [span]
         return cut(span, -(-span.end // size))
-    # bytes around the window, for special tokens and characters that lie across its ends
+    # bytes around the window, because special tokens and characters may cross its ends
     places, margin = [span.start], max([4, *(len(token.encode()) for token in special_tokens)])
     with open(span.path, "rb") as f:
         while places[-1] + size < span.end:
@@ -542,7 +541,7 @@ def pieces_of(span, special_tokens, size):
                 back = min(margin, at)
                 f.seek(at - back)
                 data = f.read(WINDOW + 2 * margin)
-                text = data.decode(errors="surrogateescape")  # may begin, end in a character
+                text = data.decode(errors="surrogateescape")  # may start or end inside a character
                 start = len(data[:back].decode(errors="surrogateescape"))
                 end = len(text) - margin
                 if (place := next(safe_places(text, special_tokens, start, end), None)) is not None:
@@ -556,17 +555,17 @@ def pieces_of(span, special_tokens, size):
 
 
 def all_pieces(spans, special_tokens):
-    """Spans cut into Spans of MAX_PIECE bytes, or of an eighth of their sum if that is less."""
+    """Cut Spans into Spans of MAX_PIECE bytes, or an eighth of the total if that is less."""
     spans = list(spans)
     size = max(1 << 16, min(MAX_PIECE, sum(span.end - span.start for span in spans) // 8))
     return [piece for span in spans for piece in pieces_of(span, special_tokens, size)]
 
 
-# ---- how tokens are written
+# ---- how tokens are spelled
 
 
 def readable(token):
-    """A token for people to read: its text in quotes, or its bytes if they are not UTF-8."""
+    """Return a token for people to read: its text in quotes, or its bytes if not UTF-8."""
     try:
         return json.dumps(token.decode(), ensure_ascii=False)
     except UnicodeDecodeError:
@@ -575,19 +574,19 @@ def readable(token):
 
 @cache
 def visible_bytes():
-    """{byte: character} of GPT-2's files: visible ones stand for themselves, others follow."""
+    """Return GPT-2's {byte: character}: visible bytes stand for themselves, others follow."""
     seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in seen]
     return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def as_visible(token):
-    """A token as GPT-2's files write it, each byte as a character of visible_bytes()."""
+    """Return a token as GPT-2's files spell it: each byte as its character of visible_bytes()."""
     return "".join(visible_bytes()[byte] for byte in token)
 
 
 def from_visible(text):
-    """The inverse of as_visible(); KeyError for other characters."""
+    """Return the bytes that as_visible() spells; raise KeyError for another character."""
     return bytes(byte_of()[character] for character in text)
 
 
@@ -601,22 +600,22 @@ def byte_of():
 
 if __name__ == "__main__":
     stage = ""  # train, encode or import
-    source = ""  # text: a file, or a folder of files: .txt, .json, .jsonl, .csv or .parquet
-    model = "bpe.model"  # the tokenizer, which encode reads and the others write
+    source = ""  # a text file or a folder: .txt, .json, .jsonl, .csv or .parquet
+    model = "bpe.model"  # the tokenizer file; encode reads it, train and import write it
     num_workers = 0  # processes; 0: one per core
     # train
     vocab_size = 10000  # 256 bytes, merges and special tokens together
-    special_tokens = "<|endoftext|>"  # separated by commas; documents begin with the first
-    pattern_name = "gpt2"  # where text is cut into pre-tokens: as for gpt2, or as for gpt4
-    also_tiktoken = False  # also write the ranks as tiktoken reads them
-    also_hf = False  # also write tokenizer.json for Hugging Face's libraries
+    special_tokens = "<|endoftext|>"  # comma-separated; the first one starts each document
+    pattern_name = "gpt2"  # how to cut text into pre-tokens: gpt2 or gpt4
+    also_tiktoken = False  # also write the ranks for tiktoken
+    also_hf = False  # also write a tokenizer.json for Hugging Face's libraries
     # import
     vocab_json = ""  # GPT-2's vocab.json
     merges_txt = ""  # GPT-2's merges.txt
-    tokenizer_json = ""  # or a tokenizer.json of Hugging Face
+    tokenizer_json = ""  # instead of both: a tokenizer.json of Hugging Face
     # encode
-    out = ""  # a folder for shards; or a file ending in .npy: .txt as it stands, others with BOS
-    valid_source = ""  # text for the first shard, validation; else a part of the documents
+    out = ""  # folder for shards; or a .npy file, where .txt files get no BOS
+    valid_source = ""  # text for validation; empty: part of the documents
     configure(globals(), positional="stage")
 
     from formats.hftokenizer import VocabularyFiles, byte_level_from_json
@@ -626,10 +625,10 @@ if __name__ == "__main__":
     files = VocabularyFiles(model, also_tiktoken, also_hf)
     special = [token for token in special_tokens.split(",") if token]
     if stage not in ("train", "encode", "import"):
-        what = f"unknown stage {stage!r}" if stage else "no stage is given"
-        raise UserError(f"{what}; expected one of: train, encode, import")
+        problem = f"stage = {stage!r}" if stage else "the stage is missing"
+        raise UserError(f"{problem}: expected one of train, encode, import")
     if stage != "import" and not source:
-        raise UserError("--source=PATH is missing: a text, or a folder of files of text")
+        raise UserError("--source=PATH is missing: pass a text file or a folder of them")
 
     if stage == "train":
         files.check(source)
@@ -638,16 +637,16 @@ if __name__ == "__main__":
             spans, vocab_size, special, worker_count(num_workers), pattern_name
         )
         if not merges and vocab_size > len(vocab):
-            raise UserError(f"cannot train a vocabulary: {source} has no text to learn from")
+            raise UserError(f"{source} contains no text to train on")
         if len(vocab) < vocab_size:
-            print(f"the text has pairs for {len(vocab):,} tokens only")
+            print(f"note: this text yields only {len(vocab):,} tokens")
         files.write(BPETokenizer(vocab, merges, special, pattern_name))
 
     if stage == "import":
         missing = [f"--{n}" for n in ("vocab_json", "merges_txt") if not globals()[n]]
         if missing and not tokenizer_json:
             raise UserError(
-                f"{missing[0]}=PATH is missing: GPT-2's vocab.json and merges.txt are read, or "
+                f"{missing[0]}=PATH is missing: pass GPT-2's vocab.json and merges.txt, or "
                 f"--tokenizer_json=PATH"
             )
         files.check(source)
@@ -658,14 +657,12 @@ if __name__ == "__main__":
 
     if stage == "encode":
         if not out:
-            raise UserError("--out=PATH is missing: a folder for shards, or a file ending in .npy")
+            raise UserError("--out=PATH is missing: pass a folder for shards or a .npy file")
         is_array = out.lower().endswith(".npy")
         if os.path.splitext(out)[1] and not (is_array or os.path.isdir(out)):
-            raise UserError(
-                f"out = {out!r}: expected a folder for shards, or a file ending in .npy"
-            )
+            raise UserError(f"out = {out!r}: expected a folder for shards or a .npy file")
         if is_array and valid_source:
-            raise UserError("valid_source is for shards: a .npy file has no part for validation")
+            raise UserError("valid_source cannot be used with a .npy file: use a folder as --out")
         tokenizer, workers = ByteLevel(model), worker_count(num_workers)
         if is_array:
             spans = all_pieces(map(whole_file, text_files(source)), list(tokenizer.bpe.special))

@@ -1,18 +1,19 @@
 """
-Settings of a script: its own top-level globals, overridden from the command line.
+Settings of a script: its top-level globals, overridden from the command line.
 
     from configurator import configure
 
     batch_size = 32  # sequences per step
-    out_dir = "out"  # where checkpoints go
+    out_dir = "out"  # folder for checkpoints
 
     configure(globals())
 
-`python script.py --batch_size=8 config/small.py --compile` then reads, from left to right,
-`--key=value` overrides and override files (plain assignments in the syntax of Python, which are
-read and not run). The type of the default decides how a value is parsed: an int literal is fine for
-a float, `--flag` alone means True for a bool, and everything after the first `=` belongs to the
-value. A path may begin with `~/`. `--help` lists every setting with its default and its comment.
+`python script.py --batch_size=8 config/small.py --compile` applies its arguments from left to
+right: `--key=value` overrides one setting; an override file (plain Python assignments, which are
+parsed and not executed) overrides several. The type of the default determines how a value is
+parsed: an int literal is fine for a float, and `--flag` alone sets a bool to True. Everything after
+the first `=` is the value. A path may start with `~/`. `--help` lists every setting with its
+default and comment.
 """
 
 import ast
@@ -28,10 +29,11 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import tokenize
 import traceback
 
-SETTING_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+SETTING_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 BOOLS = {True: ("true", "1", "yes", "on"), False: ("false", "0", "no", "off")}
 OPERATORS = {
     ast.Add: operator.add,
@@ -44,41 +46,41 @@ OPERATORS = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-HOME = re.compile(r"(^|[,=:])(~[^/,]*)(?=/)")  # where a path begins: the text, or one of its parts
+HOME = re.compile(r"(^|[,=:])(~[^/,]*)(?=/)")  # ~ at the start of a value, or of a path in it
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-PRINT_SETTINGS = "--print-settings"  # for programs that need to know what a command line means
+PRINT_SETTINGS = "--print-settings"  # lets a program ask what a command line means
+HELP_WIDTH, HELP_INDENT = 100, 36  # columns of --help, and the limit for where its comments start
 
-
-# control characters, lone surrogates, and overrides of the direction, which can hide text; not the
-# joiners and spaces that scripts and emoji need
-STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, lone surrogates, and direction overrides, which can hide text. The joiners and
+# spaces that some scripts and emoji need are not included.
+CONTROL_CHARS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """Something the user has to change; the message says what was wrong and what to do."""
+    """An error that the user can fix; the message says what is wrong and what to do."""
 
 
 def printable(text):
-    r"""Text as a terminal may show it: what would steer it becomes \x1b and the like."""
-    return STEERING.sub(lambda match: repr(match[0])[1:-1], text)
+    r"""Return text that is safe to print: control characters become \x1b and the like."""
+    return CONTROL_CHARS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def one_sentence_errors():
     """
-    From here on an uncaught UserError, or a file that cannot be read or written, ends the script
-    with a sentence instead of a traceback. A terminal that lacks a character gets its code.
+    Make the script end with one sentence instead of a traceback on an uncaught UserError or a file
+    that cannot be read or written. Characters that the terminal cannot encode are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+        if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
 
     def hook(kind, error, trace):
-        if issubclass(kind, (UserError, OSError)):  # progress bars close before the sentence
+        if issubclass(kind, (UserError, OSError)):  # closes progress bars before the message
             traceback.clear_frames(trace)
         if issubclass(kind, UserError):
-            text = printable(str(error)).replace("\n", r"\n").replace("\t", r"\t")  # in one line
+            text = printable(str(error)).replace("\n", r"\n").replace("\t", r"\t")  # one line
             print(f"error: {text}", file=sys.stderr)
-        elif issubclass(kind, BrokenPipeError):  # who read the output has had enough
+        elif issubclass(kind, BrokenPipeError):  # the reader has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         elif issubclass(kind, OSError) and error.filename:
             print(printable(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
@@ -94,20 +96,20 @@ def one_sentence_errors():
 
 
 def flush_output():
-    """At the end of a script: exit with 1 and a sentence if its output cannot be written."""
+    """At the end of a script, exit with status 1 and a message if output cannot be written."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has had enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as e:
         print(f"error: cannot write the output: {e.strerror}", file=sys.stderr, flush=True)
-        os._exit(1)  # at this point nothing else changes the exit status
+        os._exit(1)  # the only way to set the exit status this late
 
 
 def settings_of(namespace):
     """
-    The settings in a namespace: its names bound to a bool, int, float or str, those that start with
-    an underscore and CONSTANTS left out.
+    Return the settings in a namespace: every name bound to a bool, int, float or str, except
+    CONSTANTS and names that start with an underscore.
     """
     return {
         name: value
@@ -117,7 +119,7 @@ def settings_of(namespace):
 
 
 def check_name(name, settings, where=""):
-    """Raise UserError, naming the nearest setting, where `name` is none of them."""
+    """Raise UserError with the closest match if `name` is not one of `settings`."""
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
@@ -125,40 +127,40 @@ def check_name(name, settings, where=""):
 
 
 def parse(name, text, default):
-    """Parse `text` to the type of `default`; raise UserError where it does not fit."""
-    word, value = text.strip(), text
+    """Parse `text` as the type of `default`; raise UserError if it does not fit."""
+    value, stripped = text, text.strip()
     if isinstance(default, bool):
-        for value_of_words, words in BOOLS.items():
-            if word.lower() in words:
-                return value_of_words
+        for boolean, spellings in BOOLS.items():
+            if stripped.lower() in spellings:
+                return boolean
     elif not isinstance(default, str):
         for kind in (float, int):  # 1e4 is a good way to write an int
             with contextlib.suppress(ValueError):
-                value = kind(word)
+                value = kind(stripped)
     return coerce(value, default, f"--{name}={text}")
 
 
-def coerce(value, default, what):
-    """`value` in the type of `default`; UserError, beginning with `what`, where it does not fit."""
+def coerce(value, default, assignment):
+    """Convert `value` to the type of `default`, or raise UserError quoting `assignment`."""
     kind = type(default)
     if type(value) is kind:
-        return in_home(value) if kind is str else value
+        return expand_home(value) if kind is str else value
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    raise UserError(f"{what}: expected {SETTING_TYPES[kind]}, like {default!r}")
+    raise UserError(f"{assignment}: expected {SETTING_TYPES[kind]}, like {default!r}")
 
 
-def in_home(text):
-    """A text with the home folder in place of each ~ that begins a path: shells often leave it."""
+def expand_home(text):
+    """Expand each ~ at the start of a path to the home folder; after `=` shells often do not."""
     return HOME.sub(lambda match: match[1] + os.path.expanduser(match[2]), text)
 
 
 def value_of(node, scope):
     """
-    The value of an expression of literals, names in `scope` and arithmetic. ValueError for any
-    other, and for numbers and texts so large that they would only exhaust the memory.
+    Evaluate an expression of literals, names in `scope` and arithmetic. Raises ValueError for
+    anything else, and for operands large enough to exhaust memory.
     """
     if isinstance(node, ast.Constant):
         return node.value
@@ -179,7 +181,7 @@ def value_of(node, scope):
 
 
 def assigned(node, scope):
-    """{name: value} that a line of an override file assigns; ValueError where it does more."""
+    """Return {name: value} for an assignment; raise ValueError for any other statement."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
         return {}
     if isinstance(node, ast.AugAssign):
@@ -191,27 +193,27 @@ def assigned(node, scope):
 
 def read_override_file(path, settings):
     """
-    {name: value} of the settings that an override file assigns. It may compute with the settings
-    as they stand (`dim = n_heads * 48`); helper names start with an underscore. It is read, and not
-    run, so a file from a stranger can set settings and nothing else.
+    Return {name: value} for the settings that an override file assigns. The file may use current
+    values (`dim = n_heads * 48`), and names that start with an underscore as helpers. It is parsed
+    and not executed, so a stranger's file can change settings and nothing else.
     """
-    found = path
-    if not os.path.isfile(found):  # `config/x.py` works from any directory
-        found = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
-    if not os.path.isfile(found):
-        is_folder = os.path.isdir(path) or os.path.isdir(found)
+    file = path
+    if not os.path.isfile(file):  # `config/x.py` works from any directory
+        file = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    if not os.path.isfile(file):
+        is_folder = os.path.isdir(path) or os.path.isdir(file)
         raise UserError(f"override file {path} {'is a folder' if is_folder else 'does not exist'}")
-    with open(found, "rb") as f:
+    with open(file, "rb") as f:
         source = f.read()
     scope, overrides = dict(settings), {}
     try:
-        for node in ast.parse(source.decode("utf-8-sig"), found).body:
+        for node in ast.parse(source.decode("utf-8-sig"), file).body:
             try:
                 values = assigned(node, scope)
             except ValueError:
                 raise UserError(
-                    f"{path}, line {node.lineno}: expected only lines like name = value, with "
-                    f"numbers, texts, names set before it and arithmetic"
+                    f"{path}, line {node.lineno}: expected name = value, where the value has only "
+                    f"numbers, text, earlier names and arithmetic"
                 ) from None
             for name, value in values.items():
                 if not name.startswith("_"):
@@ -222,15 +224,15 @@ def read_override_file(path, settings):
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"override file {path} fails with {type(e).__name__}: {e}") from None
+        raise UserError(f"cannot read override file {path}: {type(e).__name__}: {e}") from None
     return overrides
 
 
 def comments_of(path):
     """
-    What a script's source says of its settings: ({name: comment}, {name: heading}). A comment
-    stands behind `name = value` at the top level, or in the block of `if __name__ == "__main__"` at
-    the end; a heading is a comment on a line of its own before the first setting of a group.
+    Return ({name: comment}, {name: heading}) from a script's source. A setting's comment follows
+    `name = value` on the same line, at the top level or in the final `if __name__ == "__main__"`
+    block. A heading is a whole-line comment above the first setting of a group.
     """
     with open(path, "rb") as f:
         tokens = list(tokenize.tokenize(f.readline))
@@ -257,74 +259,86 @@ def print_help(namespace, settings, positional):
     if spec := namespace.get("__spec__"):  # started by python -m
         script = f"-m {spec.name}"
     print((namespace.get("__doc__") or script).strip() + "\n")
-    words = f" {positional.upper()}" if positional else ""
-    print(f"usage: python {script}{words} [--key=value ...] [override_file.py ...]")
+    argument = f" {positional.upper()}" if positional else ""
+    print(f"usage: python {script}{argument} [--key=value ...] [override_file.py ...]")
+    flags = {name: f"  --{name}={value}" for name, value in settings.items() if name != positional}
+    empty = "; nothing after the = means empty" if "" in map(settings.get, flags) else ""
+    print(f"Each setting is shown with its default{empty}.")
     comments, headings = comments_of(namespace["__file__"])
-    width = max(len(f"--{name}={value}") for name, value in settings.items())
+    widths = [len(flag) + 2 for flag in flags.values()]
+    indent = max((width for width in widths if width <= HELP_INDENT), default=HELP_INDENT)
     if next(iter(settings)) not in headings:
         print()
-    for name, value in settings.items():
+    for name in settings:
         if name in headings:
             print(f"\n{headings[name]}:")
-        if name != positional:
-            print(f"  {f'--{name}={value}':<{width}}  {comments.get(name, '')}".rstrip())
+        if name in flags:
+            print_setting(flags[name], comments.get(name, ""), indent)
+
+
+def print_setting(flag, comment, indent):
+    """Print a line of help, wrapped at HELP_WIDTH, with its comment starting at column `indent`."""
+    lines = textwrap.wrap(comment, HELP_WIDTH - indent, break_on_hyphens=False)
+    if lines and len(flag) + 2 <= indent:
+        print(f"{flag:<{indent}}{lines.pop(0)}")
+    else:
+        print(flag)
+    for line in lines:
+        print(" " * indent + line)
 
 
 def apply(namespace, argv, positional=None, many=False):
     """
-    Apply the words of `argv` to the settings in `namespace`; raise UserError at the first that
-    does not fit. `positional` names a str setting that takes the one bare word that is no file.
-    With `many`, further bare words are added to it with commas between them. Returns {setting: the
-    last word that gave it}.
+    Apply the arguments in `argv` to the settings in `namespace`; raise UserError at the first bad
+    one. `positional` is the str setting that receives a bare argument; with `many` it receives
+    several, joined by commas. Returns {setting: the last argument that set it}.
     """
     settings = settings_of(namespace)
     given = {}
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        if word.startswith("--") and len(word) > 2:
-            key, equals, text = word[2:].partition("=")
+    for arg, following in itertools.zip_longest(argv, argv[1:]):
+        if arg.startswith("--") and len(arg) > 2:
+            key, equals, text = arg[2:].partition("=")
             name = key.replace("-", "_")
             check_name(name, settings)
             default = settings[name]
             if not equals and not isinstance(default, bool):
                 is_value = following and not following.startswith("--")
                 value = following if is_value else default or "..."
-                raise UserError(f"--{key} needs a value, after an equals sign: --{key}={value}")
+                raise UserError(f"--{key} needs a value: write --{key}={value}")
             changes = {name: parse(name, text, default) if equals else True}
-        elif word.endswith(".py"):
-            changes = read_override_file(word, settings)
-        elif positional and (many or positional not in given) and not word.startswith("-"):
-            value = in_home(word)
+        elif arg.endswith(".py"):
+            changes = read_override_file(arg, settings)
+        elif positional and (many or positional not in given) and not arg.startswith("-"):
+            value = expand_home(arg)
             changes = {
                 positional: f"{settings[positional]},{value}" if positional in given else value
             }
         else:
-            raise UserError(f"cannot read {word!r}: settings are given as --key=value")
+            raise UserError(f"unexpected argument {arg!r}: settings have the form --key=value")
         namespace.update(changes)
-        given |= dict.fromkeys(changes, word)
+        given |= dict.fromkeys(changes, arg)
         settings = settings_of(namespace)
     return given
 
 
-def check_range(least, most=math.inf, **settings):
-    """Raise UserError for the first of some numbers, given by name, that is out of the range."""
+def check_range(low, high=math.inf, **settings):
+    """Raise UserError for the first setting that is not in the range, or is infinite."""
     for name, value in settings.items():
-        if not least <= value <= most or value == math.inf:
-            among = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
-            raise UserError(f"{name} = {value}: expected {among}")
+        if not low <= value <= high or value == math.inf:
+            expected = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
+            raise UserError(f"{name} = {value}: expected {expected}")
 
 
 def split_words(text, name):
-    """The words in the text of a setting, split as a shell would; UserError with its name."""
+    """Split the value of the setting `name` into words as a shell would, or raise UserError."""
     try:
         return shlex.split(text)
     except ValueError as e:
-        raise UserError(f"{name} = {text!r} cannot be split into words ({e})") from None
+        raise UserError(f"{name} = {text!r}: expected words quoted as in a shell ({e})") from None
 
 
 def listed_paths(text):
-    """
-    The paths in a list with commas. A comma belongs to a name where something has that name.
-    """
+    """Split a comma-separated list of paths. A comma in the name of an existing path is kept."""
     parts, paths = text.split(","), []
     while parts:
         joined = {n: ",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)}
@@ -336,20 +350,20 @@ def listed_paths(text):
 
 def configure(namespace, positional=None, argv=None, many=False):
     """
-    Override a script's globals in place from the command line; see the top of this file. Prints
-    help and exits on --help; on --print-settings prints all settings as JSON and exits. Anything
-    that it cannot use, and any later UserError, ends the script with one sentence and status 1.
-    Returns {setting: the last word that gave it}.
+    Override a script's globals in place from the command line; see the top of this file. --help
+    prints help and exits; --print-settings prints all settings as JSON and exits. A bad argument,
+    and any later UserError, ends the script with one sentence and status 1. Returns {setting: the
+    last argument that set it}.
     """
     one_sentence_errors()
     argv = sys.argv[1:] if argv is None else argv
     if PRINT_SETTINGS in argv:
-        argv = [word for word in argv if word != PRINT_SETTINGS]
+        argv = [arg for arg in argv if arg != PRINT_SETTINGS]
         given = apply(namespace, argv, positional, many)
         print(json.dumps({"settings": settings_of(namespace), "given": sorted(given)}))
         sys.exit(0)
     if "--help" in argv or "-h" in argv:
         print_help(namespace, settings_of(namespace), positional)
-        sys.stdout.flush()  # while a reader who has gone is still no traceback
+        sys.stdout.flush()  # here, so that a closed pipe causes no traceback
         sys.exit(0)
     return apply(namespace, argv, positional, many)

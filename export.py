@@ -1,14 +1,13 @@
 """
-A model from any format into any other: checkpoint, model.bin, Hugging Face, GGUF, safetensors.
+Convert a model to another format: model.bin, Hugging Face, GGUF, safetensors or a checkpoint.
 
     python export.py out/model.bin --dtype=int8                     # for ./run
-    python export.py out/hf --format=hf --push-to-hub=user/name     # for transformers, and the hub
+    python export.py out/hf --format=hf --push-to-hub=user/name     # for transformers and the hub
     python export.py out/story.gguf --dtype=q8_0                    # for llama.cpp and Ollama
-    python export.py imported/ckpt.pt --from-hf=PATH                # to sample, and to train on
+    python export.py imported/ckpt.pt --from-hf=PATH                # to sample or train further
 
-The model comes from --checkpoint, which may be in any of these formats too, or from one --from-...
-What a format cannot carry is refused by name, and nothing is written. The formats are in
-formats/table.py.
+If the format cannot store an option of the model, the error names the option and nothing is
+written. See doc/formats.md.
 """
 
 import argparse
@@ -17,132 +16,152 @@ import re
 import sys
 from functools import partial
 
-from configurator import UserError, in_home, one_sentence_errors
+from configurator import UserError, expand_home, one_sentence_errors, print_setting, printable
 from formats.huggingface import FastTokenizer
 from formats.modelbin import VERSIONS
-from formats.table import FORMATS, SOURCES, format_of, load, recognize
+from formats.table import FORMATS, SOURCES, format_of, load, model_in, recognize
 from system.remote import check_push, push, reason
 
+SOURCE_HEADING = "the model to read (one of these)"
+SOURCE_HELP = {
+    "hf": "Hugging Face folder, or hf:user/name for a model on the hub",
+    "meta": "folder of a release by Meta",
+    "bin": "model.bin, also llama2.c's",
+    "gguf": "GGUF file with a llama or qwen3 model",
+    "safetensors": "safetensors file written by export.py",
+}
+# heading: {name: (default, or a placeholder in capitals if there is none; comment)}
+SETTINGS = {
+    SOURCE_HEADING: {
+        "checkpoint": ("out/ckpt.pt", "run folder, checkpoint, or any of the formats below"),
+        **{f"from-{name}": ("PATH", comment) for name, comment in SOURCE_HELP.items()},
+    },
+    "its tokenizer": {
+        "tokenizer": ("PATH", "if it is not beside the model; none: export without a tokenizer"),
+    },
+    "the format to write": {
+        "format": ("FORMAT", "one of those below; if not set: by PATH's ending, else bin"),
+        "dtype": ("fp32", "dtype of the weights; the list below shows the choices"),
+        "version": ("auto", "of model.bin: 0 (plain Llama only) or 3; auto: 0 if possible"),
+    },
+    "the model card (hf) and metadata (gguf)": {
+        "title": ("TEXT", "name of the model; if not set: by USER/NAME or PATH"),
+        "language": ("en", "code of the language that the model writes"),
+        "license": ("unknown", "license of the model, such as mit"),
+    },
+    "the Hugging Face hub": {
+        "push-to-hub": ("USER/NAME", "upload the folder, with the token from HF_TOKEN or .env"),
+        "private": (False, "make the repository private, if it is new"),
+        "dry-run": (False, "print what would be uploaded, and upload nothing"),
+    },
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the help and errors of the other scripts; see configurator.py."""
+
+    def print_help(self, file=None):
+        print(__doc__.strip() + "\n")
+        print("usage: python export.py PATH [--key=value ...]")
+        print("PATH is the file or folder to write. Each setting shows its default, if it has one.")
+        flags = {
+            name: f"  --{name}={default}" if default else f"  --{name}"
+            for group in SETTINGS.values()
+            for name, (default, _) in group.items()
+        }
+        indent = max(map(len, flags.values())) + 2
+        for heading, group in SETTINGS.items():
+            print(f"\n{heading}:")
+            for name, (_, comment) in group.items():
+                print_setting(flags[name], comment, indent)
+        print("\nformats (and their dtypes):")
+        for name, row in FORMATS.items():
+            print_setting(f"  {name}", f"{row.purpose} ({', '.join(row.dtypes)})", indent)
+
+    def error(self, message):
+        self.exit(2, f"error: {printable(message)}\n")
+
+
 one_sentence_errors()
-table = "\n".join(
-    f"  {name:<12} {f.purpose}; --dtype={'|'.join(f.dtypes)}" for name, f in FORMATS.items()
-)
-parser = argparse.ArgumentParser(
-    description="Write a model in another format.",
-    epilog=f"formats:\n{table}",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-)
-parser.add_argument("path", help="the file or folder to write, such as out/model.bin")
-group = parser.add_mutually_exclusive_group()
-group.add_argument(
-    "--checkpoint",
-    metavar="PATH",
-    default=os.path.join("out", "ckpt.pt"),
-    help="the model to write; a checkpoint, or anything that --from-... takes (default: "
-    "out/ckpt.pt)",
-)
-for name in SOURCES:
-    if name != "checkpoint":
-        what = "a folder, or hf:user/name" if name == "hf" else "a model in this format"
-        group.add_argument(f"--from-{name}", f"--from_{name}", metavar="PATH", help=what)
-parser.add_argument(
-    "--format",
-    choices=FORMATS,
-    metavar="FORMAT",
-    help="see below (default: by the ending of the path, else bin)",
-)
-parser.add_argument("--dtype", default="fp32", help="number format of the weights (default: fp32)")
-parser.add_argument(
-    "--version",
-    choices=("auto", *map(str, VERSIONS)),
-    default="auto",
-    help="of model.bin: 0, llama2.c's first, for plain Llama 2 only; 3, which carries every "
-    "option; auto (default), 0 if it carries the model and else 3",
-)
-parser.add_argument(
-    "--tokenizer",
-    default="",
-    metavar="PATH",
-    help="a tokenizer's .model (default: the one beside the model); none: leave it out",
-)
-parser.add_argument(
-    "--title",
-    default="",
-    help="name of the model in its card or GGUF file (default: that of the hub, or of the path)",
-)
-parser.add_argument("--language", default="en", help="code of its language, there (default: en)")
-parser.add_argument(
-    "--license", default="unknown", help="its licence, there, such as mit (default: unknown)"
-)
-parser.add_argument(
-    "--push-to-hub",
-    "--push_to_hub",
-    metavar="USER/NAME",
-    help="upload the folder (--format=hf) to the Hugging Face hub, with the token of HF_TOKEN or "
-    ".env",
-)
-parser.add_argument("--private", action="store_true", help="make a new model of the hub private")
-parser.add_argument(
-    "--dry-run", "--dry_run", action="store_true", help="say what would be uploaded, and stop"
-)
-flags = parser.parse_args(list(map(in_home, sys.argv[1:])))
+parser = Parser()
+parser.add_argument("path", metavar="PATH")
+source_flags = parser.add_mutually_exclusive_group()
+for heading, group in SETTINGS.items():
+    for name, (default, _) in group.items():
+        spellings = sorted({f"--{name}", f"--{name.replace('-', '_')}"})
+        if default is False:
+            parser.add_argument(*spellings, action="store_true")
+        else:
+            target = source_flags if heading == SOURCE_HEADING else parser
+            target.add_argument(*spellings, default=None if default.isupper() else default)
+flags = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
 sources = {name: getattr(flags, f"from_{name}", None) for name in SOURCES}
 kind = next((name for name, path in sources.items() if path is not None), None)
-source = sources[kind] if kind else flags.checkpoint
-to = flags.format or format_of(flags.path)
+source = sources[kind] if kind else model_in(flags.checkpoint)
+to = format_of(flags.path) if flags.format is None else flags.format
+if to not in FORMATS:
+    parser.error(f"format = {to}: expected one of {', '.join(FORMATS)}")
+if flags.version == "2":
+    parser.error("version = 2: llama2.c's int8 is read but not written; use --dtype=int8")
+versions = ["auto", *map(str, VERSIONS)]
+if flags.version not in versions:
+    parser.error(f"version = {flags.version}: expected one of {', '.join(versions)}")
 dtype = flags.dtype.lower()
 if dtype not in FORMATS[to].dtypes:
-    known = ", ".join(FORMATS[to].dtypes)
-    raise UserError(f"dtype = {flags.dtype}: expected one of {known} for --format={to}")
+    choices = ", ".join(FORMATS[to].dtypes)
+    raise UserError(f"dtype = {flags.dtype}: expected one of {choices} for --format={to}")
 if flags.version != "auto" and to != "bin":
-    raise UserError(f"version = {flags.version}: only --format=bin has versions")
+    raise UserError(f"--version cannot be used with --format={to}: use --format=bin")
 if flags.push_to_hub and to != "hf":
-    raise UserError("push-to-hub uploads a folder: give --format=hf")
+    raise UserError(f"--push-to-hub cannot be used with --format={to}: use --format=hf")
 if (flags.dry_run or flags.private) and not flags.push_to_hub:
-    raise UserError("dry-run and private are about an upload: give --push-to-hub=USER/NAME")
+    raise UserError(
+        "--push-to-hub=USER/NAME is missing: pass the repository for --dry-run and --private"
+    )
 about = {name: getattr(flags, name) for name in ("title", "language", "license")}
 for name, value in about.items():
     if value != parser.get_default(name) and to not in ("hf", "gguf"):
-        raise UserError(f"{name} is for --format=hf and --format=gguf: {to} does not carry it")
+        raise UserError(f"{to} cannot store the {name}: use --format=hf or gguf")
     if name != "title" and not re.fullmatch(r"[\w.+-]{2,40}", value):
         raise UserError(f"{name} = {value!r}: expected a short code, such as en or mit")
 if flags.push_to_hub:
     check_push(flags.push_to_hub, flags.dry_run)
 if not flags.path:
-    raise UserError("the path to write is empty: name a file or a folder")
+    raise UserError("PATH is empty: pass the file or folder to write")
 is_tokenizer = re.fullmatch(r"(tokenizer|tok\d+|bpe\d+)\.bin", os.path.basename(flags.path))
 if os.path.isfile(flags.path) and to != "hf" and (is_tokenizer or recognize(flags.path) != to):
-    was = "a checkpoint" if recognize(flags.path) == "checkpoint" else "no model of this format"
-    raise UserError(
-        f"{flags.path} exists and is {was}, and would be lost: name another file for the model"
-    )
-target, read = os.path.realpath(flags.path), os.path.realpath(source)
+    is_checkpoint = recognize(flags.path) == "checkpoint"
+    content = "a checkpoint" if is_checkpoint else f"not a model of --format={to}"
+    raise UserError(f"{flags.path} already exists and is {content}; choose another file")
+target, origin = os.path.realpath(flags.path), os.path.realpath(source)
 if os.path.exists(target) and (
-    target == read
-    or (os.path.isdir(read) and target.startswith(read + os.sep))
-    or (os.path.isdir(target) and read.startswith(target + os.sep))
+    target == origin
+    or (os.path.isdir(origin) and target.startswith(origin + os.sep))
+    or (os.path.isdir(target) and origin.startswith(target + os.sep))
 ):
-    raise UserError(f"{flags.path}, which belongs to what is read, would be lost: name another")
+    raise UserError(
+        f"{flags.path} already exists and is part of the model to read; choose another path"
+    )
 
 model, tokenizer, facts = load(source, kind, flags.tokenizer)
 if isinstance(tokenizer, FastTokenizer):
-    print(f"note: only a tokenizer.model is exported; {tokenizer.model_path} is not")
+    print(f"note: {tokenizer.model_path} is not exported; only a tokenizer.model can be")
     tokenizer = None
 if to == "hf" and tokenizer is None and flags.tokenizer != "none":
     raise UserError(
-        f"there is no tokenizer.model beside {source}: give --tokenizer=PATH, or --tokenizer=none "
-        f"for the weights alone"
+        f"no tokenizer.model found for {source}: pass --tokenizer=PATH, or --tokenizer=none to "
+        f"export only the weights"
     )
 if tokenizer is None and flags.tokenizer != "none":
-    print(f"note: there is no tokenizer.model beside {source}: the model is written without")
+    print(f"note: no tokenizer.model found for {source}; the model is exported without one")
 name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path)).removesuffix(".gguf")
 if name in ("hf", "gguf", "model", "out", "export"):
-    name = f"Story teller of {model.n_params():,} parameters"
+    name = f"Storyteller with {model.n_params():,} parameters"
 facts = {**about, "repository": flags.push_to_hub or ".", **facts}
-facts["title"] = " ".join(flags.title.split()) or name
+facts["title"] = " ".join((flags.title or "").split()) or name
 if to == "hf" and flags.license == "unknown":
-    print("note: the model card says license: unknown; give another with --license=mit or the like")
+    print("note: the model card says license: unknown; set it with --license=mit or similar")
 write = FORMATS[to].write
 if to == "bin":
     write = partial(write, version=None if flags.version == "auto" else int(flags.version))

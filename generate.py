@@ -1,13 +1,13 @@
 """
-Many stories by one or more models: figures of them, and a page with the stories side by side.
+Generate many stories with one or more models, measure them, and show them side by side on a page.
 
-    python generate.py                                     # of out/best.pt; into out/stories.html
+    python generate.py                                     # out/best.pt -> out/stories.html
     python generate.py out_a out_b/ckpt.pt --num_samples=20 --start="Once upon a time"
-    python generate.py out/model.bin --source=my_text.txt  # where copies are looked for
+    python generate.py out/model.bin --source=my_text.txt  # look for text copied from this file
 
-A model is the folder of a run, or anything that export.py reads. The figures are how varied the
-stories are, how much of them is copied from the training text, and whether they end; what each one
-means stands beside it on the page. Real stories of the validation text are measured with them.
+A model is the folder of a run, or anything that export.py reads. The metrics are how varied the
+stories are, how much of them is copied from the training text, and whether they end properly; the
+page explains each one. Real stories from the validation text are measured too, for comparison.
 """
 
 import itertools
@@ -18,24 +18,31 @@ from configurator import UserError, configure, listed_paths, settings_of
 from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
-models = "out"  # folders of runs, or anything that export.py reads, also with commas
-tokenizer = ""  # a tokenizer model elsewhere, for all of them; empty: those beside the models
-start = ""  # prompt, or FILE:prompt.txt for a text in a file
-num_samples = 100  # stories of each
-max_new_tokens = 256  # at most, in each
-temperature = 1.0  # 0: always the likeliest token
-top_k = 0  # draw among this many likeliest; 0: all
-top_p = 0.9  # draw among the likeliest with this probability; 1: all
-seed = 1337  # the same seed tells the same stories
-batch_size = 50  # stories that are told at once
-source = ""  # training text: .txt, .json, .jsonl or a folder; empty: the shards of the run
-ngram = 8  # words in a row that count as copied where the training text has them too
-reference = True  # measure real stories of the validation text as well
-valid_source = ""  # text that those are from; empty: the validation shard of the first run
-out = ""  # the page; empty: stories.html in the first run's folder
-json = ""  # a .jsonl for the figures, one line a model; empty: none
-device = "auto"  # cpu, cuda, cuda:1, mps; auto: the first there is of cuda, mps, cpu
-dtype = "float32"  # auto, float32, bfloat16, float16
+# models
+models = "out"  # run folders or model files, separated by spaces or commas
+tokenizer = ""  # tokenizer model for all of them; empty: the one beside each
+# stories
+start = ""  # prompt; FILE:prompt.txt reads it from a file
+num_samples = 100  # stories per model
+max_new_tokens = 256  # maximum tokens per story, after the prompt
+batch_size = 50  # stories generated at once
+# sampling
+temperature = 1.0  # 0: always the most likely token
+top_k = 0  # sample from the k most likely tokens; 0: all
+top_p = 0.9  # sample from the most likely tokens up to this probability; 1: all
+seed = 1337  # the same seed gives the same stories
+# copies of the training text
+source = ""  # training text, a file or folder; empty: the run's token shards
+ngram = 8  # a copy has at least this many words in a row
+# real stories for comparison
+reference = True  # also measure stories from the validation text
+valid_source = ""  # validation text; empty: the first run's validation shard
+# output
+out = ""  # HTML page; empty: stories.html in the first run's folder
+json = ""  # .jsonl file for the metrics, one line per model; empty: none
+# hardware
+device = "auto"  # cpu, cuda, cuda:1, mps, or auto (first of cuda, mps, cpu)
+dtype = "float32"  # float32, bfloat16, float16, or auto (a fast one)
 configure(globals(), positional="models", many=True)
 # -----------------------------------------------------------------------------
 
@@ -44,18 +51,18 @@ tune_process()
 import torch
 
 from dataset import DataPaths, TokenData
-from formats.table import HUB, load_teller, recognize
+from formats.table import HUB, load_for_sampling, model_in, recognize
 from report.stories import (
     Overlap,
     Story,
     check_sampling,
     documents_of_file,
     documents_of_shard,
-    figures_of,
+    metrics_of,
     pieces_of,
     read_prompt,
     rows_of,
-    some_of,
+    sample_items,
     write_lines,
 )
 from report.storypage import write_page
@@ -74,35 +81,31 @@ check_sampling(settings, num_samples=1, max_new_tokens=1, top_k=0, batch_size=1,
 start = read_prompt(start)
 
 
-def model_in(path):
-    """The model of a run's folder, as sample.py takes it; any other path stays what it is."""
-    if not os.path.isdir(path) or os.path.exists(os.path.join(path, RUN_FILE)):
-        return path
-    found = [os.path.join(path, name) for name in ("best.pt", "ckpt.pt", "model.bin")]
-    if not any(map(os.path.exists, found)) and not os.path.exists(f"{path}/config.json"):
-        raise UserError(f"there is no model in {path}: expected best.pt, ckpt.pt or model.bin")
-    return next(filter(os.path.exists, found), path)
-
-
 def check_target(name, path, endings):
     """Raise UserError, before any work is done, unless a file can be written to the path."""
     if os.path.splitext(path)[1] not in endings:
-        raise UserError(f"{name} = {path}: expected a file ending in {' or '.join(endings)}")
+        raise UserError(f"{name} = {path}: expected a path ending in {' or '.join(endings)}")
     folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):  # those that are missing will be made
+    while not os.path.exists(folder):  # missing folders will be created
         folder = os.path.dirname(folder)
-    is_odd = os.path.exists(path) and not os.path.isfile(path)  # a pipe would be waited for
-    if is_odd or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: give another place with --{name}=PATH")
-    if os.path.exists(path):  # a log and a corpus end in .jsonl too
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
+        raise UserError(f"cannot write {path}: it is not a file; choose another --{name}=PATH")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(
+            f"cannot write {path}: {folder} is not a writable folder; choose another --{name}=PATH"
+        )
+    if os.path.exists(path):  # logs and corpora end in .jsonl too
         with open(path, "rb") as f:
             content = f.read()
         if MADE_BY not in content if name == "out" else not content.startswith(b'{"model": '):
-            raise UserError(f"{path} exists, and is not by generate.py: name another file")
+            raise UserError(
+                f"{path} already exists and was not written by generate.py; choose another "
+                f"--{name}=PATH"
+            )
 
 
 def bits_per_byte_of(path, facts):
-    """What a model reached in validation, from its checkpoint or the log beside it, or None."""
+    """Return a model's validation bits per byte, from its checkpoint or the log, or None."""
     if "validation" in facts:  # "0.7 bits per byte"
         return float(facts["validation"].split()[0])
     if not path.endswith("model.bin"):
@@ -112,24 +115,24 @@ def bits_per_byte_of(path, facts):
 
 def data_of(path, tokenizer):
     """
-    (folder, TokenData) of the shards that a model was trained on. Raises UserError if they do not
-    exist any more, or if nothing says which they were.
+    Return (folder, TokenData) of the shards that a model was trained on. Raises UserError if they
+    no longer exist or are not recorded.
     """
     if recognize(path) == "checkpoint":
         config = load_checkpoint(path).get("config", {})
-    else:  # the log beside a model.bin
+    else:  # from the log beside model.bin
         config = RunLog(os.path.dirname(path)).read().start.get("config", {})
     names = ("data_dir", "vocab_source", "vocab_size")
     if any(name not in config for name in names):
-        raise UserError("it does not say what it was trained on")
+        raise UserError("its training data is not recorded")
     paths = DataPaths(*(config[name] for name in names))
     if not os.path.isdir(paths.shards):
-        raise UserError(f"its token shards, {paths.shards}, are not there")
+        raise UserError(f"its token shards {paths.shards} do not exist")
     return paths.shards, TokenData(paths, 1, tokenizer, check=False)
 
 
-def tell(name, model, tokenizer, prompt):
-    """num_samples stories (Story) by a model, from the ids of a prompt; prints the speed."""
+def generate_stories(name, model, tokenizer, prompt):
+    """Return num_samples Story objects by a model, given the prompt's ids, and print the speed."""
     model.dtype = compute_dtype
     generator = torch.Generator().manual_seed(seed)
     limit = min(max_new_tokens, model.room_after(prompt))
@@ -138,31 +141,31 @@ def tell(name, model, tokenizer, prompt):
     for first in range(0, num_samples, batch_size):
         n = min(batch_size, num_samples - first)
         draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
-        new, ended = [[] for _ in range(n)], set()
-        words = temperature, top_k, top_p, tokenizer.stop
-        for step in threads.watched(model.generate_batch(prompt, draws, *words)):
+        ids_of, ended = [[] for _ in range(n)], set()
+        sampling = temperature, top_k, top_p, tokenizer.stop
+        for step in threads.watched(model.generate_batch(prompt, draws, *sampling)):
             for i, token in enumerate(step):
                 if token is None:
                     ended.add(i)
                 else:
-                    new[i].append(token)
+                    ids_of[i].append(token)
             bar.update(first + len(ended) - bar.n)
         bar.update(first + n - bar.n)
         stories += [
             Story(tokenizer.decode([*prompt, *ids]), len(ids), i in ended, prompt_text)
-            for i, ids in enumerate(new)
+            for i, ids in enumerate(ids_of)
         ]
     bar.close()
-    took, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
+    seconds, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
     print_line(
-        f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {took:.1f} s, "
-        f"{n_tokens / took:,.0f} tokens/s"
+        f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {seconds:.1f} s, "
+        f"{n_tokens / seconds:,.0f} tokens/s"
     )
     return stories
 
 
 def real_story(text, tokenizer):
-    """A Story from the validation text, cut where one by a model would have been."""
+    """Return a Story from the validation text, cut at max_new_tokens as a model's would be."""
     ids = tokenizer.encode(text, bos=False)
     if len(ids) <= max_new_tokens:
         return Story(text, len(ids))
@@ -171,9 +174,9 @@ def real_story(text, tokenizer):
 
 names = listed_paths(models)
 if not names:
-    raise UserError("models is empty: expected folders of runs or files, with commas between them")
+    raise UserError(f"models = {models!r}: expected run folders or model files")
 if len(set(names)) < len(names):
-    raise UserError(f"models = {models}: one of them is named twice")
+    raise UserError(f"models = {models}: expected each model only once")
 paths = {name: model_in(name) for name in names}
 if not out:
     is_folder = os.path.isdir(names[0]) and not os.path.exists(os.path.join(names[0], RUN_FILE))
@@ -190,75 +193,77 @@ threads = Threads(torch_device)
 compute_dtype = pick_dtype(dtype, torch_device)
 loaded, prompts = {}, {}
 for name, path in paths.items():
-    loaded[name], prompts[name] = load_teller(path, start, tokenizer)
+    loaded[name], prompts[name] = load_for_sampling(path, start, tokenizer)
 
-# what the stories are compared with; a run whose shards are gone has no overlap
+# what the stories are compared with; without its shards or --source, a model has no overlap
 data, notes = {}, []
 for name in names if not source or (reference and not valid_source) else []:
     try:
         data[name] = data_of(paths[name], loaded[name][1])
     except UserError as e:
         if not source:
-            notes.append(f"For {name} copies are not looked for: {e}; --source= names a text.")
+            notes.append(f"{name} is not checked for copies: {e}; use --source=PATH.")
 
 real = []  # Story
 if reference and valid_source:
     books = books_among(valid_files)
     documents = (documents_of_file(path, path in books) for path in valid_files)
     documents = itertools.chain.from_iterable(documents)
-    real = [real_story(t, loaded[names[0]][1]) for t, _ in some_of(documents, num_samples, seed)]
+    chosen = sample_items(documents, num_samples, seed)
+    real = [real_story(text, loaded[names[0]][1]) for text, _ in chosen]
 elif reference and data:
     name, (_, tokens) = next(iter(data.items()))
     documents = documents_of_shard(tokens.valid[0], loaded[name][1])
-    real = [real_story(t, loaded[name][1]) for t, _ in some_of(documents, num_samples, seed)]
+    chosen = sample_items(documents, num_samples, seed)
+    real = [real_story(text, loaded[name][1]) for text, _ in chosen]
 if reference and not real:
-    notes.append("There are no real stories to compare with: --valid_source= names a text.")
+    notes.append("No real stories to compare with: use --valid_source=PATH.")
 
-told = {  # name: list of Story
-    name: tell(name, model.to(torch_device).eval(), loaded_tokenizer, prompts[name])
-    for name, (model, loaded_tokenizer, _) in loaded.items()
+stories = {  # name: list of Story
+    name: generate_stories(name, model.to(torch_device).eval(), its_tokenizer, prompts[name])
+    for name, (model, its_tokenizer, _) in loaded.items()
 }
 if real:
-    told[REAL] = real
+    stories[REAL] = real
 
-# one pass over each training text, for all that are compared with it
-texts = {name: source or data[name][0] for name in names if source or name in data}
-if REAL in told and texts:
-    texts[REAL] = next(iter(texts.values()))
-overlaps = dict.fromkeys(told)
-for where in dict.fromkeys(texts.values()):
-    compared = [name for name, text in texts.items() if text == where]
-    overlap = Overlap([story for name in compared for story in told[name]], ngram)
+# one pass over each training text, for all columns that are compared with it
+text_paths = {name: source or data[name][0] for name in names if source or name in data}
+if REAL in stories and text_paths:
+    text_paths[REAL] = next(iter(text_paths.values()))
+overlaps = dict.fromkeys(stories)
+for text_path in dict.fromkeys(text_paths.values()):
+    compared = [name for name, path in text_paths.items() if path == text_path]
+    overlap = Overlap([story for name in compared for story in stories[name]], ngram)
     if source:
         sizes, unit = map(os.path.getsize, source_files), "B"
         documents = map(documents_of_file, source_files)
     else:
         shards, unit = data[compared[0]][1].train, " tokens"
-        sizes, of = map(len, shards), loaded[compared[0]][1]
-        documents = (documents_of_shard(shard, of) for shard in shards)
-    began = time.perf_counter()
+        sizes, its_tokenizer = map(len, shards), loaded[compared[0]][1]
+        documents = (documents_of_shard(shard, its_tokenizer) for shard in shards)
+    started = time.perf_counter()
     with progress(total=sum(sizes), unit=unit, unit_scale=True, desc="training text") as bar:
         for text, amount in pieces_of(itertools.chain.from_iterable(documents)):
             overlap.feed(text)
             bar.update(amount)
-    took = time.perf_counter() - began
-    print(f"training text: {overlap.n_words:,} words, {overlap.n_words / took:,.0f} words/s")
-    whose = f" of {', '.join(compared)}" if len(set(texts.values())) > 1 else ""
-    notes.append(f"The training text{whose}, {where}, has {overlap.n_words:,} words.")
+    seconds = time.perf_counter() - started
+    print(f"training text: {overlap.n_words:,} words, {overlap.n_words / seconds:,.0f} words/s")
+    owners = f" of {', '.join(compared)}" if len(set(text_paths.values())) > 1 else ""
+    notes.append(f"The training text{owners}, {text_path}, has {overlap.n_words:,} words.")
     overlaps |= dict.fromkeys(compared, overlap)
 
-totals = {name: sum(story.n_words() for story in stories) for name, stories in told.items()}
+totals = {name: sum(story.n_words() for story in column) for name, column in stories.items()}
 n_words = min((n for n in totals.values() if n), default=0)
-notes += [f"{name} told no words." for name, n in totals.items() if not n]
-columns = {name: figures_of(stories, overlaps[name], n_words) for name, stories in told.items()}
+notes += [f"{name} generated no words." for name, n in totals.items() if not n]
+columns = {name: metrics_of(column, overlaps[name], n_words) for name, column in stories.items()}
 for name, (_, _, facts) in loaded.items():
     columns[name]["bits_per_byte"] = bits_per_byte_of(paths[name], facts)
 
 title = f"Stories by {' and '.join(names)}"
-write_page(out, title, told, overlaps, columns, ngram, n_words, notes, settings)
+write_page(out, title, stories, overlaps, columns, ngram, n_words, notes, settings)
 if json:
     write_lines(json, columns, settings)
 print()
 print_table(["", *columns], [row[:-1] for row in rows_of(columns, ngram, n_words)])
 print_line("\n".join(["", *notes]))
-print_line(f"wrote {out}, which says what each figure means")
+print_line(f"wrote {out}, which explains the metrics")

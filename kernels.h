@@ -1,15 +1,15 @@
-// The kernels of run.c: the loops over numbers, written once for all instruction sets.
+// The kernels of run.c: its inner loops, written once for all instruction sets.
 //
-// run.c includes this file once for each instruction set. All of them compute sixteen numbers at a
+// run.c includes this file once for each instruction set. All of them compute sixteen values at a
 // time, in the same order of operations, so that their results are equal to the last bit.
 //
 // needs:   run.c's types from Format to Kernels; KERNEL(name), which appends the set's suffix to a
 //          name; for intrinsics, KERNEL_AVX2, KERNEL_AVX512 or KERNEL_DOTPROD
-// defines: kernels_<suffix>, the table of functions that the forward pass calls; it undefines the
-//          macros again, ready for the next set
+// defines: kernels_<suffix>, the table of functions that run.c calls; undefines the macros at the
+//          end, ready for the next set
 
-// of each set: its name, how many inputs a product takes at a time, and whether its int8 products
-// take signed weights
+// for each set: its name, how many inputs its products process at a time, and whether its int8
+// products use signed weights
 #if defined(KERNEL_AVX512)
 enum { KERNEL(TILE) = 8, KERNEL(IS_SIGNED) = 0 };
 #define NAME "AVX-512"
@@ -35,7 +35,7 @@ INLINE Floats KERNEL(load)(const float *p) {
 
 INLINE void KERNEL(store)(float *p, Floats v) { memcpy(p, &v, sizeof v); }
 
-// Sixteen numbers in bfloat16, the upper halves of float32.
+// Load sixteen bfloat16 values, the upper halves of float32.
 INLINE Floats KERNEL(widen)(const uint16_t *p) {
     Halves h;
     memcpy(&h, p, sizeof h);
@@ -50,7 +50,7 @@ INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
     return is_bf16 ? KERNEL(widen)((const uint16_t *)p + at) : KERNEL(load)((const float *)p + at);
 }
 
-// The first n of sixteen numbers, followed by zeros.
+// Load the first n of sixteen values, followed by zeros.
 INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
 #if defined(KERNEL_AVX512)
     __mmask16 mask = (__mmask16)((1u << n) - 1);
@@ -68,12 +68,12 @@ INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16
 #endif
 }
 
-// Numbers i to i + 15 of a row (n) in float32, zeros after its end.
+// Load values i to i + 15 of a float32 row (n), with zeros after its end.
 INLINE Floats KERNEL(load_row)(const float *row, size_t i, size_t n) {
     return i + LANES <= n ? KERNEL(load)(row + i) : KERNEL(load_part)(row, i, n - i, false);
 }
 
-// The sum of sixteen numbers: one half is added to the other, until one number is left.
+// The sum of sixteen values: add one half to the other until one value is left.
 INLINE float KERNEL(sum)(Floats v) {
 #if defined(KERNEL_AVX512)
     return _mm512_reduce_add_ps((__m512)v);
@@ -86,7 +86,7 @@ INLINE float KERNEL(sum)(Floats v) {
 #endif
 }
 
-// The sums of four vectors, in the same order as in sum().
+// The sums of four vectors, each in the same order as in sum().
 INLINE void KERNEL(sum_four)(float *out, Floats a, Floats b, Floats c, Floats d) {
 #if defined(KERNEL_AVX512)
     __m512 v[] = {(__m512)a, (__m512)b, (__m512)c, (__m512)d};
@@ -164,22 +164,22 @@ static void KERNEL(activate)(Activation kind, float *h, const float *gate, size_
     }
 }
 
-// The index of the largest of x (n), the first of equal ones.
+// The index of the largest of x (n), the first one on ties.
 static size_t KERNEL(argmax)(const float *x, size_t n) {
-    Floats most = KERNEL(splat)(-INFINITY);
-    Ints here = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = here;
+    Floats maxima = KERNEL(splat)(-INFINITY);
+    Ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = index;
     size_t whole = n / LANES * LANES, best = 0;
-    for (size_t i = 0; i < whole; i += LANES, here += LANES) {
+    for (size_t i = 0; i < whole; i += LANES, index += LANES) {
         Floats v = KERNEL(load)(x + i);
-        Ints is_larger = v > most;
-        most = KERNEL(choose)(is_larger, v, most);
-        places = (is_larger & here) | (~is_larger & places);
+        Ints is_larger = v > maxima;
+        maxima = KERNEL(choose)(is_larger, v, maxima);
+        places = (is_larger & index) | (~is_larger & places);
     }
     float max = -INFINITY;
     for (size_t i = 0; i < LANES && whole; i++) {
         size_t place = (size_t)places[i];
-        if (most[i] > max || (most[i] == max && place < best)) best = place;
-        max = most[i] > max ? most[i] : max;
+        if (maxima[i] > max || (maxima[i] == max && place < best)) best = place;
+        max = maxima[i] > max ? maxima[i] : max;
     }
     for (size_t i = whole; i < n; i++) {
         if (x[i] > max) best = i;
@@ -219,7 +219,7 @@ static float KERNEL(gate)(const float *a, const float *b, size_t n) {
     return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sum)))[0]);
 }
 
-// Read n bytes, to measure the speed of the memory.
+// Read n bytes, to measure memory bandwidth.
 static void KERNEL(read)(const uint8_t *data, size_t n) {
     Words sums[4] = {{0}};
     for (size_t i = 0; i + sizeof sums <= n; i += sizeof sums) {
@@ -231,8 +231,8 @@ static void KERNEL(read)(const uint8_t *data, size_t n) {
     (void)kept;
 }
 
-// Quantize a row of an input to integers of 16 bits; a group of columns shares a scale. The last
-// column is followed by zeros up to a whole vector. NaN becomes 0.
+// Quantize a row of an input to 16-bit integers; a group of columns shares a scale. Zeros follow
+// the last column up to a whole vector. NaN becomes 0.
 static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
     const float magic = 12582912.0f, *x = in->x + row * in->stride;
     const size_t step = 8 * in->tile;
@@ -240,12 +240,12 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
     int8_t *at = codes_at(in, row, 0);
     for (size_t g = 0; g * group < n; g++) {
         size_t end = (g + 1) * group < n ? (g + 1) * group : n;
-        Floats most = {0};
+        Floats maxima = {0};
         for (size_t i = g * group; i < end; i += LANES) {
             Floats v = (Floats)((Ints)KERNEL(load)(x + i) & 0x7FFFFFFF);
-            most = KERNEL(choose)(v > most, v, most);
+            maxima = KERNEL(choose)(v > maxima, v, maxima);
         }
-        float scale = KERNEL(largest)(most) / (127 * 256);
+        float scale = KERNEL(largest)(maxima) / (127 * 256);
         float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;  // finite
         Words sum = {0};
         for (size_t i = g * group; i < end; i += LANES) {
@@ -256,9 +256,9 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
             if (is_8bit) v = (v + 128) & -256;
             Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
             Bytes low = __builtin_convertvector(v, Bytes);
-            for (size_t four = 0; four < LANES / 4; four++, at += step) {
-                memcpy(at, (char *)&high + 4 * four, 4);
-                memcpy(at + 4, (char *)&low + 4 * four, 4);
+            for (size_t quad = 0; quad < LANES / 4; quad++, at += step) {
+                memcpy(at, (char *)&high + 4 * quad, 4);
+                memcpy(at + 4, (char *)&low + 4 * quad, 4);
             }
             sum += (Words)v;
         }
@@ -269,16 +269,16 @@ static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int 
     }
 }
 
-// sums[lane] += w[lane] . x, four products a lane: w are weights from 0 to 255, x the same four
-// numbers for all lanes.
-INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
+// sums[lane] += w[lane] . x, four products per lane: w has weights from 0 to 255, x the same four
+// values for all lanes.
+INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *quad, bool is_4bit) {
     int32_t x;
-    memcpy(&x, four, sizeof x);
+    memcpy(&x, quad, sizeof x);
 #if defined(KERNEL_AVX512)
     (void)is_4bit;
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
 #elif defined(KERNEL_AVX2)
-    // sums of two products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with the sign moved
+    // sums of two products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with signed weights
     __m256i part[2], all[2], xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
     memcpy(part, &w, sizeof part);
     memcpy(all, &sums, sizeof all);
@@ -311,8 +311,8 @@ INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *four, bool is_4bit) {
 #endif
 }
 
-// The product of n_blocks blocks of sixteen rows of int8 or int4 with n inputs from t on. Both
-// numbers are constants where this is inlined, so that the sums stay in registers.
+// Multiply n_blocks blocks of sixteen rows of int8 or int4 by n inputs from t on. Callers pass
+// constants as n_blocks and n, so that the sums stay in registers after inlining.
 INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n_blocks,
                                   const size_t n, const bool is_4bit, const bool has_low) {
     const Tensor *w = p->w;
@@ -323,7 +323,7 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
     const int8_t *x = codes_at(in, t, 0);
     const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
-    // prefetch the next two blocks: tiles of inputs alternate between them, a single tile fetches
+    // prefetch the next two blocks: tiles of inputs alternate between them; a single tile fetches
     // both
     const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
     const bool is_only = in->n < 2 * n;
@@ -344,21 +344,22 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
         size_t end = (g + 1) * group / per_vector;
         if (end > vectors) end = vectors;
         for (; v < end; v++, codes += sizeof(Codes)) {
-            Codes c[2], four[2];
+            Codes c[2], weights[2];
             for (size_t b = 0; b < n_blocks; b++) {
                 memcpy(&c[b], codes + b * next_block, sizeof *c);
                 if (b == 0 || is_only) __builtin_prefetch(codes + b * next_block + ahead);
             }
             for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
                 for (size_t b = 0; b < n_blocks; b++) {
-                    four[b] = half ? (Codes)((Words)c[b] >> 4) : c[b];
-                    if (is_4bit) four[b] &= 15;
+                    weights[b] = half ? (Codes)((Words)c[b] >> 4) : c[b];
+                    if (is_4bit) weights[b] &= 15;
                 }
                 for (size_t i = 0; i < n; i++) {
                     const int8_t *at = x + 8 * i;
                     for (size_t b = 0; b < n_blocks; b++) {
-                        high[b][i] = KERNEL(dot4)(high[b][i], four[b], at, is_4bit);
-                        if (has_low) low[b][i] = KERNEL(dot4)(low[b][i], four[b], at + 4, is_4bit);
+                        high[b][i] = KERNEL(dot4)(high[b][i], weights[b], at, is_4bit);
+                        if (has_low)
+                            low[b][i] = KERNEL(dot4)(low[b][i], weights[b], at + 4, is_4bit);
                     }
                 }
             }
@@ -378,8 +379,8 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
             KERNEL(store)(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i]);
 }
 
-// The product of n_rows rows of float32 or bfloat16 with n inputs from t on; both numbers are
-// constants where this is inlined.
+// Multiply n_rows rows of float32 or bfloat16 by n inputs from t on. Callers pass constants as
+// n_rows and n.
 INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const size_t n_rows,
                                    const size_t n, const bool is_bf16) {
     const Tensor *w = p->w;
@@ -404,7 +405,7 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
     }
 }
 
-// The product of rows of float32 or bfloat16 with all inputs.
+// Multiply rows `row` to end (exclusive) of float32 or bfloat16 by all inputs.
 INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, const bool is_bf16) {
     const size_t n = p->in->n;
     size_t t = 0;
@@ -420,7 +421,7 @@ INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, co
     }
 }
 
-// The product of n_blocks blocks of int8 or int4 with all inputs.
+// Multiply n_blocks blocks of int8 or int4 by all inputs.
 INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t n_blocks,
                                     const bool is_4bit, const bool has_low) {
     const size_t n = p->in->n, tile = n_blocks == 2 && has_low ? KERNEL(TILE) / 2 : KERNEL(TILE);
@@ -432,8 +433,8 @@ INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t
     for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, n_blocks, 1, is_4bit, has_low);
 }
 
-// Blocks from first up to last (excluded) of int8 or int4. With enough registers, two blocks share
-// each load of an input; with a single input, the weights are read in the order of memory instead.
+// Multiply blocks first to last (exclusive) of int8 or int4 by all inputs. With enough registers,
+// two blocks share each load of an input; with a single input, weights are read in memory order.
 INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
                           const bool has_low) {
     const bool in_pairs = KERNEL(TILE) > 2 && p->in->n > 1;
@@ -443,7 +444,7 @@ INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const boo
     for (; block < last; block++) KERNEL(blocks_of_codes)(p, block, 1, is_4bit, has_low);
 }
 
-// Blocks of sixteen rows, from first up to last (excluded), of a product for all its inputs.
+// Compute blocks first to last (exclusive) of sixteen rows of a product, for all its inputs.
 static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
     const Tensor *w = p->w;
     const bool has_low = !p->in->is_8bit;
@@ -458,22 +459,22 @@ static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
     }
 }
 
-// Attention of one query head q (head_dim) over the cached positions from first to last (included).
-// out (head_dim) has room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), a
-// chunk of positions at a time: a larger score scales the sums so far down.
+// Attention of one query head q (head_dim) over the cached positions first to last (inclusive).
+// out (head_dim) has room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), one
+// chunk of positions at a time: a new largest score scales down the sums.
 static void KERNEL(attend)(float *out, const float *q, const void *keys, const void *values,
                            size_t head_dim, size_t first, size_t last, bool is_bf16) {
     enum { CHUNK = 8 };  // vectors of positions
     const size_t width = ROUND_UP(head_dim, LANES), end = last / LANES + 1;
     const float scale = 1.0f / sqrtf((float)head_dim);
     const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Floats nothing = KERNEL(splat)(-INFINITY);
+    const Floats masked = KERNEL(splat)(-INFINITY);
     float max = -INFINITY, weights[CHUNK * LANES];
     Floats sums = {0}, scores[CHUNK];
     memset(out, 0, width * sizeof *out);
     for (size_t start = first / LANES, n; start < end; start += n) {
         n = end - start < CHUNK ? end - start : CHUNK;
-        Floats most = nothing;
+        Floats maxima = masked;
         for (size_t b = 0; b < n; b++) {
             const size_t block = start + b;
             Floats parts[4] = {{0}};
@@ -486,23 +487,23 @@ static void KERNEL(attend)(float *out, const float *q, const void *keys, const v
                 parts[0] += q[d] * KERNEL(load_as)(keys, (block * head_dim + d) * LANES, is_bf16);
             Floats s = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * scale;
             Ints places = lanes + (int32_t)(block * LANES);
-            s = KERNEL(choose)((places >= (int32_t)first) & (places <= (int32_t)last), s, nothing);
-            most = KERNEL(choose)(s > most, s, most);
+            s = KERNEL(choose)((places >= (int32_t)first) & (places <= (int32_t)last), s, masked);
+            maxima = KERNEL(choose)(s > maxima, s, maxima);
             scores[b] = s;
         }
-        float larger = KERNEL(largest)(most);
-        if (larger > max) {
-            float kept = KERNEL(exp)(KERNEL(splat)(max - larger))[0];
-            for (size_t d = 0; d < width; d++) out[d] *= kept;
-            sums *= kept;
-            max = larger;
+        float new_max = KERNEL(largest)(maxima);
+        if (new_max > max) {
+            float factor = KERNEL(exp)(KERNEL(splat)(max - new_max))[0];
+            for (size_t d = 0; d < width; d++) out[d] *= factor;
+            sums *= factor;
+            max = new_max;
         }
         for (size_t b = 0; b < n; b++) {
             Floats p = KERNEL(exp)(scores[b] - max);
             KERNEL(store)(weights + b * LANES, p);
             sums += p;
         }
-        for (size_t d = 0; d < width; d += LANES) {  // masked positions have the weight 0
+        for (size_t d = 0; d < width; d += LANES) {  // masked positions have weight 0
             Floats y[4] = {{0}};
             size_t at = start * LANES * width + d;
             for (size_t i = 0; i < n * LANES; i += 4, at += 4 * width)

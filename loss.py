@@ -1,4 +1,4 @@
-"""The loss: cross-entropy fused with the output head, in the model's number format or in fp8."""
+"""The loss: cross-entropy fused with the output head, in the model's dtype or in fp8."""
 
 import math
 
@@ -7,12 +7,12 @@ import torch
 
 def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False):
     """
-    Mean cross-entropy in nats, float32, of the next tokens.
+    Return the mean cross-entropy of the next tokens in nats, float32.
 
-    x (..., dim): hidden states; weight (rows, dim): the head, of which the first vocab_size rows
-    count; targets (...) int64, -1 where a position does not count; softcap: that of ModelArgs;
-    is_fp8: products by fp8_mm. With gradients, a target less likely than 2e-38 counts as if it were
-    that likely (smaller numbers are denormal, and train.py flushes those to 0).
+    x (..., dim): hidden states; weight (rows, dim): the head, rows after vocab_size are padding;
+    targets (...): int64, -1 for positions that do not count; softcap: logit_softcap of ModelArgs;
+    is_fp8: multiply with fp8_mm. With gradients, the probability of a target counts as 2e-38 or
+    more, because train.py flushes denormal numbers to 0.
     """
     x, targets = x.flatten(0, -2), targets.flatten()
     # autograd.Function.forward cannot see whether gradients are enabled
@@ -22,19 +22,18 @@ def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False):
 
 class CrossEntropy(torch.autograd.Function):
     """
-    cross_entropy() of x (N, dim) and targets (N,), some tokens at a time: the logits, which would
-    be the largest tensor of a step, are never in memory as a whole. The forward pass also computes
-    the gradients, while the logits of these tokens are in the cache: the idea of Liger Kernel's
-    fused loss (Hsu et al. 2024, arXiv:2410.10989).
+    cross_entropy() of x (N, dim) and targets (N,), some tokens at a time, so that the logits, the
+    largest tensor of a step, are never all in memory. The forward pass also computes the gradients,
+    while the logits are in the cache, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, softcap, needs_gradients, is_fp8):
         w = weight.to(x.dtype)
-        # about as much as the cache of a CPU's core holds; a GPU wants large products
+        # logits that fit the cache of a CPU core; a GPU needs large products
         size = (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w)
-        size = max(16, size // 16 * 16)  # tokens in a piece; fp8_mm wants multiples of 16
-        logits_buffer = x.new_empty(min(size, len(x)), len(w))  # every piece uses these again
+        size = max(16, size // 16 * 16)  # tokens per piece; fp8_mm needs multiples of 16
+        logits_buffer = x.new_empty(min(size, len(x)), len(w))  # shared by all pieces
         if needs_gradients:
             p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
@@ -59,7 +58,7 @@ class CrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
             if softcap:
                 p *= 1 - capped.square_()
-            d = logits.copy_(p)  # may overwrite z, which is not needed any more
+            d = logits.copy_(p)  # may overwrite z, which is no longer needed
             h = h * counts
             if is_fp8:
                 dx[i : i + size] = fp8_mm(d, w.t(), torch.float8_e5m2)
@@ -81,13 +80,13 @@ class CrossEntropy(torch.autograd.Function):
 
 def fp8_mm(a, b, a_format=torch.float8_e4m3fn):
     """
-    a (m, k) times the transpose of b (n, k) -> (m, n) in a's number format, from both rounded to 8
-    bits under one scale each: e4m3 is the finer format, e5m2 has the range that gradients need
-    (Micikevicius et al. 2022, arXiv:2209.05433). GPUs want multiples of 16 for k and n.
+    Multiply a (m, k) with the transpose of b (n, k) -> (m, n), in a's dtype. Both are rounded to 8
+    bits with one scale each: e4m3 is the finer format, e5m2 has the range that gradients need
+    (Micikevicius et al. 2022, arXiv:2209.05433). On GPUs, k and n must be multiples of 16.
     """
     rounded, scales = [], []
-    for t, number_format in ((a, a_format), (b, torch.float8_e4m3fn)):
-        scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(number_format).max
-        rounded.append((t / scale).to(number_format).contiguous())
+    for t, dtype in ((a, a_format), (b, torch.float8_e4m3fn)):
+        scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+        rounded.append((t / scale).to(dtype).contiguous())
         scales.append(scale)
     return torch._scaled_mm(rounded[0], rounded[1].t(), *scales, out_dtype=a.dtype)

@@ -1,20 +1,20 @@
 """
-The model: a Llama decoder with options, and generation. attention.py and loss.py are parts of it.
+The model: a Llama decoder with options, and text generation. It uses attention.py and loss.py.
 
-With every option off it is plain Llama 2: pre-norm layers of grouped-query attention with rotary
-embeddings and a SwiGLU feed-forward, RMSNorm, no biases. An option is a field of ModelArgs and one
-`if` that names it; ARCHS lists three useful choices. Checkpoints carry all of ModelArgs, model.bin
-what run.c needs. Parameter names are those of llama2.c and of Meta's release.
+With every option off, this is plain Llama 2: pre-norm layers of grouped-query attention with rotary
+embeddings and a SwiGLU feed-forward, RMSNorm, no biases. Each option is a field of ModelArgs and an
+`if` where it applies; ARCHS lists three useful presets. Checkpoints store all of ModelArgs,
+model.bin only what run.c needs. Parameters are named as in llama2.c and Meta's release.
 
-To add an activation: a row in ACTIVATIONS; the same position in `enum Activation` of run.c,
-is_gated() there if it has a gate, and its formula in activate() of kernels.h; class MLP in
-formats/modeling_modded_llama.py; the row `activation` in doc/format.md. Cases for it in OPTIONS of
-tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py prove it.
+To add an activation, add a row to ACTIVATIONS, then in run.c the same position in `enum Activation`
+and a case in is_gated() if it has a gate, its formula in activate() of kernels.h, class MLP in
+formats/modeling_modded_llama.py, and the row `activation` of doc/format.md. Test it with cases in
+OPTIONS of tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py.
 
-To add an option: a field of ModelArgs whose default is plain Llama, a setting of train.py, its `if`
-below; the start of its parameters in init_std and their role in optim.py; formats/modelbin.py,
-doc/format.md and run.c; formats/huggingface.py and modeling_modded_llama.py; the three tests above;
-a row in experiments/ablations.py.
+To add an option, add a field to ModelArgs whose default is plain Llama, a setting to train.py, and
+its `if` below; the initial std of its parameters in init_std and their role in optim.py; then
+formats/modelbin.py, doc/format.md and run.c; formats/huggingface.py and modeling_modded_llama.py;
+cases in the three tests above; and a row in experiments/ablations.py.
 """
 
 import math
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from attention import attend
 from loss import cross_entropy
 
-# name: (function, whether w3 gates it), see FeedForward; model.bin stores the position in the table
+# name: (function, whether w3 gates it), see FeedForward; model.bin stores the index of the row
 ACTIVATIONS = {
     "swiglu": (F.silu, True),  # Shazeer 2020, arXiv:2002.05202
     "relu2": (lambda x: F.relu(x).square(), False),  # So et al. 2021, arXiv:2109.08668
@@ -39,14 +39,14 @@ ACTIVATIONS = {
 
 @dataclass
 class ModelArgs:
-    """The architecture. Raises ValueError, in one sentence, for values that do not fit together."""
+    """The architecture. Raises ValueError if the values are invalid or do not fit together."""
 
     dim: int = 288
     n_layers: int = 6
     n_heads: int = 6
-    n_kv_heads: int = 0  # 0: as many as n_heads (no grouping)
+    n_kv_heads: int = 0  # 0: n_heads (no grouping)
     vocab_size: int = 4096
-    hidden_dim: int = 0  # 0: 4 * dim, two thirds of it if gated (SwiGLU), see multiple_of
+    hidden_dim: int = 0  # 0: automatic, 4 * dim, or two thirds of that if gated (SwiGLU)
     multiple_of: int = 32  # an automatic hidden_dim is rounded up to a multiple of this
     max_seq_len: int = 256
     norm_eps: float = 1e-5
@@ -55,21 +55,21 @@ class ModelArgs:
     dropout: float = 0.0
     # ---- options; the defaults are plain Llama 2
     qk_norm: bool = False  # RMSNorm of each query and key head, before RoPE (Qwen3)
-    norm_gains: bool = True  # RMSNorm has learned gains; False: it only normalises
+    norm_gains: bool = True  # learned gains in RMSNorm; False: it only normalises
     zero_init: bool = False  # projections into the residual stream, and an untied head, start at 0
     activation: str = "swiglu"  # of the feed-forward: swiglu, or relu2 (two matrices, not three)
-    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
-    sliding_window: int = 0  # positions that an S layer sees, its own included; 0: all
-    window_pattern: str = "SSSL"  # letter i modulo its length is for layer i: S window, L all
+    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: no cap
+    sliding_window: int = 0  # positions that an S layer sees, including its own; 0: all
+    window_pattern: str = "SSSL"  # one letter per layer, repeated: S sees the window, L sees all
     embedding_norm: bool = False  # RMSNorm after the embedding
-    residual_scalars: bool = False  # layer i reads a_i x + b_i x0; x0 is the embedding
-    value_embeddings: int = 0  # the first so many layers add an embedding to values; -1: all
-    bigram_rows: int = 0  # rows of a hashed table of (token before, token), added to the embedding
-    smear: bool = False  # a gate adds the embedding of the token before
+    residual_scalars: bool = False  # layer i reads a_i x + b_i x0, where x0 is the embedding
+    value_embeddings: int = 0  # the first n layers add a token embedding to their values; -1: all
+    bigram_rows: int = 0  # rows of a hashed embedding table of (previous token, token) pairs
+    smear: bool = False  # add the previous token's embedding through a gate
     # ---- for training only, never exported
     embedding_std: float = 0.0  # initial std of the embedding; 0: automatic, see init_std
     head_std: float = 0.0  # initial std of an untied head; 0: automatic
-    vocab_multiple: int = 1  # rows of embedding and head in memory are rounded up to a multiple
+    vocab_multiple: int = 1  # in memory, round the rows of embedding and head up to a multiple
 
     def __post_init__(self):
         for field in fields(self):
@@ -78,10 +78,10 @@ class ModelArgs:
                 setattr(self, field.name, float(value))
             elif type(value) is not kind:
                 raise ValueError(f"{field.name} = {value!r}: expected {KINDS[kind]}")
-        for name, (least, most) in LIMITS.items():
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not least <= value <= most:
-                bound = f"at least {least}" if value < least else f"at most {most:.9g}"
+            if not low <= value <= high:
+                bound = f"at least {low}" if value < low else f"at most {high:.9g}"
                 raise ValueError(f"{name} = {value}: expected {bound}")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if self.value_embeddings == -1:
@@ -94,18 +94,18 @@ class ModelArgs:
             self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     def problems(self):
-        """Yield a sentence for each choice that is unknown, or does not fit the others."""
+        """Yield a message for each value that is unknown or does not fit the others."""
         if self.dim % self.n_heads:
             yield (
-                f"n_heads = {self.n_heads} does not divide dim = {self.dim}; "
-                f"take a dim that is a multiple of {self.n_heads}"
+                f"n_heads = {self.n_heads} does not divide dim = {self.dim}: "
+                f"use a dim that is a multiple of {self.n_heads}"
             )
         if self.n_heads % self.n_kv_heads:
             yield f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}"
         if self.head_dim % 2:
-            yield f"dim / n_heads = {self.head_dim} is odd; RoPE turns pairs, so it must be even"
+            yield f"dim / n_heads = {self.head_dim}: expected an even number, as RoPE turns pairs"
         if self.dropout == 1:
-            yield "dropout = 1.0: expected below 1"
+            yield "dropout = 1.0: expected a number from 0 to below 1"
         if self.activation not in ACTIVATIONS:
             yield f"activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
@@ -123,7 +123,7 @@ class ModelArgs:
 
     @property
     def vocab_rows(self):
-        """Rows of the embedding and the head in memory; those past vocab_size are padding."""
+        """Rows of the embedding and the head in memory; rows after vocab_size are padding."""
         return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)
 
     @property
@@ -134,7 +134,7 @@ class ModelArgs:
         return is_wide and not self.tie_embeddings
 
     def window(self, layer):
-        """How many positions a query of this layer sees, its own included; 0: all before it."""
+        """Return how many positions a query of this layer sees, including its own; 0: all."""
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sliding_window if letter == "S" else 0
 
@@ -143,7 +143,7 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, values):
-        """ModelArgs from a checkpoint's dict; raises ValueError for a field it does not know."""
+        """Return the ModelArgs of a checkpoint's dict; raise ValueError for an unknown field."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"model option {sorted(unknown)[0]!r} is unknown to this version")
@@ -151,8 +151,8 @@ class ModelArgs:
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-ROOM = 1 << 12  # positions that memory is taken for before they are used
-# Least and most of each number, as in run.c: a larger one is a slip that would exhaust the memory
+INITIAL_ROOM = 1 << 12  # positions that are allocated at first; more are added when needed
+# Minimum and maximum of each value, as in run.c; a larger one is a typo that would exhaust memory
 LIMITS = {
     "dim": (1, 1 << 16),
     "n_layers": (1, 1 << 12),
@@ -173,12 +173,12 @@ LIMITS = {
     "vocab_multiple": (1, 1 << 16),
 }
 
-# The presets of --arch: the options that differ from ModelArgs' defaults
+# The presets of --arch: the options that differ from the defaults of ModelArgs
 ARCHS = {
     "llama": {},
-    # what Qwen3 of transformers and llama.cpp carries exactly
+    # can be stored exactly as a Qwen3 model for transformers and llama.cpp
     "portable": {"qk_norm": True},
-    # the lowest loss in a given time, whatever it needs
+    # the lowest loss in a given time, however complex the model
     "modded": {
         "qk_norm": True,
         "norm_gains": False,
@@ -195,8 +195,8 @@ ARCHS = {
 
 def linear(x, *weights):
     """
-    x (..., n) times the transpose of each matrix (rows, n), in x's number format -> (..., sum of
-    rows); several matrices are multiplied as one.
+    Multiply x (..., n) with the transpose of each matrix (rows, n), in x's dtype -> (..., total
+    rows). Several matrices are multiplied as one.
     """
     weights = [w.to(x.dtype) for w in weights]
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
@@ -211,14 +211,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if args.norm_gains else None  # (dim,)
 
     def forward(self, x):
-        # in float32 whatever x is: PyTorch's kernel for bfloat16 on a CPU is seven times slower
+        # always in float32: PyTorch's bfloat16 kernel is seven times slower on a CPU
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
 def rope_tables(head_dim, max_seq_len, theta):
     """
-    Cosine and sine of the rotary angles, two tensors (max_seq_len, head_dim // 2), fp32: position p
-    turns pair i by p * theta ** (-2 i / head_dim) (Su et al. 2021, arXiv:2104.09864).
+    Return cosine and sine of the rotary angles, two tensors (max_seq_len, head_dim // 2), fp32.
+    Position p turns pair i by p * theta ** (-2 i / head_dim) (Su et al. 2021, arXiv:2104.09864).
     """
     freqs = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), freqs)
@@ -227,8 +227,8 @@ def rope_tables(head_dim, max_seq_len, theta):
 
 def apply_rope(x, cos, sin):
     """
-    Turn x (B, T, n_heads, head_dim), number i of the first half of a head with number i of the
-    second, by the angles of their positions (T, head_dim // 2).
+    Rotate x (B, T, n_heads, head_dim) by the angles of its positions, cos and sin
+    (T, head_dim // 2). Element i of a head's first half is paired with element i of its second.
     """
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
@@ -237,16 +237,18 @@ def apply_rope(x, cos, sin):
 
 def pairs_to_halves(weight, head_dim):
     """
-    The rows of a projection (n_heads * head_dim, ...), or gains (head_dim,), in the order 0, 2, 4,
-    ..., 1, 3, 5, ... of each head. Llama turns neighbouring numbers of a head, which processors
-    cannot load at once; in this order they lie in its two halves. Queries and keys permuted alike
-    have the same dot products, so nothing else changes.
+    Reorder the rows of each head to 0, 2, 4, ..., 1, 3, 5, ..., in a projection
+    (n_heads * head_dim, ...) or in gains (head_dim,).
+
+    Llama rotates pairs of neighbouring elements, which processors cannot load as two vectors. In
+    this order, one element of each pair is in the first half of the head and one in the second.
+    Queries and keys are reordered alike, so their dot products do not change.
     """
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of heads in the order of pairs_to_halves; its gains are stored in Llama's order."""
+    """RMSNorm of heads that pairs_to_halves has reordered; gains are stored in Llama's order."""
 
     def forward(self, x):
         gains = None if self.weight is None else pairs_to_halves(self.weight, x.shape[-1])
@@ -256,7 +258,7 @@ class HeadNorm(RMSNorm):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary embeddings."""
 
-    kernel = "sdpa"  # training sets another name in attention.KERNELS
+    kernel = "sdpa"  # training may set another name in attention.KERNELS
     attend = staticmethod(attend)  # training/estimate.py sets one that only counts memory
 
     def __init__(self, args, layer):
@@ -273,8 +275,8 @@ class Attention(nn.Module):
 
     def forward(self, x, extra_values, cos, sin, cache):
         """
-        x (B, T, dim) -> (B, T, dim). extra_values: None, or (B, T, kv_dim); cos and sin
-        (T, head_dim // 2); cache: None, or the KVCache of the positions before.
+        x (B, T, dim) -> (B, T, dim). extra_values: None or (B, T, kv_dim); cos and sin:
+        (T, head_dim // 2); cache: None or the KVCache of the earlier positions.
         """
         args = self.args
         B, T, _ = x.shape
@@ -288,14 +290,14 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, positions so far, head_dim)
+            k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, all positions, head_dim)
         dropout = args.dropout if self.training else 0.0
         y = self.attend(q, k, v, self.window, dropout, self.kernel)  # (B, n_heads, T, head_dim)
         return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo.weight)
 
 
 class FeedForward(nn.Module):
-    """w2(activation(w1 x) * w3 x), as in SwiGLU; if not gated, w2(activation(w1 x))."""
+    """w2(activation(w1 x) * w3 x) as in SwiGLU, or without a gate w2(activation(w1 x))."""
 
     def __init__(self, args):
         super().__init__()
@@ -315,9 +317,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, x (B, T, dim) -> (B, T, dim)."""
+    """One layer: x (B, T, dim) -> (B, T, dim)."""
 
-    recompute = None  # training may set a function in ACTIVATION_CHECKPOINTING
+    recompute = None  # training may set a function of ACTIVATION_CHECKPOINTING
 
     def __init__(self, args, layer):
         super().__init__()
@@ -333,15 +335,15 @@ class Block(nn.Module):
         return self.compute(x, *context)
 
     def compute(self, x, *context):
-        """context: the other arguments of Attention.forward."""
+        """Compute the layer; context: the other arguments of Attention.forward."""
         x = x + self.dropout(self.attention(self.attention_norm(x), *context))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
     """
-    The model. Training sets `dtype`, the number format of products; `fp8_head`, which multiplies
-    with the head in 8 bits in training steps; and `fast_layers`, see compile_layers.
+    The model. Training sets `dtype`, in which matrices are multiplied; `fp8_head`, to multiply with
+    the head in 8 bits in training steps; and `fast_layers`, see compile_layers.
     """
 
     def __init__(self, args):
@@ -352,7 +354,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args, args.dim)
         self.output = nn.Linear(args.dim, args.vocab_rows, bias=False)  # (vocab_rows, dim)
-        cos, sin = rope_tables(args.head_dim, min(args.max_seq_len, ROOM), args.rope_theta)
+        cos, sin = rope_tables(args.head_dim, min(args.max_seq_len, INITIAL_ROOM), args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         if args.embedding_norm:
@@ -372,19 +374,20 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self):
-        """Matrices and tables are normal, see init_std; gains and scalars keep their start."""
+        """Draw matrices and tables from a normal distribution, see init_std; keep all others."""
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, mean=0.0, std=self.init_std(name))
 
     def init_std(self, name):
         """
-        The initial standard deviation of a parameter: 0.02, but for the two projections that write
-        to the residual stream 0.02 / sqrt(2 n_layers), so that its variance does not grow with
-        depth (GPT-2).
+        Return the initial standard deviation of a parameter: 0.02, or 0.02 / sqrt(2 n_layers) for
+        the two projections that write to the residual stream, so that the variance of the stream
+        does not grow with depth (GPT-2).
 
-        With zero_init these, and an untied head, start at zero: each layer passes on its input, and
-        all tokens are equally likely. The embedding then starts at 1, see wide_embedding.
+        With zero_init, these projections and an untied head start at zero: each layer passes its
+        input on, and all tokens are equally likely. The embedding then starts at 1, see
+        wide_embedding.
         """
         args = self.args
         writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
@@ -400,7 +403,7 @@ class Transformer(nn.Module):
         return 0.02 / math.sqrt(2 * args.n_layers) if writes_residual else 0.02
 
     def rope(self, start, end):
-        """Rotary tables (end - start, head_dim // 2) of positions, cosine and sine."""
+        """Return the cosine and sine tables (end - start, head_dim // 2) of some positions."""
         if end > (n := len(self.rope_cos)):
             with torch.inference_mode(False):  # training may use them later
                 tables = rope_tables(self.args.head_dim, max(end, 2 * n), self.args.rope_theta)
@@ -408,10 +411,10 @@ class Transformer(nn.Module):
         return self.rope_cos[start:end], self.rope_sin[start:end]
 
     def embed(self, tokens, cache):
-        """tokens (B, T) -> what the first layer reads, (B, T, dim); cache: as in forward."""
+        """Return the input of the first layer (B, T, dim) for tokens (B, T) and forward's cache."""
         args = self.args
         first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
-        before = torch.cat((first, tokens[:, :-1]), dim=1)  # (B, T), the token before; -1: none
+        before = torch.cat((first, tokens[:, :-1]), dim=1)  # (B, T), the previous token; -1: none
         ids = torch.cat((first.clamp(min=0), tokens), dim=1) if args.smear else tokens
         x = self.tok_embeddings(ids).to(self.dtype)
         if args.embedding_norm:
@@ -427,10 +430,11 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, targets=None, cache=None):
         """
-        tokens (B, T) int64 -> logits (B, T, vocab_size), float32; with targets (B, T), where -1
-        marks a position that does not count, the mean cross-entropy in nats instead. With a
-        KVCache, tokens follow the positions it holds, and only the last logits, (B, 1, vocab_size),
-        are returned. Raises ValueError past max_seq_len.
+        Return the logits (B, T, vocab_size), float32, of tokens (B, T), int64.
+
+        With targets (B, T), return their mean cross-entropy in nats instead; a target of -1 does
+        not count. With a KVCache, the tokens follow the positions in the cache, and only the last
+        logits (B, 1, vocab_size) are returned. Raises ValueError for positions past max_seq_len.
         """
         args = self.args
         start = 0 if cache is None else cache.n
@@ -462,22 +466,22 @@ class Transformer(nn.Module):
         return logits
 
     def n_params(self):
-        """Number of trained numbers; a shared table counts once."""
+        """Return the number of parameters; a shared table counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def compile_layers(self):
         """
-        Compile the layers for training steps. Layers with the same shapes and window share a graph:
-        that takes two thirds of the time of compiling the whole model, and runs as fast.
+        Compile the layers for training steps. Layers with the same shapes and window share a graph,
+        which takes two thirds of the time of compiling the whole model and runs as fast.
         """
         self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
 
     def flops_per_token(self):
         """
-        Floating-point operations of training on one token: 6 for each number of the matrices (2
-        forward, 4 backward), and 12 * dim in each layer for each key that an average position of a
-        full sequence sees (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which also
-        counts the keys after a position). Look-ups, norms and the softmax are not counted.
+        Return the floating-point operations of training on one token: 6 per matrix element (2
+        forward, 4 backward), and in each layer 12 * dim per key that an average position of a full
+        sequence sees (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which also counts
+        the keys after a position). Lookups, norms and the softmax are not counted.
         """
         args, T = self.args, self.args.max_seq_len
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -495,10 +499,10 @@ class Transformer(nn.Module):
         Yield new token ids after `tokens`, a non-empty list of ids, until a token in `stop` (not
         yielded), max_new_tokens, or the end of the context.
 
-        temperature 0 takes the likeliest token; top_k > 0 samples from the k likeliest; top_p < 1
-        from the likeliest whose probabilities first sum to p (Holtzman et al. 2020,
-        arXiv:1904.09751). `generator` (torch.Generator on CPU) makes it repeatable. Raises
-        ValueError if the tokens do not fit the context.
+        temperature = 0 picks the most likely token. top_k > 0 samples from the k most likely
+        tokens, top_p < 1 from the fewest most likely tokens with a total probability of at least p
+        (Holtzman et al. 2020, arXiv:1904.09751). `generator` (a torch.Generator on the CPU) makes
+        the result repeatable. Raises ValueError if the tokens do not fit the context.
         """
         device = self.output.weight.device
         limit = min(max_new_tokens, self.room_after(tokens))
@@ -515,16 +519,16 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def generate_batch(self, tokens, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
         """
-        generate() for n continuations at once. `draws` (n, max_new_tokens), float64 in [0, 1), are
-        the random numbers of each, so that none depends on the others in the batch. Yields a list
-        of n after each step: the new token id of each continuation, None for those that have ended.
+        Generate n continuations at once, see generate(). Each reads its random numbers, float64 in
+        [0, 1), from one row of `draws` (n, max_new_tokens), so none depends on the rest of the
+        batch. Yields a list of n token ids after each step, with None for those that have ended.
         """
         device = self.output.weight.device
         n, max_new_tokens = draws.shape
         limit = min(max_new_tokens, self.room_after(tokens))
         cache = KVCache(self.args, n, device, self.dtype, len(tokens) + limit)
         step = torch.tensor([tokens] * n, device=device)  # (n, T), then (rows, 1)
-        running = list(range(n))  # the continuation that each row of the batch is
+        running = list(range(n))  # which continuation each row of the batch continues
         for i in range(limit):
             logits = self(step, cache=cache)[:, -1]  # (rows, vocab_size)
             new = draw_tokens(logits, draws[running, i], temperature, top_k, top_p)
@@ -539,25 +543,25 @@ class Transformer(nn.Module):
             step = torch.tensor([[new[row]] for row in rows], device=device)
 
     def room_after(self, tokens):
-        """How many tokens can follow these; ValueError if these do not fit the context."""
+        """Return how many tokens can follow `tokens`; raise ValueError if they do not fit."""
         longest = self.args.max_seq_len
         if not 0 < len(tokens) <= longest:
             expected = f"expected 1 to max_seq_len = {longest}"
             raise ValueError(f"a prompt of {len(tokens)} tokens does not fit: {expected}")
-        # one more than max_seq_len: the token after the last position is still a prediction
+        # + 1: the last position still predicts a token after it
         return longest + 1 - len(tokens)
 
 
 def bigram_hash(before, tokens, rows):
     """
-    The row of the bigram table for each token and the one before it, int64 tensors of one shape;
-    `before` is -1 where there is none, which is row 0. run.c computes the same.
+    Return the row of the bigram table for each token and the token before it, int64 tensors of the
+    same shape. Row 0 is for the first token, where `before` is -1. run.c computes the same rows.
     """
     mixed = (before * 36313) ^ (tokens * 27191)
     return torch.where(before < 0, 0, 1 + mixed % (rows - 1))
 
 
-# ---- what a layer keeps for the backward pass
+# ---- activation checkpointing: what a layer keeps for the backward pass
 
 ATEN = torch.ops.aten
 PRODUCTS = [
@@ -571,10 +575,10 @@ PRODUCTS = [
 ]
 recomputed = partial(checkpoint, use_reentrant=False)
 ACTIVATION_CHECKPOINTING = {
-    "none": None,  # everything it computed
-    # only its input; the rest is computed again (Chen et al. 2016, arXiv:1604.06174)
+    "none": None,  # keep everything
+    # keep only the input and recompute the rest (Chen et al. 2016, arXiv:1604.06174)
     "block": recomputed,
-    # its input and its products
+    # keep the input and the matrix products
     "selective": partial(
         recomputed, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS)
     ),
@@ -586,20 +590,20 @@ ACTIVATION_CHECKPOINTING = {
 
 class KVCache:
     """
-    Keys and values of the positions so far, n of them, and the last token. n_positions: how many
-    are expected. There is room for ROOM of them at first, and for more when they come.
+    Keys and values of the first n positions, and the last token. n_positions: how many to expect.
+    The cache starts with room for INITIAL_ROOM positions at most, and grows when it is full.
     """
 
-    def __init__(self, args, batch_size, device, dtype, n_positions=ROOM):
-        n_positions = min(n_positions, ROOM, args.max_seq_len)
+    def __init__(self, args, batch_size, device, dtype, n_positions=INITIAL_ROOM):
+        n_positions = min(n_positions, INITIAL_ROOM, args.max_seq_len)
         shape = (args.n_layers, batch_size, args.n_kv_heads, n_positions, args.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.n = 0
-        self.token = torch.full((batch_size, 1), -1, device=device)  # the last; -1: there is none
+        self.token = torch.full((batch_size, 1), -1, device=device)  # the last token; -1: none
 
     def append(self, layer, k, v):
-        """Store k, v (B, n_kv_heads, T, head_dim) after the filled part; return all up to them."""
+        """Append k and v (B, n_kv_heads, T, head_dim) to a layer's; return all positions."""
         end, room = self.n + k.shape[2], self.k.shape[3]
         if end > room:
             more = 0, 0, 0, max(end, 2 * room) - room
@@ -609,28 +613,29 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows):
-        """Drop all rows of the batch except these, a list."""
+        """Keep only some rows of the batch, a list of indices."""
         self.k, self.v, self.token = self.k[:, rows], self.v[:, rows], self.token[rows]
 
 
 def likeliest(logits, temperature, top_k=0, top_p=1.0):
     """
-    Probabilities (..., vocab_size), the largest first, 0 where top_k or top_p exclude the token,
-    and the token ids in that order. temperature: above 0; all as in Transformer.generate.
+    Return the probabilities (..., vocab_size) in descending order, 0 for tokens that top_k or top_p
+    exclude, and the token ids in that order. The parameters are those of Transformer.generate, with
+    temperature > 0.
     """
-    # a temperature that is 0 in float32 would make 0 / 0 of the likeliest
+    # a temperature that float32 rounds to 0 would give 0 / 0 for the most likely token
     logits = logits - logits.amax(-1, keepdim=True)
     probs = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
     probs, order = probs.sort(descending=True)
     if top_k > 0:
         probs[..., top_k:] = 0
     if 0 < top_p < 1:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0  # keeps the token that crosses p
+        probs[probs.cumsum(-1) - probs >= top_p] = 0  # keeps the token that reaches p
     return probs, order
 
 
 def sample_token(logits, temperature, top_k=0, top_p=1.0, generator=None):
-    """One token id from logits (vocab_size,); the parameters are those of Transformer.generate."""
+    """Sample a token id from logits (vocab_size,); parameters as in Transformer.generate."""
     if temperature == 0:
         return int(logits.argmax())
     probs, order = likeliest(logits, temperature, top_k, top_p)
@@ -639,8 +644,8 @@ def sample_token(logits, temperature, top_k=0, top_p=1.0, generator=None):
 
 def draw_tokens(logits, draws, temperature, top_k=0, top_p=1.0):
     """
-    A list of n token ids from logits (n, vocab_size): in each row the first token at which the
-    cumulative probability, likeliest first, exceeds the number in `draws` (n,).
+    Return a list of n token ids from logits (n, vocab_size): in each row, the first token at which
+    the cumulative probability, most likely tokens first, exceeds the number in `draws` (n,).
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()

@@ -1,16 +1,16 @@
 """
-Optimizers: which parameter is trained by what, at which rate, and how the rates change.
+Optimizers: what trains each parameter, at which learning rate, and how the rates change.
 
-Every parameter has one role, and every role its own rate:
+Every parameter has one role, and every role has its own learning rate:
 
     hidden      matrices between two layers of activations
-    embedding   tables that are looked up: tokens, values
-    bigram      the hashed table of token pairs, of which most rows are seldom seen
-    head        the output matrix, also if it is the embedding; and an embedding that starts small
-    scalar      gains of norms, scalars of the residual stream, gates
+    embedding   lookup tables of tokens and values
+    bigram      the hashed table of token pairs; most of its rows are rarely used
+    head        the output matrix, even if tied to the embedding; an embedding with a small std
+    scalar      norm gains, residual scalars, gates
 
-To add an optimizer: a function in OPTIMIZERS. To add a parameter: nothing where its name and shape
-tell its role, else a line in role_of.
+To add an optimizer, add a function to OPTIMIZERS. A new parameter needs a line in role_of() only if
+the existing ones do not fit its name and shape.
 """
 
 import math
@@ -31,7 +31,7 @@ POLAR_EXPRESS = (
 
 
 def role_of(name, p, args):
-    """The role of a parameter of a Transformer, from its name in the model and its shape."""
+    """Return the role of a Transformer's parameter from its name and shape."""
     if p.dim() < 2 or name.startswith("smear_gate"):
         return "scalar"
     if name.startswith("output.") or (name.startswith("tok_emb") and not args.wide_embedding):
@@ -42,22 +42,22 @@ def role_of(name, p, args):
 
 
 def by_role(model):
-    """{role: [parameters]}; each parameter of the model is in exactly one."""
+    """Return {role: [parameters]}; each parameter of the model has exactly one role."""
     roles = {role: [] for role in ROLES}
     for name, p in model.named_parameters():
         roles[role_of(name, p, model.args)].append(p)
-    found = [p for params in roles.values() for p in params]
-    assert len(set(found)) == len(found) == len(list(model.parameters()))
+    assigned = [p for params in roles.values() for p in params]
+    assert len(set(assigned)) == len(assigned) == len(list(model.parameters()))
     return {role: params for role, params in roles.items() if params}
 
 
 @torch.no_grad()
 def orthogonalize(matrices):
     """
-    The nearest matrices with orthonormal rows or columns to a batch (n, rows, columns), by the
-    polynomial iteration of Polar Express (arXiv:2505.16932). Muon needs them only roughly: its five
-    steps bring singular values from 1e-3 of the largest on to about 0.9 to 1.1, and bfloat16 is
-    enough.
+    Return the nearest matrices with orthonormal rows or columns to a batch (n, rows, columns), by
+    the polynomial iteration of Polar Express (arXiv:2505.16932). Muon needs only a rough result:
+    five steps bring all singular values above 1e-3 of the largest to about 0.9 to 1.1, and bfloat16
+    is enough.
     """
     X = matrices
     is_tall = X.shape[1] > X.shape[2]
@@ -70,22 +70,21 @@ def orthogonalize(matrices):
     return X.mT if is_tall else X
 
 
-def part_for(target, value):
-    """This rank's part of a whole tensor, spread over the ranks as the DTensor `target` is."""
+def shard_like(target, value):
+    """Return a whole tensor sharded over the ranks like the DTensor `target`."""
     from torch.distributed.tensor import distribute_tensor  # takes a second to load
 
-    # every rank has the whole, so none has to send it
+    # every rank has the whole tensor, so none must send it
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose update of a matrix is made orthogonal (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon): W -= lr * sqrt(max(1, rows / columns)) * orthogonalize(u),
-    with u the Nesterov momentum of the gradient, and decoupled weight decay. A neuron_beta above 0
-    evens out the sizes of the neurons' updates, see evened. Matrices of one shape are
-    orthogonalised together, which is what makes it quicker than torch.optim.Muon for a small model.
-    product_dtype is the number format of the products.
+    Momentum with orthogonalized updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon):
+    W -= lr * sqrt(max(1, rows / columns)) * orthogonalize(u), where u is the Nesterov momentum of
+    the gradient, and decoupled weight decay. A neuron_beta above 0 equalizes the size of the
+    neurons' updates, see equalize(). Matrices of the same shape are orthogonalized together, which
+    makes it faster than torch.optim.Muon for small models. product_dtype: dtype of the products.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group)
 
     def update(self, params, group):
-        """One step for parameters of one shape."""
+        """Take one step for parameters of one shape."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -129,63 +128,63 @@ class Muon(torch.optim.Optimizer):
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
         rows, columns = params[0].shape
         scale = group["lr"] * max(1, rows / columns) ** 0.5
-        is_spread = hasattr(nesterov[0], "full_tensor")
-        if is_spread:  # FSDP: every rank works on the whole, and keeps its part of it
+        is_sharded = hasattr(nesterov[0], "full_tensor")
+        if is_sharded:  # FSDP: every rank computes the whole update and keeps its part
             nesterov = [u.full_tensor() for u in nesterov]
         whole = torch.stack(nesterov).to(group["product_dtype"])
         updates = orthogonalize(whole).to(params[0].dtype)
         if group["neuron_beta"]:
-            updates = self.evened(updates, params, group["neuron_beta"])
+            updates = self.equalize(updates, params, group["neuron_beta"])
         updates = updates.unbind()
-        if is_spread:
-            updates = [part_for(p, u) for p, u in zip(params, updates, strict=True)]
+        if is_sharded:
+            updates = [shard_like(p, u) for p, u in zip(params, updates, strict=True)]
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates), alpha=-scale)
 
-    def evened(self, updates, params, beta):
+    def equalize(self, updates, params, beta):
         """
-        The updates (n, rows, columns) of params with each neuron's, a row or, in a wide matrix, a
-        column, divided by the root of a running mean of its mean square, and with the norms that
-        they had (NorMuon, Li et al. 2025, arXiv:2510.05491).
+        Divide each neuron's update by the root of a running mean of its mean square, and rescale
+        each matrix to its original norm (NorMuon, Li et al. 2025, arXiv:2510.05491). A neuron is a
+        row or, in a wide matrix, a column. updates: (n, rows, columns), one per parameter.
         """
         rows, columns = updates.shape[1:]
         sizes = updates.square().mean(1 if rows < columns else 2, keepdim=True)
-        for p, now in zip(params, sizes, strict=True):
-            # not corrected for its start at 0: the norm takes out what all neurons share
-            memory = self.state[p].setdefault("neuron_sizes", torch.zeros_like(now))
-            memory.lerp_(now, 1 - beta)
+        for p, size in zip(params, sizes, strict=True):
+            # no bias correction: the rescaling cancels any factor shared by all neurons
+            mean = self.state[p].setdefault("neuron_sizes", torch.zeros_like(size))
+            mean.lerp_(size, 1 - beta)
         roots = torch.stack([self.state[p]["neuron_sizes"] for p in params]).sqrt()
-        even = updates / roots.clamp(min=1e-8)
-        before, after = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates, even))
-        return even * (before / after.clamp(min=1e-8))
+        equalized = updates / roots.clamp(min=1e-8)
+        before, after = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates, equalized))
+        return equalized * (before / after.clamp(min=1e-8))
 
 
-class Together:
-    """Several optimizers that are used as one."""
+class CombinedOptimizer:
+    """Several optimizers used as one."""
 
     def __init__(self, *optimizers):
         self.optimizers = optimizers
 
     @property
     def param_groups(self):
-        return [group for one in self.optimizers for group in one.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def state(self):
-        return {p: memory for one in self.optimizers for p, memory in one.state.items()}
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
 
     def step(self):
-        for one in self.optimizers:
-            one.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def zero_grad(self, set_to_none=True):
-        for one in self.optimizers:
-            one.zero_grad(set_to_none=set_to_none)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
 
 
 def adamw(roles, settings, dtype):
-    """AdamW at one rate for all, base_learning_rate; only matrices and tables decay."""
+    """Return AdamW with base_learning_rate for all; scalars have no weight decay."""
     groups = [
         {
             "role": role,
@@ -199,7 +198,7 @@ def adamw(roles, settings, dtype):
 
 
 def muon(roles, settings, dtype):
-    """Muon for hidden matrices, AdamW without decay for everything else, a rate for each role."""
+    """Return Muon for hidden matrices and AdamW without decay for the rest; one rate per role."""
     product_dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     groups = [
         {"role": role, "params": params, "lr": settings[f"{role}_lr"]}
@@ -221,18 +220,17 @@ def muon(roles, settings, dtype):
         settings["neuron_beta"],
         product_dtype=product_dtype,
     )
-    return Together(hidden, rest)
+    return CombinedOptimizer(hidden, rest)
 
 
-# name -> function of ({role: parameters}, settings of train.py, number format of the products)
+# name -> function of ({role: parameters}, settings of train.py, dtype of matrix products)
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(model, name, settings):
     """
-    The optimizer `name` for a Transformer. `settings` are those of train.py by name. Each of its
-    param_groups has its "role", and its full rate and decay as "initial_lr" and
-    "initial_weight_decay".
+    Return the optimizer `name` for a Transformer. settings: {name: value} of train.py. Each param
+    group has a "role", and its full rate and decay as "initial_lr" and "initial_weight_decay".
     """
     optimizer = OPTIMIZERS[name](by_role(model), settings, model.dtype)
     for group in optimizer.param_groups:
@@ -242,13 +240,14 @@ def make_optimizer(model, name, settings):
 
 
 def table(optimizer):
-    """What is trained by what, as text: a line for each group of parameters."""
-    lines = [f"{'role':<10} {'tensors':>7} {'numbers':>12}  {'by':<6} {'rate':>8} {'decay':>6}"]
+    """Return a table, as text, of what trains each group of parameters."""
+    head = "role", "tensors", "parameters", "optimizer", "lr", "decay"
+    lines = ["{:<10} {:>7} {:>12}  {:<9} {:>8} {:>6}".format(*head)]
     for group in optimizer.param_groups:
-        by = "Muon" if "momentum" in group else "AdamW"
+        name = "Muon" if "momentum" in group else "AdamW"
         n = sum(p.numel() for p in group["params"])
         lines.append(
-            f"{group['role']:<10} {len(group['params']):>7} {n:>12,}  {by:<6} "
+            f"{group['role']:<10} {len(group['params']):>7} {n:>12,}  {name:<9} "
             f"{group['lr']:>8.3g} {group['weight_decay']:>6.3g}"
         )
     return "\n".join(lines)
@@ -262,10 +261,9 @@ SHAPES = {
 
 def rate_factor(progress, step, warmup_steps, cooldown_frac, shape="cosine", final=0.0):
     """
-    What the rates are multiplied with in a step: a linear rise over warmup_steps, 1, and from
-    1 - cooldown_frac of the run on a fall to `final` in the given shape (a name in SHAPES).
-    progress: done part of the run, from 0 to 1; with a cooldown_frac of 1 it counts from the end of
-    the warm-up.
+    Return the factor for the learning rates in a step: a linear rise over warmup_steps, then 1, and
+    over the last cooldown_frac of the run a fall to `final` with the given shape (a key of SHAPES).
+    progress: the part of the run that is done, 0 to 1, as in RunState.part_done().
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -274,7 +272,7 @@ def rate_factor(progress, step, warmup_steps, cooldown_frac, shape="cosine", fin
 
 
 def momentum_at(step, final, warmup_steps, start=0.85):
-    """Muon's momentum in a step: a linear rise from `start`, as in modded-nanogpt."""
+    """Return Muon's momentum in a step: a linear rise from `start`, as in modded-nanogpt."""
     return final - (final - start) * max(0.0, 1 - step / warmup_steps) if warmup_steps else final
 
 
@@ -282,19 +280,19 @@ DECAYS = ("constant", "linear")
 
 
 def decay_factor(progress, shape):
-    """What weight decay is multiplied with: 1, or linear from 1 at the start to 0 at the end."""
+    """Return the factor for weight decay: 1, or falling linearly from 1 to 0 over the run."""
     return 1.0 if shape == "constant" else min(max(1.0 - progress, 0.0), 1.0)
 
 
 def warmup_steps(settings):
-    """Steps of the warm-up: warmup_iters, at most half of the run."""
+    """Return the number of warm-up steps: warmup_iters, but at most half of the run."""
     return min(settings.warmup_iters, settings.max_iters // 2)
 
 
 def set_rates(optimizer, settings, step, done):
     """
-    Set learning rates, weight decay and momentum of every group for a step. settings: those of
-    train.py; done: part of the run that is done, as rate_factor() takes it.
+    Set the learning rate, weight decay and momentum of every group for a step. done: the progress
+    of the run, as in rate_factor().
     """
     schedule = settings.cooldown_frac, settings.cooldown_shape, settings.final_lr_frac
     factor = rate_factor(done, step, warmup_steps(settings), *schedule)

@@ -1,14 +1,14 @@
 """
-Pictures of training: the curves of runs, summaries of sweeps, and a page that follows a run.
+Draw the curves of training runs and the results of sweeps, or follow runs on a live page.
 
-    python plot.py out                                       # out/loss.png
-    python plot.py out/a out/b --out=ab.svg --theme=dark     # several runs in one picture
-    python plot.py out/sweeps/lr/results.jsonl               # a sweep: out/sweeps/lr/results.png
-    python plot.py out/sweeps/lr/results.jsonl --write=lr.md # and its table as Markdown
-    python plot.py --serve --out_dir=out                     # http://127.0.0.1:8000 follows the run
+    python plot.py out                                        # out/loss.png
+    python plot.py out/a out/b --out=ab.svg --theme=dark      # several runs in one picture
+    python plot.py out/sweeps/lr/results.jsonl                # a sweep: out/sweeps/lr/results.png
+    python plot.py out/sweeps/lr/results.jsonl --write=lr.md  # also its table as Markdown
+    python plot.py --serve --out_dir=out                      # live page at http://127.0.0.1:8000
 
-Name runs by their out_dir, or by a folder of several. Pictures need matplotlib, the page does not:
-`pip install .[plot]`.
+Pass the out_dir of each run, or a folder with several runs in it. Pictures need matplotlib
+(`pip install .[plot]`); the live page does not.
 """
 
 import os
@@ -24,44 +24,46 @@ from system.progress import print_line
 from training.runlog import LOG
 
 # -----------------------------------------------------------------------------
-what = ""  # folders of runs or results.jsonl of sweeps, also with commas; empty: out_dir
-out_dir = "out"  # of the run, if nothing else is named
-out = ""  # the picture, .png or .svg; empty: loss.png or results.png beside what is drawn
-theme = "light"  # light, for paper and screens; dark, for dark pages
-# runs
-x = ""  # of runs: steps, tokens, time, separated by commas; of a sweep: a setting; empty: all
-panels = ""  # some of loss, bpb, grad_norm, lr, speed, separated by commas; empty: all
-smoothing = 0.02  # distance at which a value has half its weight, as a part of the run; 0: none
-# sweeps
-curves = ""  # against steps, tokens or time; empty: whichever the runs have more equal
-write = ""  # write the tables of the sweeps to this Markdown file
-# the page
-serve = False  # follow one run or several on a page of this machine
-port = 8000  # 0: any free one
-start = "Once upon a time"  # of the story that the latest model tells there; empty: no story
-engine = ""  # the program that tells it; empty: run beside this script, otherwise sample.py
+# input
+what = ""  # run folders or results.jsonl of sweeps; empty: out_dir
+out_dir = "out"  # run folder, if no input is given
+# pictures
+out = ""  # .png or .svg file; empty: loss.png or results.png beside the input
+theme = "light"  # light or dark
+# pictures of runs
+x = ""  # x axes: any of steps, tokens, time (empty: all); sweeps: a setting
+panels = ""  # any of loss, bpb, grad_norm, lr, speed, comma-separated; empty: all
+smoothing = 0.02  # fraction of the run over which smoothing weights halve; 0: off
+# pictures of sweeps
+curves = ""  # x axis of the curves: steps, tokens or time; empty: automatic
+write = ""  # also write the tables to this Markdown file
+# live page
+serve = False  # serve a page that follows the runs
+port = 8000  # port on 127.0.0.1; 0: any free port
+start = "Once upon a time"  # prompt for a story by the latest model; empty: no story
+engine = ""  # program that generates the story; empty: ./run, else sample.py
 configure(globals(), positional="what", many=True)
 # -----------------------------------------------------------------------------
 
 
-def some_of(name, known):
-    """The names in a setting, in order; all of the known ones if it is empty."""
-    names = [word.strip() for word in globals()[name].split(",") if word.strip()]
-    for word in names:
-        if word not in known:
-            raise UserError(f"{name} = {word!r}: expected some of {', '.join(known)}")
-    return names or list(known)
+def listed(name, choices):
+    """Return the comma-separated values of a setting, or all choices if it is empty."""
+    values = [value.strip() for value in globals()[name].split(",") if value.strip()]
+    for value in values:
+        if value not in choices:
+            raise UserError(f"{name} = {value}: expected one of {', '.join(choices)}")
+    return values or list(choices)
 
 
-def picture_of(path, name):
-    """Where a picture goes: as `out` says, or beside what is drawn."""
+def picture_path(folder, stem):
+    """Return where to write a picture: `out`, or a file in the folder of the input."""
     if out and not out.endswith(ENDINGS):
-        raise UserError(f"out = {out}: expected a name that ends in .png or .svg")
-    return out or os.path.join(path, f"{name}{'' if theme == 'light' else '-' + theme}.png")
+        raise UserError(f"out = {out}: expected a path ending in .png or .svg")
+    return out or os.path.join(folder, f"{stem}{'' if theme == 'light' else '-' + theme}.png")
 
 
 def plot_sweeps(paths):
-    """Print, write and draw the results of some sweeps."""
+    """Print, write and draw the results of sweeps."""
     sweeps = {path: read_sweep(path) for path in paths}
     for results in sweeps.values():
         print_line(f"\n{title_of(results)}\n\n{markdown(table(results, x))}\n")
@@ -73,46 +75,46 @@ def plot_sweeps(paths):
         print_line(f"wrote {write}")
     for path, results in sweeps.items():
         stem = os.path.splitext(os.path.basename(path))[0]
-        picture = picture_of(os.path.dirname(path), stem)
+        picture = picture_path(os.path.dirname(path), stem)
         draw_sweep(results, picture, x, curves, theme)
         print_line(f"wrote {picture}")
 
 
 def plot_runs(paths):
-    """Draw the curves of some runs in one picture."""
+    """Draw the curves of runs in one picture."""
     runs = find_runs(paths)
     for run in runs:
         if run.n_skipped:
-            lines = f"{run.n_skipped:,} lines that train.py did not write"
+            lines = f"{run.n_skipped:,} lines that are not from train.py"
             print_line(f"warning: {run.path}: skipping {lines}")
     if not any(run.train for run in runs):
-        raise UserError(f"{paths[0]} has no step in its log yet")
+        raise UserError(f"the log of {paths[0]} has no training steps yet")
     folder = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(paths[0])
-    picture = picture_of(folder, "loss")
-    draw_runs(runs, picture, some_of("x", AXES), some_of("panels", PANELS), smoothing, theme)
+    picture = picture_path(folder, "loss")
+    draw_runs(runs, picture, listed("x", AXES), listed("panels", PANELS), smoothing, theme)
     print_line(f"wrote {picture}")
 
 
 if theme not in THEMES:
-    raise UserError(f"theme = {theme!r}: expected one of {', '.join(THEMES)}")
+    raise UserError(f"theme = {theme}: expected {' or '.join(THEMES)}")
 check_range(0, 1, smoothing=smoothing)
 paths = listed_paths(what) or [out_dir]
 sweeps = [path for path in paths if path.endswith(".jsonl") and os.path.basename(path) != LOG]
 if write and not (sweeps and write.endswith(".md")):
-    raise UserError(f"write = {write}: expected a name that ends in .md, and results of sweeps")
+    raise UserError(f"write = {write}: expected a path ending in .md, and results of sweeps")
 if serve:
     if sweeps:
-        raise UserError("--serve follows runs: name their folders, or the folder of the sweep")
+        raise UserError("--serve cannot be used with results of sweeps: use the sweep's folder")
     serve_runs(paths, port, start, engine)
 elif sweeps:
     if len(sweeps) < len(paths):
-        raise UserError("name runs or sweeps, not both at once")
+        raise UserError("runs cannot be used with results of sweeps: use one command for each")
     if out and len(sweeps) > 1:
-        raise UserError("--out is one picture: name one sweep")
+        raise UserError("--out cannot be used with several sweeps: use one command for each")
     if panels:
-        raise UserError("--panels is of runs: name their folders")
+        raise UserError("--panels cannot be used with results of sweeps: use folders of runs")
     if curves and curves not in AXES:
-        raise UserError(f"curves = {curves!r}: expected one of {', '.join(AXES)}")
+        raise UserError(f"curves = {curves}: expected one of {', '.join(AXES)}")
     plot_sweeps(sweeps)
 else:
     plot_runs(paths)

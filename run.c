@@ -1,23 +1,22 @@
-// Inference of a Llama model in plain C: model.bin and a prompt in, a story out.
+// Llama inference in plain C: model.bin and a prompt in, a story out.
 //
 //   ./run model.bin -z tok.bin -i "Once upon a time"
 //
-// How a token of the prompt becomes a logit:
+// From prompt to logits:
 //
 //   main()         parses the options, calls load_model() and load_tokenizer()
 //   load_model()   maps the file: read_header(), check_config(), lay_out() finds the tensors
-//   generate()     cuts the prompt into tokens with encode() and gives them to prefill()
-//   prefill()      feeds it in batches of up to MAX_BATCH tokens: feed() gives each its position
-//   run_batch()    starts the threads, each of which runs
+//   generate()     turns the prompt into tokens with encode() and passes them to prefill()
+//   prefill()      runs them in batches of up to MAX_BATCH tokens, which feed() builds
+//   run_batch()    starts the threads, which all run forward()
 //   forward()      embedding, layers, output head: the whole model, in order, with all shapes
-//   kernels.h      has the loops over numbers: matmul, attend, rmsnorm, softmax, ...
+//   kernels.h      the inner loops: matmul, attend, rmsnorm, softmax, ...
 //
-// generate() then draws the next token with sample(), runs it as the next batch, and so on. The
-// file has its sections in this order: memory, numbers, the model file, the forward pass, the
-// tokenizer, sampling, and what main() offers: stories, evaluation, speed. Shapes are (rows,
-// columns).
+// generate() then samples the next token with sample(), runs it as the next batch, and so on.
+// Sections: errors and memory, weight formats, the model file, the forward pass, the tokenizer,
+// sampling, stories, evaluation, speed, the command line. Shapes are (rows, columns).
 //
-// No input may crash it: every size is checked before it is used, and errors end in die() with one
+// No input may crash it: every size is checked before use, and every error ends in die() with one
 // sentence.
 //
 // To add
@@ -25,9 +24,10 @@
 //   lay_out(), its use in forward(); also in formats/modelbin.py and doc/format.md
 // - an activation: its name in Activation, is_gated() if it needs w3, its formula in activate() of
 //   kernels.h; the head of model.py lists the places outside this file
-// - a number format: its row in FORMATS, its product in kernels.h; also in the same two
+// - a weight format: its row in FORMATS, its product in kernels.h; also in formats/modelbin.py and
+//   doc/format.md
 // - an instruction set: its block where kernels.h is included, its row in pick_kernels()
-// - a pattern of pre-tokens: its number in load_byte_level(), its matcher in pretoken(); also in
+// - a pre-token pattern: its number in load_byte_level(), its matcher in pretoken(); also in
 //   PATTERNS of bpe.py
 
 #if defined(__GNUC__)
@@ -84,7 +84,7 @@ static int omp_get_max_threads(void) { return 1; }
 // ------------------------------------------------------------------------------------------------
 // Errors and memory
 
-// Where errors go: the library returns the text to its caller, the command line prints it and
+// Where errors go: the library returns the text to its caller; the command line prints it and
 // exits.
 static _Thread_local struct {
     jmp_buf *caller;  // NULL: the command line
@@ -111,7 +111,7 @@ _Noreturn static void die(const char *format, ...) {
 
 #define ROUND_UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
 
-// All allocations and mapped files, the latest first, so that they can be released together, also
+// All allocations and mapped files, newest first, in a list that can release them together, even
 // after an error.
 typedef struct Block {
     struct Block *next;
@@ -121,17 +121,17 @@ typedef struct Block {
 
 static _Thread_local Block *blocks;
 
-// Zeroed memory for n items, aligned to a cache line. The only function that allocates.
+// Zeroed memory for n items, aligned to a cache line. All buffers come from here.
 static void *alloc(uint64_t n, size_t size) {
     const size_t line = 64, extra = sizeof(Block) + line;
     Block *b = n > (SIZE_MAX - extra) / size ? NULL : calloc((size_t)n * size + extra, 1);
-    if (!b) die("out of memory: %llu items of %zu bytes do not fit", (unsigned long long)n, size);
+    if (!b) die("not enough memory for %llu x %zu bytes", (unsigned long long)n, size);
     b->next = blocks;
     blocks = b;
     return (char *)b + (ROUND_UP((uintptr_t)(b + 1), line) - (uintptr_t)b);
 }
 
-// Free everything allocated after the block `kept`; NULL: everything.
+// Free everything allocated after the block `kept`, or everything if it is NULL.
 static void release_to(const Block *kept) {
     while (blocks != kept) {
         Block *b = blocks;
@@ -143,43 +143,51 @@ static void release_to(const Block *kept) {
     }
 }
 
-// A whole file, read-only. The command line maps it, so that weights are read when they are first
-// used. The library copies it, because a mapped file that shrinks ends the program with SIGBUS.
+// A whole file, read-only. The command line maps it, so that weights are read on first use. The
+// library copies it, because SIGBUS would kill its caller if a mapped file shrank.
 typedef struct {
     const char *path;
     const uint8_t *data;
     size_t size;
 } File;
 
-static File open_file(const char *path, const char *what) {
+static const char MODEL_HINT[] = "make one with train.py or export.py";
+static const char TOKENIZER_HINT[] = "pass the model's tokenizer file (-z)";
+
+_Noreturn static void die_unopened(const char *path, const char *hint) {
+    if (errno == ENOENT) die("%s does not exist; %s", path, hint);
+    die("cannot read %s: %s", path, strerror(errno));
+}
+
+// Open a file; `hint` says what to do if it does not exist.
+static File open_file(const char *path, const char *hint) {
     File f = {.path = path};
 #if defined(_WIN32)
     FILE *stream = fopen(path, "rb");
-    if (!stream || _fseeki64(stream, 0, SEEK_END))
-        die("cannot open %s %s: %s", what, path, strerror(errno));
+    if (!stream || _fseeki64(stream, 0, SEEK_END)) die_unopened(path, hint);
     f.size = (size_t)_ftelli64(stream);
     rewind(stream);
     bool is_copied = true;
 #else
     struct stat info;
-    if (stat(path, &info)) die("cannot open %s %s: %s", what, path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) die("%s %s is not a regular file", what, path);
-    if ((uintmax_t)info.st_size > SIZE_MAX) die("%s %s is too large for this machine", what, path);
+    if (stat(path, &info)) die_unopened(path, hint);
+    if (!S_ISREG(info.st_mode)) die("%s is not a regular file", path);
+    if ((uintmax_t)info.st_size > SIZE_MAX) die("%s is too large for this machine", path);
     f.size = (size_t)info.st_size;
     bool is_copied = on_error.caller;
 #endif
-    if (!f.size) die("%s %s is empty", what, path);
-    uint8_t *data = alloc(is_copied ? f.size : 0, 1);  // its block holds the mapping
+    if (!f.size) die("%s is empty", path);
+    uint8_t *data = alloc(is_copied ? f.size : 0, 1);  // its Block records the mapping
 #if !defined(_WIN32)
     FILE *stream = fopen(path, "rb");
-    if (!stream) die("cannot open %s %s: %s", what, path, strerror(errno));
+    if (!stream) die_unopened(path, hint);
     void *map = is_copied ? data : mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fileno(stream), 0);
-    if (map == MAP_FAILED) die("cannot map %s %s: it has %zu bytes", what, path, f.size);
+    if (map == MAP_FAILED) die("cannot read %s: %s", path, strerror(errno));
     if (!is_copied) blocks->map = data = map, blocks->map_size = f.size;
 #endif
     size_t n = is_copied ? fread(data, 1, f.size, stream) : f.size;
     fclose(stream);
-    if (n < f.size) die("cannot read %s %s: only %zu of %zu bytes", what, path, n, f.size);
+    if (n < f.size) die("cannot read %s: got only %zu of %zu bytes", path, n, f.size);
     f.data = data;
     return f;
 }
@@ -194,25 +202,25 @@ static double seconds(void) {
 #endif
 }
 
-// Wait for a moment: first without giving up the core, later by sleeping.
-static void wait_a_little(bool is_later) {
-    (void)is_later;  // unused on some platforms
+// Wait briefly: spin, or sleep to give up the core.
+static void wait_briefly(bool may_sleep) {
+    (void)may_sleep;  // unused on some platforms
 #if !defined(_WIN32)
-    if (is_later) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+    if (may_sleep) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 #endif
 #if defined(__x86_64__)
-    if (!is_later) _mm_pause();
+    if (!may_sleep) _mm_pause();
 #elif defined(__aarch64__)
-    if (!is_later) __asm__ volatile("yield");
+    if (!may_sleep) __asm__ volatile("yield");
 #endif
 }
 
 // ------------------------------------------------------------------------------------------------
-// Numbers: the formats of weights, and the interface of the kernels that multiply them
+// Weight formats, and the interface of the kernels that multiply them
 
 enum { LANES = 16, TILE = 8, ROWS_AT_ONCE = 8 };
 
-// Vectors of sixteen lanes, whatever size the registers of the machine have
+// Vectors of sixteen lanes, whatever the register size of the machine
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -226,7 +234,7 @@ typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
 static const struct {
     const char *name;
     size_t bits, group, zero;
-    size_t per_code;  // columns of a row that are stored together
+    size_t per_code;  // columns of a row stored together
 } FORMATS[N_FORMATS] = {
     [FP32] = {"fp32", 32, 0, 0, 1},
     [BF16] = {"bf16", 16, 0, 0, 1},
@@ -235,10 +243,10 @@ static const struct {
 };
 
 // A matrix (rows, cols) as stored in the model file. fp32 and bf16 are row-major. int8 and int4 are
-// stored in blocks of `lanes` rows: 16 for a matrix that is multiplied, 1 for a table for look-ups.
-// A block has the first 4 (int4: 8) columns of each of its rows, then the next columns of each row,
-// and so on. int4 has columns 0 to 3 in the low halves of 4 bytes and columns 4 to 7 in the high
-// halves. Padding is zero. Scales are (blocks, groups of columns, lanes).
+// stored in blocks of `lanes` rows: 16 for multiplied matrices, 1 for lookup tables. A block has
+// the first 4 (int4: 8) columns of each of its rows, then the next columns of each row, and so on.
+// int4 packs columns 0 to 3 into the low halves of 4 bytes and columns 4 to 7 into the high halves.
+// Padding has the value zero. Scales are (blocks, groups of columns, lanes).
 typedef struct {
     Format format;
     size_t rows, cols, lanes, group;
@@ -247,21 +255,21 @@ typedef struct {
     bool wide_scales;
 } Tensor;
 
-// n rows of activations, which matrices are multiplied with.
+// n rows of activations, the input of a product.
 typedef struct {
     float *x;          // (n, stride)
     // for int8 and int4 matrices: x is about (256 * high + low) * scale of its group
     int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): high and low of four columns each
     float *scales;     // (n, max_groups)
-    int32_t *offsets;  // (n, max_groups): -zero times the sum of a group
+    int32_t *offsets;  // (n, max_groups): -zero * the group's sum
     size_t stride, max_groups, n;
-    size_t tile;       // rows that are multiplied at a time: TILE, or n if that is less
+    size_t tile;       // rows multiplied at a time: TILE, or n if n is smaller
     bool is_8bit;      // low is 0
 } Input;
 
-// The place of high and low of columns 4 * four to 4 * four + 3 of a row.
-static inline int8_t *codes_at(const Input *in, size_t row, size_t four) {
-    return in->codes + ((row / in->tile * (in->stride / 4) + four) * in->tile + row % in->tile) * 8;
+// Where a row's codes of columns 4 * quad to 4 * quad + 3 start.
+static inline int8_t *codes_at(const Input *in, size_t row, size_t quad) {
+    return in->codes + ((row / in->tile * (in->stride / 4) + quad) * in->tile + row % in->tile) * 8;
 }
 
 // out (n, stride) = in (n, cols) @ w^T; stride includes padding to whole blocks of 16 columns.
@@ -272,13 +280,13 @@ typedef struct {
     size_t stride;
 } Product;
 
-// The activation of the feed-forward, numbered as in the header of the file.
+// The activation of the feed-forward, numbered as in the file's header.
 typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 
-// Whether the feed-forward has a third matrix, w3, whose product gates the activation.
+// Whether the activation is gated by a third matrix, w3.
 static bool is_gated(Activation a) { return a == SWIGLU; }
 
-typedef struct {
+typedef struct {  // the functions of kernels.h for one instruction set
     const char *name;
     void (*rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps);
     void (*activate)(Activation kind, float *h, const float *gate, size_t n);
@@ -322,7 +330,7 @@ TARGET_POP
 #include "kernels.h"
 #endif
 
-// The fastest kernels that this machine can run. For tests, RUN_KERNELS names others.
+// The fastest kernels that this machine can run. Tests select others with RUN_KERNELS.
 static const Kernels *pick_kernels(void) {
     const Kernels *best = &kernels_portable, *all[3] = {best};
 #if defined(__x86_64__)
@@ -344,14 +352,13 @@ static const Kernels *pick_kernels(void) {
 // The model file: a header and the weights, see doc/format.md
 
 // The header of version 3; the windows follow it, int32 (n_layers). Versions 0 to 2 have fewer
-// fields; the others get the values of Llama 2, with the options NORM_GAINS and, if tied,
-// TIE_EMBEDDINGS.
+// fields; the rest get Llama 2's values, with the options NORM_GAINS and, if tied, TIE_EMBEDDINGS.
 typedef struct {
     uint32_t magic;
     int32_t version;
     uint64_t file_size;
     uint32_t header_size;
-    uint32_t options;     // those below
+    uint32_t options;     // bits, see below
     uint32_t format;      // of matrices and tables; vectors are fp32
     uint32_t activation;  // of the feed-forward
     int32_t dim;          // width of the residual stream
@@ -361,12 +368,12 @@ typedef struct {
     int32_t n_kv_heads;   // key and value heads; each serves n_heads / n_kv_heads query heads
     int32_t vocab_size;
     int32_t seq_len;           // longest context
-    int32_t value_embeddings;  // the number of layers, from the first, that add one to their values
-    int32_t bigram_rows;       // of the hashed table of (previous token, token); 0: none
+    int32_t value_embeddings;  // how many of the first layers add an embedding to their values
+    int32_t bigram_rows;       // rows of the table hashed by (previous token, token); 0: none
     float norm_eps, rope_theta;
     float logit_softcap;  // c: logits become c * tanh(logits / c); 0: none
     uint32_t tokenizer;   // fingerprint() of the tokenizer; 0: unknown. Earlier files lack it
-    int32_t group;        // version 2: how many numbers share a scale; not in version 3's header
+    int32_t group;        // version 2: weights that share a scale; not in version 3's header
 } Config;
 
 enum {  // bits of Config.options
@@ -374,7 +381,7 @@ enum {  // bits of Config.options
     QK_NORM = 2,            // RMSNorm of each query and key head, before RoPE
     NORM_GAINS = 4,         // RMSNorm has gains
     EMBEDDING_NORM = 8,     // RMSNorm after the embedding
-    RESIDUAL_SCALARS = 16,  // a layer begins with a x + b x0; x0 is the embedding
+    RESIDUAL_SCALARS = 16,  // a layer starts from a x + b x0; x0 is the embedding
     SMEAR = 32,             // a gate adds the embedding of the previous token
     KNOWN_OPTIONS = 63,
 };
@@ -386,32 +393,32 @@ enum {
     ALIGNMENT = 64,  // of the tensors of version 3
     MAX_COPY = 1 << 22,  // bytes: smaller files are copied for alignment, see load_weights()
     MAX_CONTEXT = 1 << 24,
-    MAX_GROUP = 256,  // larger sums might overflow 32 bits
+    MAX_GROUP = 256,  // sums of larger groups might overflow 32 bits
 };
 
-// at least, by version
+// The header's minimum size, by version
 static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, EARLIER_HEADER_BYTES};
 
 _Static_assert(HEADER_BYTES == 84, "the header has no gaps");
 
 static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
-// The tensors of a model, NULL where it has none. Tensors of the layers are arrays; layer l uses
-// item or row l.
+// The tensors of a model; NULL if the model lacks one. Tensors of the layers are arrays; layer l
+// uses item or row l.
 typedef struct {
     const Tensor *tok_embeddings;    // (vocab_size, dim)
     const Tensor *bigram;            // (bigram_rows, dim)
-    const Tensor *output;            // (vocab_size, dim), tok_embeddings where tied
+    const Tensor *output;            // (vocab_size, dim), tok_embeddings if tied
     const float *embedding_norm;     // (dim)
     const float *smear_gate;         // (dim)
     const float *norm;               // (dim)
-    // one matrix a layer
+    // one matrix per layer
     const Tensor *wq;                // (n_heads * head_dim, dim)
     const Tensor *wk, *wv;           // (n_kv_heads * head_dim, dim)
     const Tensor *wo;                // (dim, n_heads * head_dim)
     const Tensor *w1, *w3;           // (hidden_dim, dim); w3 only for SwiGLU
     const Tensor *w2;                // (dim, hidden_dim)
-    const Tensor *value_embeddings;  // (vocab_size, n_kv_heads * head_dim), of the first layers
+    const Tensor *value_embeddings;  // (vocab_size, n_kv_heads * head_dim), first layers only
     const float *attention_norm;     // (n_layers, dim)
     const float *ffn_norm;           // (n_layers, dim)
     const float *q_norm, *k_norm;    // (n_layers, head_dim)
@@ -419,31 +426,30 @@ typedef struct {
     const int32_t *windows;          // (n_layers): positions attended to, 0: all
 } Weights;
 
-// Row l of vectors (n_layers, size), or NULL where the model has none.
+// Row l of vectors (n_layers, size), or NULL if the model has none.
 static const float *row_of(const float *vectors, size_t l, size_t size) {
     return vectors ? vectors + l * size : NULL;
 }
 
-// The header of a file of any version, unchecked.
+// Read the header of any version, unchecked.
 static Config read_header(const File *f) {
     uint32_t words[2] = {0};
     memcpy(words, f->data, f->size < sizeof words ? f->size : sizeof words);
-    if (!memcmp(words, "GGUF", 4))
-        die("%s is a GGUF file; this engine reads model.bin as export.py writes it", f->path);
-    if (!memcmp(words, "PK\3\4", 4))
-        die("%s is a checkpoint or zip file; make a model.bin of it: "
-            "python export.py model.bin --checkpoint=%s", f->path, f->path);
+    bool is_gguf = !memcmp(words, "GGUF", 4);
+    if (is_gguf || !memcmp(words, "PK\3\4", 4))
+        die("%s is not a model.bin: it is a %s; convert it: "
+            "python export.py model.bin --checkpoint=%s", f->path,
+            is_gguf ? "GGUF file" : "checkpoint or zip file", f->path);
     if (!memcmp(words, "version ", 8))
-        die("%s is a Git LFS pointer, not the file itself: run git lfs pull in its folder",
+        die("%s is not a model.bin: it is a Git LFS pointer; run git lfs pull in its folder",
             f->path);
     bool has_magic = f->size >= sizeof words && words[0] == MAGIC;
     if (has_magic && (words[1] < 1 || words[1] > 3))
-        die("%s is a version %u model file, and this engine reads versions 0 to 3: "
-            "make one with export.py", f->path, words[1]);
+        die("%s is a model.bin of version %u, expected 0 to 3; export it again", f->path, words[1]);
     int version = has_magic ? (int)words[1] : 0;
     if (f->size < HEADER_SIZES[version])
-        die("%s has %zu bytes, less than the header of a version %d model file", f->path, f->size,
-            version);
+        die("%s is truncated or not a model.bin: it has %zu bytes, and a version %d header has %u",
+            f->path, f->size, version, HEADER_SIZES[version]);
     Config c = {0};
     if (version == 3) {
         memcpy(&c, f->data, EARLIER_HEADER_BYTES);
@@ -493,17 +499,18 @@ static void check_config(const Config *c, const char *path) {
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].min && ranges[i].value <= ranges[i].max))
-            die("%s is not a version %d model file: its header says %s = %.10g, expected %.10g to "
-                "%.10g; it is something else, damaged, or for a later run.c: export it again", path,
+            die("%s is not a version %d model.bin: its header says %s = %.10g, expected %.10g to "
+                "%.10g; it is damaged or needs a newer run.c: export it again", path,
                 c->version, ranges[i].name, ranges[i].value, ranges[i].min, ranges[i].max);
     if (c->dim % c->n_heads || (c->dim / c->n_heads) % 2 || c->n_heads % c->n_kv_heads)
-        die("%s is not a version %d model file: dim %d, %d heads and %d key/value heads do not fit",
-            path, c->version, c->dim, c->n_heads, c->n_kv_heads);
+        die("%s is not a version %d model.bin: its header's dim = %d, n_heads = %d and n_kv_heads "
+            "= %d do not fit together; export it again", path, c->version, c->dim, c->n_heads,
+            c->n_kv_heads);
     if (c->version == 2 && (c->group < LANES || c->group > MAX_GROUP || c->group % LANES ||
                             c->dim % c->group || c->hidden_dim % c->group))
-        die("%s has groups of %d numbers, which do not fit rows of %d and %d, or are not a "
-            "multiple of %d up to %d: make a version 3 file of the checkpoint with export.py", path,
-            c->group, c->dim, c->hidden_dim, LANES, MAX_GROUP);
+        die("%s has groups of %d weights: expected a multiple of %d up to %d that divides dim = %d "
+            "and hidden_dim = %d; export the checkpoint with export.py", path, c->group, LANES,
+            MAX_GROUP, c->dim, c->hidden_dim);
 }
 
 static float bf16_at(const void *p, size_t i) {
@@ -554,18 +561,18 @@ static void repack(Tensor *t) {
     t->scales = scales;
 }
 
-// A walk over the tensors in the order of the file. It is done twice: first without data, to learn
-// the size that the file must have.
+// A walk over the tensors in file order. The first of two walks has no data and only computes the
+// size that the file must have.
 typedef struct {
-    const uint8_t *data;  // of the whole file, or NULL
+    const uint8_t *data;  // the whole file, or NULL
     uint64_t at;          // offset of the next byte
     uint64_t alignment;
     uint64_t matrix_bytes;  // read for every token
     const Config *config;
 } Walk;
 
-// Skip n bytes and return their place, or NULL without data. No sum overflows within the ranges of
-// check_config().
+// Skip n bytes and return where they start, or NULL without data. Within the ranges of
+// check_config(), no sum overflows.
 static const uint8_t *skip(Walk *w, uint64_t n) {
     if (!n) return NULL;
     uint64_t at = ROUND_UP(w->at, w->alignment);
@@ -578,16 +585,16 @@ static const float *walk_vectors(Walk *w, uint64_t n, uint64_t size) {
     return (const float *)skip(w, n * size * sizeof(float));
 }
 
-// The next n matrices, all (rows, cols). Their rows are multiplied (lanes 16) or looked up (1).
+// The next n matrices, all (rows, cols): multiplied (lanes = 16) or looked up by row (lanes = 1).
 static const Tensor *walk_tensors(Walk *w, size_t n, uint64_t rows, uint64_t cols, size_t lanes) {
     Format f = w->config->format;
     bool is_v2 = w->config->version == 2;
     size_t group = is_v2 ? (size_t)w->config->group : FORMATS[f].group;
     uint64_t data_bytes = rows * cols * FORMATS[f].bits / 8, scale_bytes = 0, at_once = n;
-    if (is_v2) {  // row-major, and each matrix is followed by its scales
+    if (is_v2) {  // row-major; each matrix is followed by its scales
         scale_bytes = rows * cols / group * sizeof(float);
         at_once = 1;
-    } else if (group) {  // all n matrices are followed by the scales of all n
+    } else if (group) {  // the n matrices, then the scales of all n
         uint64_t padded = ROUND_UP(rows, lanes), groups = (cols + group - 1) / group;
         data_bytes = padded * ROUND_UP(cols, FORMATS[f].per_code) * FORMATS[f].bits / 8;
         scale_bytes = padded * groups * sizeof(uint16_t);
@@ -607,7 +614,7 @@ static const Tensor *walk_tensors(Walk *w, size_t n, uint64_t rows, uint64_t col
     return tensors;
 }
 
-// The tensors after the header, in the order of doc/format.md. Returns where the last one ends.
+// Find the tensors after the header, in the order of doc/format.md. Returns where the last ends.
 static uint64_t lay_out(Weights *m, Walk *w) {
     const Config *c = w->config;
     const bool is_tied = has(c, TIE_EMBEDDINGS), gains_first = c->version == 1 || c->version == 2;
@@ -647,12 +654,12 @@ static uint64_t lay_out(Weights *m, Walk *w) {
 // ------------------------------------------------------------------------------------------------
 // The forward pass
 
-// A token of a batch. The tokens of one story are neighbours, in the order of their positions.
+// A token of a batch. A story's tokens are adjacent, in the order of their positions.
 typedef struct {
     int token;
-    int before;         // the previous token, -1: none
+    int previous;       // the token before it, -1: none
     int pos;            // its position in its story, below n_positions
-    int story;          // the story that it belongs to, below n_stories
+    int story;          // the index of its story, below n_stories
     bool wants_logits;  // for the next token
 } BatchToken;
 
@@ -665,7 +672,7 @@ typedef struct {
     Weights weights;
     uint64_t matrix_bytes;  // read for every token
     const Kernels *kernels;
-    size_t n_positions;  // room for each story, at most seq_len
+    size_t n_positions;  // room for each story, up to seq_len
     size_t n_stories;    // generated at once
     size_t max_batch;    // tokens in a batch
     // buffers for the tokens of a batch; rows are padded to whole vectors: width for dim, hidden
@@ -676,32 +683,32 @@ typedef struct {
     float *added;     // (max_batch, width) the output of a block, to be added to x
     float *q;         // (max_batch, width)
     float *k, *v;     // (max_batch, width)
-    float *gate;      // (max_batch, hidden) w3 of SwiGLU
+    float *gate;      // (max_batch, hidden) normed @ w3^T of SwiGLU
     float *scratch;   // (n_threads, width)
     float *logits;    // (max_batch, vocab_size padded)
     Input normed;     // (max_batch, width) rmsnorm(x), the input of a block
     Input mixed;      // (max_batch, width) the heads' outputs, the input of wo
     Input inner;      // (max_batch, hidden) the input of w2
-    Input wanted;     // (max_batch, width) the input of the head: only tokens that want logits
-    bool is_fast;     // inputs of int8 and int4 products have 8 bits, not 16
-    // the cache of all positions so far, fp32 or bf16; positions and numbers fill whole vectors
+    Input wanted;     // (max_batch, width) the output head's input: only tokens that want logits
+    bool is_fast;     // int8 and int4: 8-bit activations instead of 16-bit
+    // the key/value cache, fp32 or bf16; positions, and head_dim of values, fill whole vectors
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
     float *rope_cos;  // (n_positions, head_dim / 2)
     float *rope_sin;
-    size_t n_rope;    // their rows that are filled
+    size_t n_rope;    // rows filled in both
     // threads
-    int n_threads;   // at most
+    int n_threads;   // maximum
     int n_active;    // in use: fewer while other programs use the cores
     int n_passes;    // since n_active changed
     int patience;    // passes before more threads are tried
-    double spent, wasted;  // seconds of recent passes, and those lost waiting for idle threads
-    atomic_int n_arrived, round;
+    double spent, wasted;  // seconds in recent passes, and those lost, see Pass
+    atomic_int n_arrived, round;  // of the barrier, see arrive()
 } Model;
 
 static Input new_input(const Model *m, size_t stride) {
-    size_t groups = stride / LANES + 1;  // a group has at least one vector
+    size_t groups = stride / LANES + 1;  // a group has one vector or more
     return (Input){
         .x = alloc(m->max_batch * stride, sizeof(float)),
         .codes = alloc(ROUND_UP(m->max_batch, TILE) * stride, 2),
@@ -720,25 +727,26 @@ static size_t logits_stride(const Model *m) {
     return ROUND_UP((size_t)m->config.vocab_size, LANES);
 }
 
-// The i-th logits (vocab_size) that the last batch wanted. The caller may overwrite them.
+// The logits (vocab_size) after the i-th token of the last batch that wants them. The caller may
+// overwrite them.
 static float *logits_of(const Model *m, size_t i) { return m->logits + i * logits_stride(m); }
 
-// ---- Threads. All of them run forward() and share the rows of a product, or the tokens of the
-// batch; then they wait for each other. They spin, as the next product is only microseconds away.
+// ---- Threads. All of them run forward(). They split the rows of a product, or the tokens of the
+// batch, then wait for each other. They spin because the next product is only microseconds away.
 
 // A forward pass as one thread sees it
 typedef struct {
     Model *m;
     const BatchToken *batch;  // (n)
     size_t n;                 // tokens
-    size_t n_wanted;          // tokens whose logits are wanted
+    size_t n_wanted;          // tokens that want logits
     int thread, n_threads;
-    size_t first, end;        // this thread's share of the tokens, from begin_tokens() on
-    double lost;              // seconds spent waiting for a thread that does not run
+    size_t first, end;        // this thread's share of the tokens, set by begin_tokens()
+    double lost;              // seconds spent waiting for a thread that was not running
 } Pass;
 
-// Wait until all threads are here and one calls let_go(). Returns true at once in the last thread
-// to arrive, which has to call it.
+// Wait until all threads have arrived and the last one calls release_threads(). In that last
+// thread, return true at once: it must make the call.
 static bool arrive(Pass *p) {
     Model *m = p->m;
     int round = atomic_load_explicit(&m->round, memory_order_relaxed);
@@ -747,45 +755,45 @@ static bool arrive(Pass *p) {
     double start = 0.0;
     for (int spins = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round;) {
         // a wait this long means that another program has the core of a missing thread
-        wait_a_little(spins >= 10000);
+        wait_briefly(spins >= 10000);
         if (spins < 10000 && ++spins == 10000) start = seconds();
     }
     if (start > 0.0) p->lost += seconds() - start;
     return false;
 }
 
-static void let_go(Model *m) {
+static void release_threads(Model *m) {
     atomic_store_explicit(&m->n_arrived, 0, memory_order_relaxed);
     atomic_fetch_add_explicit(&m->round, 1, memory_order_release);
 }
 
 static void wait_for_all(Pass *p) {
-    if (p->n_threads > 1 && arrive(p)) let_go(p->m);
+    if (p->n_threads > 1 && arrive(p)) release_threads(p->m);
 }
 
-// Begin what is done for each token: wait until all threads are here, then set first and end to
-// this thread's share of the tokens. A single token is left to the last thread that arrives; the
-// others, which could only wait for it, stay here until it is done.
+// Begin per-token work: wait until all threads have arrived, then set first and end to this
+// thread's share of the tokens. If there is only one token, the last thread to arrive gets it; the
+// others wait here until it is done.
 static void begin_tokens(Pass *p) {
     if (p->n == 1 && p->n_threads > 1) {
         p->first = 0;
         p->end = arrive(p);
         return;
     }
-    // whole tiles, so that no two threads write to one cache line
+    // whole tiles, so that no two threads write to the same cache line
     size_t tiles = (p->n + TILE - 1) / TILE, end = tiles * (p->thread + 1) / p->n_threads * TILE;
     p->first = tiles * p->thread / p->n_threads * TILE;
     p->end = end < p->n ? end : p->n;
     wait_for_all(p);
 }
 
-// End it: wait until all threads are done with their tokens.
+// End per-token work: wait until all threads are done with their tokens.
 static void end_tokens(Pass *p) {
     if (p->n > 1 || p->n_threads == 1) wait_for_all(p);
-    else if (p->end) let_go(p->m);
+    else if (p->end) release_threads(p->m);
 }
 
-// This thread's share of the rows of some products.
+// Compute this thread's share of the rows of n products.
 static void multiply(Pass *p, const Product *products, size_t n) {
     size_t total = 0, before = 0, threads = p->n_threads;
     for (size_t i = 0; i < n; i++) total += (products[i].w->rows + LANES - 1) / LANES;
@@ -799,7 +807,7 @@ static void multiply(Pass *p, const Product *products, size_t n) {
     }
 }
 
-// ---- What is done for a token
+// ---- Per-token work
 
 static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
@@ -809,7 +817,7 @@ static void norm(const Model *m, float *out, const float *x, const float *gain, 
     m->kernels->rmsnorm(out, x, gain, n, m->config.norm_eps);
 }
 
-// Row i of an input is complete: quantize it if the matrix that it is multiplied with is quantized.
+// Row i of an input is complete: quantize it if its matrix w is quantized.
 static void finish_input(const Model *m, Input *in, const Tensor *w, size_t i) {
     if (w->group) m->kernels->quantize(in, i, w->cols, w->group, (int)FORMATS[w->format].zero);
 }
@@ -820,28 +828,28 @@ static void embedding_of(const Model *m, float *out, int token) {
         norm(m, out, out, m->weights.embedding_norm, m->config.dim);
 }
 
-// The row of the bigram table for a token and the previous one, as bigram_hash() in model.py.
-static size_t bigram_hash(int before, int token, int rows) {
-    if (before < 0) return 0;
-    return 1 + (((uint64_t)before * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
+// The row of the bigram table for a token and the previous one, as in bigram_hash() of model.py.
+static size_t bigram_hash(int previous, int token, int rows) {
+    if (previous < 0) return 0;
+    return 1 + (((uint64_t)previous * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
 }
 
-// x (dim) = the embedding of a token, with what SMEAR and the bigram table add; tmp (dim): scratch.
+// x (dim) = the embedding of a token, plus SMEAR and bigram embeddings if used; tmp (dim): scratch.
 static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
     const Config *c = &m->config;
     embedding_of(m, x, s->token);
-    if (has(c, SMEAR) && s->before >= 0) {
+    if (has(c, SMEAR) && s->previous >= 0) {
         float gate = m->kernels->gate(m->weights.smear_gate, x, c->dim);
-        embedding_of(m, tmp, s->before);
+        embedding_of(m, tmp, s->previous);
         for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
     }
     if (c->bigram_rows) {
-        read_row(tmp, m->weights.bigram, bigram_hash(s->before, s->token, c->bigram_rows));
+        read_row(tmp, m->weights.bigram, bigram_hash(s->previous, s->token, c->bigram_rows));
         add(x, tmp, c->dim);
     }
 }
 
-// QK_NORM, if the model has it, and RoPE: rotate neighbouring pairs of a head by the angles of pos.
+// Apply QK_NORM, if set, and RoPE: rotate neighbouring pairs of a head by the angles of pos.
 static void norm_and_rotate(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
@@ -861,18 +869,18 @@ static void write_cache(const Model *m, uint8_t *cache, size_t at, float x) {
     else ((float *)cache)[at] = x;
 }
 
-// Attention of one key/value head and the query heads that it serves, for the tokens from first up
-// to last (excluded), all of one story. First all their keys and values are cached.
+// Compute attention for one key/value head and its query heads, for tokens first to last
+// (exclusive) of one story. All their keys and values are cached first.
 static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t last) {
     Model *m = p->m;
     const Config *c = &m->config;
     const Weights *w = &m->weights;
     size_t head_dim = c->dim / c->n_heads, group = c->n_heads / c->n_kv_heads;
-    size_t wide = ROUND_UP(head_dim, LANES), size = m->bf16_cache ? 2 : 4;
+    size_t padded_dim = ROUND_UP(head_dim, LANES), size = m->bf16_cache ? 2 : 4;
     size_t index = ((size_t)p->batch[first].story * c->n_layers + layer) * c->n_kv_heads + head;
-    size_t places = ROUND_UP(m->n_positions, LANES);
-    uint8_t *keys = m->keys + index * places * head_dim * size;
-    uint8_t *values = m->values + index * places * wide * size;
+    size_t n_padded = ROUND_UP(m->n_positions, LANES);
+    uint8_t *keys = m->keys + index * n_padded * head_dim * size;
+    uint8_t *values = m->values + index * n_padded * padded_dim * size;
     float *out = m->scratch + p->thread * m->width;
     for (size_t i = first; i < last; i++) {
         size_t pos = p->batch[i].pos;
@@ -881,11 +889,11 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
         norm_and_rotate(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
         if (pos % LANES == 0) {  // writing before reading saves a page fault
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
-            memset(values + pos * wide * size, 0, LANES * wide * size);
+            memset(values + pos * padded_dim * size, 0, LANES * padded_dim * size);
         }
         for (size_t d = 0; d < head_dim; d++) {
             write_cache(m, keys, (pos / LANES * head_dim + d) * LANES + pos % LANES, k[d]);
-            write_cache(m, values, pos * wide + d, v[d]);
+            write_cache(m, values, pos * padded_dim + d, v[d]);
         }
     }
     for (size_t i = first; i < last; i++) {
@@ -900,7 +908,7 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
     }
 }
 
-// This thread's share of the heads of each story: from q, k and v to mixed.
+// Compute mixed from q, k and v, for this thread's share of the heads of each story.
 static void attention(Pass *p, size_t layer) {
     Model *m = p->m;
     size_t kv_heads = m->config.n_kv_heads, item = 0;
@@ -912,8 +920,8 @@ static void attention(Pass *p, size_t layer) {
     }
 }
 
-// The forward pass of n tokens. Every thread runs it, and computes its share of the rows of each
-// product, of the heads, or of the tokens. Token i has row i of each buffer (n, ...).
+// The forward pass of n tokens. Every thread runs it and computes its share of the rows of each
+// product, of the heads, or of the tokens. Token i uses row i of each buffer (n, ...).
 static void forward(Pass *p) {
     Model *m = p->m;
     const Config *c = &m->config;
@@ -956,7 +964,7 @@ static void forward(Pass *p) {
             wait_for_all(p);
         }
 
-        // mixed (n, n_heads * head_dim) = RoPE and softmax(q @ k^T / sqrt(head_dim)) @ v, by heads
+        // RoPE; in each head, mixed (n, head_dim) = softmax(q @ k^T / sqrt(head_dim)) @ v
         attention(p, l);
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) finish_input(m, &m->mixed, &w->wo[l], i);
@@ -989,7 +997,7 @@ static void forward(Pass *p) {
         multiply(p, (Product[]){{&w->w2[l], &m->inner, m->added, width}}, 1);
     }
 
-    // x += added; wanted (n_wanted, dim) = rmsnorm(x) of the tokens whose logits are wanted
+    // x += added; wanted (n_wanted, dim) = rmsnorm(x) of the tokens that want logits
     begin_tokens(p);
     for (size_t i = p->first; i < p->end; i++) {
         float *x = m->x + i * width;
@@ -1003,7 +1011,7 @@ static void forward(Pass *p) {
     end_tokens(p);
     if (!p->n_wanted) return;
 
-    // logits (n_wanted, vocab_size) = wanted @ output^T, or cap * tanh(that / cap)
+    // logits (n_wanted, vocab_size) = wanted @ output^T; with a softcap c, c * tanh(logits / c)
     multiply(p, (Product[]){{w->output, &m->wanted, m->logits, logits_stride(m)}}, 1);
     if (c->logit_softcap > 0.0f) {
         begin_tokens(p);
@@ -1013,10 +1021,10 @@ static void forward(Pass *p) {
     }
 }
 
-// After a pass of all active threads: its seconds, and those lost waiting for a thread that did not
-// run. If most of the recent time was lost this way, because other programs use the cores, the next
-// passes get half the threads; after a while, twice as many are tried again. The number of threads
-// does not change a bit of the results.
+// Adjust the number of threads after a pass that took `time` seconds, `lost` of them waiting for a
+// thread that was not running. If most of the recent time was lost, other programs are using the
+// cores: halve the threads, and after a while try doubling them. The number of threads changes no
+// bit of the results.
 static void adjust_threads(Model *m, double time, double lost) {
     m->spent += time;
     m->wasted += lost;
@@ -1039,8 +1047,8 @@ static void adjust_threads(Model *m, double time, double lost) {
     m->spent = m->wasted = 0.0;
 }
 
-// Fill the tables of RoPE up to position n, excluded, or further: most of a long context is never
-// used. The angles are doubles, so that results of different libms hardly ever differ.
+// Fill the RoPE tables for at least the first n positions. They grow on demand because most of a
+// long context is never used. The angles are doubles, so different libms almost always agree.
 static void fill_rope(Model *m, size_t n) {
     if (n <= m->n_rope) return;
     size_t head_dim = m->config.dim / m->config.n_heads, half = head_dim / 2;
@@ -1057,7 +1065,7 @@ static void fill_rope(Model *m, size_t n) {
     m->n_rope = n;
 }
 
-// Run a batch of n <= max_batch tokens through the model. The tokens before them are in the cache.
+// Run a batch of n <= max_batch tokens through the model. Earlier tokens are in the cache.
 static void run_batch(Model *m, const BatchToken *batch, size_t n) {
     Pass p = {.m = m, .batch = batch, .n = n, .n_threads = 1};
     size_t end_pos = 0;
@@ -1085,24 +1093,24 @@ static void run_batch(Model *m, const BatchToken *batch, size_t n) {
         if (p.thread == 0) end = seconds();
     }
     double now = seconds();
-    if (now - end > 1e-4) lost += now - end;  // waiting for the others to end
+    if (now - end > 1e-4) lost += now - end;  // waiting for the others to finish
     adjust_threads(m, now - start, lost);
 }
 
-// As many threads as the caller wants; 0: as many as the machine has, but at least MIN_WORK
-// multiplications a token for each: with less work, waiting costs more than sharing saves.
+// The number of threads: `wanted`, or if that is 0, the machine's, limited so that each thread has
+// MIN_WORK multiplications per token. With less work, waiting costs more than sharing saves.
 static int pick_threads(const Config *c, int wanted) {
 #if !defined(_OPENMP)
     wanted = 1;
 #endif
     uint64_t work = (uint64_t)c->n_layers * c->dim * (2 * (uint64_t)c->dim + 2 * c->hidden_dim) +
                     (uint64_t)c->vocab_size * c->dim;
-    uint64_t most = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
+    uint64_t limit = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
     if (wanted) return wanted < MAX_THREADS ? wanted : MAX_THREADS;
-    return (int)(work / MIN_WORK < 1 ? 1 : work / MIN_WORK < most ? work / MIN_WORK : most);
+    return (int)(work / MIN_WORK < 1 ? 1 : work / MIN_WORK < limit ? work / MIN_WORK : limit);
 }
 
-// Find the weights in the file, which must have exactly the size that its header asks for.
+// Find the weights in the file. Its size must be exactly what its header requires.
 static void load_weights(Model *m) {
     const Config *c = &m->config;
     const File *f = &m->file;
@@ -1115,13 +1123,13 @@ static void load_weights(Model *m) {
     uint64_t needs = lay_out(&m->weights, &measure);
     if (c->file_size != f->size) needs = c->file_size;
     if (needs != f->size)
-        die("%s has %zu bytes where its header (dim %d, %d layers, vocabulary %d) %s %llu: "
-            "it is %s, or no version %d model file; copy or export it again", f->path, f->size,
-            c->dim, c->n_layers, c->vocab_size, c->file_size != f->size ? "says" : "needs",
-            (unsigned long long)needs, f->size < needs ? "truncated" : "too long", c->version);
+        die("%s is %s or not a version %d model.bin: it has %zu bytes, but its header (dim %d, %d "
+            "layers, vocabulary %d) %s %llu; copy or export it again", f->path,
+            f->size < needs ? "truncated" : "too long", c->version, f->size, c->dim, c->n_layers,
+            c->vocab_size, c->file_size != f->size ? "says" : "needs", (unsigned long long)needs);
     walk.data = f->data;
     if (c->version == 0 && f->size <= MAX_COPY) {
-        // after its short header every vector would lie across two cache lines
+        // the short header would make every vector straddle two cache lines
         size_t shift = ALIGNMENT - c->header_size;
         walk.data = memcpy((uint8_t *)alloc(f->size + shift, 1) + shift, f->data, f->size);
     }
@@ -1133,11 +1141,11 @@ static void load_weights(Model *m) {
     if (c->version == 3) memcpy(windows, f->data + HEADER_BYTES, c->n_layers * sizeof *windows);
     for (int l = 0; l < c->n_layers; l++)
         if (windows[l] < 0 || windows[l] > MAX_CONTEXT)
-            die("%s is not a version 3 model file: its header says that layer %d has a window of "
-                "%d, expected 0 to %d", f->path, l, windows[l], MAX_CONTEXT);
+            die("%s is not a version 3 model.bin: layer %d has a window of %d, expected 0 to %d; "
+                "export it again", f->path, l, windows[l], MAX_CONTEXT);
 }
 
-// Bytes of memory that this process may use: those of the machine, or of its container.
+// Bytes of memory that this process may use: the machine's, or its container's if that is less.
 static double memory_limit(void) {
     double limit = HUGE_VAL, group;
 #if !defined(_WIN32)
@@ -1150,15 +1158,15 @@ static double memory_limit(void) {
     return limit;
 }
 
-// End the program if the keys and values of all positions do not fit in memory. The system provides
-// memory when it is first written to, and would otherwise end the program in the middle of a story.
+// Refuse a key/value cache that does not fit in memory. The system provides memory on the first
+// write, and would otherwise kill the program in the middle of a story.
 static void check_memory(const Model *m) {
     const Config *c = &m->config;
-    double numbers = 2.0 * m->n_stories * c->n_layers * c->n_kv_heads * (c->dim / c->n_heads);
-    double bytes = numbers * (m->bf16_cache ? 2 : 4) * (double)m->n_positions;
+    double values = 2.0 * m->n_stories * c->n_layers * c->n_kv_heads * (c->dim / c->n_heads);
+    double bytes = values * (m->bf16_cache ? 2 : 4) * (double)m->n_positions;
     if (bytes > memory_limit())
-        die("keys and values of %zu positions%s take %.1f GB, and there are %.1f GB of memory: "
-            "give fewer positions (-n)%s", m->n_positions, m->n_stories > 1 ? " a story" : "",
+        die("not enough memory for the keys and values of %zu positions%s (%.1f GB of %.1f GB): "
+            "use fewer positions (-n)%s", m->n_positions, m->n_stories > 1 ? " per story" : "",
             bytes / 1e9, memory_limit() / 1e9, m->n_stories > 1 ? " or stories (-b)" : "");
 }
 
@@ -1176,15 +1184,15 @@ static void alloc_buffers(Model *m) {
     m->inner = new_input(m, m->hidden);
     m->logits = alloc(m->max_batch, logits_stride(m) * sizeof(float));
     uint64_t heads = (uint64_t)m->n_stories * c->n_layers * c->n_kv_heads;
-    uint64_t places = heads * ROUND_UP(m->n_positions, LANES);
-    size_t number = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
-    m->keys = alloc(places, head_dim * number);
-    m->values = alloc(places, ROUND_UP(head_dim, LANES) * number);
+    uint64_t rows = heads * ROUND_UP(m->n_positions, LANES);
+    size_t size = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
+    m->keys = alloc(rows, head_dim * size);
+    m->values = alloc(rows, ROUND_UP(head_dim, LANES) * size);
     m->rope_cos = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
     m->rope_sin = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
 }
 
-// The model in a file, with room for n_stories of n_positions each (0: the whole context).
+// Load a model, with room for n_stories of n_positions each (0: the whole context).
 static Model load_model(File file, int n_positions, int n_stories, int n_threads,
                         bool bf16_cache, bool is_fast) {
     Model m = {.file = file, .config = read_header(&file), .kernels = pick_kernels(),
@@ -1205,16 +1213,16 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
 }
 
 // ------------------------------------------------------------------------------------------------
-// The tokenizer: SentencePiece BPE, from the file of tokenizer.py, or byte-level BPE, from that of
-// bpe.py. Both cut a text into symbols (characters or bytes) and merge neighbours, best pair first.
+// The tokenizer: SentencePiece BPE or byte-level BPE, from a file written by tokenizer.py. Both cut
+// a text into symbols (characters or bytes) and merge neighbours, best pair first.
 
-enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece, whose BOS and EOS are 1 and 2
+enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece; its BOS is 1, its EOS is 2
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, BLANK = 8, NEWLINE = 16, CODE_POINTS = 0x110000 };
 
 typedef struct {
-    const uint8_t *bytes;  // inside the file; a space is a plain space
+    const uint8_t *bytes;  // in the file; spaces are plain, not U+2581
     size_t length;
-    float score;  // the higher, the earlier it is merged
+    float score;  // the highest is merged first
     int id;
 } Piece;
 
@@ -1224,18 +1232,18 @@ typedef struct {
     Piece *pieces;        // (vocab_size)
     int byte_id[256];     // the token of each byte, or -1
     bool byte_fallback;   // every byte has a token
-    const Piece **table;  // hash table of results of merges, NULL where free; the key is the bytes
-                          // of the result for SentencePiece, the two ids for byte-level BPE
+    const Piece **table;  // hash table of merge results, NULL where free; the key is the result's
+                          // bytes for SentencePiece, the two merged ids for byte-level BPE
     size_t table_size;    // a power of two
     bool is_byte_level;   // the fields below are for byte-level BPE
-    bool is_gpt4;         // the pattern of pre-tokens, see PATTERNS of bpe.py
-    uint8_t *kinds;       // (CODE_POINTS) the kind of each character, one of those above
-    const Piece **special;  // (n_special) tokens found in a text as they are, never cut or merged
+    bool is_gpt4;         // the pre-token pattern, see PATTERNS of bpe.py
+    uint8_t *kinds;       // (CODE_POINTS) the kind of each character: OTHER, LETTER, ...
+    const Piece **special;  // (n_special) tokens matched whole in a text, never cut or merged
     size_t n_special;
     bool starts_special[256];  // whether a special token starts with this byte
 } Tokenizer;
 
-// A bounds-checked walk over untrusted bytes.
+// A bounds-checked cursor over untrusted bytes.
 typedef struct {
     const File *file;
     size_t at;
@@ -1243,31 +1251,31 @@ typedef struct {
 
 static const uint8_t *take(Cursor *c, size_t n) {
     if (n > c->file->size - c->at)
-        die("tokenizer file %s is truncated, or no tokenizer file: at byte %zu it promises %zu "
-            "bytes and has %zu; export it again from its tokenizer", c->file->path, c->at, n,
-            c->file->size - c->at);
+        die("%s is truncated or not a tokenizer file: at byte %zu it needs %zu bytes but has %zu; "
+            "write it again with tokenizer.py", c->file->path, c->at, n, c->file->size - c->at);
     c->at += n;
     return c->file->data + c->at - n;
 }
 
-static uint32_t take_number(Cursor *c, const char *what, size_t least, size_t most) {
+static uint32_t take_number(Cursor *c, const char *name, size_t min, size_t max) {
     uint32_t n;
     memcpy(&n, take(c, 4), 4);
-    if (n < least || n > most)
-        die("tokenizer file %s is damaged: at byte %zu the %s is %u, expected %zu to %zu; export "
-            "it again from its tokenizer", c->file->path, c->at - 4, what, n, least, most);
+    if (n < min || n > max)
+        die("%s is damaged: at byte %zu the %s is %u, expected %zu to %zu; write it again with "
+            "tokenizer.py", c->file->path, c->at - 4, name, n, min, max);
     return n;
 }
 
-_Noreturn static void die_damaged(const Tokenizer *t, const char *what, size_t where) {
-    die("tokenizer file %s is damaged: %s %zu; export it again from its tokenizer", t->file.path,
-        what, where);
+_Noreturn static void die_damaged(const Tokenizer *t, const char *part, size_t i,
+                                  const char *problem) {
+    die("%s is damaged: %s %zu %s; write it again with tokenizer.py", t->file.path, part, i,
+        problem);
 }
 
 static void check_n_pieces(const Tokenizer *t, size_t n) {
     if (n != (size_t)t->vocab_size)
-        die("tokenizer file %s has %zu pieces, but the model's vocabulary has %d: "
-            "give the tokenizer that the model was trained with (-z)", t->file.path, n,
+        die("%s has %zu pieces, but the model's vocabulary has %d: "
+            "use the tokenizer that the model was trained with (-z)", t->file.path, n,
             t->vocab_size);
 }
 
@@ -1276,7 +1284,7 @@ static void make_table(Tokenizer *t, size_t n) {
     t->table = alloc(t->table_size, sizeof *t->table);
 }
 
-// The slot of a key in the table: the one that has it, or the free one where it belongs.
+// The slot of a key in the table, or the free slot where it belongs.
 static const Piece **find_slot(const Tokenizer *t, const void *bytes, size_t n) {
     uint64_t hash = 1469598103934665603u;  // FNV-1a
     for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 1099511628211u;
@@ -1303,7 +1311,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
         memcpy(&p.score, take(c, 4), 4);
         p.length = take_number(c, "length", 0, UINT32_MAX);
         p.bytes = take(c, p.length);
-        if (isnan(p.score)) die_damaged(t, "NaN is the score of piece", n);
+        if (isnan(p.score)) die_damaged(t, "piece", n, "has NaN as its score");
         if (n < (size_t)t->vocab_size) t->pieces[n] = p;
     }
     check_n_pieces(t, n);
@@ -1316,7 +1324,7 @@ static void load_sentencepiece(Tokenizer *t, Cursor *c) {
     }
 }
 
-// Bytes of the UTF-8 character at p, which has n > 0 bytes left, or 0 if it is not valid.
+// Length in bytes of the UTF-8 character at p, with n > 0 bytes left, or 0 if it is invalid.
 static size_t utf8_length(const uint8_t *p, size_t n) {
     if (p[0] < 0x80) return 1;
     size_t length = p[0] >= 0xF0 && p[0] <= 0xF4 ? 4 : p[0] >= 0xE0 && p[0] < 0xF0 ? 3
@@ -1324,13 +1332,13 @@ static size_t utf8_length(const uint8_t *p, size_t n) {
     if (!length || n < length) return 0;
     for (size_t i = 1; i < length; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
-    // not valid: overlong forms, surrogates, beyond U+10FFFF
+    // invalid: overlong forms, surrogates, beyond U+10FFFF
     if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
         (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F)) return 0;
     return length;
 }
 
-// Bytes of the longest start of a text that is valid UTF-8.
+// Length in bytes of the longest valid UTF-8 prefix of a text.
 static size_t valid_utf8(const void *text, size_t n) {
     size_t at = 0;
     for (size_t size = 1; size && at < n; at += size)
@@ -1338,19 +1346,19 @@ static size_t valid_utf8(const void *text, size_t n) {
     return at;
 }
 
-// Whether n bytes, which are not a whole character, could be the start of one.
+// Whether n bytes that are not a whole character could start one.
 static bool utf8_may_continue(const uint8_t *p, size_t n) {
     uint8_t fill[4] = {p[0], p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80, 0x80, 0x80};
     memcpy(fill, p, n < 4 ? n : 4);
     return utf8_length(fill, 4) > n;
 }
 
-// BPETokenizer.c_file() in bpe.py describes the layout of the file.
+// The file's layout is that of byte_level_c_file() in tokenizer.py.
 static void load_byte_level(Tokenizer *t, Cursor *c) {
     t->is_byte_level = true;
     t->is_gpt4 = take_number(c, "pattern", 0, 1);
     size_t top = (size_t)t->vocab_size - 1;
-    Cursor ends = *c;  // read after the size of the vocabulary is checked
+    Cursor ends = *c;  // BOS and EOS, read after the vocabulary's size is checked
     take(c, 2 * 4);
     check_n_pieces(t, take_number(c, "number of tokens", 0, UINT32_MAX));
     t->bos = (int)take_number(&ends, "bos", 0, top);
@@ -1379,15 +1387,15 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         t->pieces[i] = (Piece){.bytes = take(c, length), .length = length, .id = i};
         if (length == 1) t->byte_id[*t->pieces[i].bytes] = i;
     }
-    if (c->at < t->file.size) die_damaged(t, "its last token ends before its end, at byte", c->at);
+    if (c->at < t->file.size) die_damaged(t, "byte", c->at, "follows the last token");
     for (size_t b = 0; b < 256; b++)
-        if (t->byte_id[b] < 0) die_damaged(t, "it has no token for the byte", b);
+        if (t->byte_id[b] < 0) die_damaged(t, "the byte", b, "has no token");
 
     t->special = alloc(t->n_special, sizeof *t->special);
     for (size_t i = 0; i < t->n_special; i++) {
         const Piece *p = t->special[i] = &t->pieces[take_number(&special, "special token", 0, top)];
         if (!p->length || valid_utf8(p->bytes, p->length) < p->length)
-            die_damaged(t, "empty or invalid UTF-8 is the special token", (size_t)p->id);
+            die_damaged(t, "special token", (size_t)p->id, "is empty or invalid UTF-8");
         t->starts_special[*p->bytes] = true;
     }
     make_table(t, n_merges);
@@ -1400,13 +1408,13 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         if (!left->length || !right->length || both->length != left->length + right->length ||
             memcmp(both->bytes, left->bytes, left->length) ||
             memcmp(both->bytes + left->length, right->bytes, right->length))
-            die_damaged(t, "its tokens do not join in merge", i);
+            die_damaged(t, "merge", i, "does not join its tokens");
         merged[i] = (Piece){ids, 8, -(float)i, both->id};
         *find_slot(t, ids, 8) = &merged[i];
     }
 }
 
-// CRC-32 of n bytes, four bits at a time, as zlib and PNG have it.
+// The CRC-32 of zlib and PNG, four bits at a time.
 static uint32_t crc32(const uint8_t *p, size_t n) {
     static const uint32_t table[16] = {
         0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158,
@@ -1421,8 +1429,8 @@ static uint32_t crc32(const uint8_t *p, size_t n) {
     return ~crc;
 }
 
-// What stands for a tokenizer in the header of a model: the CRC-32 of its file, without the classes
-// of characters, which follow Unicode; never 0. tokenizer.py has the same.
+// A tokenizer's fingerprint in a model's header: the CRC-32 of its file without the character
+// classes, which change with Unicode's versions; never 0. As in fingerprint_of() of tokenizer.py.
 static uint32_t fingerprint(const Tokenizer *t) {
     size_t at = 0;
     if (t->is_byte_level) {
@@ -1434,20 +1442,20 @@ static uint32_t fingerprint(const Tokenizer *t) {
     return crc ? crc : 1;
 }
 
-// End the program if the model in a file was trained with another tokenizer.
+// Refuse a tokenizer that the model was not trained with.
 static void check_tokenizer(const Tokenizer *t, const Config *c, const char *model_path) {
     if (c->tokenizer && c->tokenizer != fingerprint(t))
-        die("%s was trained with another tokenizer than %s: give the right one (-z)", model_path,
-            t->file.path);
+        die("%s was trained with another tokenizer than %s: use the model's own tokenizer (-z)",
+            model_path, t->file.path);
 }
 
-// The tokenizer in a file, which must have vocab_size pieces, as many as the model.
+// Load a tokenizer. It must have vocab_size pieces, like the model.
 static Tokenizer load_tokenizer(File file, int vocab_size) {
     Tokenizer t = {.file = file, .vocab_size = vocab_size, .byte_fallback = true};
     Cursor cursor = {.file = &t.file};
     t.pieces = alloc(vocab_size, sizeof(Piece));
     for (int b = 0; b < 256; b++) t.byte_id[b] = -1;
-    // SentencePiece has the length of its longest piece here, which is not needed
+    // SentencePiece's file starts with the length of its longest piece, which is not needed
     bool is_byte_level = !memcmp(take(&cursor, 4), "bpe1", 4);
     (is_byte_level ? load_byte_level : load_sentencepiece)(&t, &cursor);
     for (int b = 0; b < 256; b++) t.byte_fallback = t.byte_fallback && t.byte_id[b] >= 0;
@@ -1456,15 +1464,15 @@ static Tokenizer load_tokenizer(File file, int vocab_size) {
 
 typedef struct {
     const uint8_t *bytes;
-    size_t length;        // 0 after it was merged into its left neighbour
+    size_t length;        // 0 once it is merged into its left neighbour
     int prev, next;       // neighbours, -1 at the ends
     int id;               // its token, -1 if the vocabulary lacks it
     const Piece *merged;  // the result of merging it with the next one, or NULL
 } Symbol;
 
-// The text that is cut into symbols. Invalid UTF-8 becomes U+FFFD: one for each longest broken
-// start as in Python, or for each byte as in SentencePiece, which also puts a space in front and
-// reads U+2581 as a space. Returns the bytes; *n is their number.
+// Prepare a text to be cut into symbols. Invalid UTF-8 becomes U+FFFD: one per longest broken start
+// as in Python, or one per byte as in SentencePiece, which also adds a space in front and reads
+// U+2581 as a space. Returns the bytes and sets *n to their number.
 static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, size_t *n) {
     const uint8_t *in = (const uint8_t *)text;
     size_t at = 0;
@@ -1486,7 +1494,7 @@ static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, siz
     return out;
 }
 
-// The symbols of a text for SentencePiece: its characters. Returns their number.
+// Cut a text into symbols for SentencePiece: its characters. Returns their number.
 static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0; at < n_bytes; at += s[n++].length) {
@@ -1498,10 +1506,10 @@ static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_byte
     return n;
 }
 
-// Bytes of the longest run at p of characters of these kinds, up to `most` characters.
-static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, size_t most) {
+// Length in bytes of the run at p of characters of these kinds, up to max_chars characters.
+static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, size_t max_chars) {
     size_t at = 0;
-    for (size_t size; at < n && most > 0; at += size, most--) {
+    for (size_t size; at < n && max_chars > 0; at += size, max_chars--) {
         size = utf8_length(p + at, n - at);
         uint32_t code = p[at] & (size == 1 ? 0x7F : 0x7F >> size);
         for (size_t i = 1; i < size; i++) code = code << 6 | (p[at + i] & 0x3F);
@@ -1510,7 +1518,7 @@ static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, si
     return at;
 }
 
-// Bytes of a contraction such as 've at p, or 0. If case does not count, U+017F is an s.
+// Length in bytes of a contraction such as 've at p, or 0. With any_case, U+017F is also an s.
 static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
     static const char *const endings[] = {"s", "d", "m", "t", "ll", "ve", "re", "\xC5\xBF"};
     for (size_t e = 0; n && *p == '\'' && e < (any_case ? 8 : 7); e++) {
@@ -1524,16 +1532,16 @@ static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
     return 0;
 }
 
-// Bytes of the pre-token at p: the first alternative in PATTERNS of bpe.py that matches. Each run
-// is as long as possible; only white space backtracks, to a newline or for the lookahead.
+// Length in bytes of the pre-token at p: the first alternative in PATTERNS of bpe.py that matches.
+// Each run is as long as possible; only white space backtracks, to a newline or for the lookahead.
 static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     size_t space = *p == ' ', length = contraction(p, n, t->is_gpt4);
     if (length) return length;
-    size_t before = t->is_gpt4 ? span(t, p, n, OTHER | BLANK, 1) : space;
-    if ((length = span(t, p + before, n - before, LETTER, n))) return before + length;
-    before = t->is_gpt4 ? 0 : space;
-    if ((length = span(t, p + before, n - before, NUMBER, t->is_gpt4 ? 3 : n)))
-        return before + length;
+    size_t prefix = t->is_gpt4 ? span(t, p, n, OTHER | BLANK, 1) : space;
+    if ((length = span(t, p + prefix, n - prefix, LETTER, n))) return prefix + length;
+    prefix = t->is_gpt4 ? 0 : space;
+    if ((length = span(t, p + prefix, n - prefix, NUMBER, t->is_gpt4 ? 3 : n)))
+        return prefix + length;
     if ((length = span(t, p + space, n - space, OTHER, n))) {
         length += space;
         return length + (t->is_gpt4 ? span(t, p + length, n - length, NEWLINE, n) : 0);
@@ -1543,7 +1551,7 @@ static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     if (end) return end;
     if (white == n) return n;
     for (end = white - 1; (p[end] & 0xC0) == 0x80;) end--;
-    return end ? end : white;  // the last space belongs to what follows, unless it is the only one
+    return end ? end : white;  // the last space joins the next pre-token unless it is the only one
 }
 
 // The longest special token at p, or NULL.
@@ -1557,8 +1565,8 @@ static const Piece *special_at(const Tokenizer *t, const uint8_t *p, size_t n) {
     return best;
 }
 
-// The symbols of a text for byte-level BPE: special tokens, and the bytes of the pre-tokens between
-// them, which have neighbours only in the same pre-token. Returns their number.
+// Cut a text into symbols for byte-level BPE: special tokens, and the bytes of the pre-tokens
+// between them, with neighbours only in the same pre-token. Returns the number of symbols.
 static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0, end = 0; at < n_bytes; at = end) {
@@ -1577,7 +1585,7 @@ static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Sy
     return n;
 }
 
-// A pair that may be merged, given by its left symbol; or a token that may be sampled.
+// A pair that may be merged (index: its left symbol), or a token that may be sampled.
 typedef struct {
     float score;
     int index;
@@ -1588,26 +1596,26 @@ static bool comes_first(Candidate a, Candidate b) {
 }
 
 // A binary heap of n candidates; pop() returns the one that comes first.
-static void push(Candidate *heap, size_t *n, Candidate own) {
+static void push(Candidate *heap, size_t *n, Candidate added) {
     size_t i = (*n)++;
-    for (; i > 0 && comes_first(own, heap[(i - 1) / 2]); i = (i - 1) / 2)
+    for (; i > 0 && comes_first(added, heap[(i - 1) / 2]); i = (i - 1) / 2)
         heap[i] = heap[(i - 1) / 2];
-    heap[i] = own;
+    heap[i] = added;
 }
 
 static Candidate pop(Candidate *heap, size_t *n) {
-    Candidate first = heap[0], own = heap[--*n];
+    Candidate first = heap[0], moved = heap[--*n];
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < *n; i = child) {
         if (child + 1 < *n && comes_first(heap[child + 1], heap[child])) child++;
-        if (!comes_first(heap[child], own)) break;
+        if (!comes_first(heap[child], moved)) break;
         heap[i] = heap[child];
     }
-    heap[i] = own;
+    heap[i] = moved;
     return first;
 }
 
-// Look up the merge of symbol i with the next one, and push it if there is one.
+// Look up the merge of symbol i with the next one, and push it if it exists.
 static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, size_t *n) {
     if (i < 0) return;
     Symbol *l = &s[i];
@@ -1619,18 +1627,17 @@ static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, si
     if (l->merged) push(heap, n, (Candidate){l->merged->score, i});
 }
 
-// At most 3 tokens a byte (1 in valid UTF-8), and a space and a BOS
-enum { MOST_TOKENS = 3, AND_MORE = 2 };
+// A text has up to 3 tokens per byte (1 if it is valid UTF-8), plus a space and a BOS
+enum { TOKENS_PER_BYTE = 3, EXTRA_TOKENS = 2 };
 
-// The tokens of a text, after a BOS, with the same ids as SentencePiece or bpe.py. Returns the
-// tokens as the latest block; *n_tokens is their number. O(n log n): the next merge comes from a
-// heap.
+// Encode a text: a BOS and its tokens, with the same ids as SentencePiece or bpe.py. Returns them
+// as the newest block and sets *n_tokens to their number. O(n log n): a heap has the next merge.
 static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *n_tokens) {
-    int *tokens = alloc(MOST_TOKENS * (uint64_t)length + AND_MORE, sizeof(int));
+    int *tokens = alloc(TOKENS_PER_BYTE * (uint64_t)length + EXTRA_TOKENS, sizeof(int));
     const Block *kept = blocks;
     size_t n_bytes, n_pairs = 0, n_out = 0;
     uint8_t *bytes = normalize(t, text, length, &n_bytes);
-    if (n_bytes > INT_MAX) die("a text of %zu bytes is too long: give less than 700 MB", length);
+    if (n_bytes > INT_MAX) die("the text has %zu bytes: expected less than 700 MB", length);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
     Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // 1 for each symbol, 2 for each merge
     size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);
@@ -1665,13 +1672,13 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     return tokens;
 }
 
-// Collects bytes and prints whole UTF-8 characters. Bytes that cannot become one are printed as
-// U+FFFD, one for each longest broken start, as with errors="replace" in Python. On a terminal,
-// control characters other than newline and tab are dropped, so that no model can send it commands.
+// Collects bytes and prints whole UTF-8 characters. Invalid bytes are printed as U+FFFD, one per
+// longest broken start, as with errors="replace" in Python. On a terminal, control characters other
+// than newline and tab are dropped, so that no model can send it commands.
 typedef struct {
-    FILE *out;            // if NULL, the text goes to
+    FILE *out;            // NULL: write to text instead
     char *text;           // (room)
-    size_t room, n_text;  // n_text counts all bytes, also those without room
+    size_t room, n_text;  // n_text counts all bytes, even if text has no room for them
     bool is_terminal, is_json;
     uint8_t pending[4];   // the start of a character
     size_t n;             // bytes pending
@@ -1708,8 +1715,8 @@ static void print_rest(Printer *p) {
     p->n = 0;
 }
 
-// Print the text of one token; BOS and EOS have none. If it is the first of its text, the space
-// that SentencePiece puts in front is left out.
+// Print the text of one token; BOS and EOS have none. The first token of a text loses the space
+// that SentencePiece adds in front.
 static void print_token(const Tokenizer *t, Printer *printer, int token, bool first) {
     const Piece *p = &t->pieces[token];
     if (token == t->bos || token == t->eos) return;
@@ -1736,7 +1743,7 @@ typedef struct {
     Candidate *candidates;  // (n_threads, vocab_size)
 } Sampler;
 
-enum { PENALTY_WINDOW = 64 };  // tokens that repeat_penalty looks back at
+enum { PENALTY_WINDOW = 64 };  // how many tokens repeat_penalty looks back
 
 // Uniform in [0, 1): xorshift64* (Vigna 2016, arXiv:1402.6246).
 static float random_float(uint64_t *state) {
@@ -1746,7 +1753,7 @@ static float random_float(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// The first state of the generator: splitmix64 (Steele et al. 2014) spreads neighbouring seeds.
+// The generator's initial state: splitmix64 (Steele et al. 2014) spreads neighbouring seeds.
 static uint64_t random_state(uint64_t seed) {
     seed += 0x9E3779B97F4A7C15u;
     seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -1755,64 +1762,64 @@ static uint64_t random_state(uint64_t seed) {
     return seed ? seed : 1;  // xorshift never leaves the state 0
 }
 
-// Move the likeliest of n candidates to the front: at most `most` of them, each preceded by no more
-// than `mass` in all. Returns their number, the least likely last, and their *sum. Quickselect
-// (Hoare 1961): only the part with the border is split again.
-static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float *sum) {
+// Move the likeliest of n candidates to the front: up to max_kept, each only if the likelier ones
+// sum to no more than `mass`. Returns their number, the least likely last, and sets *sum to their
+// total. Quickselect (Hoare 1961): only the part with the border is split again.
+static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass, float *sum) {
     size_t kept = 0;
-    uint32_t turn = 1;
+    uint32_t state = 1;
     for (*sum = 0.0f; kept < n;) {
-        turn = turn * 1664525u + 1013904223u;  // a random place avoids the worst case
-        size_t place = kept + (size_t)((uint64_t)turn * (n - kept) >> 32), at = kept;
+        state = state * 1664525u + 1013904223u;  // a random pivot avoids the worst case
+        size_t place = kept + (size_t)((uint64_t)state * (n - kept) >> 32), at = kept;
         Candidate pivot = c[place];
         float before = *sum;
         c[place] = c[n - 1];
         for (size_t i = kept; i < n - 1; i++) {  // without unpredictable branches
-            Candidate own = c[i];
-            bool is_first = comes_first(own, pivot);
+            Candidate moved = c[i];
+            bool is_first = comes_first(moved, pivot);
             c[i] = c[at];
-            c[at] = own;
+            c[at] = moved;
             at += is_first;
-            before += is_first ? own.score : 0.0f;
+            before += is_first ? moved.score : 0.0f;
         }
         c[n - 1] = c[at];
         c[at] = pivot;
-        if (at < most && !(before > mass)) kept = at + 1, *sum = before + pivot.score;
+        if (at < max_kept && !(before > mass)) kept = at + 1, *sum = before + pivot.score;
         else n = at;
     }
     return kept;
 }
 
-// A probability below which no token is kept, so that few tokens have to be sorted. top_p: all less
-// likely tokens have less than 1 - top_p in all. top_k: deal the tokens out to columns; of the
-// columns' maxima, top_k are at least as large as the bound.
-static float least_likely(const Sampler *s, const float *probs, int n, float top_p) {
+// A probability below which no token is kept, so that few tokens need sorting. top_p: the tokens
+// below it sum to less than 1 - top_p. top_k: deal the tokens out to columns; the bound is the
+// top_k-th largest of the columns' maxima.
+static float lower_bound(const Sampler *s, const float *probs, int n, float top_p) {
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;
-    float most[COLUMNS] = {0}, sum;
+    float maxima[COLUMNS] = {0}, sum;
     if (!s->top_k) return (1.0f - top_p) / (float)n;
     if (s->top_k >= COLUMNS || n <= COLUMNS) return 0.0f;
     for (int i = 0; i < n; i += COLUMNS)
         for (int j = 0; j < COLUMNS && j < n - i; j++)
-            most[j] = probs[i + j] > most[j] ? probs[i + j] : most[j];
-    for (int j = 0; j < COLUMNS; j++) c[j] = (Candidate){most[j], j};
+            maxima[j] = probs[i + j] > maxima[j] ? probs[i + j] : maxima[j];
+    for (int j = 0; j < COLUMNS; j++) c[j] = (Candidate){maxima[j], j};
     return c[keep_likeliest(c, COLUMNS, (size_t)s->top_k, INFINITY, &sum) - 1].score;
 }
 
-// A token sampled from those at least min_p times as likely as the likeliest (Nguyen et al. 2024),
-// of these the top_k likeliest, and of these the likeliest that have a share of top_p (Holtzman et
-// al. 2020).
+// Sample from the tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024), then
+// only the top_k likeliest, then only the likeliest that reach a share of top_p (Holtzman et al.
+// 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
     size_t likeliest = s->kernels->argmax(probs, n), left = 0;
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
-    float bound = least_likely(s, probs, n, top_p), least = s->min_p * probs[likeliest];
-    if (bound < least) bound = least;
+    float bound = lower_bound(s, probs, n, top_p), min_prob = s->min_p * probs[likeliest];
+    if (bound < min_prob) bound = min_prob;
     if (!(bound > 0.0f)) bound = FLT_MIN;  // tokens of probability 0 are never sampled
     Candidate *c = s->candidates;
     for (int first = 0; first < n; first += LANES) {  // most vectors have no candidate
-        int last = n - first < LANES ? n : first + LANES, found = 0;
-        for (int i = first; i < last; i++) found |= probs[i] >= bound;
-        for (int i = first; found && i < last; i++)
+        int last = n - first < LANES ? n : first + LANES, any = 0;
+        for (int i = first; i < last; i++) any |= probs[i] >= bound;
+        for (int i = first; any && i < last; i++)
             if (probs[i] >= bound) c[left++] = (Candidate){probs[i], i};
     }
     if (!left) return (int)likeliest;  // only if the logits are NaN
@@ -1822,14 +1829,14 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
     return c[left - 1].index;
 }
 
-// The next token, sampled from logits (n), which are overwritten. told: the tokens so far.
-static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *told,
-                  size_t n_told) {
-    size_t first = n_told > PENALTY_WINDOW ? n_told - PENALTY_WINDOW : 0;
-    for (size_t i = first; s->repeat_penalty != 1.0f && i < n_told; i++) {
-        size_t j = first;  // Keskar et al. 2019, once for each token
-        while (told[j] != told[i]) j++;
-        float *logit = &logits[told[i]];
+// Sample the next token from logits (n), which are overwritten. history: the tokens before it.
+static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *history,
+                  size_t n_history) {
+    size_t first = n_history > PENALTY_WINDOW ? n_history - PENALTY_WINDOW : 0;
+    for (size_t i = first; s->repeat_penalty != 1.0f && i < n_history; i++) {
+        size_t j = first;  // Keskar et al. 2019, once per distinct token
+        while (history[j] != history[i]) j++;
+        float *logit = &logits[history[i]];
         if (j == i) *logit *= *logit > 0 ? 1.0f / s->repeat_penalty : s->repeat_penalty;
     }
     if (s->temperature == 0.0f) return (int)s->kernels->argmax(logits, n);
@@ -1847,7 +1854,7 @@ static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *
 // ------------------------------------------------------------------------------------------------
 // Stories
 
-// Whatever was printed has to arrive, or the status is not 0.
+// Flush stdout, and fail if it cannot be written, for example to a full disk.
 static void flush_output(const char *what) {
     if (fflush(stdout) || ferror(stdout)) die("cannot write the %s: %s", what, strerror(errno));
 }
@@ -1859,21 +1866,21 @@ typedef struct {
     bool is_done;
 } Story;
 
-// Run the next batch of the first story's n tokens through the model, from position `first` on, as
-// large as possible. It wants the logits after every token, or only after token n - 1. Returns the
-// number of tokens in the batch.
+// Run the next batch of the first story's n tokens, from position `first` on, as large as possible.
+// The logits are computed after every token, or only after token n - 1. Returns the number of
+// tokens in the batch.
 static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wants_all) {
     BatchToken batch[MAX_BATCH];
     size_t count = n - first < m->max_batch ? n - first : m->max_batch;
     if (count > MAX_BATCH) count = MAX_BATCH;
     for (size_t i = 0, pos = first; i < count; i++, pos++)
         batch[i] = (BatchToken){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
-                          wants_all || pos + 1 == n};
+                                wants_all || pos + 1 == n};
     run_batch(m, batch, count);
     return count;
 }
 
-// The logits after the last of n tokens; those before `start` are in the cache already.
+// Run tokens `start` to n - 1, with the earlier ones in the cache. Returns the last one's logits.
 static float *prefill(Model *m, const int *tokens, size_t start, size_t n) {
     while (start < n) start += feed(m, tokens, start, n, false);
     return logits_of(m, 0);
@@ -1890,18 +1897,18 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
     }
 }
 
-// Sample the next token of a story, which ends at an EOS, a BOS, or after the last position.
+// Sample the next token of a story. The story ends at EOS, at BOS, or after the last position.
 static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler, Story *s,
                       float *logits) {
-    Sampler own = *sampler;
-    own.candidates += (size_t)omp_get_thread_num() * m->config.vocab_size;
-    int token = sample(&own, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
+    Sampler local = *sampler;
+    local.candidates += (size_t)omp_get_thread_num() * m->config.vocab_size;
+    int token = sample(&local, &s->state, logits, m->config.vocab_size, s->tokens, s->n);
     s->is_done = token == t->bos || token == t->eos;
     if (!s->is_done) s->tokens[s->n++] = token;
     if (s->n > m->n_positions) s->is_done = true;
 }
 
-// Print the tokens of a story that were not printed yet.
+// Print the tokens of a story that have not been printed yet.
 static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     if (printer->is_json && !s->n_printed)
         fprintf(printer->out, "{\"seed\": %llu, \"text\": \"", (unsigned long long)s->seed);
@@ -1914,24 +1921,25 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
         fputc('\n', printer->out);
     }
     double now = seconds();
-    if (s->is_done || now - printer->flushed > 0.02) {  // more often is slow for the reader
+    if (s->is_done || now - printer->flushed > 0.02) {  // more often would slow down a terminal
         flush_output("story");
         printer->flushed = now;
     }
 }
 
-// Print the prompt and its continuation, once for each story. A single story is printed token by
-// token, several at the end, one after another. Seed and speed go to stderr.
+// Print the prompt and its continuation, for each story. A single story is printed token by token,
+// several at the end, one after another. Seed and speed go to stderr; so does a note if the context
+// cuts a story and wants_note is set.
 static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
-                     const char *prompt, uint64_t seed, bool as_json) {
-    size_t n_prompt, n_stories = m->n_stories, n_told = 0;
+                     const char *prompt, uint64_t seed, bool as_json, bool wants_note) {
+    size_t n_prompt, n_stories = m->n_stories, n_generated = 0;
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
     if (n_prompt > (size_t)m->config.seq_len)
-        die("the prompt has %zu tokens, and the model's context %d: shorten the prompt", n_prompt,
-            m->config.seq_len);
+        die("the prompt has %zu tokens, but the model's context is %d: shorten the prompt",
+            n_prompt, m->config.seq_len);
     if (n_prompt > m->n_positions)
-        die("the prompt has %zu tokens, and -n stops at %zu: raise -n, or give -n 0 for the whole "
-            "context of %d", n_prompt, m->n_positions, m->config.seq_len);
+        die("the prompt has %zu tokens, but -n is %zu: raise -n, or use -n 0 for the whole context "
+            "of %d", n_prompt, m->n_positions, m->config.seq_len);
     if (valid_utf8(prompt, strlen(prompt)) < strlen(prompt))
         fputs("note: the prompt is not UTF-8; its invalid bytes are read as U+FFFD\n", stderr);
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
@@ -1951,7 +1959,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
         copy_first_story(m, i, n_prompt);
         memcpy(logits_of(m, i), logits, m->config.vocab_size * sizeof *logits);
     }
-    for (size_t n = n_stories; n; n_told += n) {
+    bool is_cut = false;
+    for (size_t n = n_stories; n; n_generated += n) {
         OMP(parallel for num_threads(m->n_active) if (n > 1))
         for (size_t i = 0; i < n; i++)
             draw_next(m, tokenizer, sampler, &stories[batch[i].story], logits_of(m, i));
@@ -1959,9 +1968,10 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
         n = 0;
         for (size_t i = 0; i < n_stories; i++) {
             const Story *s = &stories[i];
+            is_cut |= s->n > m->n_positions;
             if (!s->is_done)
                 batch[n++] = (BatchToken){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
-                                    (int)i, true};
+                                          (int)i, true};
         }
         if (n) run_batch(m, batch, n);
     }
@@ -1970,16 +1980,20 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
         if (i && !as_json) fputs("\n---\n\n", stdout);
         print_story(tokenizer, &printer, &stories[i]);
     }
+    if (is_cut && wants_note)
+        fprintf(stderr, "note: %s story stops at the model's context of %d tokens\n",
+                n_stories > 1 ? "a" : "the", m->config.seq_len);
     fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt,
             (double)n_prompt / (prefilled - start));
-    if (n_told) fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_told / (end - prefilled));
+    if (n_generated)
+        fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_generated / (end - prefilled));
 }
 
 // ------------------------------------------------------------------------------------------------
-// Evaluation: bits per byte of a text, the same number as in train.py
+// Evaluation: bits per byte of a text, as in train.py
 
 // The next document of a file from *at on, or NULL. Documents are separated by <|endoftext|>; white
-// space at their ends is left out. The text is not NUL-terminated; *n is its length.
+// space around them is dropped. The text is not NUL-terminated; *n is its length.
 static const char *next_document(const File *f, size_t *at, size_t *n) {
     static const char mark[] = "<|endoftext|>";
     const size_t length = sizeof mark - 1;
@@ -1996,8 +2010,8 @@ static const char *next_document(const File *f, size_t *at, size_t *n) {
     return NULL;
 }
 
-// Mean loss in nats a token over tokens 1 to n - 1. As in train.py, the tokens are read in windows
-// of the context, and each window starts with an empty cache.
+// Mean loss over tokens 1 to n - 1, in nats per token. As in train.py, the tokens are read in
+// windows of the context, and each window starts with an empty cache.
 static double loss_of(Model *m, const int *tokens, size_t n) {
     size_t vocab = m->config.vocab_size;
     double total = 0.0;
@@ -2008,11 +2022,11 @@ static double loss_of(Model *m, const int *tokens, size_t n) {
             count = feed(m, tokens + start, first, window, true);
             OMP(parallel for num_threads(m->n_active))
             for (size_t i = 0; i < count; i++) {
-                float *logits = logits_of(m, i), own = logits[tokens[start + first + i + 1]];
+                float *logits = logits_of(m, i), target = logits[tokens[start + first + i + 1]];
                 size_t best = m->kernels->argmax(logits, vocab);
-                float most = logits[best];
+                float max = logits[best];
                 m->kernels->softmax(logits, vocab, 1.0f);  // the likeliest becomes 1 / sum
-                losses[i] = (double)most - log(logits[best]) - (double)own;
+                losses[i] = (double)max - log(logits[best]) - (double)target;
             }
             for (size_t i = 0; i < count; i++) total += losses[i];
         }
@@ -2027,7 +2041,7 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, File f, bool as_json)
             f.path, valid, f.data[valid]);
     if (f.size >= 3 && !memcmp(f.data, "\xEF\xBB\xBF", 3)) at = 3;  // a byte order mark
     size_t length, n = 0, bytes = 0, n_documents = 0;
-    int *tokens = alloc((uint64_t)f.size + AND_MORE, sizeof(int));  // UTF-8: one a byte
+    int *tokens = alloc((uint64_t)f.size + EXTRA_TOKENS, sizeof(int));  // UTF-8: one per byte
     const Block *kept = blocks;
     for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
         size_t count;
@@ -2039,11 +2053,11 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, File f, bool as_json)
     }
     if (n < 2) die("%s has no text to evaluate", f.path);
     double start = seconds(), loss = loss_of(m, tokens, n), elapsed = seconds() - start;
-    if (!isfinite(loss)) die("the loss on %s is not a number: the model is damaged", f.path);
+    if (!isfinite(loss)) die("the loss on %s is NaN or infinite: the model is damaged", f.path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"
                                  : "%zu documents, %zu bytes, %zu tokens\n"
-                                   "loss: %.4f nats a token\nbits per byte: %.4f\n";
+                                   "loss: %.4f nats per token\nbits per byte: %.4f\n";
     printf(format, n_documents, bytes, n, loss, loss / log(2.0) * (double)n / (double)bytes);
     flush_output("result");
     fprintf(stderr, "achieved tok/s: %.1f\n", (double)(n - 1) / elapsed);
@@ -2052,25 +2066,25 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, File f, bool as_json)
 // ------------------------------------------------------------------------------------------------
 // Speed
 
-static int by_value(const void *a, const void *b) {
+static int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
 enum { PREFILL, DECODE, READ, ROUNDS = 7, BENCH_TOKENS = 128 };
 
-// Alternate prefill and decode of n_positions tokens, the latter for all stories at once, with all
-// threads merely reading as many bytes as the matrices have. Prints medians.
+// Alternate three measurements and print medians: prefill of n_positions tokens; decode of as many,
+// for all stories at once; and all threads only reading as many bytes as the matrices have.
 static void bench(Model *m) {
     uint64_t bytes = m->matrix_bytes;
-    int n = (int)m->n_positions, times_read = 1 + (int)(200000000 / bytes);
+    int n = (int)m->n_positions, n_reads = 1 + (int)(200000000 / bytes);
     uint8_t *memory = alloc(bytes, 1);
     memset(memory, 1, bytes);
     int *tokens = alloc(n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = i % m->config.vocab_size;
     BatchToken *batch = alloc(m->n_stories, sizeof(BatchToken));
     double rates[3][ROUNDS + 1];
-    for (int round = ROUNDS; round >= 0; round--) {  // the first loads the weights, and is dropped
+    for (int round = ROUNDS; round >= 0; round--) {  // the first loads the weights and is dropped
         double start = seconds();
         prefill(m, tokens, 0, n);
         double prefilled = seconds();
@@ -2080,7 +2094,7 @@ static void bench(Model *m) {
             run_batch(m, batch, m->n_stories);
         }
         double decoded = seconds();
-        for (int i = 0; i < times_read; i++) {
+        for (int i = 0; i < n_reads; i++) {
             OMP(parallel num_threads(m->n_threads))
             {
                 size_t share = bytes / omp_get_num_threads();  // a few bytes are left over
@@ -2089,13 +2103,13 @@ static void bench(Model *m) {
         }
         rates[PREFILL][round] = n / (prefilled - start);
         rates[DECODE][round] = n * (double)m->n_stories / (decoded - prefilled);
-        rates[READ][round] = (double)bytes * times_read / (seconds() - decoded);
+        rates[READ][round] = (double)bytes * n_reads / (seconds() - decoded);
     }
-    for (int i = 0; i < 3; i++) qsort(rates[i], ROUNDS, sizeof(double), by_value);
+    for (int i = 0; i < 3; i++) qsort(rates[i], ROUNDS, sizeof(double), compare_doubles);
     double decode = rates[DECODE][ROUNDS / 2], read = rates[READ][ROUNDS / 2];
     double by_decode = decode / (double)m->n_stories * (double)bytes;
     printf("kernels: %s, %d threads, %s\n"
-           "matrices: %.1f MB, of a file of %.1f MB\n"
+           "matrices: %.1f MB of a %.1f MB file\n"
            "prefill: %.1f tok/s\n"
            "decode: %.1f tok/s\n"
            "memory: %.1f GB/s read, %.1f GB/s by decode, %.0f %%\n",
@@ -2114,22 +2128,23 @@ static void print_usage(FILE *out) {
         "\n"
         "  -i TEXT   prompt (default: none)\n"
         "  -z FILE   tokenizer file (default: tokenizer.bin beside the model, or in this folder)\n"
-        "  -n INT    tokens in all, including the prompt (default 256; 0: the whole context);\n"
-        "            with -m eval: tokens of a window (default: the whole context)\n"
-        "  -t FLOAT  temperature, 0 takes the likeliest token (default 1.0)\n"
-        "  -p FLOAT  top-p: sample from the likeliest with this share (default 0.9; 1: all)\n"
-        "  -k INT    top-k: sample from the k likeliest tokens (default 0: all)\n"
-        "  --min-p FLOAT           drop tokens less likely than this share of the likeliest\n"
-        "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: no)\n"
-        "  -s INT    seed: the same seed gives the same story (default: the time)\n"
-        "  -b INT    number of stories, generated at once, with seeds from -s on\n"
-        "  --json    a line of JSON for each story, or for the evaluation\n"
+        "  -n INT    total tokens, including the prompt (default 256; 0: the whole context);\n"
+        "            with -m eval: tokens per window (default: the whole context)\n"
+        "  -t FLOAT  temperature; 0 always picks the likeliest token (default 1.0)\n"
+        "  -p FLOAT  top-p: keep the likeliest tokens up to this total probability\n"
+        "            (default 0.9; 1: all)\n"
+        "  -k INT    top-k: keep the k likeliest tokens (default 0: all)\n"
+        "  --min-p FLOAT           drop tokens less likely than this fraction of the likeliest\n"
+        "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: off)\n"
+        "  -s INT    seed; the same seed gives the same story (default: the time)\n"
+        "  -b INT    number of stories to generate at once, with seeds from -s up\n"
+        "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
-        "  --bench   speed of prefill and decode (of -n tokens, default 128), and of the memory\n"
-        "  -j INT    threads (default: as many as help)\n"
-        "  --fast    int8, int4: activations of 8 bits instead of 16; for long prompts and -b\n"
-        "  --kv FORMAT  number format of the key/value cache: fp32 (default) or bf16\n"
-        "  -h        this help\n"
+        "  --bench   measure the speed of prefill and decode (-n tokens, default 128) and memory\n"
+        "  -j INT    number of threads (default: automatic)\n"
+        "  --fast    int8, int4: 8-bit instead of 16-bit activations; for long prompts and -b\n"
+        "  --kv FORMAT  format of the key/value cache: fp32 (default) or bf16\n"
+        "  -h        print this help\n"
         "\n"
         "example: ./run out/model.bin -z data/tok4096.bin -t 0.8 -i \"Once upon a time\"\n",
         out);
@@ -2153,7 +2168,7 @@ static uint64_t parse_integer(const char *flag, const char *text, uint64_t min, 
     return value;
 }
 
-// Whether text is the second of two choices; anything but the two is an error.
+// Parse a flag with two choices. Returns whether it is the second.
 static bool parse_choice(const char *flag, const char *text, const char *first,
                          const char *second) {
     bool is_second = !strcmp(text, second);
@@ -2162,7 +2177,7 @@ static bool parse_choice(const char *flag, const char *text, const char *first,
     return is_second;
 }
 
-// tokenizer.bin beside the model, beside the file that a link to the model names, or in the current
+// tokenizer.bin beside the model, beside the target if the model is a link, or in the current
 // folder.
 static char *default_tokenizer(const char *model_path) {
     static const char name[] = "tokenizer.bin";
@@ -2182,7 +2197,8 @@ static char *default_tokenizer(const char *model_path) {
 }
 
 typedef struct {
-    const char *model, *text, *tokenizer;  // paths, and the prompt or the path of a text
+    const char *model, *tokenizer;  // paths
+    const char *text;               // the prompt, or with -m eval a path
     int n_positions, n_stories, n_threads;
     uint64_t seed;
     Sampler sampler;
@@ -2219,24 +2235,24 @@ static Options parse_options(int argc, char **argv) {
         {"--help", SWITCH, &o.wants_help, 0, 0},
     };
     for (int i = 1; i < argc; i++) {
-        const char *word = argv[i];
-        if (word[0] != '-') {
-            if (o.model) die("two model files are given: %s and %s", o.model, word);
-            o.model = word;
+        const char *arg = argv[i];
+        if (arg[0] != '-') {
+            if (o.model) die("expected one model file, not both %s and %s", o.model, arg);
+            o.model = arg;
             continue;
         }
         size_t f = 0, n_flags = sizeof flags / sizeof *flags;
-        while (f < n_flags && strcmp(word, flags[f].flag)) f++;
-        if (f == n_flags) die("unknown option %s; ./run -h lists them all", word);
+        while (f < n_flags && strcmp(arg, flags[f].flag)) f++;
+        if (f == n_flags) die("unknown option %s: ./run -h lists all options", arg);
         if (flags[f].kind != SWITCH && ++i == argc)
-            die("%s needs a value; ./run -h says which", word);
+            die("%s needs a value: ./run -h lists all options", arg);
         void *place = flags[f].place;
         double min = flags[f].min, max = flags[f].max;
         switch (flags[f].kind) {
         case SWITCH: *(bool *)place = true; break;
-        case INTEGER: *(int *)place = (int)parse_integer(word, argv[i], min, max); break;
-        case SEED: *(uint64_t *)place = parse_integer(word, argv[i], 0, UINT64_MAX); break;
-        case NUMBER: *(float *)place = (float)parse_number(word, argv[i], min, max); break;
+        case INTEGER: *(int *)place = (int)parse_integer(arg, argv[i], min, max); break;
+        case SEED: *(uint64_t *)place = parse_integer(arg, argv[i], 0, UINT64_MAX); break;
+        case NUMBER: *(float *)place = (float)parse_number(arg, argv[i], min, max); break;
         case TEXT: *(const char **)place = argv[i]; break;
         }
     }
@@ -2246,17 +2262,17 @@ static Options parse_options(int argc, char **argv) {
 }
 
 #if !defined(_WIN32)
-static void on_bus_error(int number) {
+static void on_bus_error(int signal_number) {
     static const char text[] = "error: the model, tokenizer or text file shrank while it was read, "
-                               "or its disk failed: start again with the whole file\n";
-    (void)number;
+                               "or its disk failed: restore the file and run again\n";
+    (void)signal_number;
     _exit(write(STDERR_FILENO, text, sizeof text - 1) < 0 ? 2 : EXIT_FAILURE);
 }
 #endif
 
 int main(int argc, char **argv) {
 #if !defined(_WIN32)
-    signal(SIGBUS, on_bus_error);  // from reading a mapped file
+    signal(SIGBUS, on_bus_error);  // raised by a mapped file that shrank
 #endif
     Options o = parse_options(argc, argv);
     if (!o.model || o.wants_help) {
@@ -2264,30 +2280,33 @@ int main(int argc, char **argv) {
         flush_output("help");
         return o.wants_help ? EXIT_SUCCESS : EXIT_FAILURE;
     }
-    if (o.is_eval && !o.text) die("-m eval needs a text file: -i FILE");
+    if (o.is_eval && !o.text) die("-i FILE is missing: -m eval needs a text file");
+    const int n_requested = o.n_positions;  // -1 without -n
     if (o.n_positions < 0) o.n_positions = o.is_eval ? 0 : o.is_bench ? BENCH_TOKENS : 256;
     File text = {0};
     if (o.is_eval) {
         o.n_stories = 1;
-        text = open_file(o.text, "text");
-        size_t most = text.size + AND_MORE;  // tokens: more positions would not be used
-        if (most < MAX_CONTEXT && (!o.n_positions || (size_t)o.n_positions > most))
-            o.n_positions = (int)most;
+        text = open_file(o.text, "pass a text file (-i)");
+        size_t max_tokens = text.size + EXTRA_TOKENS;  // further positions would stay unused
+        if (max_tokens < MAX_CONTEXT && (!o.n_positions || (size_t)o.n_positions > max_tokens))
+            o.n_positions = (int)max_tokens;
     }
-    Model model = load_model(open_file(o.model, "model file"), o.n_positions, o.n_stories,
+    Model model = load_model(open_file(o.model, MODEL_HINT), o.n_positions, o.n_stories,
                              o.n_threads, o.bf16_cache, o.is_fast);
     if (o.is_bench) {
         bench(&model);
     } else {
         if (!o.tokenizer) o.tokenizer = default_tokenizer(o.model);
-        Tokenizer tokenizer = load_tokenizer(open_file(o.tokenizer, "tokenizer file"),
+        Tokenizer tokenizer = load_tokenizer(open_file(o.tokenizer, TOKENIZER_HINT),
                                              model.config.vocab_size);
         check_tokenizer(&tokenizer, &model.config, o.model);
         o.sampler.kernels = model.kernels;
         o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
                                      sizeof(Candidate));
+        const char *prompt = o.text ? o.text : "";
+        bool wants_note = n_requested > model.config.seq_len && !o.as_json;
         if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
-        else generate(&model, &tokenizer, &o.sampler, o.text ? o.text : "", o.seed, o.as_json);
+        else generate(&model, &tokenizer, &o.sampler, prompt, o.seed, o.as_json, wants_note);
     }
     release_to(NULL);
     return EXIT_SUCCESS;

@@ -3,7 +3,7 @@ Generate stories with a trained model, in PyTorch.
 
     python sample.py --out_dir=out --start="Once upon a time" --num_samples=3
     python sample.py --checkpoint=out/ckpt.pt --temperature=0
-    python sample.py --checkpoint=hf:user/name            # a Llama of the Hugging Face hub
+    python sample.py --checkpoint=hf:user/name            # a Llama from the Hugging Face hub
 """
 
 import os
@@ -13,18 +13,22 @@ from configurator import configure, printable
 from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
+# model
 out_dir = "out"  # folder of a training run
-checkpoint = ""  # any model that export.py reads; empty: best.pt in out_dir, or ckpt.pt
-tokenizer = ""  # a tokenizer model elsewhere; empty: tokenizer.model beside the checkpoint
-start = ""  # prompt, or FILE:prompt.txt for a text in a file
+checkpoint = ""  # any model export.py reads; empty: best.pt or ckpt.pt in out_dir
+tokenizer = ""  # tokenizer model; empty: tokenizer.model beside the checkpoint
+# stories
+start = ""  # prompt; FILE:prompt.txt reads it from a file
 num_samples = 1  # number of stories
-max_new_tokens = 256  # at most, in each story
-temperature = 1.0  # 0: always the likeliest token
-top_k = 0  # sample from this many likeliest tokens; 0: all
-top_p = 0.9  # sample from the likeliest tokens with this total probability; 1: all
+max_new_tokens = 256  # maximum tokens per story, after the prompt
+# sampling
+temperature = 1.0  # 0: always the most likely token
+top_k = 0  # sample from the k most likely tokens; 0: all
+top_p = 0.9  # sample from the most likely tokens up to this probability; 1: all
 seed = 1337  # the same seed gives the same stories
-device = "auto"  # cpu, cuda, cuda:1, mps; auto: the first there is of cuda, mps, cpu
-dtype = "float32"  # auto, float32, bfloat16, float16
+# hardware
+device = "auto"  # cpu, cuda, cuda:1, mps, or auto (first of cuda, mps, cpu)
+dtype = "float32"  # float32, bfloat16, float16, or auto (a fast one)
 configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -32,7 +36,7 @@ tune_process()
 
 import torch
 
-from formats.table import load_teller
+from formats.table import load_for_sampling
 from report.stories import check_sampling, read_prompt
 from system.hardware import pick_device, pick_dtype
 from system.threads import Threads
@@ -46,7 +50,7 @@ if not checkpoint:
 device = pick_device(device)
 threads = Threads(device)
 dtype = pick_dtype(dtype, device)
-(model, tokenizer, _), prompt = load_teller(checkpoint, start, tokenizer)
+(model, tokenizer, _), prompt = load_for_sampling(checkpoint, start, tokenizer)
 model = model.to(device).eval()
 model.dtype = dtype
 
@@ -56,6 +60,6 @@ on_terminal = sys.stdout.isatty()
 for i in range(num_samples):
     if i:
         print("\n---\n")
-    new = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
-    text = tokenizer.decode([*prompt, *threads.watched(new)])
+    tokens = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
+    text = tokenizer.decode([*prompt, *threads.watched(tokens)])
     print(printable(text) if on_terminal else text)

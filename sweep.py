@@ -1,20 +1,21 @@
 """
-Many runs of train.py: a grid or a list of settings, each with several seeds.
+Compare settings of train.py: run it for a grid or a list of settings, with several seeds each.
 
-    python sweep.py experiments/lr.py --data_dir=data         # an experiment of this repository
-    python sweep.py experiments/lr.py --dry_run               # only its runs, hours and cost
+    python sweep.py experiments/lr.py --data_dir=data         # an experiment in this repository
+    python sweep.py experiments/lr.py --dry_run               # only print its runs, hours and cost
     python sweep.py --base=config/story.py --grid="hidden_lr=0.01,0.02,0.04 batch_size=4,8"
     python sweep.py --runs="small: --dim=64; large: --dim=256 --n_layers=6" --jobs=2
 
-A sweep is a file of the settings below. sweep.py first measures the speed of the runs and prints
-how long they will take. Each run is a train.py of its own with a folder in out_dir; its output goes
-to NAME.log beside the folder, its result to a line of results.jsonl, which plot.py draws:
+A sweep file assigns the settings below. sweep.py first measures the speed of the runs and prints
+how long they will take. Each run is a separate train.py process with its own folder in out_dir. Its
+output goes to NAME.log beside the folder, and its result to a line of results.jsonl, which plot.py
+draws:
 
     python plot.py out/sweeps/lr/results.jsonl
 
-Ctrl-C stops the runs with a checkpoint. The same command then continues: it skips finished runs,
-resumes interrupted ones and repeats failed ones. A run that diverged has a result and is not
-repeated. You may add values and seeds to a sweep; to change what it has, give another out_dir.
+Ctrl-C stops the runs with a checkpoint. The same command then continues: it skips finished and
+diverged runs, resumes interrupted ones and retries failed ones. You can add values and seeds to a
+sweep; for any other change, choose another out_dir.
 """
 
 import contextlib
@@ -38,29 +39,32 @@ from configurator import UserError, check_range, configure, split_words
 from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
-# what to run
-title = ""  # a line for pictures
-base = "config/speedrun_cpu.py"  # arguments of train.py that all runs share
-grid = ""  # NAME=VALUE,VALUE ... of train.py's settings: all combinations
-runs = ""  # NAME: arguments of train.py; ... or one a line; with a grid, each with all of it
-seeds = 3  # runs of each
-first_seed = 1337
-equal_tokens = 0  # each run gets the steps that make this many tokens; 0: max_iters, as in base
-equal_bytes = 0  # ... that read this many bytes of text, for runs with different vocabularies
-equal_minutes = 0.0  # ... that it makes in this many minutes at its speed, which is measured first
-evals = 10  # evaluations of a run, about evenly spaced; 0: eval_interval, as in base
-eval_windows = 0  # validation sequences, evenly spaced; 0: eval_iters batches, as in base
-# how
-data_dir = ""  # with the shards; empty: as in base
-out_dir = ""  # empty: out/sweeps/NAME, after the sweep's file
-jobs = 1  # runs at once: each with its share of the cores, or with one of the GPUs
-device = "auto"
-rounds = 3  # in which speeds are measured for equal_minutes
-patience = 30.0  # seconds to wait for the runs of a killed sweep, which save their last step
-keep_checkpoints = False  # of finished runs; their model.bin always stays
-# before anything is spent
-price = 0.0  # dollars an hour for the machine, for the estimate
-dry_run = False  # print the list and the estimate, and stop
+# runs
+title = ""  # title of the sweep, for pictures and tables
+base = "config/speedrun_cpu.py"  # train.py arguments that all runs share
+grid = ""  # all combinations of train.py settings: NAME=VALUE,VALUE ...
+runs = ""  # runs by name (NAME: train.py arguments; ...), each with the grid
+seeds = 3  # seeds per run
+first_seed = 1337  # first seed; the others count up from it
+# length of each run
+equal_tokens = 0  # train on this many tokens; 0: use max_iters of base
+equal_bytes = 0  # train on this many bytes of text; fair between vocabularies
+equal_minutes = 0.0  # train for this many minutes, at a speed measured first
+# evaluation
+evals = 10  # evaluations per run, evenly spaced; 0: use eval_interval of base
+eval_windows = 0  # validation sequences; 0: use eval_iters of base
+# files
+data_dir = ""  # folder with the shards; empty: use data_dir of base
+out_dir = ""  # output folder; empty: out/sweeps/NAME, from the sweep file
+keep_checkpoints = False  # keep checkpoints of finished runs, not only model.bin
+# hardware
+jobs = 1  # runs at once, each with a share of the cores or with one GPU
+device = "auto"  # cpu, cuda, cuda:1, mps, or auto (first of cuda, mps, cpu)
+rounds = 3  # speed measurements per run (for equal_minutes)
+patience = 30.0  # seconds to wait for a killed sweep's runs to save and exit
+# cost estimate
+price = 0.0  # dollars per hour for this machine
+dry_run = False  # print the runs and the estimate, and exit
 try:
     configure(globals())
 except UserError as e:
@@ -70,12 +74,12 @@ except UserError as e:
     if name not in names_of(*GROUPS):
         raise
     raise UserError(
-        f"--{name} is a setting of train.py, for all runs: --base='{base} --{name}=...'; to vary "
-        f"it: --grid='{name}=...'"
+        f"--{name} is a setting of train.py: use --base='{base} --{name}=...' for all runs, or "
+        f"--grid='{name}=...' to vary it"
     ) from None
 # -----------------------------------------------------------------------------
 
-tune_process()  # as train.py does, whose speed is measured here
+tune_process()  # like train.py, so that measured speeds are the same
 
 import torch
 
@@ -93,28 +97,28 @@ from training.runs import (
     flops_of_step,
     same_run,
     shards_hint,
-    tokens_of_step,
     tokens_per_second,
+    tokens_per_step,
     work_of,
 )
 from training.settings import SAME_RESULT, TRAIN, args_of, check, resolved
 
-START_UP_S = 8  # of a run: loading torch and the data, writing its files; a guess
-# an estimate alone tries no step of more operations, and none after so many seconds
+START_UP_S = 8  # guessed time to load torch and the data, and to write files
+# for a mere estimate, a CPU times no steps with more operations, and none after so many seconds
 SLOW_STEP, ESTIMATE_S = 3e11, 20
-CPU_SPEED = 1e11  # operations a second, assumed instead
-BYTES_PER_TOKEN = 4  # assumed for the estimate while there are no shards
+CPU_SPEED = 1e11  # operations per second, assumed for steps that are not timed
+BYTES_PER_TOKEN = 4  # assumed in a dry run without shards
 
 
 @dataclass(eq=False)
 class PlannedRun:
     name: str
-    varied: dict  # what tells it from the other runs
-    row: list  # its own arguments, without those of all runs and of the grid
+    varied: dict  # {setting: value} that distinguish it from the other runs
+    row: list  # its arguments from `runs`
     arguments: list  # all arguments of train.py except out_dir
     config: dict  # all settings of train.py
     speed: float = 0.0  # tokens/s; 0: unknown
-    seconds: float = START_UP_S  # estimate
+    seconds: float = START_UP_S  # estimate of the whole run
 
     @property
     def folder(self):
@@ -129,10 +133,10 @@ class PlannedRun:
         self.config |= settings
 
     def logged(self):
-        """The log in its folder; an empty one if that is of another run."""
+        """Return the log in its folder, or an empty log if the folder is of another run."""
         log = RunLog(self.folder).read()
-        is_ours = log.start and same_run(log.start["config"], self.config)
-        return log if is_ours else RunLog(self.folder)
+        is_same = log.start and same_run(log.start["config"], self.config)
+        return log if is_same else RunLog(self.folder)
 
 
 # ---- the plan
@@ -145,82 +149,82 @@ def check_settings():
     check_range(0, patience=patience, price=price)
     given = [name for name, value in lengths.items() if value]
     if len(given) > 1:
-        raise UserError(f"{given[0]} and {given[1]} exclude each other: give one of them")
+        raise UserError(f"{given[0]} cannot be used with {given[1]}: use only one of them")
     if not grid.strip() and not runs.strip():
         raise UserError(
-            "nothing to sweep: name a file such as experiments/lr.py, or give "
-            '--grid="hidden_lr=0.01,0.02" or --runs="NAME: arguments of train.py; ..."'
+            "nothing to sweep: pass a file such as experiments/lr.py, or use "
+            '--grid="hidden_lr=0.01,0.02" or --runs="NAME: train.py arguments; ..."'
         )
 
 
-def axes_of_grid():
-    """The grid as {setting: [values as text]}."""
+def grid_axes():
+    """Return the grid as {setting: [values as text]}."""
     axes = {}
     for part in split_words(grid, "grid"):
         name, equals, values = part.lstrip("-").partition("=")
         values = values.split(",")
         if not equals or not all(values):
-            raise UserError(f"grid: {part!r}: expected NAME=VALUE,VALUE")
+            raise UserError(f"grid = {part!r}: expected NAME=VALUE,VALUE")
         if name == "run" or name in SAME_RESULT or name in axes:
             raise UserError(
-                f"grid: {part!r}: expected a setting of train.py that changes the run, once"
+                f"grid = {part!r}: expected a setting of train.py that changes the run, once"
             )
         axes[name] = values
     return axes
 
 
 def listed_runs():
-    """The list of runs as [(name, [arguments])]; one without a name if there is no list."""
+    """Return `runs` as [(name, [arguments])], or one unnamed run if it is empty."""
     rows = []
     for line in filter(str.strip, re.split(r"[;\n]", runs)):
         name, colon, arguments = line.partition(":")
         if not colon or not name.strip():
-            raise UserError(f"runs: {line.strip()!r}: expected NAME: arguments of train.py")
+            raise UserError(f"runs = {line.strip()!r}: expected NAME: train.py arguments")
         rows.append((name.strip(), split_words(arguments, "runs")))
     return rows or [("", [])]
 
 
 def check_run(config, varied):
-    """Raise UserError if a run's settings do not fit together, or not with those of the sweep."""
-    about = ", ".join(f"{k} = {v}" for k, v in varied.items())
+    """Raise UserError if a run's settings conflict with each other or with the sweep's."""
+    label = ", ".join(f"{k} = {v}" for k, v in varied.items())
     try:
         check(config)
         args_of(config)
         if config["on_finish"]:
-            raise UserError("on_finish is not for the runs of a sweep: leave it out")
+            raise UserError("on_finish cannot be used with sweep.py: leave it out")
     except UserError as e:
-        raise UserError(f"{about}: {e}") from None
+        raise UserError(f"{label}: {e}") from None
     if (equal_tokens or equal_bytes or equal_minutes) and config["max_minutes"]:
         raise UserError(
-            f"{about}: max_minutes = {config['max_minutes']:g} would end the run, and so do "
-            f"equal_tokens, equal_bytes and equal_minutes: leave it out"
+            f"{label}: max_minutes = {config['max_minutes']:g} cannot be used with equal_tokens, "
+            f"equal_bytes or equal_minutes: use only one of them"
         )
     if equal_minutes and config["compile"] == "auto":
         raise UserError(
-            "equal_minutes measures speeds first and cannot know what --compile=auto will do: put "
-            "--compile=True or False into base"
+            "equal_minutes cannot be used with compile = auto: use --compile=True or "
+            "--compile=False in --base"
         )
     if eval_windows % config["batch_size"]:
         raise UserError(
-            f"eval_windows = {eval_windows} is not a multiple of batch_size = "
-            f"{config['batch_size']}: the runs would be evaluated on different text"
+            f"eval_windows = {eval_windows}: expected a multiple of batch_size = "
+            f"{config['batch_size']}, so that all runs are evaluated on the same text"
         )
 
 
 def plan(device_name):
-    """[PlannedRun] in the order in which they are done, seeds outermost, without their length."""
-    planned, axes = {}, axes_of_grid()
+    """Return [PlannedRun] in the order of execution, seeds outermost, without their lengths."""
+    planned, axes = {}, grid_axes()
     shared = split_words(base, "base")
     if data_dir:
         shared.append(f"--data_dir={os.path.abspath(data_dir)}")
     shared += [f"--device={device_name}", "--keep_last=1", "--picture=False"]
     seed_values = [None] if "seed" in axes else range(first_seed, first_seed + seeds)
-    for seed, (row, own), values in product(seed_values, listed_runs(), product(*axes.values())):
-        of_grid = [f"--{name}={value}" for name, value in zip(axes, values, strict=True)]
-        arguments = [*shared, *own, *of_grid]
+    for seed, (name, row), values in product(seed_values, listed_runs(), product(*axes.values())):
+        cell = [f"--{axis}={value}" for axis, value in zip(axes, values, strict=True)]
+        arguments = [*shared, *row, *cell]
         config = dict(resolved(tuple(arguments)))
-        varied = ({"run": row} if row else {}) | {name: config[name] for name in axes}
-        run = PlannedRun("", varied, own, arguments, config)
+        varied = ({"run": name} if name else {}) | {axis: config[axis] for axis in axes}
+        run = PlannedRun("", varied, row, arguments, config)
         if seed is not None:
             varied["seed"] = seed
             run.set(seed=seed)
@@ -228,7 +232,7 @@ def plan(device_name):
         parts = (value if name == "run" else f"{name}={value}" for name, value in varied.items())
         run.name = re.sub(r"[^\w.=+-]+", "_", "_".join(parts))
         if run.name in planned:
-            raise UserError(f"two runs of this sweep are {run.name}: leave one of them out")
+            raise UserError(f"two runs of this sweep are named {run.name}: remove one of them")
         planned[run.name] = run
     return list(planned.values())
 
@@ -238,13 +242,13 @@ def plan(device_name):
 
 def measure(planned, torch_device):
     """
-    Set the speeds of the runs, in tokens/s, as far as a step of theirs can be measured. Each is the
-    median of several rounds over all of them, since a machine's speed wanders. Speeds are kept in
-    speeds.json: lengths depend on them, and a sweep that continues must plan the same runs again.
+    Set the speed of each run, in tokens/s, if its step can be measured. It is the median of several
+    rounds over all runs, because a machine's speed drifts. speeds.json keeps the speeds: lengths
+    depend on them, and a resumed sweep must plan the same runs again.
     """
     path = os.path.join(sweep_dir, "speeds.json")
     known = read_json(path) if os.path.exists(path) else {}
-    # an estimate does not wait for compilation
+    # no compilation for a mere estimate
     changes = {} if equal_minutes else {"compile": "False"}
     configs = {run: run.config | changes for run in planned}
     keys = {run: work_of(config, threads) for run, config in configs.items()}
@@ -257,44 +261,48 @@ def measure(planned, torch_device):
         n_flops = flops_of_step(config)
         is_long = n_flops > SLOW_STEP or time.monotonic() - started > ESTIMATE_S
         if torch_device.type == "cpu" and is_long and not equal_minutes:
-            speeds[key].append(tokens_of_step(config) * CPU_SPEED / n_flops)
+            speeds[key].append(tokens_per_step(config) * CPU_SPEED / n_flops)
             guessed = True
             continue
         try:
             budget_s = 2.0 if equal_minutes else 0.5
             speeds[key].append(tokens_per_second(config, torch_device, budget_s))
-        except (RuntimeError, ValueError) as e:  # a GPU's memory; train.py adapts, or says why not
-            print_line(f"a step cannot be measured: {str(e).splitlines()[0]}")
+        except (RuntimeError, ValueError) as e:  # such as little GPU memory: train.py adapts
+            print_line(f"warning: cannot measure a step: {str(e).splitlines()[0]}")
     if guessed:
-        print("some runs are too slow to try here: assuming 100 billion operations a second")
+        print("note: some runs are too slow to time here; assuming 100 billion operations/s")
     known |= {key: round(statistics.median(s), 1) for key, s in speeds.items() if s}
     if todo and not dry_run:
         write_json(path, known)
     if equal_minutes and set(keys.values()) - known.keys():
-        raise UserError("equal_minutes needs the speeds of all runs, and some cannot be measured")
+        raise UserError("equal_minutes needs the speed of every run, and some cannot be measured")
     for run, key in keys.items():
         run.speed = known.get(key, 0.0)
 
 
 def shards_of(config):
-    """The sidecar's list of shards, the one for validation first; [] if it is absent."""
+    """Return the sidecar's list of shards, validation first, or [] without a sidecar."""
     paths = DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"])
     return (read_sidecar(paths.shards) or {"shards": []})["shards"]
 
 
 def tokens_in(n_bytes, config):
-    """The training tokens that a run's vocabulary makes of n_bytes of text."""
+    """Return how many tokens n_bytes of training text have in a run's vocabulary."""
     shards = shards_of(config)[1:]
     if not shards:
         if not dry_run:
-            raise UserError("equal_bytes needs shards.json beside the shards: make them again")
+            paths = DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"])
+            raise UserError(
+                f"{paths.shards}/shards.json does not exist, but equal_bytes needs it; make the "
+                f"shards again"
+            )
         return n_bytes / BYTES_PER_TOKEN
     return n_bytes * sum(s["tokens"] for s in shards) / sum(s["bytes"] for s in shards)
 
 
-def give_length(run):
-    """Set a run's length and its evaluations, and estimate its seconds."""
-    config, size = run.config, tokens_of_step(run.config)
+def set_length(run):
+    """Set a run's length and evaluations, and estimate its time."""
+    config, size = run.config, tokens_per_step(run.config)
     n_tokens = equal_tokens or equal_minutes * 60 * run.speed
     if equal_bytes:
         n_tokens = tokens_in(equal_bytes, config)
@@ -310,7 +318,7 @@ def give_length(run):
     n_valid = config["eval_iters"] * config["batch_size"] * config["max_seq_len"]
     n_valid = min([n_valid, *(shard["tokens"] for shard in shards_of(config)[:1])])
     n_evals = math.ceil(train_s * run.speed / size / config["eval_interval"])
-    run.seconds += train_s + n_evals * n_valid / (3 * run.speed)  # forward is a third of a step
+    run.seconds += train_s + n_evals * n_valid / (3 * run.speed)  # a forward is 1/3 of a step
 
 
 def duration(seconds):
@@ -324,7 +332,7 @@ def print_estimate(planned, todo):
     for run in planned:
         n, minutes = run.config["max_iters"], run.config["max_minutes"]
         steps = f"{minutes:g} min" if minutes else f"{n:,}"
-        tokens = "" if minutes else f"{n * tokens_of_step(run.config):,}"
+        tokens = "" if minutes else f"{n * tokens_per_step(run.config):,}"
         left = duration(run.seconds) if run in todo else "done"
         rows.append([run.name, steps, tokens, f"{run.speed:,.0f}", left])
     print_table(["run", "steps", "tokens", "tokens/s", "time"], rows)
@@ -343,7 +351,7 @@ def print_estimate(planned, todo):
 
 
 class Results:
-    """results.jsonl of a sweep: a line for each run that has ended, in the sweep's order."""
+    """results.jsonl of a sweep: one line for each run that has ended, in the sweep's order."""
 
     def __init__(self, planned):
         self.path = os.path.join(sweep_dir, "results.jsonl")
@@ -352,7 +360,8 @@ class Results:
             lines, bad = read_results(self.path)
             if bad:
                 raise UserError(
-                    f"{self.path}, line {bad[0]} is not the result of a run: delete the line"
+                    f"{self.path} is damaged: line {bad[0]} is not the result of a run; delete "
+                    f"the line"
                 )
             self.lines = {line["name"]: line for line in lines}
 
@@ -360,49 +369,50 @@ class Results:
         return [self.lines[run.name] for run in self.planned if run.name in self.lines]
 
     def check(self):
-        """Raise UserError for results of runs that are not those of this sweep."""
+        """Raise UserError if there are results of runs that do not belong to this sweep."""
         configs = {run.name: run.config for run in self.planned}
         for name, line in self.lines.items():
             old, new = line["config"], configs.get(name)
             if not new:
-                why = "which this sweep does not have"
-            elif differences := changed_settings(new, old):
-                changed = differences[0]
-                why = f"with {changed} = {old.get(changed)} and not {new[changed]}"
+                difference = "which is not in this sweep"
+            elif changed := changed_settings(new, old):
+                setting = changed[0]
+                difference = f"with {setting} = {old.get(setting)} instead of {new[setting]}"
             else:
                 continue
             raise UserError(
-                f"{self.path} has a run {name}, {why}: give another --out_dir, or delete the folder"
+                f"{self.path} already has a run {name}, {difference}; choose another --out_dir, or "
+                f"delete the folder"
             )
 
-    def keep(self, line):
-        """Write a line to results.jsonl, in place of an earlier one of its run."""
+    def save(self, line):
+        """Write a line to results.jsonl, replacing an earlier one of the same run."""
         self.lines[line["name"]] = line
         with atomic_write(self.path, "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in self.in_order())
 
-    def keep_ended(self, run):
-        """Keep the result of a run that has finished or diverged; returns whether it has."""
+    def save_ended(self, run):
+        """Save the result of a run if it has finished or diverged; return whether it has."""
         line = result_of(run)
         if not line or dry_run:
             return bool(line)
-        self.keep(line)
+        self.save(line)
         if not keep_checkpoints:
             for pattern in WORTH_KEEPING:
                 for path in glob.glob(os.path.join(glob.escape(run.folder), pattern)):
                     remove(path)
         return True
 
-    def keep_failed(self, run, exit_status):
-        """Keep the last line that a run printed as its error."""
+    def save_failed(self, run, exit_status):
+        """Save the result of a failed run, with the last line that it printed as its error."""
         with open(run.output, encoding="utf-8", errors="replace") as f:
-            output = f.read().strip() or f"it ended without a message, with status {exit_status}"
+            output = f.read().strip() or f"no message, exit status {exit_status}"
         error = output.splitlines()[-1].removeprefix("error: ")
-        self.keep({**about(run), "status": "failed", "error": error})
+        self.save({**common_fields(run), "status": "failed", "error": error})
 
 
-def about(run):
-    """What the lines of all runs have in results.jsonl."""
+def common_fields(run):
+    """Return the fields of results.jsonl that do not depend on how the run ended."""
     return {
         "name": run.name,
         "sweep": os.path.basename(sweep_dir),
@@ -415,16 +425,16 @@ def about(run):
 
 
 def result_of(run):
-    """The line of a run that has finished or diverged; otherwise None."""
+    """Return the line for a run that has finished or diverged, otherwise None."""
     log = run.logged()
     is_done = log.end.get("reason") == "finished"
     if not (is_done and log.evals) and log.end.get("reason") != "diverged":
         return None
     final = log.evals[-1] if is_done else {}
-    # the loss of a model that knows nothing; one that is worse has not learned
+    # the loss of uniform guessing; a model that is worse counts as diverged
     uniform = math.log(log.start["model_args"]["vocab_size"])
     return {
-        **about(run),
+        **common_fields(run),
         "status": "diverged" if not is_done or final["val_loss"] > uniform else "finished",
         "steps": log.end["step"],
         "tokens": log.end["tokens"],
@@ -443,8 +453,8 @@ def result_of(run):
     }
 
 
-def sentence_of(line):
-    """What to print about a result."""
+def summary_of(line):
+    """Return a line of text about a result."""
     if line["status"] == "failed":
         return f"{line['name']}: failed: {line['error']} (see {sweep_dir}/{line['name']}.log)"
     if line["status"] == "diverged":
@@ -457,7 +467,7 @@ def sentence_of(line):
 
 
 class Runner:
-    """Runs of train.py in processes of their own, `jobs` at once."""
+    """Runs train.py in separate processes, `jobs` at once."""
 
     def __init__(self, results, folder, n_gpus):
         self.results, self.folder, self.n_gpus = results, folder, n_gpus
@@ -465,21 +475,21 @@ class Runner:
         self.libc = None if os.name == "nt" else ctypes.CDLL(None)
 
     def request_stop(self, signum, frame):
-        """The first Ctrl-C stops the runs after their step, with a checkpoint; a second kills."""
+        """On the first Ctrl-C, stop the runs with a checkpoint; on the second, kill them."""
         is_first, self.stopping = not self.stopping, True
         for process in list(self.running):
             process.terminate() if is_first else process.kill()
         if is_first:
-            with contextlib.suppress(RuntimeError):  # while another line is printed
-                print_line("stopping the runs, each with a checkpoint; Ctrl-C again kills them")
+            with contextlib.suppress(RuntimeError):  # another line is being printed
+                print_line("stopping the runs with a checkpoint; press Ctrl-C again to kill them")
 
     def before_exec(self):
-        """In the process of a run: stop with a checkpoint if the sweep is killed (Linux)."""
+        """Make the new process stop with a checkpoint if the sweep is killed (Linux only)."""
         with contextlib.suppress(AttributeError):
             self.libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
-    def begin(self, run, slot):
-        """Start or resume a run in a slot, from 0 to jobs - 1; returns the process."""
+    def start(self, run, slot):
+        """Start or resume a run in a slot (0 to jobs - 1) and return its process."""
         environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
         if self.n_gpus > 1:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -489,7 +499,7 @@ class Runner:
         if run.logged().start:
             command.append("--resume=auto")
         options = {}
-        if os.name != "nt":  # Ctrl-C goes to the sweep, which stops its runs
+        if os.name != "nt":  # only the sweep gets Ctrl-C, and then stops its runs
             options = {
                 "start_new_session": True,
                 "preexec_fn": self.before_exec,
@@ -499,24 +509,24 @@ class Runner:
             return subprocess.Popen(command, stdout=f, stderr=f, env=environment, **options)
 
     def finish(self, run, exit_status):
-        """Keep what became of a run whose process has ended; returns a sentence about it."""
-        if not self.results.keep_ended(run):
+        """Save the result of a run that has exited, and return a line of text about it."""
+        if not self.results.save_ended(run):
             if self.stopping:
                 return f"{run.name}: stopped"
-            self.results.keep_failed(run, exit_status)
-        return sentence_of(self.results.lines[run.name])
+            self.results.save_failed(run, exit_status)
+        return summary_of(self.results.lines[run.name])
 
     def run_all(self, todo):
-        """Do some runs, and print what came of each."""
+        """Execute runs and print the outcome of each."""
         waiting, slots = list(todo), list(range(jobs))
         total_s = round(sum(run.seconds for run in todo))
         bar = progress(total=total_s, unit="s", desc="of the estimate", dynamic_ncols=True)
         while (waiting and not self.stopping) or self.running:
             while waiting and slots and not self.stopping:
                 run, slot = waiting.pop(0), slots.pop(0)
-                process = self.begin(run, slot)
+                process = self.start(run, slot)
                 self.running[process] = run, slot
-                if self.stopping:  # the signal came while the run began
+                if self.stopping:  # the signal came while the run was starting
                     process.terminate()
             time.sleep(0.1)
             for process in [p for p in self.running if p.poll() is not None]:
@@ -529,24 +539,24 @@ class Runner:
 
 
 def lock_folder():
-    """The folder of the sweep, locked for it and its runs. UserError if another sweep has it."""
+    """Lock the sweep's folder for it and its runs. Raises UserError if another sweep uses it."""
     for attempt in range(1 + int(10 * patience)):
         try:
             return RunDir(sweep_dir)
         except FolderInUse:
             if attempt == 5:
-                print(f"waiting: a sweep, or runs of a killed one, are still in {sweep_dir}")
+                print(f"waiting: another sweep, or runs of a killed one, still use {sweep_dir}")
         time.sleep(0.1)
-    raise UserError(f"another sweep is at work in {sweep_dir}: wait for it, or give an --out_dir")
+    raise UserError(f"another sweep is using {sweep_dir}: wait for it, or choose another --out_dir")
 
 
 def name_of_sweep():
-    """The name of its file; of a sweep without one, what it varies and of which base."""
-    files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
+    """Return the name of the sweep's file, or without a file its base and what it varies."""
+    files = [arg for arg in sys.argv[1:] if arg.endswith(".py") and not arg.startswith("-")]
     if files:
         return os.path.splitext(os.path.basename(files[-1]))[0]
     bases = [os.path.splitext(os.path.basename(w))[0] for w in base.split() if w.endswith(".py")]
-    names = [*bases, *axes_of_grid(), *(name for name, _ in listed_runs() if name)]
+    names = [*bases, *grid_axes(), *(name for name, _ in listed_runs() if name)]
     return re.sub(r"[^\w.=+-]+", "_", "-".join(names))[:100]
 
 
@@ -555,7 +565,7 @@ def name_of_sweep():
 check_settings()
 torch_device = pick_device(device)
 device_name = torch_device.type if device == "auto" else device
-threads = max(1, torch.get_num_threads() // jobs)  # of each run, at most
+threads = max(1, torch.get_num_threads() // jobs)  # maximum for each run
 torch.set_num_threads(threads)
 Threads(torch_device)
 sweep_dir = out_dir or os.path.join("out", "sweeps", name_of_sweep())
@@ -566,26 +576,24 @@ hints = list(dict.fromkeys(filter(None, hints)))
 if hints and not dry_run:
     config = planned[0].config
     paths = DataPaths(config["data_dir"], config["vocab_source"], config["vocab_size"])
-    others = paths.others() and f"{paths.others()}, in --base"
-    raise UserError(
-        f"there are no shards for this sweep; make them with: {' && '.join(hints)}{others}"
-    )
+    others = paths.other_shards_hint() and f"{paths.other_shards_hint()} in --base"
+    raise UserError(f"this sweep needs shards that do not exist; run: {' && '.join(hints)}{others}")
 folder = None if dry_run else lock_folder()
 results = Results(planned)
 measure(planned, torch_device)
 for run in planned:
-    give_length(run)
+    set_length(run)
 results.check()
 todo = []
 for run in planned:
     # a run may have ended after its sweep was killed
-    is_kept = run.name in results.lines and results.lines[run.name]["status"] != "failed"
-    if not is_kept and not results.keep_ended(run):
+    is_saved = run.name in results.lines and results.lines[run.name]["status"] != "failed"
+    if not is_saved and not results.save_ended(run):
         todo.append(run)
 print_estimate(planned, todo)
 if dry_run:
     for hint in hints:
-        print(f"there are no shards for some of it; make them with: {hint}")
+        print(f"note: some runs need shards that do not exist; run: {hint}")
     raise SystemExit
 
 runner = Runner(results, folder, torch.cuda.device_count() if device_name == "cuda" else 0)
@@ -595,14 +603,15 @@ if todo:
     runner.run_all(todo)
 ended = sorted(results.in_order(), key=lambda line: list(FIELDS).index(line["status"]))
 for line in ended:
-    print_line(sentence_of(line))
+    print_line(summary_of(line))
 counts = Counter(line["status"] for line in ended)
 if counts:
     print(", ".join(f"{n} {status}" for status, n in counts.items()))
 n_failed = counts["failed"]
 if runner.stopping:
-    print("stopped; the same command continues")
+    print("stopped; to continue, run the same command again")
 elif n_failed:
-    raise UserError(f"{n_failed} runs failed; the same command tries them again")
+    failed = "1 run" if n_failed == 1 else f"{n_failed} runs"
+    raise UserError(f"{failed} failed; to retry, run the same command again")
 else:
     print(f"wrote {results.path}; next: python plot.py {shlex.quote(results.path)}")

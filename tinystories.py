@@ -1,16 +1,16 @@
 """
-Data for training: from stories on disk or on the net to token shards.
+Training data: from stories, on disk or online, to token shards.
 
     python tinystories.py download                       # TinyStories from Hugging Face
-    python tinystories.py synth                          # or a practice corpus, without network
+    python tinystories.py synth                          # or a practice corpus, offline
     python tinystories.py train_vocab --vocab_size=4096  # a SentencePiece vocabulary
-    python tinystories.py pretokenize --vocab_size=4096  # all stories as shards of ids
+    python tinystories.py pretokenize --vocab_size=4096  # all stories as token shards
 
-`--vocab_source=bpe`, or `--tokenizer=bpe`, takes byte-level BPE in place of SentencePiece.
+--vocab_source=bpe (or --tokenizer=bpe) uses byte-level BPE instead of SentencePiece.
 
-Any text can take the place of TinyStories: --source=PATH, a file or a folder of .txt (documents
-with <|endoftext|> between them), .json, .jsonl, .csv or .parquet. A document is for validation by a
-hash of its text, unless --valid_source names a text for that.
+To train on any other text, pass --source=PATH: a file or a folder of .txt (documents separated by
+<|endoftext|>), .json, .jsonl, .csv or .parquet. A hash of its text decides whether a document is
+for validation, unless --valid_source gives a validation text.
 """
 
 import json
@@ -35,39 +35,39 @@ from tokenizer import (
 
 # -----------------------------------------------------------------------------
 stage = ""  # download, synth, train_vocab or pretokenize
-data_dir = "data"  # everything is read and written below this folder
-vocab_size = 4096  # pieces of the vocabulary; 0 stands for Llama 2's own
-vocab_source = "custom"  # custom: SentencePiece; bpe: byte-level BPE; llama2: Meta's, in data_dir
-tokenizer = ""  # sentencepiece or bpe: another way to say --vocab_source=custom or bpe
-source = ""  # text to use instead of the downloaded stories: a file, or a folder of files
-valid_source = ""  # text for validation; without one a part of the documents is taken
+data_dir = "data"  # folder of the stories, vocabularies and shards
+vocab_size = 4096  # tokens in the vocabulary; 0: Llama 2's own vocabulary
+vocab_source = "custom"  # custom: SentencePiece; bpe: byte-level BPE; llama2: Meta's
+tokenizer = ""  # sentencepiece or bpe: same as --vocab_source=custom or bpe
+source = ""  # text file, or folder of them, to use instead of the stories
+valid_source = ""  # text for validation; empty: part of the documents
 valid_frac = 0.0  # that part; 0: 0.1 below 2.5 MB, 0.05 below 200 MB, else 0.005
-num_workers = 0  # processes; 0: one a core
+num_workers = 0  # processes; 0: one per core
 # download
-dataset = "all_data"  # all_data: the stories as JSON; v2: TinyStoriesV2-GPT4 as two text files
-pretokenized = 0  # 128 or 105: BabyLlama's ready-made vocabulary and shards instead
-url = ""  # where to get the files instead: an address or path of the file or its folder
+dataset = "all_data"  # all_data: stories as JSON; v2: TinyStoriesV2-GPT4 as text
+pretokenized = 0  # 128 or 105: BabyLlama's vocabulary and shards instead
+url = ""  # another address or path of the file or of its folder
 endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # Hugging Face or a mirror
 # synth
-n_stories = 20000  # stories of the practice corpus
-seed = 1337  # the same seed writes the same stories
+n_stories = 20000  # stories in the practice corpus
+seed = 1337  # the same seed gives the same stories
 # train_vocab
-vocab_mb = 500  # megabytes of text, at most, that the vocabulary is trained on
-pattern_name = "gpt2"  # where text is cut before byte-level BPE: as for gpt2, or as for gpt4
-overwrite = False  # replace a vocabulary that shards were made with
+vocab_mb = 500  # megabytes of text to train the vocabulary on, at most
+pattern_name = "gpt2"  # how byte-level BPE cuts text into pre-tokens: gpt2 or gpt4
+overwrite = False  # replace a vocabulary even if shards need it
 # pretokenize
-encoder = "auto"  # auto: the fastest that is installed; gigatoken, sentencepiece, tiktoken, own
+encoder = "auto"  # auto (the fastest), gigatoken, sentencepiece, tiktoken or own
 # -----------------------------------------------------------------------------
 
 V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 ARCHIVE = "TinyStories_all_data.tar.gz"
-N_JSON = 20  # JSON files of the practice corpus
+N_JSON = 20  # JSON files in the practice corpus
 
 
 def fetch(repo, name, path):
-    """Download file `name` of a Hugging Face dataset, or from --url, unless `path` is there."""
+    """Download file `name` of a Hugging Face dataset, or from --url, unless `path` exists."""
     if os.path.exists(path):
-        print(f"{path} is there already")
+        print(f"{path} already exists")
         return
     base = os.path.basename(name)
     address = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/main/{name}"
@@ -78,9 +78,9 @@ def fetch(repo, name, path):
 
 
 def fetch_folder(repo, name, folder):
-    """Download an archive like fetch() and unpack it to `folder`, unless that holds something."""
+    """Download an archive as fetch() does and unpack it to `folder`, unless that has files."""
     if os.path.isdir(folder) and os.listdir(folder):
-        print(f"{folder} is there already; delete it to unpack it again")
+        print(f"{folder} already exists; delete it to unpack it again")
         return
     archive = os.path.join(data_dir, os.path.basename(name))
     fetch(repo, name, archive)
@@ -98,8 +98,8 @@ def download_stage():
     elif dataset == "all_data":
         if is_practice_corpus(paths.stories):
             raise UserError(
-                f"{paths.stories} holds the practice corpus; delete the folder first, "
-                f"or download into another with --data_dir"
+                f"{paths.stories} already exists and holds the practice corpus; choose another "
+                f"--data_dir, or delete the folder"
             )
         fetch_folder("roneneldan/TinyStories", ARCHIVE, paths.stories)
         print(f"{len(text_files(paths.stories))} files of stories are in {paths.stories}")
@@ -111,23 +111,23 @@ def download_stage():
 def download_pretokenized():
     name = f"tok{pretokenized}"
     if pretokenized not in (128, 105):
-        raise UserError(f"pretokenized = {pretokenized}: there are ready-made sets of 128 and 105")
+        raise UserError(f"pretokenized = {pretokenized}: expected 128 or 105")
     paths = DataPaths(data_dir, "custom", pretokenized)
     fetch("enio/TinyStories", f"{name}/{name}.model", paths.tokenizer_model)
     fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
     export_beside(paths.tokenizer_model)
     fetch_folder("enio/TinyStories", f"{name}/{name}.tar.gz", paths.shards)
-    print(f"next: python train.py {paths.make_hint()}")
+    print(f"next: python train.py {paths.flags()}")
 
 
 def synth_stage():
     stories = DataPaths(data_dir, "custom", vocab_size).stories
     if n_stories < N_JSON:
-        raise UserError(f"n_stories = {n_stories}: expected at least {N_JSON}, one a file")
+        raise UserError(f"n_stories = {n_stories}: expected at least {N_JSON}, one per file")
     if os.path.isdir(stories) and os.listdir(stories) and not is_practice_corpus(stories):
         raise UserError(
-            f"{stories} holds other stories; delete the folder first, "
-            f"or write the practice corpus to another with --data_dir"
+            f"{stories} already exists and holds other stories; choose another --data_dir, or "
+            f"delete the folder"
         )
     part = stories + ".part"
     shutil.rmtree(part, ignore_errors=True)
@@ -148,11 +148,11 @@ def write_stories(folder):
         n = n_stories * (i + 1) // N_JSON - n_stories * i // N_JSON
         with atomic_write(os.path.join(folder, f"data{i:02}.json"), "w", durable=False) as f:
             json.dump([next(all_stories) for _ in range(n)], f, ensure_ascii=False)
-    list(all_stories)  # lets the bar close
+    list(all_stories)  # closes the progress bar
 
 
 def is_practice_corpus(folder):
-    """Whether the first story of a folder says that the grammar in synth.py wrote it."""
+    """Return whether the first file of a folder was written by synth_stage()."""
     first = os.path.join(folder, "data00.json")
     if not os.path.exists(first):
         return False
@@ -161,7 +161,7 @@ def is_practice_corpus(folder):
 
 
 def corpus():
-    """The path of the text, and that of a text for validation or ""."""
+    """Return the path of the text, and the path of the validation text or ""."""
     stories = DataPaths(data_dir, "custom", vocab_size).stories
     v2_train, v2_valid = (os.path.join(data_dir, name) for name in (V2_TRAIN, V2_VALID))
     if source or os.path.isdir(stories):
@@ -169,15 +169,18 @@ def corpus():
     if os.path.exists(v2_train):
         return v2_train, valid_source or v2_valid
     raise UserError(
-        f"there are no stories in {data_dir}; get them with: python tinystories.py download "
-        f"{same_flags()} (or synth for a practice corpus), or name a text with --source=PATH"
+        f"{data_dir} has no stories: pass a text as --source=PATH, or run: python tinystories.py "
+        f"download {same_flags()} (synth instead of download makes a practice corpus)"
     )
 
 
 def train_vocab_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
     if paths.is_llama2:
-        raise UserError("Llama 2's vocabulary is not trained here; give a --vocab_size from 64 up")
+        raise UserError(
+            "Llama 2's vocabulary cannot be trained: use --vocab_source=custom or bpe, and a "
+            "--vocab_size of at least 64"
+        )
     if not 64 <= vocab_size <= 1_000_000:
         raise UserError(f"vocab_size = {vocab_size}: expected 64 to 1,000,000")
     files, workers = plan_shards(*corpus()), worker_count(num_workers)
@@ -199,21 +202,23 @@ def train_sentencepiece_vocab(path, texts, workers):
         f.write(model)
     if not about["byte_fallback"]:
         print(
-            f"{vocab_size} pieces have no room for 256 bytes and the alphabet: "
-            f"characters without a piece become <unk>"
+            f"note: {vocab_size} pieces have no room for the alphabet and 256 bytes, so characters "
+            f"without a piece become <unk>"
         )
     if about["dropped"]:
-        n = about["n_dropped"]
-        print(f"{n:,} characters are too rare for a piece, or reserved: {about['dropped'][:100]!r}")
+        print(
+            f"note: {about['n_dropped']:,} characters get no piece, because they are rare or "
+            f"reserved: {about['dropped'][:100]!r}"
+        )
 
 
 def pretokenize_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
-    hint = f"train it with: python tinystories.py train_vocab {same_flags()}"
+    hint = f"run: python tinystories.py train_vocab {same_flags()}"
     if paths.is_llama2:
         hint = (
-            "Llama 2's tokenizer.model, which Meta gives out with its weights, belongs there; or "
-            "train a vocabulary of your own: python tinystories.py train_vocab --vocab_size=4096"
+            "copy Llama 2's tokenizer.model there (it comes with Meta's weights), or run: python "
+            "tinystories.py train_vocab --vocab_size=4096"
         )
     tokenizer = tokenizer_to_encode(paths, encoder, hint)
     tokenizer.export(paths.tokenizer_bin)
@@ -224,12 +229,12 @@ def pretokenize_stage():
         "made_by": f"python tinystories.py pretokenize {same_flags()}",
     }
     write_shards(paths.shards, tokenizer, files, split, workers, about, encoder)
-    print(f"next: python train.py {paths.make_hint()}")
+    print(f"next: python train.py {paths.flags()}")
 
 
 def same_flags():
-    """The flags that name the same corpus and vocabulary in the next command."""
-    flags = [DataPaths(data_dir, vocab_source, vocab_size).make_hint()]
+    """Return the flags that select the same corpus and vocabulary in the next command."""
+    flags = [DataPaths(data_dir, vocab_source, vocab_size).flags()]
     for name in ("source", "valid_source", "valid_frac"):
         if value := globals()[name]:
             flags.append(f"--{name}={shlex.quote(str(value))}")
@@ -254,9 +259,12 @@ if __name__ == "__main__":  # worker processes import this file again
     if tokenizer:
         source_of = "bpe" if tokenizer == "bpe" else "custom"
         if "vocab_source" in given and vocab_source != source_of:
-            raise UserError(f"tokenizer = {tokenizer} and vocab_source = {vocab_source}: give one")
+            raise UserError(
+                f"tokenizer = {tokenizer} cannot be used with vocab_source = {vocab_source}: use "
+                f"one of the two"
+            )
         vocab_source = source_of
     if stage not in STAGES:
-        what = f"unknown stage {stage!r}" if stage else "no stage is given"
-        raise UserError(f"{what}; expected one of: {', '.join(STAGES)}")
+        problem = f"stage = {stage!r}" if stage else "the stage is missing"
+        raise UserError(f"{problem}: expected one of {', '.join(STAGES)}")
     STAGES[stage]()

@@ -1,18 +1,18 @@
 """
-Train a Llama on the token shards of tinystories.py or webtext.py.
+Train a Llama on the token shards written by tinystories.py or webtext.py.
 
     python train.py --vocab_size=4096 --out_dir=out
     python train.py config/baby128.py --max_iters=500
-    python train.py --init_from=resume --out_dir=out     # continue where it stopped
-    torchrun --nproc_per_node=2 train.py --out_dir=out   # the same steps, shared by two processes
+    python train.py --init_from=resume --out_dir=out     # continue an interrupted run
+    torchrun --nproc_per_node=2 train.py --out_dir=out   # two processes share each step
 
-out_dir then has ckpt.pt (the latest checkpoint, with earlier ones and best.pt beside it), model.bin
-and tokenizer.bin (the best model so far, for ./run), tokenizer.model, log.jsonl (one JSON object a
-line; doc/log-fields.md explains the fields), and at the end loss.png. Ctrl-C stops the run with a
-checkpoint; doc/long-runs.md says how.
+The run writes to out_dir: ckpt.pt (the latest checkpoint; earlier ones and best.pt are next to it),
+model.bin and tokenizer.bin (the best model so far, for ./run), tokenizer.model, log.jsonl (one JSON
+object per line, see doc/log-fields.md) and, at the end, loss.png. Ctrl-C saves a checkpoint and
+stops; see doc/long-runs.md.
 
-The file tells a run in order: settings; what to begin from; data; model; optimizer; folder and log;
-the loop; the end. training/ holds what a step does not need to show.
+This file follows a run in order: settings, starting point, data, model, optimizer, output folder,
+the loop, the end. Everything that would only distract from a step is in training/.
 """
 
 import math
@@ -28,107 +28,107 @@ from types import SimpleNamespace
 from configurator import UserError, configure, settings_of
 from system.tuning import tune_process
 
-START = time.perf_counter()  # before torch is loaded: time_s counts from here
+START = time.perf_counter()  # time_s in the log includes importing torch
 
 # -----------------------------------------------------------------------------
-# the folder of the run
-out_dir = "out"  # checkpoints, model.bin and log.jsonl go here
-resume = "no"  # auto: continue the run in out_dir if it has a checkpoint, else as init_from says
-picture = True  # draw loss.png at the end, where matplotlib is installed
-# what it begins from
-init_from = "scratch"  # scratch, resume (the run in out_dir), or the path of a checkpoint
-eval_only = False  # evaluate the checkpoint of init_from and stop
-# how often it evaluates, logs and saves
+# run folder
+out_dir = "out"  # folder for checkpoints, model.bin and log.jsonl
+resume = "no"  # no, or auto: continue the run in out_dir if there is one
+picture = True  # draw loss.png at the end (if matplotlib is installed)
+# starting point
+init_from = "scratch"  # scratch, resume (the run in out_dir), or a checkpoint's path
+eval_only = False  # evaluate the checkpoint and exit
+# evaluation, logging and checkpoints
 eval_interval = 200  # steps between evaluations
-eval_iters = 100  # validation batches at most; fewer where they hold the whole text
-log_interval = 10  # steps between lines in the log
-always_save_checkpoint = True  # after every evaluation; False: only when it is the best so far
+eval_iters = 100  # maximum validation batches per evaluation
+log_interval = 10  # steps between log lines
+always_save_checkpoint = True  # save after every evaluation, not only if it is the best
 save_interval = 0  # steps between additional checkpoints; 0: none
-keep_last = 2  # checkpoints kept: ckpt.pt and the ones before it
+keep_last = 2  # recent checkpoints to keep, including ckpt.pt
 # data
-data_dir = "data"  # as in tinystories.py or webtext.py
+data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
-batch_size = 8  # sequences a micro-batch
-gradient_accumulation_steps = 1  # micro-batches a step, over all processes
-# the model
-arch = "modded"  # llama, portable or modded: presets for the options below that are not given
-vocab_size = 4096  # as in the shards; 0: Llama 2's own 32,000
-max_seq_len = 1024  # tokens a sequence: the context of the model
+batch_size = 8  # sequences per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per step, over all processes
+# model
+arch = "modded"  # preset for options you do not set: llama, portable or modded
+vocab_size = 4096  # vocabulary size of the shards; 0: Llama 2's 32,000
+max_seq_len = 1024  # context length in tokens
 dim = 256  # width of the residual stream
 n_layers = 4  # transformer blocks
 n_heads = 2  # query heads
-n_kv_heads = 0  # key and value heads; 0: as many as n_heads
-hidden_dim = 0  # width of the feed-forward; 0: from dim and multiple_of
-multiple_of = 32  # rounds hidden_dim up
-tie_embeddings = True  # the output head is the embedding table
-qk_norm = False  # RMSNorm of each query and key head; portable, modded: True
-norm_gains = True  # RMSNorm has learned gains; modded: False
-activation = "swiglu"  # of the feed-forward: swiglu or relu2; modded: relu2
-logit_softcap = 0.0  # c: logits become c * tanh(logits / c); 0: none
-sliding_window = 0  # positions that an S layer attends to; 0: all; modded: 64
-window_pattern = "SSSL"  # one letter a layer, repeated: S window, L everything
+n_kv_heads = 0  # key/value heads; 0: same as n_heads
+hidden_dim = 0  # feed-forward width; 0: derived from dim and multiple_of
+multiple_of = 32  # round a derived hidden_dim up to a multiple of this
+tie_embeddings = True  # use the embedding table as the output head
+qk_norm = False  # RMSNorm on each query and key head; portable, modded: True
+norm_gains = True  # learned gains in RMSNorm; modded: False
+activation = "swiglu"  # feed-forward activation: swiglu or relu2; modded: relu2
+logit_softcap = 0.0  # c in logits = c * tanh(logits / c); 0: no cap
+sliding_window = 0  # tokens that an S layer attends to; 0: all; modded: 64
+window_pattern = "SSSL"  # one letter per layer, repeated: S sliding window, L full
 embedding_norm = False  # RMSNorm after the embedding; modded: True
-residual_scalars = False  # learned weights of residual and embedding, by layer; modded: True
-value_embeddings = 0  # layers, from the first, with an embedding of values; -1: all; modded: -1
-bigram_rows = 0  # rows of a table of token pairs, by their hash; 0: none; modded: 16384
-smear = False  # a gate adds the embedding of the previous token; modded: True
-vocab_multiple = 1  # embedding and head are padded in memory to a multiple of this many rows
-dropout = 0.0  # share of activations dropped in training
-# how its weights begin
-zero_init = False  # projections into the residual stream, and an untied head, start at zero
-embedding_std = 0.0  # initial std of the embedding (0: automatic); optim.py: its rate follows
-head_std = 0.0  # initial std of an untied head; 0: 0.02
-# how long it trains
+residual_scalars = False  # learned per-layer mix of residual and embedding; modded: True
+value_embeddings = 0  # value embeddings in the first N layers; -1: all; modded: -1
+bigram_rows = 0  # rows of the hashed bigram embedding; 0: none; modded: 16384
+smear = False  # gated embedding of the previous token; modded: True
+vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of this
+dropout = 0.0  # dropout probability
+# weight initialization
+zero_init = False  # start residual projections and an untied head at zero
+embedding_std = 0.0  # std of the embedding; 0: automatic; see optim.role_of
+head_std = 0.0  # std of an untied head; 0: the default, 0.02
+# training length
 max_iters = 1000  # steps
-max_minutes = 0.0  # minutes of training, with the schedule fitted to them; 0: max_iters decides
-# the optimizer
-optimizer = "muon"  # muon: matrices by Muon, the rest by AdamW; or adamw for all
-neuron_beta = 0.95  # NorMuon: decay rate of each neuron's mean squared update; 0: plain Muon
-grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+max_minutes = 0.0  # train for this many minutes instead; 0: use max_iters
+# optimizer
+optimizer = "muon"  # muon (AdamW for all but the hidden matrices) or adamw
+neuron_beta = 0.95  # NorMuon's beta for the per-neuron mean square; 0: plain Muon
+grad_clip = 1.0  # maximum gradient norm; 0: no limit
 # learning rates
-hidden_lr = 0.02  # matrices, by Muon
-embedding_lr = 0.05  # embedding, by the AdamW beside Muon
-bigram_lr = 0.005  # bigram table, likewise
-head_lr = 0.012  # output head, likewise
-scalar_lr = 0.01  # scalars and gains, likewise
-base_learning_rate = 2e-3  # everything, with optimizer = adamw
-# moments
-momentum = 0.95  # Muon's, after it has risen from 0.85
-muon_beta1 = 0.8  # beta1 of the AdamW beside Muon
-muon_beta2 = 0.95  # beta2 of the AdamW beside Muon
-beta1 = 0.9  # with optimizer = adamw
-beta2 = 0.95  # with optimizer = adamw
+hidden_lr = 0.02  # optimizer = muon: hidden matrices (Muon)
+embedding_lr = 0.05  # optimizer = muon: embeddings (AdamW)
+bigram_lr = 0.005  # optimizer = muon: bigram embedding (AdamW)
+head_lr = 0.012  # optimizer = muon: output head (AdamW)
+scalar_lr = 0.01  # optimizer = muon: scalars and gains (AdamW)
+base_learning_rate = 2e-3  # optimizer = adamw: all parameters
+# momentum
+momentum = 0.95  # optimizer = muon: Muon's momentum, after rising from 0.85
+muon_beta1 = 0.8  # optimizer = muon: beta1 of AdamW
+muon_beta2 = 0.95  # optimizer = muon: beta2 of AdamW
+beta1 = 0.9  # optimizer = adamw: beta1
+beta2 = 0.95  # optimizer = adamw: beta2
 # weight decay
-muon_weight_decay = 0.0  # of matrices, by Muon
-weight_decay = 0.1  # of matrices, with optimizer = adamw
-decay_shape = "constant"  # constant, or linear: weight decay falls to 0 over the run
-# the schedule
-warmup_iters = 0  # steps in which the rates rise; at most half of max_iters
-momentum_warmup = 100  # steps in which Muon's momentum rises
-cooldown_frac = 0.6  # last part of the run, in which the rates fall
+muon_weight_decay = 0.0  # optimizer = muon: hidden matrices
+weight_decay = 0.1  # optimizer = adamw: all but scalars and gains
+decay_shape = "constant"  # constant, or linear (falling to 0 over the run)
+# schedule
+warmup_iters = 0  # learning-rate warm-up steps; at most half of max_iters
+momentum_warmup = 100  # optimizer = muon: steps over which the momentum rises
+cooldown_frac = 0.6  # final fraction of the run in which learning rates fall
 cooldown_shape = "linear"  # linear or cosine
-final_lr_frac = 0.0  # where the rates end, as a fraction of the full rates
-# what changes the last digits
-seed = 1337  # of the initial weights and the order of the data
-dtype = "auto"  # of matrix products: float32, bfloat16, float16; auto: whichever is fast here
-fp8_head = False  # the head's products in 8 bits, on GPUs that have them (RTX 40, H100)
-activation_checkpointing = "none"  # less memory, more time: none, selective or block (most)
-# what changes the speed alone
-device = "auto"  # cpu, cuda, cuda:1, mps; auto: the first there is of cuda, mps, cpu
-attention = "sdpa"  # kernel on a GPU: sdpa, flex (FlexAttention) or flash (flash-attn)
-compile = "auto"  # torch.compile, slow to start: True, False, or auto: in longer runs
-fsdp = False  # under torchrun: shard the model (FSDP2) instead of copying it (DDP)
-# what leaves this machine; access tokens are read from the environment or .env
-hub_repo = ""  # user/name on Hugging Face: gets every checkpoint, and resume = auto looks there too
-hub_private = True  # create that repository as private
-hub_keep_local = True  # False: delete earlier checkpoints here once they are uploaded
-wandb_project = ""  # Weights & Biases project: gets the numbers of log.jsonl
-wandb_run = ""  # name of the run there
-on_finish = ""  # shell command to run when all steps are done and everything is uploaded
-# before anything is spent
-estimate = False  # print parameters, memory, hours and cost on some GPUs, and stop
-mfu = 0.4  # share of a GPU's peak that the estimate assumes
-price = 2.4  # dollars per GPU hour, for the estimate
+final_lr_frac = 0.0  # final learning rate, as a fraction of the full rate
+# seed, precision and memory
+seed = 1337  # seed for initial weights and data order
+dtype = "auto"  # for matmuls: float32, bfloat16, float16, or auto (a fast one)
+fp8_head = False  # compute the output head in FP8 (RTX 40, H100 and newer)
+activation_checkpointing = "none"  # trade speed for memory: none, selective or block (most)
+# hardware and speed
+device = "auto"  # cpu, cuda, cuda:1, mps, or auto (first of cuda, mps, cpu)
+attention = "sdpa"  # GPU kernel: sdpa, flex (FlexAttention) or flash (flash-attn)
+compile = "auto"  # use torch.compile: True, False, or auto (for longer runs)
+fsdp = False  # torchrun: shard the model (FSDP2) instead of copying it (DDP)
+# uploads; access tokens are read from the environment or .env
+hub_repo = ""  # Hugging Face user/name for checkpoints; resuming looks there too
+hub_private = True  # create the repository as private
+hub_keep_local = True  # keep earlier checkpoints here after uploading them
+wandb_project = ""  # Weights & Biases project for the metrics in log.jsonl
+wandb_run = ""  # Weights & Biases run name
+on_finish = ""  # shell command to run once training and uploads are done
+# cost estimate
+estimate = False  # print parameters, memory, hours and GPU cost, and exit
+mfu = 0.4  # share of a GPU's peak FLOP/s to assume
+price = 2.4  # dollars per GPU-hour to assume
 given = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ tune_process()
 
 import torch
 
-from dataset import DataPaths, TokenData, TrainBatches, ValidBatches, ahead
+from dataset import DataPaths, TokenData, TrainBatches, ValidBatches, prefetch
 from formats.modelbin import export_model
 from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer, set_rates, table
@@ -146,33 +146,33 @@ from system.progress import print_line, progress
 from system.threads import Threads
 from tokenizer import open_tokenizer
 from training import fit, parallel
-from training.away import Away
+from training.away import Uploader
 from training.checkpoint import (
     FORMAT,
     CheckpointWriter,
     RunState,
     load_model,
     optimizer_tensors,
-    put_aside,
+    set_aside,
     versions,
 )
 from training.parallel import FIRST, RANK, WORLD_SIZE, say
-from training.resume import begin, check_machines, restore_run
+from training.resume import check_same_checkpoint, find_start, restore_run
 from training.runbar import RunBar
 from training.rundir import RunDir
 from training.settings import SECRET, args_of
 
-torch.set_flush_denormal(True)  # denormals slow a CPU many times over; before its threads begin
+torch.set_flush_denormal(True)  # denormals are very slow on CPUs; set before threads start
 fit.use_private_compile_cache()
-parallel.errors_of_ranks()
+parallel.install_error_hook()
 
 
-# ---- the parts of a run that a loop shows by name
+# ---- helpers
 
 
 @torch.no_grad()
 def evaluate(model, batches, to_device, stop):
-    """Mean loss over validation batches, nats a token; None where a stop was asked for meanwhile"""
+    """Return the mean validation loss in nats per token, or None if a stop was requested."""
     model.eval()
     total, n_targets = 0.0, 0
     for x, y in batches:
@@ -182,7 +182,7 @@ def evaluate(model, batches, to_device, stop):
         n = int((y >= 0).sum())
         x, y = to_device(x, y)
         loss = model(x, y)
-        if n:  # a rank may have one batch less than others
+        if n:  # some ranks may have one batch less than others
             total, n_targets = total + loss.item() * n, n_targets + n
     model.train()
     total, n_targets = parallel.total(total, n_targets)
@@ -190,10 +190,10 @@ def evaluate(model, batches, to_device, stop):
 
 
 def export_best(model, path, is_sharded):
-    """Write model.bin; on failure, warn and continue. Returns whether it is written."""
+    """Write model.bin and return whether it worked; on failure, warn and continue."""
     failed = False
     if is_sharded:
-        weights = {name: parallel.whole(t).cpu() for name, t in model.state_dict().items()}
+        weights = {name: parallel.full_tensor(t).cpu() for name, t in model.state_dict().items()}
         if FIRST:
             model = Transformer(model.args)
             model.load_state_dict(weights)
@@ -213,15 +213,15 @@ def draw_losses(folder):
     try:
         draw_runs(find_runs([folder]), os.path.join(folder, "loss.png"))
     except Exception as e:
-        print(f"warning: no loss.png ({type(e).__name__}: {e})", file=sys.stderr)
+        print(f"warning: cannot draw loss.png ({type(e).__name__}: {e})", file=sys.stderr)
 
 
-# ---- what to begin from: nothing, a checkpoint's weights, or a run to resume
+# ---- starting point: nothing, a checkpoint's weights, or a run to resume
 
-# From here on `settings` are those of the run: of this command, or mostly of the checkpoint when a
-# run is resumed. The names of the block above are not read any more
+# From here on, read `settings` and not the globals above: a resumed run takes most of its settings
+# from its checkpoint
 this_device = parallel.start(device)
-start = begin(settings_of(globals()), given)
+start = find_start(settings_of(globals()), given)
 settings = SimpleNamespace(**start.settings)
 saved_settings = {name: value for name, value in vars(settings).items() if name not in SECRET}
 
@@ -230,16 +230,16 @@ saved_settings = {name: value for name, value in vars(settings).items() if name 
 paths = DataPaths(settings.data_dir, settings.vocab_source, settings.vocab_size)
 model_args = args_of(vars(settings), (start.checkpoint or {}).get("model_args"))
 n_accumulated = settings.gradient_accumulation_steps
-step_size = settings.batch_size * n_accumulated  # sequences, of all ranks together
-tokens_a_step = step_size * settings.max_seq_len
+step_size = settings.batch_size * n_accumulated  # sequences, over all ranks
+tokens_per_step = step_size * settings.max_seq_len
 if settings.estimate:
     from training.estimate import estimate_lines
 
-    for line in estimate_lines(model_args, vars(settings), tokens_a_step):
+    for line in estimate_lines(model_args, vars(settings), tokens_per_step):
         say(line)
     raise SystemExit
 micro_size, n_micro = parallel.share_of_step(settings.batch_size, n_accumulated)
-check_machines(start, settings.out_dir)
+check_same_checkpoint(start, settings.out_dir)
 tokenizer = None
 if os.path.exists(paths.tokenizer_model):
     tokenizer = open_tokenizer(paths.tokenizer_model)
@@ -247,14 +247,14 @@ data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RA
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
     raise UserError(
-        f"{start.path} was trained with another {paths.tokenizer_model}: copy the tokenizer.model "
-        f"of its folder to another --data_dir, and pretokenize there"
+        f"{start.path} was trained with another tokenizer than {paths.tokenizer_model}: copy the "
+        f"tokenizer.model next to the checkpoint to another --data_dir and pretokenize there"
     )
 batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data)
 if batches.n_windows < step_size:
     raise UserError(
         f"the training shards hold {batches.n_windows} sequences of {settings.max_seq_len} tokens, "
-        f"less than the {step_size} of one step: give more text or a smaller --batch_size"
+        f"but one step needs {step_size}: use more text or a smaller --batch_size"
     )
 
 
@@ -267,12 +267,12 @@ validation = ValidBatches(data.valid, *valid_size, RANK, WORLD_SIZE)
 
 
 def bits_per_byte(loss):
-    """loss / ln 2 bits a token, times tokens a byte; None where the bytes are unknown."""
+    """Return loss / ln 2 (bits per token) * tokens per byte, or None if the bytes are unknown."""
     ratio = data.tokens_per_byte()
     return loss / math.log(2) * ratio if ratio else None
 
 
-def show(loss):
+def format_loss(loss):
     bpb = bits_per_byte(loss)
     return f"validation loss {loss:.4f}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
@@ -281,19 +281,19 @@ def show(loss):
 
 threads = Threads(this_device)
 dtype_name = settings.dtype
-if settings.dtype == "auto" and start.is_resumed:  # as it began
+if settings.dtype == "auto" and start.is_resumed:  # keep the run's dtype
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")
-compute_dtype = parallel.from_first(pick_dtype(dtype_name, this_device))  # "auto": a measurement
+compute_dtype = parallel.from_first(pick_dtype(dtype_name, this_device))  # auto may measure
 is_sharded = settings.fsdp and WORLD_SIZE > 1
 if settings.fsdp and not is_sharded:
-    print("warning: fsdp has nothing to share in one process; start several with torchrun")
+    print("warning: fsdp has no effect in a single process: start several with torchrun")
 if is_sharded and settings.compile == "True":
-    say("compile is left out under fsdp")
+    say("note: compile is ignored with fsdp")
 if is_sharded and compute_dtype is torch.float16:
-    raise UserError("float16 cannot be used with fsdp: take --dtype=bfloat16 or float32")
+    raise UserError("dtype = float16 cannot be used with fsdp: use --dtype=bfloat16 or float32")
 torch.manual_seed(settings.seed)
 if this_device.type == "cuda":
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    torch.set_float32_matmul_precision("high")  # TF32 if the GPU has it
 if start.checkpoint and not start.is_resumed:
     model = load_model({**start.checkpoint, "model_args": model_args.to_dict()}, start.path)
 else:
@@ -309,75 +309,79 @@ if settings.attention != "sdpa" and not settings.eval_only:
 model.dtype, model.fp8_head = compute_dtype, settings.fp8_head
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[settings.activation_checkpointing]
-is_compiled = fit.worth_compiling(settings, model, tokens_a_step, this_device, is_sharded)
+is_compiled = fit.worth_compiling(settings, model, tokens_per_step, this_device, is_sharded)
 
-# ---- optimizer, and what a resumed run has reached
+# ---- optimizer, and the state of a resumed run
 
-# `optimizer` is the setting
+# not named `optimizer`, which is a setting
 model_optimizer = make_optimizer(model, settings.optimizer, vars(settings))
 scaler = torch.amp.GradScaler(this_device.type, enabled=compute_dtype is torch.float16)
 state = RunState()
 if start.is_resumed:
     state = restore_run(start, model, model_optimizer, scaler, compute_dtype, batches.n_windows)
-start.checkpoint = None  # its memory is not needed any more
+start.checkpoint = None  # free its memory
 first_step = state.iter_num
 
 stop = parallel.StopRequest()
 if settings.eval_only:
-    measured = progress(validation, desc="evaluation", disable=not FIRST)
-    say(f"step {state.iter_num}: {show(evaluate(model, measured, to_device, stop))}")
+    validation = progress(validation, desc="evaluation", disable=not FIRST)
+    val_loss = evaluate(model, validation, to_device, stop)
+    say(f"step {state.iter_num}: {format_loss(val_loss)}")
     raise SystemExit
-is_past = not settings.max_minutes and state.iter_num > settings.max_iters
-if is_past or (state.is_done(settings) and state.evaluated == state.iter_num):
+is_past_end = not settings.max_minutes and state.iter_num > settings.max_iters
+if is_past_end or (state.is_done(settings) and state.evaluated == state.iter_num):
     if settings.resume == "auto":
         say(f"the run in {settings.out_dir} is complete ({state.iter_num} steps)")
-        away = Away(settings, is_new=False)
-        away.wrap_up(away.finish(), is_finished=True)
+        uploader = Uploader(settings, is_new=False)
+        uploader.wrap_up(uploader.finish(), is_finished=True)
         raise SystemExit
     limit = "max_minutes" if settings.max_minutes else "max_iters"
     raise UserError(
         f"this run is complete ({state.iter_num} steps); raise --{limit} to train further"
     )
 
-# ---- fitting the step to the machine
+# ---- fit the step to the machine
 
-if this_device.type == "cuda" and not is_sharded:  # whose ranks would wait for the one without room
-    parts = micro_size, n_micro, this_device
-    micro_size, n_micro = fit.fit_micro_batch(model, model_optimizer, *parts)
+# not under FSDP: a rank that ran out of memory would leave the others waiting
+if this_device.type == "cuda" and not is_sharded:
+    micro_size, n_micro = fit.fit_micro_batch(
+        model, model_optimizer, micro_size, n_micro, this_device
+    )
 if settings.attention != "sdpa" or is_compiled:
     x, y = to_device(*batches.at(0, micro_size))
 if settings.attention != "sdpa":
     fit.use_attention(model, settings.attention, x, y)
 if is_compiled:
     fit.compile_model(model, x, y, settings.dropout)
-net = model if is_sharded else parallel.replicate(model, this_device)  # what a step calls
+net = model if is_sharded else parallel.replicate(model, this_device)  # averages gradients
 layout = batches, state.n_sequences, micro_size, n_micro, this_device
-stream = ahead(partial(parallel.micro_batch, *layout))
+stream = prefetch(partial(parallel.micro_batch, *layout))
 
-# ---- the folder, its log, and what leaves the machine
+# ---- output folder, log and uploads
 
-parallel.wait_for_all()  # all have read the checkpoints, which may now be moved
-run = None  # of the first rank
+parallel.wait_for_all()  # every rank has read the checkpoints, which may now be moved
+run = None  # the first rank's RunDir
 if FIRST:
     run = start.run or RunDir(settings.out_dir)
     if start.is_resumed:
-        put_aside(settings.out_dir, start.damaged, state.iter_num)
+        set_aside(settings.out_dir, start.damaged, state.iter_num)
     else:
         run.set_aside_earlier_run()
-    if tokenizer:  # so that out_dir has all that ./run and sample.py need
+    if tokenizer:  # ./run and sample.py need it next to the model
         run.add_tokenizer(tokenizer, paths.tokenizer_model)
     else:
-        print(f"without {paths.tokenizer_model}, bits per byte are unknown and ./run needs one")
+        missing = "bits per byte are unknown, and ./run will need a tokenizer"
+        print(f"note: {paths.tokenizer_model} does not exist: {missing}")
     run.open_log(state.iter_num, state.evaluated)
 parallel.wait_for_all()
-away = Away(settings, is_new=not start.is_resumed)
-away.start_metrics(saved_settings)
+uploader = Uploader(settings, is_new=not start.is_resumed)
+uploader.start_metrics(saved_settings)
 is_latest = start.is_resumed and os.path.basename(start.path) == "ckpt.pt"
 latest_step = state.iter_num if is_latest else None
-writer = CheckpointWriter(settings.out_dir, settings.keep_last, latest_step, installed=away.upload)
+writer = CheckpointWriter(settings.out_dir, settings.keep_last, latest_step, uploader.upload)
 peak = peak_flops(this_device, compute_dtype) if FIRST else None
 n_train, n_valid = (sum(map(len, shards)) for shards in (data.train, data.valid))
-facts = {  # of every checkpoint, beside state
+facts = {  # saved in every checkpoint, with `state`
     "format": FORMAT,
     "model_args": model_args.to_dict(),
     "n_windows": batches.n_windows,
@@ -390,16 +394,16 @@ facts = {  # of every checkpoint, beside state
 
 
 def check_folder():
-    """Where out_dir was moved or deleted during training, go on in a new one."""
+    """Create a new out_dir if it was moved or deleted during training."""
     if parallel.any_rank(FIRST and run.is_lost()):
         writer.wait()
         if FIRST:
-            run.begin_again()
+            run.recreate()
         state.best_val_loss, writer.latest_step = math.inf, None
 
 
 def log(kind, **values):
-    """Write a line of the log, and send it to Weights & Biases; the first rank alone does."""
+    """Write a log line and send it to Weights & Biases (first rank only)."""
     check_folder()
     if kind != "start":
         values = {
@@ -411,11 +415,11 @@ def log(kind, **values):
         }
     if FIRST:
         run.log(kind, **values)
-        away.log(kind, values)
+        uploader.log(kind, values)
 
 
 def save(is_best=False):
-    """Begin to write a checkpoint; training continues meanwhile, except under FSDP."""
+    """Start writing a checkpoint in the background; under FSDP, wait until it is written."""
     checkpoint = {**facts, **asdict(state), "scaler": scaler.state_dict()}
     if is_sharded:
         writer.save_sharded(checkpoint, model, model_optimizer, is_best)
@@ -427,14 +431,13 @@ def save(is_best=False):
 
 say(table(model_optimizer))
 if settings.on_finish:
-    say(f"when the run is finished, this command runs: {settings.on_finish!r}")
+    say(f"note: on_finish will run {settings.on_finish!r}")
 reached = f"{state.iter_num} of {settings.max_iters} steps"
 if settings.max_minutes:
     reached = f"{state.train_s / 60:.3g} of {settings.max_minutes:g} minutes"
 say(
-    f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} in windows), "
-    f"{reached} done; "
-    f"{this_device}, {str(compute_dtype).removeprefix('torch.')}"
+    f"{n_params:,} parameters, {n_train:,} training tokens ({batches.coverage:.2%} used), "
+    f"{reached} done; {this_device}, {str(compute_dtype).removeprefix('torch.')}"
     + (f", {WORLD_SIZE} processes ({'FSDP' if is_sharded else 'DDP'})" if WORLD_SIZE > 1 else "")
 )
 log(
@@ -454,12 +457,12 @@ log(
     **describe(this_device),
 )
 
-# ---- the loop: evaluate and save where it is time, take a step, log
+# ---- the loop: evaluate, save, take a step, log
 
 stop.listen()
 model_path = os.path.join(settings.out_dir, "model.bin")
 val_loss, best_before, diverged = math.inf, state.best_val_loss, None
-since, unlogged_steps = time.perf_counter(), 0  # since the last line of the log
+since, unlogged_steps = time.perf_counter(), 0  # since the last log line
 stopping, done = False, state.is_done(settings)
 bar = RunBar(settings, state, len(validation), disable=not FIRST)
 while True:
@@ -467,20 +470,20 @@ while True:
     time_to_save = settings.save_interval > 0 and state.iter_num % settings.save_interval == 0
     time_to_save &= state.iter_num != first_step
 
-    # ---- evaluate, export the best model so far, save
+    # ---- evaluate, export the best model, save
     if time_to_eval or time_to_save or stopping:
-        data.check_unchanged()  # before a model of other text replaces a checkpoint
+        data.check_unchanged()  # before a model trained on changed shards replaces a checkpoint
     is_best, has_evaluated = False, False
     if time_to_eval and state.evaluated != state.iter_num and not stopping:
         val_loss = evaluate(model, bar.evaluating(validation), to_device, stop)
-        if val_loss is None:  # told to stop: a resumed run begins with this evaluation
+        if val_loss is None:  # interrupted: a resumed run starts with this evaluation
             break
         if not math.isfinite(val_loss):
             diverged = f"validation loss is {val_loss}"
             break
         state.evaluated, has_evaluated = state.iter_num, True
         log("eval", val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
-    if writer.lost_best():  # it could not be written: the next has to beat the one before it
+    if writer.lost_best():  # writing it failed: the next one only has to beat the one before
         state.best_val_loss = best_before
     if has_evaluated:
         is_best = val_loss < state.best_val_loss
@@ -488,7 +491,7 @@ while True:
             best_before, state.best_val_loss = state.best_val_loss, val_loss
         if FIRST:
             best = ", the best so far" if is_best else ""
-            print_line(f"step {state.iter_num}: {show(val_loss)}{best}")
+            print_line(f"step {state.iter_num}: {format_loss(val_loss)}{best}")
     if is_best or (has_evaluated and settings.always_save_checkpoint) or time_to_save:
         save(is_best)
     if done or stopping:
@@ -497,7 +500,7 @@ while True:
         since = time.perf_counter()
 
     # ---- one step of the optimizer
-    if settings.dropout:  # the same in a resumed run, and another in each rank
+    if settings.dropout:  # reproducible after a resume, different in each rank
         torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))
     set_rates(model_optimizer, settings, state.iter_num, state.part_done(settings, since))
     loss = 0.0
@@ -522,17 +525,17 @@ while True:
     is_due = state.iter_num % settings.log_interval == 0 or state.iter_num == 1
     is_due |= state.iter_num % settings.eval_interval == 0 or done or stopping
     if is_due or (settings.save_interval > 0 and state.iter_num % settings.save_interval == 0):
-        loss = parallel.total(float(loss))[0] / WORLD_SIZE  # waits for the device
-        grad_norm = float(parallel.whole(grad_norm))
+        loss = parallel.total(float(loss))[0] / WORLD_SIZE  # synchronizes with the device
+        grad_norm = float(parallel.full_tensor(grad_norm))
         elapsed = time.perf_counter() - since
         state.train_s += elapsed
         if not math.isfinite(loss):
             diverged = f"loss is {loss}"
-        elif not math.isfinite(grad_norm) and not scaler.is_enabled():  # which skips such steps
+        elif not math.isfinite(grad_norm) and not scaler.is_enabled():  # the scaler skips them
             diverged = f"gradient norm is {grad_norm}"
         if diverged:
             break
-        tok_s = unlogged_steps * tokens_a_step / elapsed
+        tok_s = unlogged_steps * tokens_per_step / elapsed
         first_rate = model_optimizer.param_groups[0]["lr"]
         values = {"loss": loss, "lr": first_rate, "grad_norm": grad_norm}
         if peak:
@@ -542,7 +545,7 @@ while True:
         threads.watch(unlogged_steps, elapsed)
         since, unlogged_steps = time.perf_counter(), 0
 
-# ---- the end: a last checkpoint, the log's last line, the picture, uploads
+# ---- the end: last checkpoint, last log line, picture, uploads
 
 bar.close()
 writer.wait()
@@ -560,31 +563,31 @@ reason = "diverged" if diverged else "finished" if finished else "interrupted"
 log("end", reason=reason, best_val_loss=state.best_val_loss)
 if FIRST and settings.picture and find_spec("matplotlib") is not None:
     draw_losses(settings.out_dir)
-all_arrived = away.finish()
+all_arrived = uploader.finish()
 if diverged:  # the last good checkpoint is untouched
     rates = [f"{group['role']}_lr" for group in model_optimizer.param_groups]
     rates = ["base_learning_rate"] if settings.optimizer == "adamw" else rates
     raise UserError(
-        f"the {diverged} at step {state.iter_num}: training has diverged; try smaller rates "
+        f"training diverged at step {state.iter_num} ({diverged}): use smaller learning rates "
         f"(now {' '.join(f'--{name}={vars(settings)[name]:g}' for name in rates)}) or a longer "
         f"--warmup_iters"
     )
 if writer.error:
     saved = writer.latest_step or first_step
-    raise UserError(f"{writer.error}; of the {state.iter_num} steps, {saved or 'none'} are saved")
+    raise UserError(f"{writer.error}; {saved} of {state.iter_num} steps are saved")
 if finished:
-    say(f"best {show(state.best_val_loss)}; wrote {model_path}")
+    say(f"best {format_loss(state.best_val_loss)}; wrote {model_path}")
     if val_loss > state.best_val_loss:
-        say("the last step was worse: model.bin and best.pt are of the best, ckpt.pt of the last")
+        say("the last step was worse: model.bin and best.pt are the best model, ckpt.pt the last")
     if tokenizer:
         say(f'next: ./run {shlex.quote(model_path)} -i "Once upon a time"')
 else:
-    say(f"stopped at step {state.iter_num}; {os.path.join(settings.out_dir, 'ckpt.pt')} is saved")
+    say(f"stopped at step {state.iter_num}; saved {os.path.join(settings.out_dir, 'ckpt.pt')}")
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
     flags = f"--init_from=resume --out_dir={shlex.quote(settings.out_dir)}"
     say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
     if state.best_val_loss == math.inf:
-        say(f"{model_path} is of this step: nothing was evaluated yet")
-away.wrap_up(all_arrived, finished)
+        say(f"note: {model_path} is the model of this step, since none was evaluated yet")
+uploader.wrap_up(all_arrived, finished)

@@ -1,1 +1,1 @@
-"""Benchmarks, a script each; `python -m bench` lists them."""
+"""Benchmarks, one script each; `python -m bench` lists them."""

@@ -1,5 +1,6 @@
 """
-Size of a checkpoint, seconds to copy, write and read it, and what saving costs training.
+Measure the size of a checkpoint, the seconds to copy, write and read it, and how saving slows
+down training.
 
     python -m bench.checkpoint --folder=/mnt/disk
 """
@@ -12,14 +13,14 @@ from bench.common import alternate, median_and_range, open_device, ratio
 from configurator import UserError, check_range, configure
 from report.tables import print_table
 from training.checkpoint import CheckpointWriter, Snapshot, load_checkpoint, optimizer_tensors
-from training.runs import seconds_of, stepper, tokens_of_step
+from training.runs import seconds_of, stepper, tokens_per_step
 from training.settings import resolved
 
 # -----------------------------------------------------------------------------
-# in train.py's words: 42 million parameters, as llama2.c's stories42M
+# flags for train.py; the default has 42 million parameters, like llama2.c's stories42M
 run = "--dim=512 --n_layers=8 --n_heads=8 --vocab_size=32000 --max_seq_len=256 --batch_size=4"
-save_interval = 50  # steps of a round, in which one checkpoint is written
-rounds = 3  # with and without a checkpoint, alternating
+save_interval = 50  # steps per round; a round writes one checkpoint
+rounds = 3  # rounds with and without a checkpoint, alternating
 folder = ""  # where to write; empty: a new temporary folder
 device = "auto"
 dtype = "auto"
@@ -46,8 +47,8 @@ seconds = partial(seconds_of, n=1, device=torch_device)
 seconds(step)
 take = Snapshot().take
 first, *copies = [seconds(lambda: take(checkpoint())) for _ in range(6)]
-with tempfile.TemporaryDirectory(dir=folder or None) as where:
-    writer = CheckpointWriter(where, keep_last=2)
+with tempfile.TemporaryDirectory(dir=folder or None) as work_dir:
+    writer = CheckpointWriter(work_dir, keep_last=2)
 
     def save():
         writer.save(checkpoint())
@@ -67,17 +68,17 @@ with tempfile.TemporaryDirectory(dir=folder or None) as where:
         return result
 
     writes = [seconds(save_and_wait) for _ in range(5)]
-    path = os.path.join(where, "ckpt.pt")
+    path = os.path.join(work_dir, "ckpt.pt")
     reads = [seconds(lambda: load_checkpoint(path)) for _ in range(3)]
     size = os.path.getsize(path)
-    ways = {"none": lambda: None, "in the background": save, "waited for": save_and_wait}
+    ways = {"none": lambda: None, "in the background": save, "blocking": save_and_wait}
     times = alternate({name: partial(steps_with, way) for name, way in ways.items()}, rounds)
 if writer.error:
     raise UserError(writer.error)
 once = {"copying to memory, the first time": [first], "copying to memory": copies}
 once |= {"copying and writing": writes, "reading and checking": reads}
-print_table([f"a checkpoint of {size / 1e6:,.0f} MB", "seconds", "from", "to"], rows_of(once))
+print_table([f"a checkpoint of {size / 1e6:,.0f} MB", "seconds", "min", "max"], rows_of(once))
 slower = [f"{ratio(values, times['none']) - 1:+.1%}" for values in times.values()]
 rows = [[*row, change] for row, change in zip(rows_of(times), slower, strict=True)]
-print(f"\n{save_interval} steps of {tokens_of_step(settings):,} tokens, with one checkpoint")
-print_table(["checkpoint", "seconds", "from", "to", "change"], rows)
+print(f"\n{save_interval} steps of {tokens_per_step(settings):,} tokens, with one checkpoint")
+print_table(["checkpoint", "seconds", "min", "max", "change"], rows)

@@ -1,4 +1,4 @@
-"""What benchmarks share: where they run, variants that alternate, tables, other programs."""
+"""Shared by the benchmarks: their device, alternating variants, statistics, other programs."""
 
 import statistics
 import subprocess
@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 
 def open_device(device="cpu", dtype=""):
     """
-    The torch device and number format of two settings, None if dtype is empty; prints the first
-    line of every benchmark, which names them.
+    Return the torch device and dtype of two settings; the dtype is None if its setting is empty.
+    Prints the first line of every benchmark, which names them.
     """
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device) if dtype else None
@@ -26,7 +26,7 @@ def open_device(device="cpu", dtype=""):
 
 
 def alternate(measures, rounds):
-    """Call each of `measures`, {name: function}, once a round -> {name: [result of each round]}."""
+    """Call each of `measures`, {name: function}, once per round; return {name: [results]}."""
     results = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -35,17 +35,17 @@ def alternate(measures, rounds):
 
 
 def ratio(figures, base):
-    """The median over the rounds of a figure's ratio to that of `base`."""
+    """Return the median over the rounds of the ratio of `figures` to `base`."""
     return statistics.median(a / b for a, b in zip(figures, base, strict=True))
 
 
 def median_and_range(figures, style):
-    """The median, lowest and highest of some figures as texts."""
+    """Return the median, minimum and maximum of some figures, formatted."""
     return [f"{f(figures):{style}}" for f in (statistics.median, min, max)]
 
 
 def output_of(command, **options):
-    """What a program prints; UserError, with its last line, if it fails. options: of run."""
+    """Return a program's output; on failure raise UserError with its last line. options: of run."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
         program = command[1] if command[0] == sys.executable else command[0]

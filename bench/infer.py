@@ -1,11 +1,11 @@
 """
-Tokens/s of the C engine, and of its peers beside it, on models of random weights.
+Measure tokens/s of the C engine and of its peers, on models of random weights.
 
     python -m bench.infer                       # ours alone; `make run` builds it
     python -m bench.infer --peer=LLAMA_BENCH    # and llama.cpp's llama-bench; needs .[export]
     python -m bench.infer --llama2c=PATH        # and run.c of a checkout of karpathy/llama2.c
 
-To add a case: a line in CASES.
+To add a case, add a row to CASES.
 """
 
 import functools
@@ -26,17 +26,17 @@ from model import ModelArgs, Transformer
 from tokenizer import SentencePiece, sentencepiece_model
 
 # -----------------------------------------------------------------------------
-engine = "run"  # ours, as make run builds it
-peer = ""  # llama.cpp's llama-bench
-llama2c = ""  # a checkout of karpathy/llama2.c
-cases = ""  # numbers of rows of CASES, with commas; empty: all
-infer_rounds = 3  # in which ours and the peer alternate
+engine = "run"  # our engine, built by make run
+peer = ""  # path of llama.cpp's llama-bench
+llama2c = ""  # path of a checkout of karpathy/llama2.c
+cases = ""  # rows of CASES to measure, such as 0,2; empty: all
+infer_rounds = 3  # rounds, in which ours and the peer alternate
 threads = 2
-models = "out/random"  # folder of the random models, which are kept
+models = "out/random"  # folder for the random models, which are kept
 configure(globals())
 # -----------------------------------------------------------------------------
 
-# shapes by llama2.c's names for them
+# shapes, most of them with llama2.c's names
 MODELS = {
     "260K": {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172},
     "15M": {"dim": 288, "n_layers": 6, "n_heads": 6},
@@ -44,7 +44,7 @@ MODELS = {
     "360M": {"dim": 960, "n_layers": 32, "n_heads": 15, "n_kv_heads": 5},
 }
 VOCABULARIES = {"260K": 512, "15M": 32000, "110M": 32000, "360M": 49152}
-# model, number format, what is measured on how many tokens, the program it is measured beside
+# model, dtype, task, number of tokens, compared with
 CASES = (
     ("110M", "int8", "decode", 128, "llama.cpp"),
     ("15M", "int8", "decode", 128, "llama.cpp"),
@@ -61,23 +61,23 @@ GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
 
 
 def random_transformer(name):
-    """A model of MODELS, as sure of its next token as a trained one, whose text has no end."""
+    """Return a model of MODELS, about as certain as a trained one, that rarely ends a text."""
     torch.manual_seed(1)
     args = ModelArgs(**MODELS[name], vocab_size=VOCABULARIES[name], max_seq_len=512)
     model = Transformer(args)
     with torch.no_grad():
         model.tok_embeddings.weight[1:3] *= 0.01  # BOS and EOS
-        for layer in model.layers:  # or the tied head would always repeat the token before
+        for layer in model.layers:  # or the tied head would always repeat the previous token
             layer.attention.wo.weight *= 30
             layer.feed_forward.w2.weight *= 30
-        # the logits' std becomes 5: then 10 to 100 of 32,000 tokens have 0.9 of the probability
+        # logits of std 5: then 10 to 100 of 32,000 tokens have 0.9 of the probability
         model.norm.weight *= 5 / (model.tok_embeddings.weight.std() * args.dim**0.5)
     return model
 
 
 @functools.cache
 def fake_tokenizer(size):
-    """A SentencePiece tokenizer of `size` pieces, most of which mean nothing."""
+    """Return a SentencePiece tokenizer of `size` pieces, mostly meaningless."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     types = [2, 3, 3] + [6] * 256 + [1] * (size - len(pieces))
     pieces += [f"p{i}" for i in range(len(pieces), size)]
@@ -85,10 +85,10 @@ def fake_tokenizer(size):
 
 
 def model_file(name, kind):
-    """The path of a model, made if it does not exist: kind is one of DTYPES, or of GGUF_TYPES."""
+    """Return the path of a model, writing it if missing; kind: one of DTYPES or GGUF_TYPES."""
     path = os.path.join(models, f"{name}_{kind}.{'bin' if kind in DTYPES else 'gguf'}")
     if not os.path.exists(path):
-        print(f"making {path}", flush=True)
+        print(f"writing {path}", flush=True)
         model = random_transformer(name)
         if kind in DTYPES:
             export_model(model, path, dtype=kind)
@@ -104,17 +104,17 @@ def run(*command):
 def number_in(pattern, text, program):
     match = re.search(pattern, text)
     if not match:
-        raise UserError(f"{program} printed no {pattern!r}: {text[-200:]!r}")
+        raise UserError(f"{program} did not print {pattern!r}: {text[-200:]!r}")
     return float(match[1])
 
 
 def our_speed(name, kind, task, n):
-    """(tokens/s of ours, percentage of the memory's speed that its decoding reaches)."""
+    """Return (our tokens/s, decoding's percentage of the memory bandwidth)."""
     binary = os.path.abspath(engine)
     if task == "story":
         return story_speed(binary, name, kind, n), math.nan
     stories = "16" if task == "16 stories" else "1"
-    # with as many of the threads as help
+    # without -j, the engine chooses its number of threads
     text = run(binary, model_file(name, kind), "--bench", "-n", str(n), "-b", stories)
     line = "prefill" if task == "prefill" else "decode"
     speed = number_in(rf"{line}: ([0-9.]+) tok/s", text, engine)
@@ -129,7 +129,7 @@ def llama_cpp_speed(name, kind, task, n):
 
 
 def story_speed(binary, name, kind, n, *options):
-    """Tokens/s that ours or llama2.c's engine reports for a story with its random tokenizer."""
+    """Return the tokens/s that our engine or llama2.c's reports for a story."""
     tokenizer = os.path.join(models, f"tok{VOCABULARIES[name]}.bin")
     fake_tokenizer(VOCABULARIES[name]).export(tokenizer)
     path = model_file(name, kind)
@@ -138,7 +138,7 @@ def story_speed(binary, name, kind, n, *options):
 
 
 def llama2c_speed(name, kind, task, n):
-    """Tokens/s of its run.c, built as its `make runomp` does."""
+    """Return the tokens/s of llama2.c's run.c, built as by its `make runomp`."""
     binary = os.path.join(models, "llama2c_run")
     if not os.path.exists(binary):
         flags = ["-Ofast", "-fopenmp", "-march=native", os.path.join(llama2c, "run.c"), "-lm"]
@@ -166,20 +166,20 @@ def measure(row):
     print(flush=True)
 
 
-known = [str(n) for n in range(len(CASES))]
-numbers = cases.split(",") if cases else known
+all_rows = [str(n) for n in range(len(CASES))]
+rows = cases.split(",") if cases else all_rows
 if not os.path.exists(engine):
-    raise UserError(f"engine = {engine!r} does not exist; build it with: make run")
-if not set(numbers) <= set(known):
-    raise UserError(f"cases = {cases!r}: expected some of {','.join(known)}")
+    raise UserError(f"engine = {engine!r} does not exist; run: make run")
+if not set(rows) <= set(all_rows):
+    raise UserError(f"cases = {cases!r}: expected some of {','.join(all_rows)}")
 check_range(1, infer_rounds=infer_rounds)
 os.makedirs(models, exist_ok=True)
 open_device()
 print(
     f"tokens/s with {threads} threads, random weights, medians of {infer_rounds} rounds in "
-    "which ours and the peer alternate; of memory: share of what the same threads read per "
-    "second, measured in between\n"
+    "which ours and the peer alternate; of memory: share of the bandwidth that the same threads "
+    "reach when they only read\n"
     f"{'model':<6} {'format':<6} {'task':<11} {'ours':>9} {'of memory':>9} {'peer':>9}   ratio"
 )
-for n in numbers:
-    measure(CASES[int(n)])
+for row in rows:
+    measure(CASES[int(row)])

@@ -1,10 +1,10 @@
 """
-MB/s of training and applying tokenizers, with every encoder that is installed, beside peers.
+Measure MB/s of training and applying tokenizers, with every installed encoder and with peers.
 
     python -m bench.tokenizer --source=text.txt
     python -m bench.tokenizer --source=text.txt --llama2c=PATH
 
-Peers are Hugging Face's tokenizers, where it is installed, and the pretokenize of a checkout of
+The peers are Hugging Face's tokenizers, if installed, and the pretokenize command of a checkout of
 karpathy/llama2.c.
 """
 
@@ -28,9 +28,9 @@ from training.runs import REPO, seconds_of
 
 # -----------------------------------------------------------------------------
 source = ""  # a .txt file with <|endoftext|> between documents
-llama2c = ""  # a checkout of karpathy/llama2.c, to measure its pretokenize too
-tokenizer_rounds = 5  # in which the ways alternate
-threads = 2  # processes, where a way uses several
+llama2c = ""  # path of a checkout of karpathy/llama2.c, to measure its pretokenize too
+tokenizer_rounds = 5  # rounds, in which the ways alternate
+threads = 2  # processes of those ways that use several
 folder = ""  # where to write; empty: a new temporary folder
 # -----------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ PEER = "Hugging Face tokenizers"
 
 
 def measure(task, n_bytes, ways):
-    """Time `ways`, {name: function}; print their speeds, and each one's ratio to the last."""
+    """Time `ways`, {name: function}; print each speed and its ratio to the last one."""
     measures = {name: partial(seconds_of, way, 1, CPU) for name, way in ways.items()}
     times = alternate(measures, tokenizer_rounds)
     *_, base = times.values()
@@ -76,7 +76,10 @@ def bench_training(task, n_bytes, path, size, processes):
 
 
 def encoders(kind, path, documents):
-    """A function for each encoder; each makes a new tokenizer of `kind`, whose cache is empty."""
+    """
+    Return {encoder: function that encodes the documents}. Each call makes a new tokenizer of class
+    `kind`, with an empty cache.
+    """
 
     def encode(name):
         kind(path).encoder(name)[1](documents)
@@ -84,10 +87,10 @@ def encoders(kind, path, documents):
     return {name: partial(encode, name) for name in kind.ENCODERS}
 
 
-def bench_bpe(where, documents, n_bytes):
-    """Apply byte-level BPE, with files in the folder `where`."""
+def bench_bpe(work_dir, documents, n_bytes):
+    """Measure encoding with byte-level BPE, with files in work_dir."""
     vocab, merges = train_bpe(source, 10_000, [END], threads)
-    path = os.path.join(where, "bpe.model")
+    path = os.path.join(work_dir, "bpe.model")
     BPETokenizer(vocab, merges, [END]).save(path)
 
     def stream():
@@ -95,7 +98,7 @@ def bench_bpe(where, documents, n_bytes):
             for _ in BPETokenizer(vocab, merges, [END]).encode_iterable(f):
                 pass
 
-    ways = {"own, encode_iterable of the lines": stream}
+    ways = {"ours, encode_iterable by line": stream}
     ways |= reversed(encoders(ByteLevel, path, documents).items())
     if find_spec("tokenizers"):
         text = json.dumps(tokenizer_json(ByteLevel(path)))
@@ -103,10 +106,10 @@ def bench_bpe(where, documents, n_bytes):
     measure("encode byte-level BPE of 10,000, one core", n_bytes, ways)
 
 
-def bench_sentencepiece(where, documents, n_bytes):
-    """Apply SentencePiece, in this process and as the whole command that writes shards."""
+def bench_sentencepiece(work_dir, documents, n_bytes):
+    """Measure encoding with SentencePiece, in this process and as the pretokenize command."""
     print("\ntraining SentencePiece of 4,096", flush=True)
-    data = os.path.join(where, "data")
+    data = os.path.join(work_dir, "data")
     stories = os.path.join(data, "TinyStories_all_data")
     os.makedirs(stories)
     path = os.path.join(data, "tok4096.model")
@@ -130,13 +133,15 @@ def bench_sentencepiece(where, documents, n_bytes):
     ours = partial(pretokenize, REPO, f"--data_dir={data}", f"--num_workers={threads}")
     ways = {f"ours, {name}": partial(ours, f"--encoder={name}") for name in SentencePiece.ENCODERS}
     if llama2c:
-        ways["llama2.c"] = partial(pretokenize, llama2c, cwd=where)
+        ways["llama2.c"] = partial(pretokenize, llama2c, cwd=work_dir)
     measure("pretokenize with SentencePiece of 4,096: the whole command", n_bytes, ways)
 
 
 def main():
     if not source:
-        raise UserError("--source=PATH is missing: a .txt file with <|endoftext|> in between")
+        raise UserError(
+            "--source=PATH is missing: pass a .txt file with <|endoftext|> between documents"
+        )
     check_range(1, tokenizer_rounds=tokenizer_rounds)
     open_device()
     with open(source, encoding="utf-8", newline="") as f:
@@ -144,19 +149,19 @@ def main():
     documents = [part.strip() for part in text.split(END)]
     n_bytes = len(text.encode())
     print(
-        f"{n_bytes / 1e6:.1f} MB, {threads} processes where there are several; medians of "
-        f"{tokenizer_rounds} rounds, and the ratio to the last"
+        f"{n_bytes / 1e6:.1f} MB, one or {threads} processes; medians of {tokenizer_rounds} "
+        "rounds; ratio: to the last line"
     )
-    with tempfile.TemporaryDirectory(dir=folder or None) as where:
-        small = os.path.join(where, "small.txt")
+    with tempfile.TemporaryDirectory(dir=folder or None) as work_dir:
+        small = os.path.join(work_dir, "small.txt")
         with open(small, "w", encoding="utf-8", newline="") as f:
             f.write(text[:133_000])
         bench_training("train 500 on 133 kB, one process", 133_000, small, 500, 1)
         bench_training("train 10,000", n_bytes, source, 10_000, threads)
-        bench_bpe(where, documents, n_bytes)
-        bench_sentencepiece(where, documents, n_bytes)
+        bench_bpe(work_dir, documents, n_bytes)
+        bench_sentencepiece(work_dir, documents, n_bytes)
 
 
-if __name__ == "__main__":  # worker processes import this file again
+if __name__ == "__main__":  # because worker processes import this file again
     configure(globals())
     main()

@@ -1,5 +1,5 @@
 """
-BabyLlama with 128 tokens: nearly one token a letter, 11 million parameters (6 with --arch=llama).
+BabyLlama with 128 tokens, about one per letter: 11 million parameters (6 with --arch=llama).
 """
 
 vocab_size = 128
@@ -7,7 +7,7 @@ dim = 288
 n_layers = 6
 n_heads = 6
 max_seq_len = 256
-sliding_window = 128  # letters
+sliding_window = 128  # tokens, about as many letters
 batch_size = 32
 gradient_accumulation_steps = 4
 max_iters = 2000

@@ -1,4 +1,4 @@
-"""The recipe of llama2.c's train.py, which experiments/speedrun.py measures ours against."""
+"""The recipe of llama2.c's train.py: the baseline of experiments/speedrun.py."""
 
 vocab_size = 4096
 dim = 288

@@ -1,7 +1,7 @@
 """
-smol-llama's 360M on 6 billion tokens of FineWeb: `python webtext.py prepare --source=fineweb-6b`
-brings them. Plain Llama, its recipe. The output head is the embedding, as in SmolLM-360M, which
-makes the 360 million; smol-llama's own code has a head of its own, --tie_embeddings=False.
+smol-llama's 360M model and recipe, plain Llama on 6 billion tokens of FineWeb. To get the data, run
+`python webtext.py prepare --source=fineweb-6b`. Embedding and head are tied, as in SmolLM-360M;
+smol-llama's code has a separate head (--tie_embeddings=False), which adds to the 360 million.
 """
 
 data_dir = "data/fineweb-6b"
@@ -15,7 +15,7 @@ n_heads = 15
 n_kv_heads = 5
 hidden_dim = 2560
 max_seq_len = 2048
-# 64 x 8 x 2,048: a million tokens a step, whatever micro-batch fits into memory
+# 64 x 8 x 2,048: a million tokens per step; train.py fits the micro-batch to the memory
 batch_size = 64
 gradient_accumulation_steps = 8
 optimizer = "adamw"

@@ -1,6 +1,6 @@
 """
-The budget of smol_llama_360m.py, 6 billion tokens of FineWeb, with this project's architecture and
-optimizer: written for GPUs, not yet trained.
+The data of smol_llama_360m.py, 6 billion tokens of FineWeb, with this project's architecture and
+optimizer. Written for GPUs; not trained yet.
 """
 
 data_dir = "data/fineweb-6b"
@@ -12,11 +12,11 @@ dim = 960
 n_layers = 32
 n_heads = 15
 n_kv_heads = 5
-hidden_dim = 3840  # two matrices of ReLU² have the parameters of three of 2,560
+hidden_dim = 3840  # ReLU²: two matrices with the parameters of SwiGLU's three of 2,560
 max_seq_len = 2048
 sliding_window = 512
 window_pattern = "SSSL"
-value_embeddings = 2  # each is a table of 49,152 rows
+value_embeddings = 2  # each is a table with 49,152 rows
 bigram_rows = 65536
 batch_size = 64
 gradient_accumulation_steps = 8

@@ -1,6 +1,6 @@
 """
-A good story-teller on one GPU, all of TinyStories, 78 million parameters, of which 50 million are
-looked up: written for a GPU, not yet run on one.
+A good model of all of TinyStories on one GPU: 78 million parameters, 50 million of them in lookup
+tables. Written for a GPU; not run on one yet.
 """
 
 vocab_size = 4096

@@ -8,6 +8,6 @@ n_kv_heads = 4
 multiple_of = 4
 max_seq_len = 512
 batch_size = 128
-arch = "llama"  # modded learns faster, with several times the parameters
+arch = "llama"  # modded learns faster but has several times the parameters
 max_iters = 100000
 eval_interval = 2000

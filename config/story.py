@@ -1,6 +1,6 @@
 """The model of `make story`: 1,600,000 parameters, trained in 90 to 260 seconds on two cores."""
 
-vocab_size = 1024  # nearly every word of the practice corpus is one piece
+vocab_size = 1024  # nearly every word of the practice corpus is one token
 dim = 128
 n_layers = 4
 n_heads = 4
@@ -11,4 +11,4 @@ batch_size = 8
 max_iters = 1200
 eval_interval = 300
 eval_iters = 30
-compile = "False"  # it would take longer than it saves
+compile = "False"  # would take longer than it saves

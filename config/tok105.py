@@ -1,5 +1,5 @@
 """
-The 105-token recipe of TinyStoriesModal: one token a letter, 3 million parameters (one million with
+The 105-token recipe of TinyStoriesModal: one token per letter, 3 million parameters (1 million with
 --arch=llama).
 """
 

@@ -1,5 +1,5 @@
 """
-A story from model.bin by the C engine as a shared library, through ctypes alone.
+Generate a story from model.bin with the C engine as a shared library, through ctypes alone.
 
     make libllama2
     python examples/llama2.py out/model.bin "Once upon a time"
@@ -24,7 +24,7 @@ class Sampling(ctypes.Structure):
     ]
 
 
-# of the functions that take a Llama, what they take besides it
+# arguments of each function after its Llama
 INTS = ctypes.POINTER(ctypes.c_int)
 ARGUMENTS = {
     "vocab_size": [],
@@ -42,14 +42,14 @@ ARGUMENTS = {
 
 
 class Llama:
-    """A model with its tokenizer; lib/llama2.h says what each call does."""
+    """A model with its tokenizer; lib/llama2.h documents each call."""
 
     def __init__(self, model, tokenizer=None, n_positions=0, n_threads=0, library=None):
-        """Raises ValueError with the engine's sentence where the files do not fit."""
+        """Load the files. Raises ValueError with the engine's message if that fails."""
         tokenizer = tokenizer or os.path.join(os.path.dirname(model), "tokenizer.bin")
         library = library or os.path.join(FOLDER, "libllama2.so")
         if not os.path.exists(library):
-            raise ValueError(f"{library} is not there; build it with: make libllama2")
+            raise ValueError(f"{library} does not exist; run: make libllama2")
         self.c = c = ctypes.CDLL(library)
         c.llama_load.restype = ctypes.c_void_p
         c.llama_error.restype = ctypes.c_char_p
@@ -65,24 +65,24 @@ class Llama:
             raise ValueError(error.value.decode())
         self.vocab_size = c.llama_vocab_size(self.llama)
         self.n_positions = c.llama_n_positions(self.llama)
-        self.stop = c.llama_bos(self.llama), c.llama_eos(self.llama)  # a text ends there
+        self.stop = c.llama_bos(self.llama), c.llama_eos(self.llama)  # tokens that end a text
 
     def checked(self, result):
-        """A result of the library. Raises ValueError with its sentence where the call failed."""
+        """Return a result of the library. Raises ValueError with its message if the call failed."""
         if (result < 0) if isinstance(result, int) else not result:
             raise ValueError(self.c.llama_error().decode())
         return result
 
     def encode(self, text):
-        """The tokens of a str, after a BOS."""
-        data = text.encode(errors="surrogateescape")  # bytes of the command line as they are
+        """Return the tokens of a str, after a BOS."""
+        data = text.encode(errors="surrogateescape")  # keeps the bytes of the command line
         n = self.checked(self.c.llama_encode(self.llama, data, len(data), None, 0))
         tokens = (ctypes.c_int * n)()
         self.c.llama_encode(self.llama, data, len(data), tokens, n)
         return list(tokens)
 
     def decode(self, tokens):
-        """The text of a list of tokens."""
+        """Return the text of a list of tokens."""
         tokens = (ctypes.c_int * len(tokens))(*tokens)
         n = self.checked(self.c.llama_decode(self.llama, tokens, len(tokens), None, 0))
         text = ctypes.create_string_buffer(n)
@@ -90,19 +90,20 @@ class Llama:
         return text.raw.decode()
 
     def forward(self, tokens, pos=0):
-        """The logits after the last of some tokens, the first of which is at position pos."""
+        """Run tokens at the positions from pos on; return the logits after the last."""
         array = (ctypes.c_int * len(tokens))(*tokens)
         logits = self.c.llama_forward(self.llama, array, len(tokens), pos)
         return self.checked(logits)[: self.vocab_size]
 
-    def tell(self, prompt="", seed=0, **sampling):
-        """The text of a story."""
-        given = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
-        sampling = Sampling(**{**given, **sampling})
+    def generate(self, prompt="", seed=0, **sampling):
+        """Return the prompt and its continuation; the keywords are fields of Sampling."""
+        usual = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
+        sampling = Sampling(**{**usual, **sampling})
         tokens = self.encode(prompt)
         if len(tokens) > self.n_positions:
             raise ValueError(
-                f"the prompt has {len(tokens)} tokens, and the model's context {self.n_positions}"
+                f"the prompt has {len(tokens)} tokens, but the model's context is "
+                f"{self.n_positions}: shorten the prompt"
             )
         self.checked(self.c.llama_seed(self.llama, seed))
         new = tokens
@@ -120,7 +121,7 @@ class Llama:
         self.checked(self.c.llama_hand_over(self.llama))
 
     def close(self):
-        """Free what the engine holds."""
+        """Free the model."""
         self.checked(self.c.llama_free(self.llama))
 
 
@@ -129,7 +130,7 @@ if __name__ == "__main__":
         sys.exit(__doc__.strip())
     try:
         llama = Llama(sys.argv[1])
-        print(llama.tell(*sys.argv[2:3], seed=1, temperature=0.8))
+        print(llama.generate(*sys.argv[2:3], seed=1, temperature=0.8))
     except ValueError as e:
         sys.exit(f"error: {e}")
     llama.close()

@@ -1,11 +1,11 @@
 """
-What each option is worth: the recipe of ten minutes on two cores with one choice changed, and plain
-Llama with one option added (`llama+...`, compared with `llama`). On equal text; for equal time add
---equal_bytes=0 --equal_minutes=1 and another --out_dir. To add an option: a row.
+What each option is worth: the ten-minute recipe for two cores with one choice changed, and plain
+Llama with one option added (`llama+...`, compared with `llama`). All runs get equal text; for equal
+time, add --equal_bytes=0 --equal_minutes=1 and another --out_dir. To add an option, add a row.
 """
 
 title = "What each option is worth"
-# short runs want smaller steps than those of ten minutes
+# short runs need smaller steps than ten-minute runs
 base = "config/speedrun_cpu.py --batch_size=4"
 runs = """
 recipe:
@@ -56,5 +56,5 @@ llama+window: --arch=llama --sliding_window=64
 """
 equal_bytes = 3_100_000  # about 800,000 tokens of the recipe's vocabulary, a minute on two cores
 evals = 1
-eval_windows = 2000  # the whole of a shorter validation text
+eval_windows = 2000  # or all of a shorter validation text
 rounds = 5

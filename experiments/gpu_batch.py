@@ -1,4 +1,4 @@
-"""128 or 256 sequences a step, the tiny model of CS336 on TinyStories: for a GPU."""
+"""128 or 256 sequences per step: the tiny CS336 model on TinyStories, for a GPU."""
 
 title = "Batch size at equal steps"
 base = "config/cs336_tiny.py --optimizer=adamw --base_learning_rate=1e-3 --max_iters=10000"

@@ -1,4 +1,4 @@
-"""The learning rate at 10,000 steps, the tiny model of CS336 on TinyStories: for a GPU."""
+"""Learning rates at 10,000 steps: the tiny CS336 model on TinyStories, for a GPU."""
 
 title = "Learning rate, 10,000 steps"
 base = "config/cs336_tiny.py --optimizer=adamw --batch_size=128 --max_iters=10000"

@@ -1,4 +1,4 @@
-"""10,000 or 50,000 steps of 256 sequences, the tiny model of CS336 on TinyStories: for a GPU."""
+"""10,000 or 50,000 steps of 256 sequences: the tiny CS336 model on TinyStories, for a GPU."""
 
 title = "Length of the schedule"
 base = "config/cs336_tiny.py --optimizer=adamw --base_learning_rate=1e-3 --batch_size=256"

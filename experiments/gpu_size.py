@@ -1,6 +1,6 @@
 """
-The four sizes of CS336, d_model 512 to 1,280, at 100,000 steps each, with the rates and batches of
-LLM-from-scratch's table: for a GPU. equal_minutes in place of the steps makes it a fair race.
+The four CS336 sizes, d_model 512 to 1,280, at 100,000 steps each with the rates and batch sizes of
+LLM-from-scratch's table, for a GPU. For a comparison at equal time, use equal_minutes instead.
 """
 
 title = "Model size"

@@ -1,6 +1,6 @@
-"""One table for embedding and head or two, the tiny model of CS336: for a GPU."""
+"""One table for embedding and head, or two: the tiny CS336 model, for a GPU."""
 
-title = "Weight tying and how it begins"
+title = "Weight tying and initialization"
 base = "config/cs336_tiny.py --optimizer=adamw --base_learning_rate=1e-3 --max_iters=100000"
 base += " --warmup_iters=1000 --cooldown_frac=1 --cooldown_shape=cosine --final_lr_frac=0.1"
 # sqrt(2 / (10,000 + 512)) = 0.0138

@@ -1,4 +1,4 @@
-"""The learning rate of AdamW, from far too small to far too large."""
+"""AdamW's learning rate, from far too small to far too large."""
 
 title = "Learning rate of AdamW"
 base = "experiments/plain.py"

@@ -1,4 +1,4 @@
-"""What the experiments with this project's own recipe share: the modded architecture and Muon."""
+"""Shared settings of the experiments with this project's recipe: modded architecture, Muon."""
 
 arch = "modded"
 dim = 128
@@ -9,5 +9,5 @@ bigram_rows = 4096
 max_seq_len = 256
 batch_size = 8
 dtype = "float32"
-compile = "False"  # runs of a minute or two do not repay it
+compile = "False"  # not worth it for runs of a minute or two
 log_interval = 5

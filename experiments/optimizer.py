@@ -1,4 +1,4 @@
-"""AdamW and Muon on the same plain Llama, each at several rates."""
+"""AdamW and Muon on the same plain Llama, each at several learning rates."""
 
 title = "AdamW against Muon"
 base = "experiments/plain.py"

@@ -1,4 +1,4 @@
-"""What the experiments with plain Llama share: 0.9 million parameters, AdamW, a cosine."""
+"""Shared settings of the plain Llama experiments: 0.9 million parameters, AdamW, cosine."""
 
 arch = "llama"
 dim = 128
@@ -15,5 +15,5 @@ cooldown_frac = 1.0
 cooldown_shape = "cosine"
 final_lr_frac = 0.1
 dtype = "float32"
-compile = "False"  # runs of a minute do not repay it
+compile = "False"  # not worth it for runs of a minute
 log_interval = 5

@@ -1,4 +1,4 @@
-"""How long the schedule is: the rate falls over 100 steps, or 200, 400, 800."""
+"""Length of the schedule: the learning rate falls over 100, 200, 400 or 800 steps."""
 
 title = "Length of the schedule"
 base = "experiments/plain.py"

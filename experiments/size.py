@@ -1,4 +1,4 @@
-"""Which size of model is best after two minutes on one core."""
+"""Which model size is best after two minutes on one core?"""
 
 title = "Model size at equal time"
 base = "experiments/modded.py"

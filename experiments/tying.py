@@ -1,9 +1,9 @@
 """
-One table for embedding and head, or two; and how large a shared one begins: as an embedding, with a
-standard deviation of 1, or as a head, with sqrt(2 / (1024 + 128)), Glorot's.
+One table for embedding and head, or two. A shared table is initialized like an embedding (std 1),
+like a head (Glorot's std, sqrt(2 / (1024 + 128)) = 0.042), or with GPT-2's std of 0.02.
 """
 
-title = "Weight tying and how it begins"
+title = "Weight tying and initialization"
 base = "experiments/plain.py"
 runs = """
 untied: --tie_embeddings=False --embedding_std=1 --head_std=0.0417

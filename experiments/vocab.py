@@ -1,6 +1,6 @@
 """
-Which vocabulary is best after a minute and a half on one core, in bits per byte: losses a token
-cannot be compared between vocabularies.
+Which vocabulary is best after a minute and a half on one core? Measured in bits per byte, since
+losses per token cannot be compared between vocabularies.
 """
 
 title = "Vocabulary at equal time"
@@ -8,4 +8,4 @@ base = "experiments/modded.py"
 grid = "vocab_size=512,1024,2048,4096,8192"
 equal_minutes = 1.5
 evals = 2
-eval_windows = 2000  # the whole validation text, however it is cut
+eval_windows = 2000  # all of the validation text, in any vocabulary

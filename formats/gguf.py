@@ -1,10 +1,10 @@
 """
-GGUF, the file of llama.cpp and Ollama: plain Llama as its architecture `llama`, the options of
-`portable` as `qwen3`, with the tokenizer inside. Every other option is refused by name.
+GGUF, the file format of llama.cpp and Ollama. Plain Llama is written as its architecture `llama`,
+`--arch=portable` as `qwen3`, with the tokenizer inside. Every other option is refused by name.
 
-In `llama` RoPE rotates neighbouring pairs of a head, as ours does; in `qwen3` it rotates halves.
+In `llama` RoPE rotates adjacent pairs of a head, as ours does; in `qwen3` it rotates halves.
 
-To add an architecture: its row in ARCHITECTURES, and its tensors in NAMES of formats/tensors.py.
+To add an architecture, add its row to ARCHITECTURES and its tensors to NAMES in formats/tensors.py.
 """
 
 import math
@@ -17,15 +17,15 @@ from bpe import BPETokenizer, as_visible
 from configurator import UserError
 from formats.tensors import (
     Target,
-    check_range,
+    build_model,
+    check_dtype_range,
     expect,
     expect_neutral,
     exported,
-    filled,
     gguf_name,
     misfit,
-    not_carried,
     shortest,
+    unsupported_field,
 )
 from model import ModelArgs
 from system.fields import is_bool, is_count, is_number, is_string, list_of
@@ -33,7 +33,7 @@ from system.files import atomic_write
 from system.remote import need, reason
 from tokenizer import ByteLevel, sentencepiece_model
 
-# Fields of ModelArgs and their keys, which follow the architecture and a dot
+# Fields of ModelArgs and their keys, which come after the architecture and a dot
 KEYS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "context_length",
@@ -45,7 +45,7 @@ KEYS = {
     "norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-# Keys that this model lacks, with the values that change nothing
+# Keys that our model lacks, with the values that change nothing
 NEUTRAL = {
     "tensor_data_layout": ("Meta AI original pth", "reference"),  # llama.cpp does not read it
     "rope.scaling.type": ("none",),
@@ -66,10 +66,10 @@ HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_le
 PLAIN = {*KEYS, "tie_embeddings"}
 ARCHITECTURES = {
     "llama": Target(PLAIN),
-    "qwen3": Target({*PLAIN, "qk_norm"}, must=["qk_norm"]),
+    "qwen3": Target({*PLAIN, "qk_norm"}, required=["qk_norm"]),
 }
 
-# --dtype: llama.cpp's number format of matrices, and of the file; vectors stay in F32
+# --dtype: llama.cpp's types for matrices and for the file; vectors are F32 in all of them
 GGUF_DTYPES = {
     "fp32": ("F32", "ALL_F32"),
     "fp16": ("F16", "MOSTLY_F16"),
@@ -78,66 +78,64 @@ GGUF_DTYPES = {
     "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }
 ARRAY = 9  # the type of a field that is a list
-MOST_PARTS = 1 << 22  # of a file's fields, about 250 bytes each; one with 256,000 tokens has 1.5 M
-BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
-LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # numbers; scales are F16
+MAX_PARTS = 1 << 22  # arrays in a file's fields, 250 bytes each; 256,000 tokens take 1.5 million
+BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
+MAX_VALUE = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # scales are F16
 
 
 def architecture(args):
-    """The name of the first architecture that carries ModelArgs. Raises UserError."""
+    """Return the name of the first architecture that can store ModelArgs, or raise UserError."""
     for name, target in ARCHITECTURES.items():
         if not misfit(args, target):
             return name
-    field = not_carried(args, ARCHITECTURES["qwen3"].can)  # what llama lacks is qwen3's
+    field = unsupported_field(args, ARCHITECTURES["qwen3"].supported)  # a superset of llama's
     raise UserError(
-        f"gguf cannot carry {field.name} = {getattr(args, field.name)}: llama.cpp has no "
-        f"architecture with it; write --format=bin or hf, or train another model with --arch=llama "
-        f"or portable and --{field.name}={field.default}"
+        f"gguf cannot store {field.name} = {getattr(args, field.name)}: use --format=bin or hf, or "
+        f"train a model with --arch=llama or portable and --{field.name}={field.default}"
     )
 
 
 def check_tokenizer(tokenizer):
     """
     Raise UserError for a tokenizer that llama.cpp cannot run. Returns the normalizer_spec of a
-    SentencePiece, else None.
+    SentencePiece model, else None.
     """
     if tokenizer is None:
-        raise UserError("gguf needs the tokenizer: give --tokenizer=PATH of its .model")
+        raise UserError("gguf needs the tokenizer: pass its .model with --tokenizer=PATH")
+    path, instead = tokenizer.model_path, "use --format=bin or hf"
     if isinstance(tokenizer, ByteLevel):
-        tokenizer.bpe.names()  # raises where two would be equal
-        if not tokenizer.bpe.makes_its_tokens():  # some of its patterns take them from there
+        tokenizer.bpe.names()  # raises UserError if two names are equal
+        if not tokenizer.bpe.makes_its_tokens():  # llama-bpe takes whole words from the vocabulary
             raise UserError(
-                f"gguf cannot carry {tokenizer.model_path}, whose merges do not make all its tokens"
+                f"gguf cannot store {path}, because its merges do not make all its tokens: "
+                f"{instead}"
             )
         return None
     spec = tokenizer.check_plain("gguf")
     if spec.remove_extra_whitespaces:
-        raise UserError(f"gguf cannot carry {tokenizer.model_path}, which folds spaces")
-    if not tokenizer.byte_fallback:
-        raise UserError(
-            f"gguf cannot carry {tokenizer.model_path}, which has no byte pieces: llama.cpp would "
-            f"end at the first character it lacks; write --format=bin or hf"
-        )
+        raise UserError(f"gguf cannot store {path}, which collapses spaces: {instead}")
+    if not tokenizer.byte_fallback:  # llama.cpp aborts at the first character it lacks
+        raise UserError(f"gguf cannot store {path}, which has no byte pieces: {instead}")
     return spec
 
 
 def write_gguf(model, path, dtype, tokenizer, facts):
     """
-    Write a Transformer and its Tokenizer as a GGUF file, whole or not at all. As in llama.cpp,
-    matrices whose rows are not a multiple of 32 stay in F16 where q8_0 or q4_0 is asked for.
+    Write a Transformer and its Tokenizer as a GGUF file; an error leaves no partial file. With q8_0
+    and q4_0, matrices with a row length that is not a multiple of 32 are F16, as in llama.cpp.
     """
     gguf, kind, spec = need("gguf"), architecture(model.args), check_tokenizer(tokenizer)
     try:
         with atomic_write(path) as part:
             f = gguf.GGUFWriter(part.name, kind)
-            f.add_name(facts.get("title", "story teller"))
+            f.add_name(facts.get("title", "storyteller"))
             f.add_license(facts.get("license", "unknown"))
             f.add_languages([facts.get("language", "en")])
             put_args(f, kind, model.args)
             f.add_file_type(getattr(gguf.LlamaFileType, GGUF_DTYPES[dtype][1]))
             f.add_quantization_version(gguf.GGML_QUANT_VERSION)
             put_tokenizer(f, tokenizer, spec)
-            kept = put_tensors(f, kind, model, dtype)
+            in_f16 = put_tensors(f, kind, model, dtype)
             f.write_header_to_file()
             f.write_kv_data_to_file()
             f.write_tensors_to_file(progress=False)
@@ -146,18 +144,18 @@ def write_gguf(model, path, dtype, tokenizer, facts):
         raise UserError(f"cannot write {path}: {reason(e)}") from None
     if kind == "qwen3" and not isinstance(tokenizer, ByteLevel):
         print(
-            "note: llama.cpp runs this file; Ollama's engine for qwen3 reads byte-level BPE "
-            "vocabularies alone: for Ollama train with --arch=llama"
+            "note: llama.cpp can run this file, but Ollama's qwen3 engine supports only byte-level "
+            "BPE; for Ollama, train with --arch=llama"
         )
-    if kept:
+    if in_f16:
         print(
-            f"note: {len(kept)} tensors, such as {kept[0]}, stay in F16: their rows are not "
-            f"a multiple of {BLOCK} numbers"
+            f"note: {len(in_f16)} tensors, such as {in_f16[0]}, are stored as F16, because their "
+            f"row length is not a multiple of {BLOCK}"
         )
 
 
 def put_args(f, kind, args):
-    """The fields of ModelArgs."""
+    """Add the fields of ModelArgs."""
     for name, key in KEYS.items():
         value = getattr(args, name)
         put = f.add_float32 if isinstance(value, float) else f.add_uint32
@@ -167,28 +165,28 @@ def put_args(f, kind, args):
 
 
 def put_tensors(f, kind, model, dtype):
-    """All tensors of a Transformer; returns the names of those that stay in F16."""
-    gguf, kept = need("gguf"), []
-    formats = gguf.GGMLQuantizationType
+    """Add all tensors of a Transformer; return the names of those stored as F16 instead."""
+    gguf, in_f16 = need("gguf"), []
+    types = gguf.GGMLQuantizationType
     for name, tensor in exported(model, in_halves=kind == "qwen3"):
-        number_format = formats.F32
+        quant_type = types.F32
         if tensor.dim() > 1:
-            number_format = getattr(formats, GGUF_DTYPES[dtype][0])
+            quant_type = getattr(types, GGUF_DTYPES[dtype][0])
             if dtype in ("q8_0", "q4_0") and tensor.shape[1] % BLOCK:
-                number_format = formats.F16
-                kept.append(gguf_name(name))
-        check_range(name, tensor, LARGEST.get(number_format.name, math.inf), dtype)
-        numbers = np.ascontiguousarray(tensor.float().numpy())
-        numbers = gguf.quants.quantize(numbers, number_format)
-        f.add_tensor(gguf_name(name), numbers, raw_dtype=number_format)
-    return kept
+                quant_type = types.F16
+                in_f16.append(gguf_name(name))
+        check_dtype_range(name, tensor, MAX_VALUE.get(quant_type.name, math.inf), dtype)
+        values = np.ascontiguousarray(tensor.float().numpy())
+        values = gguf.quants.quantize(values, quant_type)
+        f.add_tensor(gguf_name(name), values, raw_dtype=quant_type)
+    return in_f16
 
 
-PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "llama-bpe"}  # llama.cpp's names of our patterns
+PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "llama-bpe"}  # llama.cpp's names for our patterns
 
 
 def put_tokenizer(f, tokenizer, spec):
-    """Pieces, scores or merges, and types. As in ours, a text ends at EOS or the next BOS."""
+    """Add pieces, scores or merges, and types. As in run.c, a text ends at EOS or the next BOS."""
     n = range(tokenizer.vocab_size)
     if isinstance(tokenizer, ByteLevel):
         bpe = tokenizer.bpe
@@ -217,9 +215,9 @@ def put_tokenizer(f, tokenizer, spec):
 
 
 def token_type(sp, i):
-    """The type of a piece, a number that gguf and SentencePiece share."""
-    kinds = {2: sp.is_unknown, 3: sp.is_control, 5: sp.is_unused, 6: sp.is_byte}
-    return next((number for number, is_one in kinds.items() if is_one(i)), 1)
+    """Return the type of a piece; GGUF and SentencePiece use the same codes."""
+    types = {2: sp.is_unknown, 3: sp.is_control, 5: sp.is_unused, 6: sp.is_byte}
+    return next((code for code, has_type in types.items() if has_type(i)), 1)
 
 
 # ---- reading
@@ -227,43 +225,43 @@ def token_type(sp, i):
 
 def read_gguf(path):
     """
-    The Transformer of a GGUF file of llama or qwen3, in any number format that gguf can read, as
-    float32 on the CPU, and the file's fields for tokenizer_of(). Raises UserError.
+    Return the Transformer of a llama or qwen3 GGUF file, float32, on the CPU, and the file's fields
+    for tokenizer_of(). The tensors may have any type that the gguf package reads. Raises UserError.
     """
     gguf = need("gguf")
     try:
         reader = open_gguf(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        check_places(reader)
+        check_offsets(reader)
     except OSError:
         raise
-    except Exception as e:  # foreign bytes may lead to anything
+    except Exception as e:  # a damaged file can cause any error
         raise UserError(f"{path} is damaged or not a GGUF file: {e}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     args = args_of(fields, tensors, path)
 
-    def numbers(tensor):
+    def dequantized(tensor):
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            expected = "a number format that gguf can read"
+            expected = "a type that the gguf package can read"
             expect(False, path, tensor.name, tensor.tensor_type.name, expected)
         return torch.from_numpy(np.array(values, np.float32)).view(shape_of(tensor))
 
-    source = {name: (shape_of(t), partial(numbers, t)) for name, t in tensors.items()}
+    source = {name: (shape_of(t), partial(dequantized, t)) for name, t in tensors.items()}
     in_halves = fields["general.architecture"] == "qwen3"
-    return filled(args, source, path, gguf_name, in_halves), fields
+    return build_model(args, source, path, gguf_name, in_halves), fields
 
 
-def check_places(reader):
-    """Raise ValueError unless tensors follow each other to the end, as llama.cpp writes them."""
-    place, alignment = reader.data_offset, int(reader.alignment)
+def check_offsets(reader):
+    """Raise ValueError unless the tensors fill the file without gaps, as llama.cpp writes them."""
+    offset, alignment = reader.data_offset, int(reader.alignment)
     for tensor in reader.tensors:
-        if tensor.data_offset != place:
-            raise ValueError(f"{tensor.name} begins at {tensor.data_offset}, expected {place}")
-        place += tensor.n_bytes + -tensor.n_bytes % alignment
-    if not 0 <= place - len(reader.data) < alignment:  # the last one may not be padded
-        raise ValueError(f"it has {len(reader.data)} bytes, and its tensors end at {place}")
+        if tensor.data_offset != offset:
+            raise ValueError(f"{tensor.name} starts at {tensor.data_offset}, expected {offset}")
+        offset += tensor.n_bytes + -tensor.n_bytes % alignment
+    if not 0 <= offset - len(reader.data) < alignment:  # the last tensor may lack padding
+        raise ValueError(f"it has {len(reader.data)} bytes, but its tensors end at {offset}")
 
 
 def shape_of(tensor):
@@ -271,10 +269,10 @@ def shape_of(tensor):
 
 
 def args_of(fields, tensors, path):
-    """ModelArgs of a file's fields and tensors; UserError for what this model does not compute."""
+    """Return the ModelArgs of a file; raise UserError for a model that ours cannot compute."""
     if (n := fields.get("split.count", 1)) > 1:
         raise UserError(
-            f"{path} is one of {n} parts of a split GGUF: join them with llama.cpp's "
+            f"{path} is one of {n} parts of a split GGUF file: join them with llama.cpp's "
             f"llama-gguf-split --merge FIRST_PART OUT"
         )
     kind = fields.get("general.architecture")
@@ -301,25 +299,25 @@ def args_of(fields, tensors, path):
 
 def open_gguf(path):
     """
-    gguf's reader of a file, which must not end before what its lengths announce, and must have no
-    more fields and tensors than fit the memory.
+    Open a file with gguf's reader. Raises ValueError if the file ends before the lengths it claims,
+    or has so many fields that they could exhaust memory.
     """
 
     class Reader(need("gguf").GGUFReader):
-        n_parts = 0  # arrays made so far
+        n_parts = 0  # arrays read
 
         def _get(self, offset, dtype, count=1, override_order=None):
-            self.data = self.data.view(np.ndarray)  # parts of a memmap take far more memory
+            self.data = self.data.view(np.ndarray)  # slices of a memmap take far more memory
             self.n_parts += 1
-            if self.n_parts > MOST_PARTS:
-                raise ValueError("it has more fields than this program reads")
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) < count:  # gguf's own loops over what is not there
-                raise ValueError(f"it ends at byte {len(self.data)}, before {count} numbers")
-            return found
+            if self.n_parts > MAX_PARTS:
+                raise ValueError("it has too many fields")
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) < count:  # gguf itself would keep looping past the end
+                raise ValueError(f"it ends at byte {len(self.data)}, within {count} values")
+            return values
 
         def _get_field_parts(self, orig_offs, raw_type):
-            """An array of numbers as one part; gguf makes a part of each number."""
+            """Read an array of numbers as one part; gguf makes each number a part."""
             kinds = self.gguf_scalar_to_np
             if raw_type == ARRAY and (kind := self._get(orig_offs, np.uint32))[0] in kinds:
                 size = self._get(orig_offs + 4, np.uint64)
@@ -330,7 +328,7 @@ def open_gguf(path):
     return Reader(path)
 
 
-# What the fields of a tokenizer, tokenizer.ggml.*, may be
+# Checks of the tokenizer's fields, tokenizer.ggml.*
 TOKENIZER = {
     "model": is_string,
     "pre": is_string,
@@ -345,47 +343,47 @@ TOKENIZER = {
 
 def tokenizer_of(fields, path):
     """
-    The tokenizer model in a GGUF file's fields, as bytes; None for one that we do not have. Raises
-    UserError where its fields do not fit together.
+    Return the tokenizer model in a GGUF file's fields, as bytes, or None for a kind that we do not
+    support. Raises UserError if its fields are inconsistent.
     """
-    found = {}
+    values = {}
     for name, check in TOKENIZER.items():
         if (key := f"tokenizer.ggml.{name}") in fields:
-            found[name] = fields[key]
-            expect(check(found[name]), path, key, found[name], "what llama.cpp writes there")
-    if not found.get("add_bos_token", True):  # ours always begins with BOS
+            values[name] = fields[key]
+            expect(check(values[name]), path, key, values[name], "what llama.cpp writes there")
+    if not values.get("add_bos_token", True):  # our texts always start with BOS
         return None
-    if found.get("model") not in ("gpt2", "llama") or "tokens" not in found:
+    if values.get("model") not in ("gpt2", "llama") or "tokens" not in values:
         return None
-    of_each = ("scores", "token_type") if found["model"] == "llama" else ("token_type",)
-    n = len(found["tokens"])
-    for name in of_each:
-        size = len(found.get(name, ()))
-        expect(size == n, path, f"tokenizer.ggml.{name}", f"{size} values", f"{n}, one a token")
-    if found["model"] == "gpt2":
-        return byte_level_of(found)
-    ids = [found.get(f"{name}_token_id", i) for i, name in enumerate(("unknown", "bos", "eos"))]
+    per_token = ("scores", "token_type") if values["model"] == "llama" else ("token_type",)
+    n = len(values["tokens"])
+    for name in per_token:
+        size = len(values.get(name, ()))
+        expect(size == n, path, f"tokenizer.ggml.{name}", f"{size} values", f"{n}, one per token")
+    if values["model"] == "gpt2":
+        return byte_level_of(values)
+    ids = [values.get(f"{name}_token_id", i) for i, name in enumerate(("unknown", "bos", "eos"))]
     expect(ids == [0, 1, 2], path, "the ids of unk, BOS and EOS", ids, "[0, 1, 2] as in Llama 2")
-    has_prefix = found.get("add_space_prefix", True)
-    lists = (found[name] for name in ("tokens", "scores", "token_type"))
+    has_prefix = values.get("add_space_prefix", True)
+    lists = (values[name] for name in ("tokens", "scores", "token_type"))
     return sentencepiece_model(*lists, add_dummy_prefix=has_prefix)
 
 
-def byte_level_of(found):
+def byte_level_of(values):
     """
-    The model of bpe.py in the checked fields of TOKENIZER, as bytes; None if its pattern is
-    another.
+    Return the bpe.py model in the checked fields of TOKENIZER, as bytes, or None if bpe.py has no
+    such model.
     """
     names = {theirs: ours for ours, theirs in PRE_TOKENIZERS.items()}
-    pattern_name = names.get(found.get("pre"))
-    tokens, types, merges = found["tokens"], found["token_type"], found.get("merges")
-    bos = found.get("bos_token_id")
+    pattern_name = names.get(values.get("pre"))
+    tokens, types, merges = values["tokens"], values["token_type"], values.get("merges")
+    bos = values.get("bos_token_id")
     if not (pattern_name and merges):
         return None
     special = [i for i, kind in enumerate(types) if kind == 3]
-    if bos not in special or bos != found.get("eos_token_id"):
+    if bos not in special or bos != values.get("eos_token_id"):
         return None
-    special.sort(key=lambda i: i != bos)  # the first begins texts
+    special.sort(key=lambda i: i != bos)  # BOS must come first
     try:
         names = {i: tokens[i] for i, kind in enumerate(types) if kind == 1}
         names |= {i: tokens[i] for i in special}

@@ -1,6 +1,6 @@
 """
-Tokenizers in the files of Hugging Face's libraries, tokenizer.json and tokenizer_config.json, with
-the same ids for every text; and the files that bpe.py's command line writes.
+Tokenizers as Hugging Face's tokenizer.json and tokenizer_config.json, with the same ids for every
+text; and the files that bpe.py's command line writes.
 """
 
 import base64
@@ -15,42 +15,42 @@ from tokenizer import BYTE_LEVEL, SPACE, ByteLevel, bpe_json, byte_level_json, c
 
 
 def tokenizer_json(tokenizer):
-    """tokenizer.json of a Tokenizer, as a dict. Raises UserError for models that do more."""
+    """Return a Tokenizer's tokenizer.json as a dict; raise UserError if it cannot represent it."""
     if isinstance(tokenizer, ByteLevel):
         bos, value = next(iter(tokenizer.bpe.special)), byte_level_json(tokenizer.bpe)
     else:
         bos, value = tokenizer.sp.id_to_piece(tokenizer.bos_id), sentencepiece_json(tokenizer)
-    return {**value, "post_processor": with_bos_before(bos, tokenizer.bos_id)}
+    return {**value, "post_processor": bos_post_processor(bos, tokenizer.bos_id)}
 
 
-def with_bos_before(bos, i):
-    """The post_processor that puts the token `bos`, of id i, before each text."""
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+def bos_post_processor(bos, i):
+    """Return the post_processor that puts the token `bos` with id i before each text."""
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB"))
     return {
         "type": "TemplateProcessing",
-        "single": [begin, first],
-        "pair": [begin, first, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
+        "single": [start, first],
+        "pair": [start, first, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
         "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}},
     }
 
 
 def sentencepiece_json(tokenizer):
     """
-    tokenizer.json of a SentencePiece, as a dict, without a token before each text. Raises UserError
-    for models that do more than can be written there.
+    Return a SentencePiece model's tokenizer.json as a dict, without a post_processor. Raises
+    UserError for models that it cannot represent.
     """
     spec, sp = tokenizer.check_plain("hf"), tokenizer.sp
     pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     special = {i: p for i, p in enumerate(pieces) if sp.is_unknown(i) or sp.is_control(i)}
-    normalizers, strip = [replaced(" ", SPACE)], []
+    normalizers, strip = [replace_step(" ", SPACE)], []
     if spec.add_dummy_prefix:
         normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     if spec.remove_extra_whitespaces:
-        first = [replaced(r"\A +", "", "Regex"), replaced(" {2,}", " ", "Regex")]
-        normalizers = [*first, *normalizers, replaced(rf"{SPACE}+\z", "", "Regex")]
-    decoders = [replaced(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+        first = [replace_step(r"\A +", "", "Regex"), replace_step(" {2,}", " ", "Regex")]
+        normalizers = [*first, *normalizers, replace_step(rf"{SPACE}+\z", "", "Regex")]
+    decoders = [replace_step(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
     return bpe_json(
         special,
         normalizer={"type": "Sequence", "normalizers": normalizers},
@@ -64,15 +64,15 @@ def sentencepiece_json(tokenizer):
     )
 
 
-def replaced(pattern, content, kind="String"):
-    """The normalizer or decoder that replaces a pattern."""
+def replace_step(pattern, content, kind="String"):
+    """Return the normalizer or decoder that replaces a pattern."""
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
 def sentencepiece_merges(sp, pieces, special):
     """
-    [[left, right]]: SentencePiece joins the two neighbours that make the piece of the best score,
-    so every pair that makes a piece is a merge, in the order of the scores.
+    Return [[left, right]]. SentencePiece joins the adjacent pair that makes the piece with the best
+    score, so every pair that makes a piece is a merge, ordered by score.
     """
     scores = {
         piece: sp.get_score(i)
@@ -89,39 +89,40 @@ def sentencepiece_merges(sp, pieces, special):
 
 def byte_level_from_json(path):
     """
-    The BPETokenizer of a tokenizer.json. Raises UserError for one that does anything that bpe.py
-    does not: change text before encoding, cut it by another pattern, use another model.
+    Return the BPETokenizer of a tokenizer.json. Raises UserError for one that does what bpe.py does
+    not: change text before encoding, split it by another pattern, or use another model.
     """
     data = read_json(path)
     try:
-        model, cut = data["model"], data["pre_tokenizer"]
+        model, pre_tokenizer = data["model"], data["pre_tokenizer"]
         added = sorted(data.get("added_tokens") or [], key=lambda token: token["id"])
-        pattern_name = pattern_of(cut)
+        pattern_name = pattern_of(pre_tokenizer)
         options = ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")
-        wrong = [name for name in options if model.get(name)]
-        wrong += ["normalizer"] if data.get("normalizer") else []
-        kind = model.get("type", "BPE")  # GPT-2's own file leaves it out
-        wrong += [] if kind == "BPE" else [f"model {kind}"]
+        extras = [name for name in options if model.get(name)]
+        extras += ["a normalizer"] if data.get("normalizer") else []
+        kind = model.get("type", "BPE")  # missing in GPT-2's own file
+        extras += [] if kind == "BPE" else [f"a {kind} model"]
         flags = ("lstrip", "rstrip", "single_word")
-        wrong += [f"{flag} of a token" for token in added for flag in flags if token.get(flag)]
-        wrong += [] if pattern_name else [f"the pre_tokenizer {str(cut)[:100]}"]
-        if wrong:
-            raise ValueError(f"it has {wrong[0]}")
+        extras += [f"a token with {flag}" for token in added for flag in flags if token.get(flag)]
+        extras += [] if pattern_name else [f"the pre_tokenizer {str(pre_tokenizer)[:100]}"]
+        if extras:
+            raise ValueError(f"it has {extras[0]}")
         special = {token["content"]: token["id"] for token in added}
         names = {i: name for name, i in model["vocab"].items() if name not in special}
         names |= {i: text for text, i in special.items()}
         bpe = BPETokenizer.from_names(names, model["merges"], list(special), pattern_name)
         if model.get("ignore_merges") and not bpe.makes_its_tokens():
-            raise ValueError("it has tokens that its merges do not make")
+            raise ValueError("its merges do not make all its tokens")
         return bpe
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-        cause = f"no {e}" if isinstance(e, KeyError) else e
-        raise UserError(f"{path} is not a byte-level BPE that bpe.py knows: {cause}") from None
+        cause = f"{e} is missing" if isinstance(e, KeyError) else e
+        raise UserError(f"{path} is not a byte-level BPE that bpe.py supports: {cause}") from None
 
 
-def pattern_of(cut):
-    """The name in PATTERNS of what a pre_tokenizer does; None for anything else."""
-    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+def pattern_of(pre_tokenizer):
+    """Return the name in PATTERNS of the same pre_tokenizer, or None."""
+    is_sequence = pre_tokenizer["type"] == "Sequence"
+    steps = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     if steps and steps[-1]["type"] == "ByteLevel":
         steps = [*steps[:-1], {"use_regex": True, **steps[-1], "trim_offsets": True}]
     if steps == [{**BYTE_LEVEL, "use_regex": True}]:
@@ -131,8 +132,8 @@ def pattern_of(cut):
 
 def tokenizer_config(tokenizer, max_seq_len):
     """
-    tokenizer_config.json, as a dict. As in our tokenizers, text that looks like a special token
-    stays text with SentencePiece, and stands for the token with byte-level BPE.
+    Return tokenizer_config.json as a dict. As in our tokenizers, text that looks like a special
+    token is encoded as text by SentencePiece, and as the token by byte-level BPE.
     """
     if isinstance(tokenizer, ByteLevel):
         bos = tokenizer.bpe.vocab[tokenizer.bos_id].decode()
@@ -154,7 +155,7 @@ def tokenizer_config(tokenizer, max_seq_len):
 
 
 class VocabularyFiles:
-    """The files of one BPETokenizer: model, list to read, and others if they are asked for."""
+    """The files of one BPETokenizer: model, readable vocabulary, and optionally others."""
 
     def __init__(self, model, also_tiktoken=False, also_hf=False):
         base = os.path.splitext(model)[0]
@@ -163,30 +164,35 @@ class VocabularyFiles:
         self.paths |= {"hf": f"{base}.json"} if also_hf else {}
 
     def check(self, source):
-        """Raise UserError where a file cannot be written, or would replace anything but a model."""
+        """Raise UserError if a file cannot be written, or would replace anything but a model."""
         model, paths = self.paths["model"], self.paths
         folder = os.path.dirname(model) or "."
         if not os.path.basename(model) or os.path.isdir(model):
-            raise UserError(f"cannot write {model!r}, which is a folder: name a file")
+            raise UserError(f"cannot write {model!r}: it is a folder; choose a file")
         if len({*paths.values()}) < len(paths):
-            raise UserError(
-                f"model = {model!r} is a name for another of its files: end it in .model"
-            )
+            raise UserError(f"model = {model!r}: expected a path ending in .model")
         if os.path.exists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise UserError(f"cannot write {model}: {folder} is not a writable folder")
         texts = {os.path.realpath(path) for path in text_files(source)} if source else set()
         if any(os.path.realpath(path) in texts for path in paths.values()):
-            raise UserError(f"{model} or a file beside it belongs to the text: name another")
+            raise UserError(
+                f"{model} or a file beside it already exists and is part of the text; choose "
+                f"another --model"
+            )
         if os.path.exists(model):
             BPETokenizer.load(model)
         if "hf" in paths and source and os.path.realpath(source) == os.path.realpath(folder):
-            raise UserError(f"{paths['hf']} would be taken for text: name a model elsewhere")
+            raise UserError(
+                f"{paths['hf']} would be read as text in the next run; choose another folder for "
+                f"--model"
+            )
 
     def write(self, bpe):
-        """Write all files and print their names."""
+        """Write all files and print their paths."""
         paths = self.paths
         bpe.save(paths["model"])
-        print(f"{len(bpe.vocab):,} tokens: wrote {paths['model']}, and {paths['vocab']} to read")
+        n = f"{len(bpe.vocab):,} tokens"
+        print(f"{n}: wrote {paths['model']} and the readable list {paths['vocab']}")
         if "tiktoken" in paths:
             with atomic_write(paths["tiktoken"]) as f:
                 f.write(tiktoken_file(bpe))
@@ -194,13 +200,13 @@ class VocabularyFiles:
         if "hf" in paths:
             with atomic_write(paths["hf"], "w") as f:
                 f.write(json.dumps(byte_level_json(bpe), ensure_ascii=False))
-            print(f"wrote {paths['hf']}, a tokenizer.json of Hugging Face")
+            print(f"wrote {paths['hf']}, a Hugging Face tokenizer.json")
 
 
 def tiktoken_file(bpe):
     """
-    The ranks of a BPETokenizer as tiktoken's files have them, as bytes: a line of base64 and id for
-    each token. The pattern and the special tokens are not part of such a file.
+    Return the ranks of a BPETokenizer as tiktoken's file format, as bytes: one line per token, with
+    its base64 and its id. The file does not include the pattern or the special tokens.
     """
     special = set(bpe.special.values())
     lines = (

@@ -1,16 +1,16 @@
 """
-model.bin, which run.c reads: written by export_model(), read by read_bin().
+model.bin, the file that run.c reads: export_model() writes it, read_bin() reads it.
 
-Version 0 is llama2.c's first format, byte for byte, and carries plain Llama 2 in fp32. Version 3
-describes itself completely and carries every option of ModelArgs and every number format.
-doc/format.md specifies both. llama2.c's versions 1 and 2 are read as well.
+Version 0 is llama2.c's first format, byte for byte, and stores plain Llama 2 in fp32. Version 3 is
+self-describing and stores every option of ModelArgs in every dtype. doc/format.md specifies both.
+llama2.c's versions 1 and 2 can be read, but not written.
 
-To add an option: its field or bit in V3_HEADER or V3_OPTIONS, its tensor in NAMES of tensors.py,
-and the same in run.c and doc/format.md; until then both versions refuse it by name. To add an
-activation: nothing here, since its code in the header is its place in ACTIVATIONS of model.py; the
-head of model.py lists the places to touch. To add a number format: its place in DTYPES, its case in
-blobs() and read_blobs(), and the same in run.c and doc/format.md. To add a version: a writer in
-VERSIONS that refuses what it cannot carry.
+To add an option, add its field to V3_HEADER or its bit to V3_OPTIONS, its tensor to NAMES in
+tensors.py, and the same to run.c and doc/format.md; until then both versions refuse it by name.
+To add an activation, see the top of model.py; nothing changes here, because its code in the header
+is its index in ACTIVATIONS. To add a dtype, add it to DTYPES, to blobs() and read_blobs(), and to
+run.c and doc/format.md. To add a version, add a writer to VERSIONS that refuses what the version
+cannot store.
 """
 
 import math
@@ -39,21 +39,21 @@ from system.files import atomic_write
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 V0_TARGET = Target({*V0_HEADER, "tie_embeddings"})
 
-MAGIC = 0x616B3432  # "ak42" as a number, that of llama2.c's versions 1 and 2
+MAGIC = 0x616B3432  # "ak42" as an integer, as in llama2.c's versions 1 and 2
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-LANES = 16  # rows of a matrix that lie together, since run.c multiplies them at once
+LANES = 16  # rows of a matrix that are interleaved, because run.c multiplies them together
 
 
 class Codes(NamedTuple):
-    """A number format of integers: a number is (integer - zero) * scale."""
+    """A quantized dtype: a value is (integer - zero) * scale."""
 
     bits: int
     group: int  # columns of a row that share a scale
     zero: int
-    per_code: int  # columns of a row that lie together
+    per_code: int  # adjacent columns of a row that are stored together
 
 
-# number formats of matrices and tables; the place is the field `dtype`
+# Dtypes of matrices and tables; the field `dtype` is an index into this
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -61,7 +61,7 @@ DTYPES = {
     "int4": Codes(bits=4, group=32, zero=8, per_code=8),
 }
 
-# Bits of the field `options`, the lowest first
+# Bits of the field `options`, lowest first
 V3_OPTIONS = (
     "tie_embeddings",
     "qk_norm",
@@ -71,15 +71,15 @@ V3_OPTIONS = (
     "smear",
 )
 
-# Version 3: name, struct code, least and most value of each field, little-endian, without gaps
+# Version 3: name, struct code, minimum and maximum of each field; little-endian, without gaps
 V3_HEADER = (
     ("magic", "I", MAGIC, MAGIC),
     ("version", "i", 3, 3),
     ("file_size", "Q", 1, 1 << 62),  # bytes
-    ("header_size", "I", 80, 84),  # bytes of these fields; 80 in files without the last one
+    ("header_size", "I", 80, 84),  # bytes of these fields; 80 in older files, without the last one
     ("options", "I", 0, (1 << len(V3_OPTIONS)) - 1),
-    ("dtype", "I", 0, len(DTYPES) - 1),  # of the tensors
-    ("activation", "I", 0, len(ACTIVATIONS) - 1),  # the place in ACTIVATIONS
+    ("dtype", "I", 0, len(DTYPES) - 1),  # index into DTYPES
+    ("activation", "I", 0, len(ACTIVATIONS) - 1),  # index into ACTIVATIONS
     ("dim", "i", 1, 1 << 16),
     ("hidden_dim", "i", 1, 1 << 20),
     ("n_layers", "i", 1, 1 << 12),
@@ -92,29 +92,29 @@ V3_HEADER = (
     ("norm_eps", "f", 0, 1),
     ("rope_theta", "f", 1, 1e12),
     ("logit_softcap", "f", 0, 1e6),
-    ("tokenizer", "I", 0, (1 << 32) - 1),  # its fingerprint, see tokenizer.py; 0: unknown
+    ("tokenizer", "I", 0, (1 << 32) - 1),  # fingerprint, see tokenizer.py; 0: unknown
 )
 V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
-V3_SHORTEST = 80  # bytes of the header of earlier files, which lack `tokenizer`
+V3_OLD_SIZE = 80  # header bytes of older files, which lack `tokenizer`
 MAX_WINDOW = 1 << 24
-TABLES = {"value_embeddings", "bigram_embeddings"}  # of rows that are looked up, not multiplied
+TABLES = {"value_embeddings", "bigram_embeddings"}  # rows are looked up, not multiplied
 V3_TARGET = Target({*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"})
 
 
 def refuse(args, target, version):
-    """Raise UserError, naming the option, for a model that is more than the version can say."""
+    """Raise UserError with the option's name if the version cannot store the model."""
     if name := misfit(args, target):
+        instead = "--version=3" if version == 0 else "--format=checkpoint"
         raise UserError(
-            f"version {version} cannot carry {name} = {getattr(args, name)}: "
-            f"its readers take {getattr(ModelArgs, name)} for granted"
+            f"version {version} cannot store {name} = {getattr(args, name)}: use {instead}"
         )
 
 
 def tensors(model, with_rope_tables=False):
     """
-    Yield (name, parts) of each tensor of a model file in the order of NAMES, the same in every
-    version: one part, or one for each layer or table that has it. Rows past vocab_size are left
-    out, and so is a tied head.
+    Yield (name, parts) for each tensor of a model file, in the order of NAMES, which is the same in
+    every version. A tensor has one part, or one for each layer or table that has it. Rows past
+    vocab_size and a tied head are left out.
     """
     args, state = model.args, model.state_dict()
     for key, *_ in NAMES:
@@ -133,50 +133,52 @@ def tensors(model, with_rope_tables=False):
 
 def quantized(matrix, codes):
     """
-    Integers (rows, cols), uint8, and scales (rows, groups), bfloat16, of a matrix, which is about
-    (integers - codes.zero) * scales. int8 puts the largest number of a group near -127 or 127. int4
-    tries several scales around the one that puts it at -8 and takes that of least squared error.
+    Quantize a matrix. Returns integers (rows, cols), uint8, and scales (rows, groups), bfloat16;
+    the matrix is about (integers - codes.zero) * scales. In int8 the largest value of a group
+    becomes about -127 or 127. int4 tries several scales around the one that maps it to -8, and
+    keeps the one with the least squared error.
     """
     rows, cols = matrix.shape
     w = F.pad(matrix.float(), (0, -cols % codes.group)).view(rows, -1, codes.group)
     largest = w.gather(2, w.abs().argmax(2, keepdim=True))  # with its sign
-    if codes.bits == 8:  # a little more, since bfloat16 may round the scale down
-        tries, least, most = [largest.abs() / 127 * (1 + 2**-8)], -127, 127
+    if codes.bits == 8:  # slightly larger, since bfloat16 may round the scale down
+        candidates, low, high = [largest.abs() / 127 * (1 + 2**-8)], -127, 127
     else:
-        tries, least, most = [largest / -8 * (0.8 + 0.02 * i) for i in range(16)], -8, 7
+        candidates, low, high = [largest / -8 * (0.8 + 0.02 * i) for i in range(16)], -8, 7
     best = torch.full_like(largest, torch.inf)
-    numbers, scales = torch.zeros_like(w), torch.zeros_like(largest)
-    for scale in tries:
+    integers, scales = torch.zeros_like(w), torch.zeros_like(largest)
+    for scale in candidates:
         scale = scale.bfloat16().float()
-        q = (w / torch.where(scale == 0, 1, scale)).round().clamp(least, most)
+        q = (w / torch.where(scale == 0, 1, scale)).round().clamp(low, high)
         error = (w - q * scale).square().sum(2, keepdim=True)
-        numbers = torch.where(error < best, q, numbers)
+        integers = torch.where(error < best, q, integers)
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(error, best)
-    numbers = (numbers + codes.zero).to(torch.uint8).view(rows, -1)[:, :cols]
-    return numbers, scales.squeeze(2).bfloat16()
+    integers = (integers + codes.zero).to(torch.uint8).view(rows, -1)[:, :cols]
+    return integers, scales.squeeze(2).bfloat16()
 
 
-def laid_out(numbers, scales, codes, lanes):
+def laid_out(integers, scales, codes, lanes):
     """
-    Both in the order of the file, see doc/format.md: blocks of `lanes` rows, in which the first
-    columns of each row come first, then the next columns; padded with zeros.
+    Return both in the order of the file (see doc/format.md): in each block of `lanes` rows, the
+    first columns of every row, then the next columns, and so on; padded with zeros.
     """
-    rows, cols = numbers.shape
+    rows, cols = integers.shape
     fill = (0, -cols % codes.per_code, 0, -rows % lanes)
-    numbers = F.pad(numbers, fill, value=codes.zero)
-    numbers = numbers.view(-1, lanes, numbers.shape[1] // codes.per_code, codes.per_code // 4, 4)
-    numbers = numbers.transpose(1, 2)  # (blocks, steps, lanes, 1 or 2, 4)
+    integers = F.pad(integers, fill, value=codes.zero)
+    n_steps = integers.shape[1] // codes.per_code
+    integers = integers.view(-1, lanes, n_steps, codes.per_code // 4, 4)
+    integers = integers.transpose(1, 2)  # (blocks, steps, lanes, 1 or 2, 4)
     if codes.bits == 4:
-        numbers = numbers[:, :, :, 0] | numbers[:, :, :, 1] << 4
+        integers = integers[:, :, :, 0] | integers[:, :, :, 1] << 4
     scales = F.pad(scales, (0, 0, 0, -rows % lanes)).view(-1, lanes, scales.shape[1])
-    return numbers.contiguous(), scales.transpose(1, 2).contiguous()
+    return integers.contiguous(), scales.transpose(1, 2).contiguous()
 
 
 def raw(tensor):
-    """The bytes of a tensor, little-endian."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
-    array = tensor.detach().cpu().reshape(-1).view(whole).numpy()
+    """Return the bytes of a tensor, little-endian."""
+    int_type = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
+    array = tensor.detach().cpu().reshape(-1).view(int_type).numpy()
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
@@ -184,9 +186,7 @@ def write_v0(model, f, dtype, fingerprint):
     args = model.args
     refuse(args, V0_TARGET, 0)
     if dtype != "fp32":
-        raise UserError(
-            f"version 0 cannot carry dtype = {dtype}: its readers take fp32 for granted"
-        )
+        raise UserError(f"version 0 cannot store dtype = {dtype}: use --version=3")
     header = [getattr(args, name) for name in V0_HEADER]
     if not args.tie_embeddings:
         header[V0_HEADER.index("vocab_size")] *= -1
@@ -196,25 +196,25 @@ def write_v0(model, f, dtype, fingerprint):
 
 
 def lanes_of(name, args):
-    """How many rows of a matrix lie together; 1 for a table whose rows are only looked up."""
+    """Return how many rows of a matrix are interleaved; 1 for a table that is only looked up."""
     is_untied = name == "tok_embeddings" and not args.tie_embeddings
     return 1 if name in TABLES or is_untied else LANES
 
 
 def is_vector(name, parts):
-    """Whether a tensor stays in float32 in every number format: gains and other vectors."""
+    """Return whether a tensor is float32 in every dtype, like gains and other vectors."""
     return parts[0].dim() == 1 or name == "smear_gate"
 
 
 def blobs(model, dtype):
-    """What follows the header of a version 3 file: iterables of bytes, each to be aligned."""
+    """Yield what follows the header of a version 3 file: iterables of bytes, each aligned."""
     for name, parts in tensors(model):
         kind = torch.float32 if is_vector(name, parts) else DTYPES[dtype]
         if isinstance(kind, Codes):
             lanes = lanes_of(name, model.args)
-            made = [laid_out(*quantized(part, kind), kind, lanes) for part in parts]
-            yield (raw(numbers) for numbers, _ in made)
-            yield (raw(scales) for _, scales in made)
+            quantized_parts = [laid_out(*quantized(part, kind), kind, lanes) for part in parts]
+            yield (raw(integers) for integers, _ in quantized_parts)
+            yield (raw(scales) for _, scales in quantized_parts)
         else:
             yield (raw(part.to(kind)) for part in parts)
 
@@ -226,7 +226,7 @@ def write_v3(model, f, dtype, fingerprint):
         **args.to_dict(),
         "magic": MAGIC,
         "version": 3,
-        "file_size": 1,  # not known yet
+        "file_size": 1,  # set below
         "header_size": struct.calcsize(V3_STRUCT),
         "options": sum(getattr(args, name) << bit for bit, name in enumerate(V3_OPTIONS)),
         "dtype": list(DTYPES).index(dtype),
@@ -234,16 +234,16 @@ def write_v3(model, f, dtype, fingerprint):
         "tokenizer": fingerprint,
     }
     limits = [*V3_HEADER, ("sliding_window", "i", 0, MAX_WINDOW)]
-    for name, _, least, most in limits:
-        if not least <= values[name] <= most:
+    for name, _, low, high in limits:
+        if not low <= values[name] <= high:
             raise UserError(
-                f"version 3 cannot carry {name} = {values[name]}: expected {least} to {most}"
+                f"version 3 cannot store {name} = {values[name]}: expected {low} to {high}"
             )
     f.write(bytes(values["header_size"]))
     f.write(struct.pack(f"<{args.n_layers}i", *windows(args)))
-    for pieces in blobs(model, dtype):
+    for parts in blobs(model, dtype):
         f.write(bytes(-f.tell() % ALIGNMENT))
-        f.writelines(pieces)
+        f.writelines(parts)
     values["file_size"] = f.tell()
     f.seek(0)
     f.write(struct.pack(V3_STRUCT, *(values[name] for name, *_ in V3_HEADER)))
@@ -254,9 +254,9 @@ VERSIONS = {0: write_v0, 3: write_v3}
 
 def export_model(model, path, version=None, dtype="fp32", fingerprint=0):
     """
-    Write a Transformer as a model file; on any error `path` stays as it was. version None: 0 if
-    that carries the model, so that llama2.c's readers can read it, else 3. fingerprint: that of its
-    Tokenizer, which version 3 carries; 0: unknown.
+    Write a Transformer as a model file; on any error, `path` is left unchanged. version None: 0 if
+    it can store the model, so that programs made for llama2.c can read it, else 3. fingerprint: of
+    the model's Tokenizer, stored by version 3; 0: unknown.
     """
     if version is None:
         version = 3 if dtype != "fp32" or misfit(model.args, V0_TARGET) else 0
@@ -271,7 +271,7 @@ def export_model(model, path, version=None, dtype="fp32", fingerprint=0):
 
 
 class Bytes:
-    """The bytes of a file, from which one array after another is taken. Raises UserError."""
+    """The bytes of a file, read as one array after another. Raises UserError."""
 
     def __init__(self, path):
         self.path, self.at = path, 0
@@ -282,93 +282,93 @@ class Bytes:
             raise UserError(f"cannot read {path}: {e.strerror}") from None
 
     def take(self, code, count):
-        """The next `count` numbers, an array of numpy's type `code`."""
+        """Return the next `count` values as an array of NumPy's type `code`."""
         end = self.at + count * np.dtype(code).itemsize
         if end > self.size:
-            raise UserError(f"{self.path} ends at byte {self.size}, but goes on to {end}")
-        found = self.data[self.at : end].view(code)
+            self.refuse(f"it ends at byte {self.size}, expected at least {end}")
+        values = self.data[self.at : end].view(code)
         self.at = end
-        return found
+        return values
 
     def floats(self, count, code="<f4"):
         return torch.from_numpy(self.take(code, count).astype(np.float32))
 
-    def halves(self, count):
-        """The next `count` numbers in bfloat16, as float32."""
+    def bfloat16s(self, count):
+        """Return the next `count` bfloat16 values, as float32."""
         bits = torch.from_numpy(self.take("<i2", count).astype(np.int16))
         return bits.view(torch.bfloat16).float()
 
     def align(self):
         self.at += -self.at % ALIGNMENT
 
-    def refuse(self, what):
-        raise UserError(f"{self.path} is no model.bin that this version reads: {what}")
+    def refuse(self, reason):
+        raise UserError(f"{self.path} is damaged or not a model.bin: {reason}")
 
 
 def read_bin(path):
     """
-    The Transformer of a model file of any version, on the CPU, all numbers in float32. Raises
-    UserError, one sentence, for anything else.
+    Return the Transformer of a model file of any version, float32, on the CPU. Raises UserError for
+    any other file.
     """
     data = Bytes(path)
     magic, version = data.take("<u4", 2).tolist()
     version = version if magic == MAGIC else 0
     if version not in (0, 1, 2, 3):
-        data.refuse(f"version {version}; expected 0 to 3")
+        data.refuse(f"its version is {version}, expected 0 to 3")
     data.at = 8 if version in (1, 2) else 0
     try:
-        model = read_v3(data) if version == 3 else read_llama2cs(data, version)
-    except (ValueError, RuntimeError) as e:  # sizes that do not fit, or are too large
+        model = read_v3(data) if version == 3 else read_llama2c(data, version)
+    except (ValueError, RuntimeError) as e:  # sizes that do not match, or are too large
         data.refuse(str(e).splitlines()[0])
     if data.at != data.size:
-        data.refuse(f"it has {data.size} bytes, and its header stands for {data.at}")
+        data.refuse(f"it has {data.size} bytes, but its header describes {data.at}")
     return model
 
 
 def model_for(data, args):
-    """A Transformer to read into, once the file is known to be large enough for it."""
-    if skeleton(args).n_params() > 2 * data.size:  # a number takes half a byte at least
-        data.refuse(f"its {data.size} bytes are too few for its header")
+    """Return a Transformer to read into, if the file is large enough for it."""
+    if skeleton(args).n_params() > 2 * data.size:  # a value takes at least half a byte
+        data.refuse(f"its header describes a model larger than its {data.size} bytes")
     return Transformer(args)
 
 
-def read_llama2cs(data, version):
-    """A model of llama2.c's versions 0, 1 and 2."""
+def read_llama2c(data, version):
+    """Return the Transformer of a file of version 0, 1 or 2."""
     values = dict(zip(V0_HEADER, data.take("<i4", 7).tolist(), strict=True))
     tied, group = values["vocab_size"] > 0, 0
     values["vocab_size"] = abs(values["vocab_size"])
     if version:
         tied = bool(data.take("u1", 1)[0])
-        group = int(data.take("<i4", 1)[0])  # of version 2
-    for name, code, least, most in V3_HEADER:
-        if code == "i" and name in values and not least <= values[name] <= most:
-            data.refuse(f"{name} = {values[name]}, expected {least} to {most}")
+        group = int(data.take("<i4", 1)[0])  # only used by version 2
+    for name, code, low, high in V3_HEADER:
+        if code == "i" and name in values and not low <= values[name] <= high:
+            data.refuse(f"{name} = {values[name]}, expected {low} to {high}")
     args = ModelArgs(**values, tie_embeddings=tied)
     if version == 2 and (group < 1 or args.dim % group or args.hidden_dim % group):
-        data.refuse(f"groups of {group} numbers do not divide its rows")
+        data.refuse(f"its rows are not multiples of its group size, {group}")
     model = model_for(data, args)
     order = list(tensors(model, with_rope_tables=version == 0))
-    if version:  # the vectors first
+    if version:  # vectors come first
         data.at = 256
-        order.sort(key=lambda one: not is_vector(*one))
+        order.sort(key=lambda item: not is_vector(*item))
     for name, parts in order:
         if name.startswith("rope"):
             angles = data.floats(parts[0].numel()).view(parts[0].shape)
             if not torch.allclose(angles, parts[0], rtol=0, atol=1e-3):
-                data.refuse("its rotary angles are not those of rope_theta = 10000")
+                data.refuse("its rotary angles do not match rope_theta = 10000")
             continue
         for part in parts:
             if version == 2 and not is_vector(name, parts):
-                found = data.floats(part.numel(), "i1").view(-1, group)
-                found *= data.floats(len(found))[:, None]
+                values = data.floats(part.numel(), "i1").view(-1, group)
+                values *= data.floats(len(values))[:, None]
             else:
-                found = data.floats(part.numel())
-            part.copy_(found.view(part.shape))
+                values = data.floats(part.numel())
+            part.copy_(values.view(part.shape))
     return model
 
 
 def read_fingerprint(path):
-    """The fingerprint of its Tokenizer in a file that read_bin() reads; 0: unknown."""
+    """Return the Tokenizer's fingerprint from a file that read_bin() reads; 0: unknown."""
     data = Bytes(path)
     is_v3 = data.size >= 8 and data.take("<u4", 2).tolist() == [MAGIC, 3]
     data.at = 0
@@ -376,26 +376,26 @@ def read_fingerprint(path):
 
 
 def read_v3_header(data):
-    """{field: value} of a version 3 file, and what follows it is next in `data`."""
-    header = data.take("u1", V3_SHORTEST).tobytes()
-    is_short = header[16:20] == struct.pack("<I", V3_SHORTEST)
-    n_more = struct.calcsize(V3_STRUCT) - V3_SHORTEST
+    """Return {field: value} of a version 3 file, and leave `data` at the end of the header."""
+    header = data.take("u1", V3_OLD_SIZE).tobytes()
+    is_short = header[16:20] == struct.pack("<I", V3_OLD_SIZE)
+    n_more = struct.calcsize(V3_STRUCT) - V3_OLD_SIZE
     header += bytes(n_more) if is_short else data.take("u1", n_more).tobytes()
     header = struct.unpack(V3_STRUCT, header)
     values = {}
-    for (name, code, least, most), value in zip(V3_HEADER, header, strict=True):
-        if not least <= value <= most:
-            data.refuse(f"{name} = {value}, expected {least} to {most}")
+    for (name, code, low, high), value in zip(V3_HEADER, header, strict=True):
+        if not low <= value <= high:
+            data.refuse(f"{name} = {value}, expected {low} to {high}")
         values[name] = shortest(value) if code == "f" else value
-    if values["header_size"] not in (V3_SHORTEST, struct.calcsize(V3_STRUCT)):
-        data.refuse(f"header_size = {values['header_size']}")
+    if values["header_size"] not in (V3_OLD_SIZE, struct.calcsize(V3_STRUCT)):
+        data.refuse(f"header_size = {values['header_size']}, expected 80 or 84")
     return values
 
 
 def read_v3(data):
     values = read_v3_header(data)
     if values["file_size"] != data.size:
-        data.refuse(f"it has {data.size} bytes, and its header says {values['file_size']}")
+        data.refuse(f"it has {data.size} bytes, but its header says {values['file_size']}")
     sizes = data.take("<i4", values["n_layers"]).tolist()
     if len(set(sizes) - {0}) > 1 or min(sizes) < 0:
         data.refuse("its layers have windows of different sizes")
@@ -409,25 +409,25 @@ def read_v3(data):
 
 
 def read_blobs(data, model, dtype):
-    """Read into a model what blobs() wrote; dtype: a value of DTYPES."""
+    """Read what blobs() wrote into a model; dtype: a value of DTYPES."""
     for name, parts in tensors(model):
         data.align()
         kind = torch.float32 if is_vector(name, parts) else dtype
         if isinstance(kind, Codes):
             lanes = lanes_of(name, model.args)
-            numbers = [taken_numbers(data, *part.shape, kind, lanes) for part in parts]
+            integers = [read_integers(data, *part.shape, kind, lanes) for part in parts]
             data.align()
-            scales = [taken_scales(data, *part.shape, kind, lanes) for part in parts]
-            found = [n * s for n, s in zip(numbers, scales, strict=True)]
+            scales = [read_scales(data, *part.shape, kind, lanes) for part in parts]
+            values = [n * s for n, s in zip(integers, scales, strict=True)]
         else:
-            take = data.floats if kind is torch.float32 else data.halves
-            found = [take(part.numel()) for part in parts]
-        for part, one in zip(parts, found, strict=True):
-            part.copy_(one.view(part.shape))
+            take = data.floats if kind is torch.float32 else data.bfloat16s
+            values = [take(part.numel()) for part in parts]
+        for part, value in zip(parts, values, strict=True):
+            part.copy_(value.view(part.shape))
 
 
-def taken_numbers(data, rows, cols, codes, lanes):
-    """The integers of a matrix that laid_out() wrote, minus codes.zero: (rows, cols), float32."""
+def read_integers(data, rows, cols, codes, lanes):
+    """Return the integers of a quantized matrix minus codes.zero, (rows, cols), float32."""
     blocks, steps = math.ceil(rows / lanes), math.ceil(cols / codes.per_code)
     q = torch.from_numpy(data.take("u1", blocks * steps * lanes * 4).copy())
     q = q.view(blocks, steps, lanes, 1, 4)
@@ -437,9 +437,9 @@ def taken_numbers(data, rows, cols, codes, lanes):
     return q.float() - codes.zero
 
 
-def taken_scales(data, rows, cols, codes, lanes):
-    """The scale of each number of a matrix, (rows, cols), float32."""
+def read_scales(data, rows, cols, codes, lanes):
+    """Return the scale of each element of a quantized matrix, (rows, cols), float32."""
     blocks, groups = math.ceil(rows / lanes), math.ceil(cols / codes.group)
-    scales = data.halves(blocks * groups * lanes).view(blocks, groups, lanes)
+    scales = data.bfloat16s(blocks * groups * lanes).view(blocks, groups, lanes)
     scales = scales.transpose(1, 2).reshape(blocks * lanes, groups)[:rows]
     return scales.repeat_interleave(codes.group, dim=1)[:, :cols]

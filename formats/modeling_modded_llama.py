@@ -1,11 +1,11 @@
 """
-A Llama with the options of modded-llama2.c, for transformers; the file travels with the weights:
+A Llama with the options of modded-llama2.c, for transformers. This file ships with the weights:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-It needs torch and transformers alone. Batches may be padded on either side, with an attention_mask.
-Besides keys and values the cache holds the token ids, as a layer of its own behind the others: two
-of the options look at the token before.
+It needs only torch and transformers. Batches may be padded on either side, with an attention_mask.
+The cache stores the token ids in an extra layer after those of keys and values, because two of the
+options look at the previous token.
 """
 
 import torch
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class ModdedLlamaConfig(PretrainedConfig):
-    """Llama's fields, then the options: all of them off are Llama 2."""
+    """Llama's fields, then the options. With all options off, the model is Llama 2."""
 
     model_type = "modded_llama"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -33,17 +33,17 @@ class ModdedLlamaConfig(PretrainedConfig):
         "rope_theta": 10000.0,
         "qk_norm": False,  # RMSNorm of each query and key head, before RoPE
         "norm_gains": True,  # RMSNorm has learned gains
-        "activation": "swiglu",  # or relu2, w2(relu(w1 x)²): mlp has no up_proj then
-        "logit_softcap": 0.0,  # c: logits become c * tanh(logits / c); 0: none
+        "activation": "swiglu",  # or relu2: w2(relu(w1 x)²), without up_proj
+        "logit_softcap": 0.0,  # c: logits become c * tanh(logits / c); 0: no cap
         "embedding_norm": False,  # RMSNorm after the embedding
-        "residual_scalars": False,  # layer i begins with a_i x + b_i x0; x0 is the embedding
-        "value_embeddings": 0,  # how many layers, from the first, add an embedding to their values
-        "bigram_rows": 0,  # rows of a hashed table of (token before, token), added to the embedding
-        "smear": False,  # a gate adds the embedding of the token before
+        "residual_scalars": False,  # the input of layer i is a_i x + b_i x0; x0 is the embedding
+        "value_embeddings": 0,  # the first n layers add a token embedding to their values
+        "bigram_rows": 0,  # rows of a hashed (previous token, token) table added to the embedding
+        "smear": False,  # a gate adds the embedding of the previous token
     }
 
     def __init__(self, use_cache=True, **fields):
-        """layer_windows: how many positions each layer sees, its own included; 0: all."""
+        """layer_windows: how many positions each layer sees, including its own; 0: all."""
         fields = {**self.DEFAULTS, **fields}
         n_heads, n_layers = fields["num_attention_heads"], fields["num_hidden_layers"]
         fields["head_dim"] = fields["hidden_size"] // n_heads
@@ -54,7 +54,7 @@ class ModdedLlamaConfig(PretrainedConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), in float32, times gains if there are any."""
+    """x / sqrt(mean(x²) + eps), computed in float32, times the gains, if any."""
 
     def __init__(self, config, size):
         super().__init__()
@@ -83,7 +83,7 @@ class Attention(nn.Module):
     def forward(self, x, extra_values, cos, sin, mask, cache):
         """
         x (B, T, hidden_size); extra_values (B, T, kv_size) or None; cos, sin (T, head_dim / 2);
-        mask (B, 1, T, S), true where a query may look.
+        mask (B, 1, T, S), true for the keys that a query attends to.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         v = v if extra_values is None else v + extra_values
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, heads, T, head_dim): the halves of a head are turned together."""
+    """Apply RoPE to x (B, heads, T, head_dim); value i of a head pairs with i + head_dim / 2."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -166,51 +166,54 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
         x = self.embed_tokens(tokens)
         return self.embedding_norm(x) if self.config.embedding_norm else x
 
-    def embed(self, tokens, before):
-        """What the first layer gets, (B, T, hidden_size), of tokens and those before, -1: none."""
+    def embed(self, tokens, previous):
+        """
+        Return the input of the first layer, (B, T, hidden_size). previous (B, T): the token before
+        each one, -1 if there is none.
+        """
         x = self.normed_embedding(tokens)
         if self.config.smear:
-            gate = torch.sigmoid(self.smear_gate(x)) * (before >= 0)[..., None]
-            x = x + gate.to(x.dtype) * self.normed_embedding(before.clamp(min=0))
+            gate = torch.sigmoid(self.smear_gate(x)) * (previous >= 0)[..., None]
+            x = x + gate.to(x.dtype) * self.normed_embedding(previous.clamp(min=0))
         if self.config.bigram_rows:
-            mixed = (before * 36313) ^ (tokens * 27191)
-            rows = torch.where(before < 0, 0, 1 + mixed % (self.config.bigram_rows - 1))
+            mixed = (previous * 36313) ^ (tokens * 27191)
+            rows = torch.where(previous < 0, 0, 1 + mixed % (self.config.bigram_rows - 1))
             x = x + self.bigram_embeddings(rows)
         return x
 
     def forward(self, tokens, attention_mask=None, cache=None):
         """
-        tokens (B, T), behind those in a cache of S - T; attention_mask (B, S), 0 where padding is
+        tokens (B, T) follow the S - T tokens in the cache; attention_mask (B, S) is 0 for padding
         -> (B, T, hidden_size).
         """
         config, T = self.config, tokens.shape[1]
-        every = tokens  # (B, S)
+        all_tokens = tokens  # (B, S)
         if cache is not None:
             if len(cache.layers) == config.num_hidden_layers:
                 cache.layers.append(DynamicLayer())
             ids = tokens[:, None, :, None]
-            every = cache.update(ids, ids, config.num_hidden_layers)[0][:, 0, :, 0]
-        S = every.shape[1]
-        before = F.pad(every, (1, 0), value=-1)[:, S - T : S]
-        place = torch.arange(S, device=tokens.device)
-        behind = place[S - T :, None] - place  # (T, S): how far a key lies before a query
-        causal, seen = behind >= 0, None
+            all_tokens = cache.update(ids, ids, config.num_hidden_layers)[0][:, 0, :, 0]
+        S = all_tokens.shape[1]
+        previous = F.pad(all_tokens, (1, 0), value=-1)[:, S - T : S]
+        position = torch.arange(S, device=tokens.device)
+        distance = position[S - T :, None] - position  # (T, S): from a query back to a key
+        causal, is_token = distance >= 0, None
         if attention_mask is not None and not attention_mask.all():
-            seen = attention_mask[:, :S].bool()  # (B, S)
-            before = torch.where(F.pad(seen, (1, 0))[:, S - T : S], before, -1)
+            is_token = attention_mask[:, :S].bool()  # (B, S)
+            previous = torch.where(F.pad(is_token, (1, 0))[:, S - T : S], previous, -1)
         masks = {}
         for window in {*config.layer_windows}:
-            mask = (causal & (behind < window) if window else causal)[None, None]
-            if seen is not None:  # padding sees itself, so that no row is empty
-                mask = mask & seen[:, None, None] | (behind == 0)
+            mask = (causal & (distance < window) if window else causal)[None, None]
+            if is_token is not None:  # padding attends to itself, so that no row is empty
+                mask = mask & is_token[:, None, None] | (distance == 0)
             masks[window] = mask
 
         freqs = torch.arange(0, config.head_dim, 2, device=tokens.device).float()
         freqs = config.rope_theta ** (-freqs / config.head_dim)
-        angles = torch.outer(place[S - T :].float(), freqs)
+        angles = torch.outer(position[S - T :].float(), freqs)
         cos, sin = angles.cos(), angles.sin()
 
-        x = x0 = self.embed(tokens, before)
+        x = x0 = self.embed(tokens, previous)
         for i, block in enumerate(self.layers):
             if config.residual_scalars:
                 x = self.residual_scalars[i] * x + self.x0_scalars[i] * x0
@@ -230,8 +233,8 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def resize_token_embeddings(self, *words, **others):
-        raise ValueError("the vocabulary of this model is in several tables and stays as it is")
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("this model's vocabulary is in several tables and cannot be resized")
 
     def forward(
         self,
@@ -242,22 +245,22 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
         labels=None,
         logits_to_keep=0,
         return_dict=True,
-        **others,
+        **kwargs,
     ):
         """
-        Logits (B, T, vocab_size), of the last logits_to_keep positions alone unless that is 0; with
-        labels (B, T), -100 where a place does not count, the mean cross-entropy of predicting each
-        from the places before it as well.
+        Return the logits (B, T, vocab_size), or those of the last logits_to_keep positions if that
+        is not 0. With labels (B, T), -100 to ignore a position, also return the mean cross-entropy
+        of predicting each label from the positions before it.
         """
-        if others.get("inputs_embeds") is not None:
-            raise ValueError("this model looks token ids up in several tables: give input_ids")
-        if others.get("output_hidden_states") or others.get("output_attentions"):
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("this model looks up token ids in several tables: pass input_ids")
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             raise ValueError("this model does not return hidden states or attentions")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("expected an attention_mask (batch, positions)")
-        places = others.get("position_ids")
-        if places is not None and attention_mask is None and (places.diff() != 1).any():
-            raise ValueError("this model takes one text a row: position_ids cannot begin anew")
+        positions = kwargs.get("position_ids")
+        if positions is not None and attention_mask is None and (positions.diff() != 1).any():
+            raise ValueError("this model needs one text per row: position_ids cannot restart")
         if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
             raise ValueError("this model needs a DynamicCache")
         if use_cache is None:
@@ -271,7 +274,7 @@ class ModdedLlamaForCausalLM(ModdedLlamaPreTrainedModel, GenerationMixin):
             logits = (cap * torch.tanh(logits.float() / cap)).to(x.dtype)
         loss = None
         if labels is not None:
-            n = others.get("num_items_in_batch")  # of Trainer, for steps of several batches
+            n = kwargs.get("num_items_in_batch")  # from Trainer, for steps of several batches
             size = self.config.vocab_size
             loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=n)
         if not return_dict:

@@ -1,8 +1,9 @@
 """
-Every format that a model is read from or written to, in two tables: SOURCES and FORMATS.
+Every format that a model can be read from (SOURCES) or written to (FORMATS).
 
-To add a source: a function in SOURCES, and how recognize() knows it. To add a format: a row in
-FORMATS whose function refuses what the format cannot carry before it writes anything.
+To add a source, add a function to SOURCES, a line to SOURCE_HELP in export.py, and let recognize()
+detect it. To add a format, add a row to FORMATS; its function must refuse what the format cannot
+store before it writes anything.
 """
 
 import contextlib
@@ -19,31 +20,31 @@ from dataset import DataPaths
 from formats import gguf, huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
-from formats.tensors import PADDED, check_numbers, filled, skeleton
+from formats.tensors import PADDED, build_model, check_tensor_sizes, skeleton
 from model import ModelArgs, Transformer
 from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
 from text.shards import read_sidecar
 from tokenizer import Tokenizer, open_tokenizer
 from training import torchfile
-from training.checkpoint import load_checkpoint, load_model, save_file
+from training.checkpoint import BEST, LATEST, RUN_FILE, load_checkpoint, load_model, save_file
 from training.runlog import RunLog
 
-HUB = "hf:"  # before the name of a model of the hub
-LONGEST = 1000  # characters of a message, which may quote a file
+HUB = "hf:"  # prefix for models on the Hugging Face hub
+MAX_MESSAGE = 1000  # characters of an error message, which may quote a file
 
 
 class Source(NamedTuple):
-    """What a path holds. fits(tokenizer): whether the model was trained with that one."""
+    """The contents of a path. fits(tokenizer): whether the model was trained with it."""
 
     model: Transformer
-    find_tokenizer: Callable  # its Tokenizer, or None
+    find_tokenizer: Callable  # returns its Tokenizer, or None
     facts: dict
     fits: Callable = lambda tokenizer: True
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer or None, and facts about its training for the model card."""
+    """A model, its tokenizer if any, and facts about its training for the model card."""
 
     model: Transformer
     tokenizer: Tokenizer | FastTokenizer | None
@@ -52,18 +53,18 @@ class Loaded(NamedTuple):
 
 # ---- reading
 
-# A function of SOURCES takes a path and returns a Source. It may raise anything; load() says it in
-# one sentence.
+# A function of SOURCES takes a path and returns a Source. It may raise any error; load() turns it
+# into one sentence.
 
 
 def tokenizer_in(*folders):
-    """The Tokenizer of the first folder with a tokenizer.model, or None."""
+    """Return the Tokenizer of the first folder with a tokenizer.model, or None."""
     paths = (os.path.join(folder, "tokenizer.model") for folder in folders)
     return next((open_tokenizer(path) for path in paths if os.path.isfile(path)), None)
 
 
 def folders_of(path):
-    """The folder of a file and, where it is a symbolic link, that of what it points to."""
+    """Return the folder of a file, and of the target if the file is a symbolic link."""
     return os.path.dirname(path), os.path.dirname(os.path.realpath(path))
 
 
@@ -79,7 +80,7 @@ def from_checkpoint(path):
 
 
 def training_facts(checkpoint, folder):
-    """{name: value} of what a checkpoint and the log beside it say about the training."""
+    """Return {name: value} about the training, from a checkpoint and the log beside it."""
     config, step = checkpoint.get("config", {}), checkpoint.get("iter_num")
     facts = {}
     if isinstance(step, int):
@@ -98,14 +99,14 @@ def training_facts(checkpoint, folder):
         facts["device"] = log.start.get("device_name")
     for line in log.evals:
         if line["step"] == step and line["val_loss"] is not None:
-            facts["validation loss"] = f"{line['val_loss']:.4f} nats a token"
+            facts["validation loss"] = f"{line['val_loss']:.4f} nats per token"
             if line.get("val_bpb"):
                 facts["validation"] = f"{line['val_bpb']:.4f} bits per byte"
     return facts
 
 
 def source_of(config):
-    """What the shards of a run were made of: a file or folder, after the folder it is in; or ""."""
+    """Return the source of a run's shards, the last two parts of its path, or "" if unknown."""
     try:
         paths = DataPaths(*(config[name] for name in ("data_dir", "vocab_source", "vocab_size")))
         [source] = (read_sidecar(paths.shards) or {}).get("valid_source", [""])
@@ -155,21 +156,20 @@ META_PARAMS = set(
 
 def from_meta(folder):
     """
-    A model as Meta releases them: params.json; consolidated.00.pth and so on, each with a part of
-    every matrix; tokenizer.model there or one folder up. Where params.json leaves out the context
-    it is 4096.
+    Read a release by Meta: params.json; consolidated.00.pth and so on, each with a part of every
+    matrix; and tokenizer.model, there or one folder up. The default of max_seq_len is 4096.
     """
     params = read_json(os.path.join(folder, "params.json"))
     for name in params:
         if name not in META_PARAMS or (name == "use_scaled_rope" and params[name]):
-            raise UserError(f"{folder} cannot be read: {name} = {params[name]} is unknown here")
+            raise UserError(f"cannot read {folder}: {name} = {params[name]} is not supported")
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "consolidated.*.pth")))
     if not paths:
-        raise UserError(f"{folder} has no consolidated.00.pth; expected the weights there")
+        raise UserError(f"{folder} has no weights: expected consolidated.00.pth")
     parts = [torchfile.load(path, mmap=True, legacy=True) for path in paths]
     if not all(map(torchfile.is_state, parts)):
-        raise UserError(f"{folder} cannot be read: its files hold more than tensors")
-    check_numbers([tensor.shape for part in parts for tensor in part.values()], paths)
+        raise UserError(f"cannot read {folder}: its files contain more than tensors")
+    check_tensor_sizes([tensor.shape for part in parts for tensor in part.values()], paths)
     rows = {name: sum(len(part[f"{name}.weight"]) for part in parts) for name in WHOLE_ROWS}
     names = "dim n_layers n_heads n_kv_heads norm_eps rope_theta".split()
     args = ModelArgs(
@@ -183,19 +183,19 @@ def from_meta(folder):
 
     def whole(name):
         tensors = [part[name] for part in parts]
-        if tensors[0].shape == shapes.get(name) or name not in shapes:  # the same in all
+        if tensors[0].shape == shapes.get(name) or name not in shapes:  # the same in every file
             return tensors[0]
         by_columns = tensors[0].shape[0] == shapes[name][0]
         return torch.cat(tensors, dim=1 if by_columns else 0)
 
     tensors = {name: whole(name) for name in parts[0] if not name.endswith("rope.freqs")}
     source = {name: (tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
-    model = filled(args, source, folder, str, in_halves=False)
+    model = build_model(args, source, folder, str, in_halves=False)
     folder = folder.rstrip("/\\")
     return Source(model, lambda: tokenizer_in(folder, os.path.dirname(folder)), {})
 
 
-WHOLE_ROWS = ("output", "layers.0.feed_forward.w1")  # matrices whose rows are split over the files
+WHOLE_ROWS = ("output", "layers.0.feed_forward.w1")  # matrices split by rows across the files
 
 SOURCES = {
     "checkpoint": from_checkpoint,
@@ -208,7 +208,7 @@ SOURCES = {
 
 
 def recognize(path):
-    """The key of SOURCES for a path, or hf:user/name, judged by its content; None: no such."""
+    """Return the key of SOURCES for the content of a path, or for hf:user/name; None: unknown."""
     if path.startswith(HUB) or os.path.isfile(os.path.join(path, "config.json")):
         return "hf"
     if os.path.isdir(path):
@@ -223,11 +223,24 @@ def recognize(path):
     return endings.get(os.path.splitext(path)[1])
 
 
+def model_in(path):
+    """
+    Return the model file in a run's folder: best.pt, else ckpt.pt, else model.bin. Return any other
+    path unchanged. Raises UserError for a folder without a model.
+    """
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, RUN_FILE)):
+        return path
+    files = [os.path.join(path, name) for name in (BEST, LATEST, "model.bin")]
+    if not any(map(os.path.exists, files)) and recognize(path) == "checkpoint":
+        raise UserError(f"{path} contains no model: expected best.pt, ckpt.pt or model.bin")
+    return next(filter(os.path.exists, files), path)
+
+
 def load(path, kind=None, tokenizer=""):
     """
-    The Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of a tokenizer
-    model to use instead of the one beside it, or "none". Raises UserError, also for weights that
-    are not finite.
+    Return the Loaded of a path in any of SOURCES, or of hf:user/name. tokenizer: the path of a
+    tokenizer model to use instead of the one beside the model, or "none". Raises UserError, also
+    for weights that are not finite.
     """
     try:
         for file in [path] if os.path.isfile(path) else glob.glob(f"{glob.escape(path)}/*"):
@@ -236,44 +249,45 @@ def load(path, kind=None, tokenizer=""):
         kind = kind or recognize(path) or "checkpoint"
         model, find_tokenizer, facts, fits = SOURCES[kind](path)
         if not all(p.isfinite().all() for p in model.parameters()):
-            what = "name an earlier checkpoint" if kind == "checkpoint" else "the file is damaged"
-            raise UserError(f"{path} has weights that are not finite: {what}")
+            hint = "use an earlier checkpoint" if kind == "checkpoint" else "the file is damaged"
+            raise UserError(f"{path} has weights that are not finite: {hint}")
         if tokenizer:
-            found = None if tokenizer == "none" else open_tokenizer(tokenizer)
+            its_tokenizer = None if tokenizer == "none" else open_tokenizer(tokenizer)
         else:
-            found = find_tokenizer()
-        if found and not fits(found):
+            its_tokenizer = find_tokenizer()
+        if its_tokenizer and not fits(its_tokenizer):
             raise UserError(
-                f"{path} was trained with another tokenizer than {found.model_path}: give the "
-                f"right one with --tokenizer=PATH"
+                f"{path} was trained with another tokenizer than {its_tokenizer.model_path}: pass "
+                f"the right one with --tokenizer=PATH"
             )
-        return Loaded(fitted(model, found, kind) if found else model, found, facts)
+        if its_tokenizer:
+            model = trimmed(model, its_tokenizer, kind)
+        return Loaded(model, its_tokenizer, facts)
     except UserError as e:
-        cause = str(e)
-    except OSError as e:
-        cause = f"cannot read {path}: {reason(e)}"
-    except Exception as e:  # foreign files may lead to anything
-        cause = f"{path} cannot be read: {reason(e)}"
-    half = LONGEST // 2
-    raise UserError(cause if len(cause) <= LONGEST else f"{cause[:half]} ... {cause[-half:]}")
+        message = str(e)
+    except Exception as e:  # a damaged file can cause any error
+        message = f"cannot read {path}: {reason(e)}"
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+    raise UserError(message)
 
 
-def fitted(model, tokenizer, kind):
+def trimmed(model, tokenizer, kind):
     """
-    A Transformer without the rows of its embedding and head that padding, or tokens added later,
-    put after the last piece of its tokenizer: these ids are never encoded and must not be drawn.
-    Raises UserError where the tokenizer belongs to another model.
+    Return a Transformer without the rows of its embedding and head that come after the last piece
+    of its tokenizer. They are padding, or tokens added later; they are never encoded and must not
+    be sampled. Raises UserError if the tokenizer belongs to another model.
     """
     n, n_pieces = model.args.vocab_size, tokenizer.vocab_size
     if n_pieces == n:
         return model
     is_padded = n_pieces < n and kind != "checkpoint"
-    if isinstance(tokenizer, Tokenizer):  # Hugging Face's may have gaps
+    if isinstance(tokenizer, Tokenizer):  # a Hugging Face tokenizer may have gaps
         is_padded = is_padded and n - n_pieces <= n / 8
     if not is_padded:
         raise UserError(
             f"{tokenizer.model_path} has {n_pieces} pieces, but the model's vocabulary has "
-            f"{n}: give the tokenizer it was trained with (--tokenizer=PATH)"
+            f"{n}: pass the tokenizer it was trained with (--tokenizer=PATH)"
         )
     print(f"note: {n - n_pieces} of {n} tokens have no piece in the tokenizer and are left out")
     short = Transformer(replace(model.args, vocab_size=n_pieces, vocab_multiple=1))
@@ -282,22 +296,21 @@ def fitted(model, tokenizer, kind):
     return short
 
 
-def load_teller(path, start, tokenizer=""):
+def load_for_sampling(path, start, tokenizer=""):
     """
-    (Loaded, ids of the prompt `start`) of a model that is to tell stories; the other arguments are
-    those of load(). Raises UserError without a tokenizer, and for a prompt that does not fit the
-    context.
+    Return (Loaded, ids of the prompt `start`); the other arguments are those of load(). Raises
+    UserError without a tokenizer, and for a prompt that does not fit the context.
     """
     loaded = load(path, tokenizer=tokenizer)
     if loaded.tokenizer is None:
-        raise UserError(f"there is no tokenizer.model beside {path}: give --tokenizer=PATH")
+        raise UserError(f"no tokenizer.model found for {path}: pass --tokenizer=PATH")
     prompt = loaded.tokenizer.encode(start.encode(errors="surrogateescape"))
     if not prompt:
-        raise UserError(f"the tokenizer of {path} begins no text by itself: give --start")
+        raise UserError(f"the tokenizer of {path} has no BOS token: pass a prompt with --start")
     context = loaded.model.args.max_seq_len
     if len(prompt) > context:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens, and the context of {path} {context}: "
+            f"the prompt has {len(prompt)} tokens, but the context of {path} is {context}: "
             f"shorten the prompt"
         )
     return loaded, prompt
@@ -309,22 +322,23 @@ def load_teller(path, start, tokenizer=""):
 @contextlib.contextmanager
 def with_tokenizer(path, name, tokenizer):
     """
-    For the block that writes a model to path: write its tokenizer beside it as name, unless it is
-    there. Raises UserError before the block where path is no file, or name is another tokenizer.
+    Around a block that writes a model to `path`: write its tokenizer as `name` in the same folder,
+    unless it exists. Raises UserError before the block if `path` is not a file, or if the existing
+    file has another tokenizer.
     """
     if os.path.basename(path) in ("", name) or os.path.isdir(path):
-        raise UserError(f"cannot write {path!r}: it is a folder, or the tokenizer's; name a file")
-    beside = os.path.join(os.path.dirname(path), name)
-    if tokenizer and os.path.exists(beside):
-        with open(beside, "rb") as f:
+        raise UserError(f"cannot write {path!r}: it is a folder or the tokenizer; choose a file")
+    file = os.path.join(os.path.dirname(path), name)
+    if tokenizer and os.path.exists(file):
+        with open(file, "rb") as f:
             if f.read() not in (tokenizer.c_file(), tokenizer.proto):
                 raise UserError(
-                    f"cannot write {path}: {beside} is of another tokenizer; name a file in "
-                    f"another folder"
+                    f"{file} already exists and is another tokenizer; choose another folder for "
+                    f"{os.path.basename(path)}"
                 )
     yield
-    if tokenizer and not os.path.exists(beside):
-        with atomic_write(beside) as f:
+    if tokenizer and not os.path.exists(file):
+        with atomic_write(file) as f:
             f.write(tokenizer.proto if name.endswith(".model") else tokenizer.c_file())
 
 
@@ -335,9 +349,9 @@ def write_bin(model, path, dtype, tokenizer, facts, version=None):
 
 
 def write_checkpoint(model, path, dtype, tokenizer, facts):
-    """A checkpoint to train on from, or to sample: --init_from=PATH of train.py."""
+    """Write a checkpoint, for sampling or for train.py's --init_from=PATH."""
     if os.path.exists(path):
-        raise UserError(f"{path} exists, and would be lost: name another file")
+        raise UserError(f"{path} already exists and would be overwritten; choose another file")
     value = {"model": model.state_dict(), "model_args": model.args.to_dict()}
     value["tokenizer_hash"] = tokenizer.hash if tokenizer else ""
     with with_tokenizer(path, "tokenizer.model", tokenizer):
@@ -353,11 +367,11 @@ def write_safetensors(model, path, dtype, tokenizer, facts):
 
 
 class Format(NamedTuple):
-    """A format to write: the ending of its files, its number formats, and what it is for."""
+    """A format to write."""
 
-    ending: str
+    ending: str  # of its files
     dtypes: Collection
-    write: Callable  # of model, path, dtype, tokenizer, facts
+    write: Callable  # takes model, path, dtype, tokenizer, facts
     purpose: str
 
 
@@ -367,12 +381,12 @@ FORMATS = {
     "hf": Format("", TORCH_DTYPES, huggingface.write_folder, "a folder for transformers"),
     "gguf": Format(".gguf", gguf.GGUF_DTYPES, gguf.write_gguf, "for llama.cpp and Ollama"),
     "safetensors": Format(
-        ".safetensors", TORCH_DTYPES, write_safetensors, "one file with a checkpoint's names"
+        ".safetensors", TORCH_DTYPES, write_safetensors, "one file with our tensor names"
     ),
-    "checkpoint": Format(".pt", ("fp32",), write_checkpoint, "to train on from, or to sample"),
+    "checkpoint": Format(".pt", ("fp32",), write_checkpoint, "to sample or train further"),
 }
 
 
 def format_of(path):
-    """The format that a path's ending stands for; bin where it has none of them."""
+    """Return the format of a path's ending; bin for any other ending."""
     return next((n for n, f in FORMATS.items() if f.ending and path.endswith(f.ending)), "bin")

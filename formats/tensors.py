@@ -1,9 +1,9 @@
 """
-What the formats share: the tensors of a model by their names elsewhere, which of its options a
-format carries, and how a model is put together from the tensors of a file.
+What the formats share: names of tensors in other programs, which options a format can store, and
+building a model from the tensors of a file.
 
-To add a tensor: its row in NAMES. Readers of huggingface.py and gguf.py may raise any error on a
-damaged file: load() of table.py turns it into one sentence.
+To add a tensor, add its row to NAMES. The readers in huggingface.py and gguf.py may raise any error
+on a damaged file; load() in table.py turns it into one sentence.
 """
 
 import math
@@ -19,8 +19,8 @@ import torch
 from configurator import UserError
 from model import ModelArgs, Transformer, pairs_to_halves
 
-# Names of tensors: ours, Hugging Face's, and GGUF's if its architectures have the tensor; in the
-# order of model.bin. {} stands for a number, and all names but those of the scalars end in .weight
+# Tensor names: ours, Hugging Face's, and GGUF's if its architectures have the tensor, in the order
+# of model.bin. {} is the layer or table; all names except those of the scalars end in .weight.
 NAMES = (
     ("tok_embeddings", "model.embed_tokens", "token_embd"),
     ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
@@ -43,11 +43,11 @@ NAMES = (
     ("bigram_embeddings", "model.bigram_embeddings"),
     ("smear_gate", "model.smear_gate"),
 )
-TURNED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # by RoPE: pairs, or halves
-PADDED = ("tok_embeddings", "output", "value_embeddings")  # in memory, with rows past vocab_size
-BENIGN = "rotary_emb.inv_freq"  # a tensor of old folders that can be computed
-READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # number formats
-# Fields that no reader needs; window_pattern is judged together with sliding_window
+ROTATED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight")  # their rows follow RoPE
+PADDED = ("tok_embeddings", "output", "value_embeddings")  # may have rows past vocab_size in memory
+IGNORED = "rotary_emb.inv_freq"  # a tensor in old folders that can be computed
+READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
+# Fields that no reader needs; window_pattern is checked together with sliding_window
 TRAINING_ONLY = set(
     "multiple_of dropout zero_init embedding_std head_std vocab_multiple window_pattern".split()
 )
@@ -57,14 +57,14 @@ TRAINING_ONLY = set(
 
 
 def windows(args):
-    """The window of each layer, 0 where it sees everything."""
+    """Return the window of each layer; 0 means all positions."""
     return [args.window(layer) for layer in range(args.n_layers)]
 
 
-def not_carried(args, carried):
-    """The first dataclass field with a value that a format without it would lose; or None."""
+def unsupported_field(args, supported):
+    """Return the first dataclass field whose value a format would lose, or None."""
     for field in fields(ModelArgs):
-        if field.name in carried | TRAINING_ONLY or getattr(args, field.name) == field.default:
+        if field.name in supported | TRAINING_ONLY or getattr(args, field.name) == field.default:
             continue
         if field.name != "sliding_window" or any(windows(args)):
             return field
@@ -72,28 +72,28 @@ def not_carried(args, carried):
 
 
 class Target(NamedTuple):
-    """An architecture of another program, or a version of a format."""
+    """What an architecture of another program, or a version of a format, can store."""
 
-    can: Collection  # fields of ModelArgs that it has; all others must be ModelArgs' defaults
-    must: Collection = ()  # fields that are always on there, in every layer
+    supported: Collection  # fields of ModelArgs; all others must have their defaults
+    required: Collection = ()  # fields that are always on, in every layer
 
 
 def misfit(args, target):
-    """The first field of ModelArgs that keeps a model from a Target, or None."""
+    """Return the first field of ModelArgs that does not fit a Target, or None."""
     is_on = {"sliding_window": all(windows(args))}
-    missing = [name for name in target.must if not is_on.get(name, getattr(args, name))]
-    lost = not_carried(args, target.can)
-    return missing[0] if missing else lost and lost.name
+    missing = [name for name in target.required if not is_on.get(name, getattr(args, name))]
+    unsupported = unsupported_field(args, target.supported)
+    return missing[0] if missing else unsupported and unsupported.name
 
 
 def shortest(value):
-    """The number with the fewest digits that is `value` in float32: 1e-5, not 9.999999747e-06."""
-    with np.errstate(over="ignore"):  # past float32 it is infinite, and refused as such
+    """Return the shortest decimal that rounds to `value` in float32: 1e-5, not 9.999999747e-06."""
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes inf, refused later
         return float(str(np.float32(value)))
 
 
 def window_settings(sizes):
-    """The fields of ModelArgs for the window of each layer: one size, or 0."""
+    """Return the fields of ModelArgs for a list of window sizes, one per layer."""
     if not any(sizes):
         return {}
     letters = "".join("S" if size else "L" for size in sizes)
@@ -103,41 +103,41 @@ def window_settings(sizes):
 
 
 def expect_neutral(path, name, value, values):
-    """Raise UserError unless a field that this model lacks has a value that changes nothing."""
-    expected = f"a model without it{', or ' if values else ''}{' or '.join(map(str, values))}"
+    """Raise UserError unless a field that our model lacks has a value that changes nothing."""
+    expected = f"{' or '.join(map(str, values))}{', or ' if values else ''}no such field"
     expect(value is None or value in values, path, name, value, expected)
 
 
-def expect(is_so, path, name, value, expected):
-    """Raise UserError about a field of a file unless it is as expected."""
-    if not is_so:
-        raise UserError(f"{path} cannot be read: {name} = {value}; expected {expected}")
+def expect(is_valid, path, name, value, expected):
+    """Raise UserError about a field of a file unless it is valid."""
+    if not is_valid:
+        raise UserError(f"cannot read {path}: {name} = {value}; expected {expected}")
 
 
 # ---- tensors
 
 
 def renamed(name, column):
-    """The name of one of our tensors in a column of NAMES: 1 Hugging Face, 2 GGUF."""
+    """Return another program's name for one of our tensors; column: 1 Hugging Face, 2 GGUF."""
     stem = name.removesuffix(".weight")
-    number = next((part for part in stem.split(".") if part.isdigit()), None)
-    key = stem if number is None else stem.replace(f".{number}", ".{}", 1)
+    index = next((part for part in stem.split(".") if part.isdigit()), None)
+    key = stem if index is None else stem.replace(f".{index}", ".{}", 1)
     row = next(row for row in NAMES if row[0] == key)
-    return row[column].replace("{}", number or "") + name[len(stem) :]
+    return row[column].replace("{}", index or "") + name[len(stem) :]
 
 
 hf_name, gguf_name = partial(renamed, column=1), partial(renamed, column=2)
 
 
 def halves_to_pairs(weight, head_dim):
-    """The inverse of pairs_to_halves."""
+    """Invert pairs_to_halves()."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def exported(model, in_halves):
     """
-    Yield (our name, tensor) of a Transformer without a tied head and padded rows; in_halves: with
-    queries and keys in the order of pairs_to_halves().
+    Yield (our name, tensor) for the tensors of a Transformer, without a tied head and padding rows.
+    in_halves: queries and keys are in the order of pairs_to_halves().
     """
     args = model.args
     for name, tensor in model.state_dict().items():
@@ -145,58 +145,58 @@ def exported(model, in_halves):
             continue
         if name.startswith(PADDED):
             tensor = tensor[: args.vocab_size].clone()
-        if in_halves and name.endswith(TURNED):
+        if in_halves and name.endswith(ROTATED):
             tensor = pairs_to_halves(tensor, args.head_dim)
         yield name, tensor
 
 
 def skeleton(args):
     """
-    The model without its numbers, to know its shapes before memory is taken for them. Raises
-    UserError where the tables of RoPE would be large, and larger than all weights.
+    Return a Transformer on the meta device, which has shapes but takes no memory. Raises UserError
+    if the RoPE tables would be large, and larger than all weights.
     """
     with torch.device("meta"):
         model = Transformer(args)
     if args.max_seq_len * args.head_dim > max(1 << 24, model.n_params()):
         raise UserError(
-            f"max_seq_len = {args.max_seq_len} is more than this program reads for a model of "
-            f"{model.n_params():,} weights"
+            f"max_seq_len = {args.max_seq_len}: too long for a model with only "
+            f"{model.n_params():,} parameters"
         )
     return model
 
 
-def check_numbers(shapes, paths):
+def check_tensor_sizes(shapes, paths):
     """
-    Raise UserError where tensors have more numbers than their files have bytes: tensors of torch
-    may share their numbers, and repeat them without end.
+    Raise UserError if tensors have more elements than their files have bytes. Torch's tensors can
+    share storage, or repeat it, so a small file can claim any size.
     """
     n, size = sum(map(math.prod, shapes)), sum(map(os.path.getsize, paths))
-    if n > size:  # a number takes two bytes at least, and an embedding may be the head as well
-        raise UserError(f"{paths[0]} cannot be read: {n:,} numbers in files of {size:,} bytes")
+    if n > size:  # an element takes at least two bytes, but an embedding may also be the head
+        raise UserError(f"cannot read {paths[0]}: {n:,} values in files of {size:,} bytes")
 
 
-def filled(args, source, path, rename, in_halves):
+def build_model(args, source, path, rename, in_halves):
     """
-    The Transformer of ModelArgs with the tensors of `source`, {name: (shape, function that reads
-    it)}, all of which must be used. rename: our name -> the name there; in_halves: as in
-    exported(). Raises UserError, which names the tensor; where names or shapes do not fit, before
-    memory is taken for the model.
+    Return the Transformer of ModelArgs with the tensors of `source`, {name: (shape, function that
+    reads it)}; all of them must be used. rename: maps our name to the name in `source`; in_halves:
+    as in exported(). Raises UserError with the tensor's name; names and shapes are checked before
+    the model takes memory.
     """
 
-    def refuse(what):
-        raise UserError(f"{path} cannot be read: {what}")
+    def refuse(reason):
+        raise UserError(f"cannot read {path}: {reason}")
 
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(args).state_dict().items()}
     names = [(name, rename(name)) for name in shapes]
     for ours, theirs in names:
         is_tied = ours == "output.weight" and args.tie_embeddings
         if theirs not in source and not is_tied:
-            refuse(f"it has no {theirs}")
+            refuse(f"{theirs} is missing")
         if theirs in source and source[theirs][0] != shapes[ours]:
             refuse(f"{theirs} is {source[theirs][0]}, expected {shapes[ours]}")
-    left = {name for name in source if not name.endswith(BENIGN)} - set(dict(names).values())
-    if left:
-        refuse(f"{min(left)} has no place in this model")
+    unused = {name for name in source if not name.endswith(IGNORED)} - set(dict(names).values())
+    if unused:
+        refuse(f"{min(unused)} is not a tensor of this model")
     model = Transformer(args)
     state = model.state_dict()
     for ours, theirs in names:
@@ -207,18 +207,19 @@ def filled(args, source, path, rename, in_halves):
             refuse(f"{theirs} is {tensor.dtype}, expected float32, bfloat16 or float16")
         if ours == "output.weight" and args.tie_embeddings:
             if not torch.equal(tensor.float(), state[ours]):
-                refuse(f"{theirs} is not the embedding it is tied to")
+                refuse(f"{theirs} differs from the embedding it is tied to")
             continue
-        is_turned = in_halves and ours.endswith(TURNED)
-        state[ours].copy_(halves_to_pairs(tensor, args.head_dim) if is_turned else tensor)
+        if in_halves and ours.endswith(ROTATED):
+            tensor = halves_to_pairs(tensor, args.head_dim)
+        state[ours].copy_(tensor)
     return model
 
 
-def check_range(name, tensor, most, dtype):
-    """Raise UserError where a tensor has numbers that a number format cannot hold."""
+def check_dtype_range(name, tensor, limit, dtype):
+    """Raise UserError if a tensor has finite values above the limit of a dtype."""
     largest = tensor.abs().max().item() if tensor.numel() else 0.0
-    if most < largest < math.inf:
+    if limit < largest < math.inf:
         raise UserError(
-            f"dtype = {dtype} cannot carry {name}, which has numbers up to {largest:g}; "
-            f"take bf16 or fp32"
+            f"{dtype} cannot store {name}, which has values up to {largest:g}: use --dtype=bf16 or "
+            f"fp32"
         )

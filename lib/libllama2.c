@@ -10,44 +10,43 @@
 #endif
 
 struct Llama {
-    Llama *next;         // of those that are loaded
-    const char *owner;   // the thread that may use it, see `thread`; NULL: any
-    atomic_bool is_busy; // a call is at work
+    Llama *next;          // in the list of loaded models
+    const char *owner;    // the thread that may use it, see `thread`; NULL: any
+    atomic_bool is_busy;  // a call is running
     Model model;
     Tokenizer tokenizer;
     Sampler sampler;
-    uint64_t state;   // of the random numbers
-    int *tokens;      // (n_positions) that were run
-    int n_tokens;     // how many of them
-    bool has_logits;  // after the last token, not yet sampled from
+    uint64_t state;   // of the random number generator
+    int *tokens;      // (n_positions) the tokens that were run
+    int n_tokens;     // their number
+    bool has_logits;  // the last token's logits have not been sampled from
     Block *blocks;    // all memory and files, including this struct
 };
 
-// The models that are loaded, by which one that was freed is recognized. One thread at a time may
-// look at them.
+// The loaded models. A call looks its model up here, to refuse one that was freed.
 static struct {
     atomic_flag lock;
     Llama *first;
-    atomic_long process;  // that loaded the first one ever, 0: none
+    atomic_long process;  // the process that loaded the first model, 0: none
 } loaded = {.lock = ATOMIC_FLAG_INIT};
 
-static _Thread_local char thread;         // its address stands for the thread
-static _Thread_local char why[1000] = "";  // the last call failed
+static _Thread_local char thread;  // its address identifies the thread
+static _Thread_local char last_error[1000] = "";
 
 static bool refuse(const char *reason) {
-    snprintf(why, sizeof why, "%s", reason);
+    snprintf(last_error, sizeof last_error, "%s", reason);
     return false;
 }
 
-// Let this thread look at the models. False in a fork, where OpenMP would wait for threads that
-// only the parent has.
+// Lock the list of models. False in a fork, where OpenMP would wait for threads that only the
+// parent has.
 static bool lock_models(void) {
     long process = atomic_load(&loaded.process);
     if (process && process != (long)getpid())
-        return refuse("this process is a fork of one that had loaded a model: load it in a process "
-                      "that is started anew, or fork before the first model is loaded");
+        return refuse("this process was forked after a model was loaded: load models in a new "
+                      "process, or fork before the first one is loaded");
     while (atomic_flag_test_and_set_explicit(&loaded.lock, memory_order_acquire))
-        wait_a_little(true);
+        wait_briefly(true);
     return true;
 }
 
@@ -55,58 +54,58 @@ static void unlock_models(void) {
     atomic_flag_clear_explicit(&loaded.lock, memory_order_release);
 }
 
-// The place of a model in the list, or where NULL ends it.
+// The list's pointer to a model, or the NULL at the end of the list.
 static Llama **place_of(const Llama *l) {
     Llama **place = &loaded.first;
     while (*place && *place != l) place = &(*place)->next;
     return place;
 }
 
-// Begin a call that reads or changes a model. False if this thread may not use it; `any`: unless
-// another call is at work, any thread may.
-static bool enter(Llama *l, bool any) {
+// Start a call that reads or changes a model. False if another call is using the model, or if it
+// belongs to another thread and only its owner may make this call.
+static bool enter(Llama *l, bool only_owner) {
     const char *reason = NULL;
     if (!lock_models()) return false;
     if (!l || *place_of(l) != l) reason = "this model was freed or never loaded";
-    else if (l->is_busy) reason = "another thread uses this model";
-    else if (!any && l->owner && l->owner != &thread)
-        reason = "this model belongs to another thread, until that calls llama_hand_over()";
+    else if (l->is_busy) reason = "another thread is using this model";
+    else if (only_owner && l->owner && l->owner != &thread)
+        reason = "this model belongs to another thread until that thread calls llama_hand_over()";
     else l->is_busy = true;
-    if (!reason && !any) l->owner = &thread;
+    if (!reason && only_owner) l->owner = &thread;
     unlock_models();
     return reason ? refuse(reason) : true;
 }
 
 static void leave(Llama *l) { l->is_busy = false; }
 
-// End a call with its result; -1: for this reason.
+// End a call and return its result; -1: it failed for this reason.
 static int leave_with(Llama *l, int result, const char *reason) {
     leave(l);
     if (result < 0) refuse(reason);
     return result;
 }
 
-const char *llama_error(void) { return why; }
+const char *llama_error(void) { return last_error; }
 
 Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
                   char *error, size_t size) {
     jmp_buf caller;
     on_error.caller = &caller;
-    on_error.text = why;
-    on_error.size = sizeof why;
+    on_error.text = last_error;
+    on_error.size = sizeof last_error;
     if (setjmp(caller)) {
         release_to(NULL);
         on_error.caller = NULL;
-        if (error) snprintf(error, size, "%s", why);
+        if (error) snprintf(error, size, "%s", last_error);
         return NULL;
     }
     if (!lock_models()) longjmp(caller, 1);
     unlock_models();
     Llama *l = alloc(1, sizeof *l);
-    l->model = load_model(open_file(model, "model file"), n_positions > 0 ? n_positions : 0, 1,
+    l->model = load_model(open_file(model, MODEL_HINT), n_positions > 0 ? n_positions : 0, 1,
                           n_threads > 0 ? n_threads : 0, false, false);
     int vocab_size = l->model.config.vocab_size;
-    l->tokenizer = load_tokenizer(open_file(tokenizer, "tokenizer file"), vocab_size);
+    l->tokenizer = load_tokenizer(open_file(tokenizer, TOKENIZER_HINT), vocab_size);
     check_tokenizer(&l->tokenizer, &l->model.config, model);
     l->sampler.kernels = l->model.kernels;
     l->sampler.candidates = alloc(vocab_size, sizeof(Candidate));
@@ -123,31 +122,31 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
     return l;
 }
 
-// One of four numbers that never change, which any thread may ask for; -1 if the model was freed.
-static int number_of(const Llama *l, int which) {
+// One of four constants of a model, for any thread; -1 if the model was freed.
+static int constant_of(const Llama *l, int index) {
     int result = -1;
     if (!lock_models()) return -1;
     if (!l || *place_of(l) != l) refuse("this model was freed or never loaded");
     else result = (int[]){l->model.config.vocab_size, (int)l->model.n_positions, l->tokenizer.bos,
-                          l->tokenizer.eos}[which];
+                          l->tokenizer.eos}[index];
     unlock_models();
     return result;
 }
 
-int llama_vocab_size(const Llama *l) { return number_of(l, 0); }
+int llama_vocab_size(const Llama *l) { return constant_of(l, 0); }
 
-int llama_n_positions(const Llama *l) { return number_of(l, 1); }
+int llama_n_positions(const Llama *l) { return constant_of(l, 1); }
 
-int llama_bos(const Llama *l) { return number_of(l, 2); }
+int llama_bos(const Llama *l) { return constant_of(l, 2); }
 
-int llama_eos(const Llama *l) { return number_of(l, 3); }
+int llama_eos(const Llama *l) { return constant_of(l, 3); }
 
 int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
-    if (!enter(l, false)) return -1;
+    if (!enter(l, true)) return -1;
     jmp_buf caller;
     on_error.caller = &caller;
-    on_error.text = why;
-    on_error.size = sizeof why;
+    on_error.text = last_error;
+    on_error.size = sizeof last_error;
     if (setjmp(caller)) {
         release_to(NULL);
         on_error.caller = NULL;
@@ -155,8 +154,8 @@ int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
         return -1;
     }
     size_t n_tokens;
-    int *found = encode(&l->tokenizer, text, n, &n_tokens);
-    for (size_t i = 0; i < n_tokens && i < (size_t)(room > 0 ? room : 0); i++) tokens[i] = found[i];
+    int *ids = encode(&l->tokenizer, text, n, &n_tokens);
+    for (size_t i = 0; i < n_tokens && i < (size_t)(room > 0 ? room : 0); i++) tokens[i] = ids[i];
     release_to(NULL);
     on_error.caller = NULL;
     return leave_with(l, n_tokens > INT_MAX ? -1 : (int)n_tokens, "the text has too many tokens");
@@ -164,19 +163,19 @@ int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
 
 int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
     Printer printer = {.text = text, .room = room > 0 ? (size_t)room : 0};
-    if (!enter(l, false)) return -1;
+    if (!enter(l, true)) return -1;
     for (int i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= l->model.config.vocab_size)
-            return leave_with(l, -1, "an id is not in the vocabulary");
+            return leave_with(l, -1, "a token is not in the vocabulary");
         print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == l->tokenizer.bos);
     }
     print_rest(&printer);
     return leave_with(l, printer.n_text > INT_MAX ? -1 : (int)printer.n_text,
-                      "the text has more bytes than an int can count");
+                      "the text is too long: its length does not fit an int");
 }
 
 const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
-    if (!enter(l, false)) return NULL;
+    if (!enter(l, true)) return NULL;
     Model *m = &l->model;
     bool fits = n > 0 && pos >= 0 && pos <= l->n_tokens &&
                 (size_t)n <= m->n_positions - (size_t)pos;
@@ -188,40 +187,40 @@ const float *llama_forward(Llama *l, const int *tokens, int n, int pos) {
         l->has_logits = true;
         logits = prefill(m, l->tokens, (size_t)pos, (size_t)l->n_tokens);
     }
-    leave_with(l, fits ? 0 : -1, "an id is not in the vocabulary, or a position does not follow "
-                                 "those before or is out of the room");
+    leave_with(l, fits ? 0 : -1, "a token is not in the vocabulary, or a position leaves a gap or "
+                                 "is beyond n_positions");
     return logits;
 }
 
 int llama_seed(Llama *l, uint64_t seed) {
-    if (!enter(l, false)) return -1;
+    if (!enter(l, true)) return -1;
     l->state = random_state(seed);
     return leave_with(l, 0, "");
 }
 
-int llama_sample(Llama *l, const LlamaSampling *given) {
-    if (!enter(l, false)) return -1;
-    if (!l->has_logits) return leave_with(l, -1, "no llama_forward() since the last token");
+int llama_sample(Llama *l, const LlamaSampling *sampling) {
+    if (!enter(l, true)) return -1;
+    if (!l->has_logits) return leave_with(l, -1, "no logits to sample from: call llama_forward()");
     l->has_logits = false;  // sampling overwrites them
-    l->sampler.temperature = given->temperature;
-    l->sampler.top_p = given->top_p;
-    l->sampler.min_p = given->min_p;
-    l->sampler.top_k = given->top_k > 0 ? given->top_k : 0;
-    l->sampler.repeat_penalty = given->repeat_penalty > 0 ? given->repeat_penalty : 1.0f;
+    l->sampler.temperature = sampling->temperature;
+    l->sampler.top_p = sampling->top_p;
+    l->sampler.min_p = sampling->min_p;
+    l->sampler.top_k = sampling->top_k > 0 ? sampling->top_k : 0;
+    l->sampler.repeat_penalty = sampling->repeat_penalty > 0 ? sampling->repeat_penalty : 1.0f;
     int token = sample(&l->sampler, &l->state, logits_of(&l->model, 0), l->model.config.vocab_size,
                        l->tokens, (size_t)l->n_tokens);
     return leave_with(l, token, "");
 }
 
 int llama_hand_over(Llama *l) {
-    if (!enter(l, false)) return -1;
+    if (!enter(l, true)) return -1;
     l->owner = NULL;
     return leave_with(l, 0, "");
 }
 
 int llama_free(Llama *l) {
     if (!l) return 0;
-    if (!enter(l, true)) return -1;
+    if (!enter(l, false)) return -1;
     lock_models();
     *place_of(l) = l->next;
     unlock_models();

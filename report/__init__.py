@@ -1,1 +1,1 @@
-"""What is shown to people: curves, pictures, the live page, stories."""
+"""Output for people: curves, pictures, tables, the live page and pages of stories."""

@@ -7,32 +7,33 @@ from dataclasses import dataclass
 from configurator import UserError, printable
 from training.runlog import LOG, RunLog
 
-# what curves are drawn against: name -> (field of a log's line, label, divisor)
+# x axes: name -> (field of a log line, label, divisor)
 AXES = {
     "steps": ("step", "steps", 1),
     "tokens": ("tokens", "training tokens (millions)", 1e6),
     "time": ("train_s", "training time (minutes)", 60),
 }
-EARLIER = re.compile(r"(previous(_\d+)?|compiled|moving|uploads)")  # not folders of runs
+# folders inside out_dir that do not count as runs
+NOT_RUNS = re.compile(r"(previous(_\d+)?|compiled|moving|uploads)")
 
 
 @dataclass(eq=False)
 class Run(RunLog):
-    """A run in a picture: its log, and a name among the other runs."""
+    """A run in a picture: its log, and a short name that tells it from other runs."""
 
     name: str = ""
 
     def series(self, kind, value, x):
-        """(xs, ys) of a field of the lines of a kind, where it is a number; x: of AXES."""
-        place, _, divisor = AXES[x]
+        """Return (xs, ys) for a field of one kind of log line, without None; x: a key of AXES."""
+        x_field, _, divisor = AXES[x]
         lines = self.train if kind == "train" else self.evals
         lines = [line for line in lines if line.get(value) is not None]
-        return [line[place] / divisor for line in lines], [line[value] for line in lines]
+        return [line[x_field] / divisor for line in lines], [line[value] for line in lines]
 
     def rates(self):
         """
-        {role: its learning rate relative to the first role's, whose rate is in the log}; all rates
-        follow one schedule.
+        Return {role: its learning rate relative to the first role's, which is the one in the log};
+        all rates follow one schedule.
         """
         rates = self.start.get("rates") or {"": 1.0}
         first = next(iter(rates.values()))
@@ -42,14 +43,14 @@ class Run(RunLog):
 
 
 def find_runs(paths):
-    """The runs in some folders (see find_folders), with what their logs hold so far."""
+    """Return the runs that `paths` name (see find_folders), with their logs read."""
     return [Run(folder, name=name).read() for folder, name in find_folders(paths).items()]
 
 
 def find_folders(paths):
     """
-    {folder: short name} of the runs that `paths` name. A path is the folder of a run, its log, or a
-    folder that holds folders of runs. Raises UserError for a path without any.
+    Return {folder: short name} of the runs that `paths` name. A path is the folder of a run, its
+    log, or a folder with several runs in it. Raises UserError for a path without runs.
     """
     folders = {}
     for path in paths:
@@ -57,20 +58,24 @@ def find_folders(paths):
         if os.path.exists(os.path.join(folder, LOG)):
             folders[folder] = None
             continue
+        if not os.path.exists(folder):
+            raise UserError(f"{folder} does not exist; pass the out_dir of a run")
         try:
             names = sorted(os.listdir(folder))
         except OSError as e:
-            raise UserError(f"cannot read {folder}: {e.strerror}; name a run's out_dir") from None
-        inner = [os.path.join(folder, n) for n in names if not EARLIER.fullmatch(n)]
+            raise UserError(
+                f"cannot read {folder}: {e.strerror}; pass the out_dir of a run"
+            ) from None
+        inner = [os.path.join(folder, n) for n in names if not NOT_RUNS.fullmatch(n)]
         inner = [f for f in inner if os.path.exists(os.path.join(f, LOG))]
         if not inner:
-            raise UserError(f"there is no {LOG} in {folder}, nor in a folder in it")
+            raise UserError(f"{folder} contains no runs: no {LOG} in it or in its folders")
         folders.update(dict.fromkeys(inner))
     return dict(zip(folders, short_names(list(folders)), strict=True))
 
 
 def short_names(folders):
-    """The folders' names without the parent folders that all of them share."""
+    """Return the folders' paths without the parents that they all share."""
     folders = list(map(os.path.abspath, folders))
     shared = os.path.commonpath([os.path.dirname(f) for f in folders])
     return [printable(os.path.relpath(f, shared)).replace(os.sep, "/") for f in folders]
@@ -78,8 +83,8 @@ def short_names(folders):
 
 def smooth(values, part):
     """
-    A running mean over both sides, so that a falling curve is not drawn late. A value at a distance
-    of `part` of the whole list has half the weight, one at twice that a quarter. 0: no smoothing.
+    Return a running mean over both sides, so that smoothing does not delay a falling curve. Weights
+    halve with every `part` (a fraction of the list's length) of distance. 0: no smoothing.
     """
     n = len(values)
     if part <= 0 or n < 3:
@@ -101,7 +106,7 @@ def smooth(values, part):
 
 
 def thinned(items, n):
-    """At most n of a list, evenly spaced, with the first and the last."""
+    """Return at most n items of a list, evenly spaced, including the first and the last."""
     if len(items) <= n:
         return list(items)
     return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]

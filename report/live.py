@@ -1,9 +1,9 @@
 """
-A page on this machine that follows runs while they train: `python plot.py --serve --out_dir=out`.
+A local page that follows runs while they train: `python plot.py --serve --out_dir=out`.
 
-The page is live.html; it asks /data.json every second, which is made from the runs' log.jsonl. The
-latest story is told whenever there is a new model.bin, by ./run where it is built and else by
-sample.py, in a process of its own.
+Every second the page, live.html, requests /data.json, which is made from the runs' log.jsonl. For
+each new model.bin, ./run (or sample.py, if ./run is not built) generates a story in a separate
+process.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from configurator import UserError, check_range
 from report.curves import Run, find_folders, thinned
 from system.progress import print_line
+from training.runlog import LOG
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 HOSTS = ("127.0.0.1", "localhost")
-N_POINTS = 600  # of a curve that are sent, where there is one run
-MOST_RUNS = 60  # that a page shows
-RECENT = 20  # lines of the log that the time left is estimated from
-STORY_S = 120  # after which a story is given up
-LOOK_S = 1.0  # between looks for a new model
-CLIENT_S = 10  # from a client's connection to the end of its answer
-MOST_CLIENTS = 64  # at once
+N_POINTS = 600  # maximum points per curve sent for a single run
+MAX_RUNS = 60  # shown on the page
+RECENT = 20  # log lines from which the remaining time is estimated
+STORY_S = 120  # time limit for a story
+POLL_S = 1.0  # between checks for a new model
+CLIENT_S = 10  # from a client's connection to the end of its response
+MAX_CLIENTS = 64  # at once
 FIELDS = {
     "train": ("step", "tokens", "train_s", "loss", "grad_norm", "lr", "tok_s"),
     "evals": ("step", "tokens", "train_s", "val_loss", "val_bpb"),
@@ -38,14 +39,14 @@ FIELDS = {
 
 
 def seconds_left(run):
-    """An estimate of the seconds until a run is done; None where it cannot be told."""
+    """Estimate the seconds until a run is done, or return None if that is impossible."""
     config, lines = run.start.get("config", {}), run.train[-RECENT:]
     if run.end or not lines or not config:
         return None
     first = last = lines[-1]
     if config.get("max_minutes"):
         return max(0.0, 60 * config["max_minutes"] - last["train_s"])
-    for line in reversed(lines):  # the clock begins anew where a run was resumed
+    for line in reversed(lines):  # time_s restarts when a run is resumed
         if line["time_s"] > first["time_s"]:
             break
         first = line
@@ -56,7 +57,7 @@ def seconds_left(run):
 
 
 def state_of(run, n_points):
-    """What the page shows of a run, as JSON can carry it."""
+    """Return what the page shows of a run, ready for JSON."""
     config, last = run.start.get("config", {}), run.train[-1] if run.train else {}
     changed = last_change(run)
     state = {
@@ -81,42 +82,42 @@ def state_of(run, n_points):
 
 
 class Watcher:
-    """The runs of some folders, and the story of the latest model among them."""
+    """The runs in some folders, and a story by their latest model."""
 
     def __init__(self, paths, start, engine):
         self.paths, self.start, self.lock = paths, start, threading.Lock()
         self.engine = os.path.abspath(engine) if engine else os.path.join(REPO, "run")
-        self.runs, self.story, self.told = {}, None, None
-        self.problem, self.teller = "", None
-        self.starting, self.is_closed = threading.Lock(), False  # no story begins after close()
+        self.runs, self.story, self.version = {}, None, None  # version: (path, mtime) of the model
+        self.problem, self.process = "", None
+        self.starting, self.is_closed = threading.Lock(), False  # no process starts after close()
 
-    def look(self):
-        """The state of everything, for the page."""
+    def state(self):
+        """Return everything that the page shows."""
         with self.lock:
             try:
                 for folder, name in find_folders(self.paths).items():
                     self.runs.setdefault(folder, Run(folder)).name = name
                 self.problem = ""
-            except UserError:  # it may come yet
-                self.problem = f"train.py has no log in {', '.join(self.paths)} yet"
+            except UserError:  # a log may appear later
+                self.problem = f"no {LOG} in {', '.join(self.paths)} yet"
             for run in self.runs.values():
-                with contextlib.suppress(OSError):  # the others are shown all the same
+                with contextlib.suppress(OSError):  # still show the others
                     run.read()
-            newest = sorted(self.runs.values(), key=last_change, reverse=True)[:MOST_RUNS]
-            # in the order of their names, so that each keeps its colour
+            newest = sorted(self.runs.values(), key=last_change, reverse=True)[:MAX_RUNS]
+            # in a fixed order, so that each run keeps its colour
             runs = [run for run in self.runs.values() if run in newest]
             n_points = max(60, N_POINTS // max(1, len(runs) // 4))
             states = [state_of(run, n_points) for run in runs]
         return {"runs": states, "story": self.story, "problem": self.problem, "now": time.time()}
 
-    def tell_stories(self):
-        """Forever: a story for every new model.bin."""
+    def update_stories(self):
+        """Generate a story for every new model.bin, forever."""
         while True:
             with contextlib.suppress(OSError, UserError):
-                self.tell_one()
-            time.sleep(LOOK_S)
+                self.update_story()
+            time.sleep(POLL_S)
 
-    def tell_one(self):
+    def update_story(self):
         with self.lock:
             runs = {os.path.join(folder, "model.bin"): run for folder, run in self.runs.items()}
         models = list(filter(os.path.exists, runs))
@@ -124,49 +125,49 @@ class Watcher:
             return
         path = max(models, key=os.path.getmtime)
         version = path, os.path.getmtime(path)
-        if version == self.told:
+        if version == self.version:
             return
-        self.told = version
+        self.version = version
         run = runs[path]
-        text, step = self.text_of(path), run.best.get("step")
+        text, step = self.generate(path), run.best.get("step")
         self.story = {"text": text, "run": run.name, "step": step, "time": version[1]}
 
-    def text_of(self, model):
-        """A story by model.bin, or a sentence on why there is none."""
+    def generate(self, model):
+        """Return a story by a model.bin, or the reason why there is none, in brackets."""
         if os.access(self.engine, os.X_OK):
-            words = [self.engine, model, "-i", self.start, "-t", "0.8", "-s", "1", "-n", "256"]
+            command = [self.engine, model, "-i", self.start, "-t", "0.8", "-s", "1", "-n", "256"]
         else:
-            words = [
+            command = [
                 *(sys.executable, os.path.join(REPO, "sample.py"), f"--checkpoint={model}"),
                 *(f"--start={self.start}", "--temperature=0.8", "--seed=1"),
             ]
-        # training wants the cores
+        # leave the cores to training
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             with self.starting:
                 if self.is_closed:
                     return ""
-                self.teller = subprocess.Popen(words, env=environment, **pipes)
+                self.process = subprocess.Popen(command, env=environment, **pipes)
         except OSError as e:
-            return f"(no story: {words[0]}: {e.strerror})"
-        with self.teller:
+            return f"(no story: cannot run {command[0]}: {e.strerror})"
+        with self.process:
             try:
-                out, err = self.teller.communicate(timeout=STORY_S)
+                out, err = self.process.communicate(timeout=STORY_S)
             except subprocess.TimeoutExpired:
-                self.teller.kill()
+                self.process.kill()
                 return f"(no story within {STORY_S} s)"
-        if self.teller.returncode:
+        if self.process.returncode:
             lines = err.decode(errors="replace").strip().splitlines()
             return f"(no story: {lines[-1] if lines else 'the engine failed'})"
         return out.decode(errors="replace").strip()
 
     def close(self):
-        """End the process that tells a story, which would outlive this one."""
+        """Kill the process that generates a story; it would outlive this one."""
         with self.starting:
             self.is_closed = True
-            if self.teller:
-                self.teller.kill()
+            if self.process:
+                self.process.kill()
 
 
 def last_change(run):
@@ -178,46 +179,46 @@ def last_change(run):
 
 class Server(ThreadingHTTPServer):
     """
-    Answers each client in a thread. A client that is slow to ask or to read is cut off after
-    CLIENT_S, and the oldest one where there are more than MOST_CLIENTS.
+    A server with one thread per client. It disconnects slow clients after CLIENT_S, and the oldest
+    client if there are more than MAX_CLIENTS.
     """
 
     daemon_threads = True
-    request_queue_size = MOST_CLIENTS
+    request_queue_size = MAX_CLIENTS
 
-    def __init__(self, *words):
-        self.clients = {}  # {socket: when it came}, the oldest first
-        super().__init__(*words)
+    def __init__(self, *args):
+        self.clients = {}  # {socket: time of its connection}, oldest first
+        super().__init__(*args)
 
     def process_request(self, request, address):
         self.clients[request] = time.monotonic()
-        if len(self.clients) > MOST_CLIENTS:
-            self.cut_off(next(iter(self.clients)))
+        if len(self.clients) > MAX_CLIENTS:
+            self.disconnect(next(iter(self.clients)))
         super().process_request(request, address)
 
     def service_actions(self):
-        late = time.monotonic() - CLIENT_S
-        for request in [r for r, came in list(self.clients.items()) if came < late]:
-            self.cut_off(request)
+        limit = time.monotonic() - CLIENT_S
+        for request in [r for r, connected in list(self.clients.items()) if connected < limit]:
+            self.disconnect(request)
 
-    def cut_off(self, request):
+    def disconnect(self, request):
         self.clients.pop(request, None)
         with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_RDWR)  # its thread finds the connection closed
+            request.shutdown(socket.SHUT_RDWR)  # ends its thread too
 
     def shutdown_request(self, request):
         self.clients.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request, address):
-        """Says what went wrong; a client that has left or was cut off is nothing to tell."""
+        """Print an error, unless it is only a client that left or was disconnected."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             print_line(f"a request failed: {type(error).__name__}: {error}", sys.stderr)
 
 
 def handler(watcher):
-    """The class that answers requests: the page, and its data."""
+    """Return the class that answers requests for the page and its data."""
     with open(os.path.join(HERE, "live.html"), "rb") as f:
         page = f.read()
 
@@ -227,20 +228,20 @@ def handler(watcher):
         def do_GET(self):
             host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
             path = self.path.partition("?")[0]
-            if host not in HOSTS:  # a page of the web that has this machine's address as its name
+            if host not in HOSTS:  # DNS rebinding: a website's name resolves to this machine
                 self.send_error(403)
             elif path == "/":
-                self.answer("text/html; charset=utf-8", page)
+                self.respond("text/html; charset=utf-8", page)
             elif path == "/data.json":
-                state = json.dumps(watcher.look(), allow_nan=False)
-                self.answer("application/json", state.encode())
+                state = json.dumps(watcher.state(), allow_nan=False)
+                self.respond("application/json", state.encode())
             else:
                 self.send_error(404)
 
-        def answer(self, kind, body):
+        def respond(self, content_type, body):
             self.send_response(200)
             for name, value in (
-                ("Content-Type", kind),
+                ("Content-Type", content_type),
                 ("Content-Length", str(len(body))),
                 ("Cache-Control", "no-store"),
                 ("X-Content-Type-Options", "nosniff"),
@@ -257,30 +258,31 @@ def handler(watcher):
 
 def serve_runs(paths, port, start, engine):
     """
-    Serve the page for the runs of some folders until Ctrl-C; folders may come into being later.
-    Raises UserError where the port is taken.
+    Serve the page for the runs in some folders until Ctrl-C; the folders may appear later. Raises
+    UserError if the port is taken.
     """
     check_range(0, 65535, port=port)
     if engine and not os.access(engine, os.X_OK):
-        raise UserError(f"engine = {engine} is not a program; build it with: make run")
+        raise UserError(f"engine = {engine}: expected a program; to build one, run: make run")
     watcher = Watcher(paths, start, engine)
-    problem = watcher.look()["problem"]
+    problem = watcher.state()["problem"]
     try:
         server = Server(("127.0.0.1", port), handler(watcher))
     except OSError as e:
         raise UserError(
-            f"port {port} cannot be used ({e.strerror}): give another with --port, or 0 for any"
+            f"cannot use port {port}: {e.strerror}; choose another --port, or 0 for any free port"
         ) from None
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            for signum in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # as Ctrl-C
+            # these stop the page as Ctrl-C does
+            for signum in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
                 signal.signal(signum, signal.default_int_handler)
             if start:
-                threading.Thread(target=watcher.tell_stories, daemon=True).start()
+                threading.Thread(target=watcher.update_stories, daemon=True).start()
             if problem:
                 print_line(f"waiting for a run: {problem}")
             address = f"http://127.0.0.1:{server.server_address[1]}"
-            print_line(f"{address} follows {', '.join(paths)}; Ctrl-C ends it")
+            print_line(f"{address} follows {', '.join(paths)}; press Ctrl-C to stop")
             sys.stdout.flush()
             server.serve_forever(poll_interval=0.2)
     finally:

@@ -1,11 +1,11 @@
 """
-Stories as text, and what can be counted of them: how varied they are, how much of them the training
-text has too, and how they end. generate.py prints these figures; storypage.py shows them.
+Metrics of stories: how varied they are, how much of them is copied from the training text, and how
+they end. generate.py prints the metrics; storypage.py shows them.
 
-Words are runs of letters and digits in lower case, with the apostrophes inside them; punctuation is
-dropped. Words and n-grams (n words in a row) that lie wholly inside the prompt count nowhere.
+A word is a run of letters and digits in lower case, with any apostrophes inside it; punctuation is
+dropped. Words and n-grams (n words in a row) that are entirely inside the prompt are not counted.
 
-To add a figure: a row in FIGURES, and its value in figures_of().
+To add a metric, add a row to METRICS and its value to metrics_of().
 """
 
 import itertools
@@ -17,47 +17,47 @@ from collections import Counter
 
 import numpy as np
 
-from configurator import STEERING, UserError, check_range
+from configurator import CONTROL_CHARS, UserError, check_range
 from dataset import CHUNK, mixed
 from system.files import atomic_write
 from text.documents import stream_documents
 
-BREAK = "\0"  # between documents: a word that no story has, so that no n-gram goes across
+BREAK = "\0"  # between documents: a word that is in no story, so no n-gram spans two documents
 WORD = re.compile(rf"{BREAK}|[^\W_]+(?:'[^\W_]+)*")
 ENDING = re.compile(r"""[.!?…]["'”’»)]*\s*$""")
-PIECE = 1 << 20  # characters of training text that are looked at together
+PIECE = 1 << 20  # characters of training text searched at once
 
 
-def check_sampling(settings, **least):
-    """
-    Raise UserError unless the settings of a script that samples can be used; least: the smallest
-    value of each of those that are whole numbers.
-    """
-    for name, smallest in least.items():
-        check_range(smallest, **{name: settings[name]})
-    for name, most in {"temperature": 100, "seed": 2**63 - 1, "top_p": 1}.items():
-        check_range(0, most, **{name: settings[name]})
+def check_sampling(settings, **minimums):
+    """Raise UserError if a sampling setting is out of range; minimums: of integer settings."""
+    for name, minimum in minimums.items():
+        check_range(minimum, **{name: settings[name]})
+    for name, maximum in {"temperature": 100, "seed": 2**63 - 1, "top_p": 1}.items():
+        check_range(0, maximum, **{name: settings[name]})
 
 
 def read_prompt(start):
-    """The prompt that a setting stands for: itself, or with FILE: before it the text of a file."""
+    """Return the prompt that a setting gives: the text itself, or FILE:PATH for that of a file."""
     if not start.startswith("FILE:"):
         return start
+    path = start.removeprefix("FILE:")
     try:
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
+        with open(path, encoding="utf-8") as f:
             return f.read()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; choose another --start=FILE:PATH") from None
     except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "it is no text in UTF-8"
-        raise UserError(f"cannot read the prompt {start}: {why}") from None
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}") from None
 
 
 # ---- words
 
 
 def lowered(text):
-    """Text in lower case, and with one kind of apostrophe; no character changes its place."""
+    """Return text in lower case, with one kind of apostrophe; characters keep their indices."""
     lower = text.lower()
-    if len(lower) != len(text):  # İ, for one, becomes two characters
+    if len(lower) != len(text):  # for example, İ becomes two characters
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
     return lower.replace("’", "'")
 
@@ -67,14 +67,14 @@ def words_of(text):
 
 
 def printable(text):
-    """Text without what no page or terminal shows, BREAK among it."""
-    return STEERING.sub("\ufffd", text)
+    """Return text with control characters, such as BREAK, replaced by U+FFFD."""
+    return CONTROL_CHARS.sub("\ufffd", text)
 
 
 class Story:
     """
-    A story with the prompt it began from: text, n_tokens (without the prompt's), and `ended`,
-    whether it came to its end by itself. Words 0 to n_prompt are the prompt's own.
+    A story and its prompt. text: both together; n_tokens: tokens after the prompt; ended: whether
+    the model ended it, before the limit. The first n_prompt words are the prompt's.
     """
 
     def __init__(self, text, n_tokens, ended=True, prompt=""):
@@ -83,30 +83,30 @@ class Story:
         self.prompt = prompt if self.text.startswith(prompt) else ""
         matches = list(WORD.finditer(lowered(self.text)))
         self.words = [match.group() for match in matches]
-        self.places = [match.span() for match in matches]  # of each word in the text
+        self.spans = [match.span() for match in matches]  # of each word in the text
         pairs = zip(self.words, words_of(self.prompt), strict=False)
-        # a word that the prompt only begins is the story's
+        # a word that only starts in the prompt belongs to the story
         self.n_prompt = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def n_words(self):
         return len(self.words) - self.n_prompt
 
     def n_grams(self, n, n_words=None):
-        """Its n-grams, tuples of words, up to word n_words behind the prompt."""
+        """Return its n-grams, tuples of words, within the first n_words words after the prompt."""
         end = len(self.words) if n_words is None else min(self.n_prompt + n_words, len(self.words))
         first = max(self.n_prompt - n + 1, 0)
         return [tuple(self.words[i : i + n]) for i in range(first, end - n + 1)]
 
     def ends_properly(self):
-        """Whether it ended by itself, behind . ! ? or a quotation mark after one of them."""
+        """Return whether it ended before the limit, with . ! ? or … and any closing quotes."""
         return self.ended and bool(ENDING.search(self.text))
 
 
 def distinct(stories, n, n_words):
     """
-    distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams / all n-grams, over the first
-    n_words words of the stories together. It falls with the amount of text, so only values of the
-    same n_words can be compared. None where there is no n-gram.
+    Return distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams / all n-grams, over the
+    first n_words words of all stories together, or None without n-grams. It falls as the text
+    grows, so only values for the same n_words can be compared.
     """
     n_grams, left = [], n_words
     for story in stories:
@@ -115,32 +115,32 @@ def distinct(stories, n, n_words):
     return len(set(n_grams)) / len(n_grams) if n_grams else None
 
 
-# ---- what the training text has too
+# ---- copies of the training text
 
 
 class Overlap:
     """
-    Which n-grams of some stories a text has that streams past. Only the stories' n-grams are kept,
-    as 64-bit hashes: among a million of them and a billion in the text, one in 20,000 comparisons
-    has a single n-gram taken for another.
+    The n-grams of some stories that also occur in a text, which is fed piece by piece. Only the
+    stories' n-grams are kept, as 64-bit hashes: with a million of them and a billion in the text,
+    the chance that even one is mistaken for another is 1 in 20,000.
     """
 
     def __init__(self, stories, n):
-        self.n, self.n_words = n, 0  # words of the text so far
+        self.n, self.n_words = n, 0  # n_words: fed so far
         words = dict.fromkeys(word for story in stories for word in story.words)
-        self.ids = {word: i for i, word in enumerate(words, start=1)}  # 0: no story has it
-        # a random number for each word; the multiplier is that of Knuth's MMIX
+        self.ids = {word: i for i, word in enumerate(words, start=1)}  # 0: not in any story
+        # a random number for each word, by its id; the multiplier is that of Knuth's MMIX
         self.numbers = mixed(np.arange(1, len(words) + 2, dtype=np.uint64))
         self.factor = np.uint64(6364136223846793005)
         self.hashes = np.unique(np.concatenate([self.hashed(story.words) for story in stories]))
         self.seen = np.zeros(len(self.hashes), dtype=bool)
-        # most n-grams of a text are passed over by one look at a table of their last bits
+        # one lookup of their last bits in this table rules out most n-grams of a text
         self.mask = np.uint64((1 << 22) - 1)
         self.table = np.zeros(1 << 22, dtype=bool)
         self.table[self.hashes & self.mask] = True
 
     def hashed(self, words):
-        """A hash of each n-gram of a list of words, uint64 (max(len(words) - n + 1, 0),)."""
+        """Return a hash of each n-gram in a list of words, uint64 (max(len(words) - n + 1, 0),)."""
         n_grams = max(len(words) - self.n + 1, 0)
         ids = map(self.ids.get, words, itertools.repeat(0))
         numbers = self.numbers[np.fromiter(ids, np.int64, len(words))]
@@ -150,7 +150,7 @@ class Overlap:
         return hashes
 
     def feed(self, text):
-        """Look for the stories' n-grams in some whole documents with BREAK between them."""
+        """Search whole documents, joined by BREAK, for the stories' n-grams."""
         words = words_of(text)
         self.n_words += len(words) - words.count(BREAK)
         hashes = self.hashed(words)
@@ -159,128 +159,126 @@ class Overlap:
         places[places == len(self.hashes)] = 0
         self.seen[places[self.hashes[places] == hashes]] = True
 
-    def found(self, story):
-        """Of each n-gram of a story whether the text has it, bool; those of the prompt left out."""
+    def matches(self, story):
+        """Return whether the text has each n-gram of a story (bool), except those of the prompt."""
         first = max(story.n_prompt - self.n + 1, 0)
         hashes = self.hashed(story.words)[first:]
         return self.seen[np.searchsorted(self.hashes, hashes)]
 
     def runs(self, story):
         """
-        The longest rows of words, all of whose n-grams the text has, as (first, end) word numbers.
-        The prompt's words are cut off. Rows may share words.
+        Yield the longest runs of copied words as (first, end) word indices, without the prompt's
+        words. The text has every n-gram of a run. Runs may share words.
         """
         first, at = max(story.n_prompt - self.n + 1, 0), 0
-        for is_found, group in itertools.groupby(self.found(story)):
+        for is_match, group in itertools.groupby(self.matches(story)):
             size = len(list(group))
-            if is_found:
-                begin = max(first + at, story.n_prompt)
-                yield begin, first + at + size + self.n - 1
+            if is_match:
+                yield max(first + at, story.n_prompt), first + at + size + self.n - 1
             at += size
 
 
 def pieces_of(documents):
     """
-    Yield (documents with BREAK between them, amount) of an iterable of (text, amount), about PIECE
-    characters at a time.
+    Join documents, an iterable of (text, size), into pieces of about PIECE characters. Yield (texts
+    joined by BREAK, sum of their sizes).
     """
-    texts, size, total = [], 0, 0
-    for text, amount in documents:
+    texts, n_characters, total = [], 0, 0
+    for text, size in documents:
         texts.append(text)
-        size, total = size + len(text), total + amount
-        if size >= PIECE:
+        n_characters, total = n_characters + len(text), total + size
+        if n_characters >= PIECE:
             yield BREAK.join(texts), total
-            texts, size, total = [], 0, 0
+            texts, n_characters, total = [], 0, 0
     yield BREAK.join(texts), total
 
 
 def documents_of_file(path, is_book=False):
-    """Yield (text, bytes read for it) of each document of a text file, as a stream."""
-    before = 0
-    for text, at in stream_documents(path, is_book):
-        yield text, at - before
-        before = at
+    """Yield (text, bytes read for it) for each document in a text file."""
+    previous = 0
+    for text, position in stream_documents(path, is_book):
+        yield text, position - previous
+        previous = position
 
 
 def documents_of_shard(shard, tokenizer):
-    """Yield (text, number of tokens) of each document of a token shard."""
+    """Yield (text, number of tokens) for each document in a token shard."""
     table = tokenizer.piece_bytes()
     starts = [
         i + np.flatnonzero(shard[i : i + CHUNK] == tokenizer.bos_id)
         for i in range(0, len(shard), CHUNK)
     ]
-    borders = [-1, *np.concatenate(starts).tolist(), len(shard)]  # text before the first BOS too
-    for begin, end in itertools.pairwise(borders):
-        ids = shard[begin + 1 : end].tolist()
+    borders = [-1, *np.concatenate(starts).tolist(), len(shard)]  # -1: text before the first BOS
+    for start, end in itertools.pairwise(borders):
+        ids = shard[start + 1 : end].tolist()
         text = b"".join(map(table.__getitem__, ids)).decode(errors="replace").strip()
         if text:
             yield text, len(ids)
 
 
-def some_of(items, n, seed):
-    """n of an iterable's items in their order, each as likely as any other; all if they are few."""
-    chosen, random_numbers = [], random.Random(seed)  # reservoir sampling: algorithm R
+def sample_items(items, n, seed):
+    """Return n random items of an iterable in their order, all equally likely, or all if fewer."""
+    chosen, rng = [], random.Random(seed)  # reservoir sampling: algorithm R
     for i, item in enumerate(items):
         if i < n:
             chosen.append((i, item))
-        elif (place := random_numbers.randrange(i + 1)) < n:
-            chosen[place] = i, item
+        elif (slot := rng.randrange(i + 1)) < n:
+            chosen[slot] = i, item
     return [item for _, item in sorted(chosen, key=lambda pair: pair[0])]
 
 
-# ---- figures
+# ---- metrics
 
 
-# name -> (label, number format, an explanation with {n}, {n_words}, or none of them)
-FIGURES = {
-    "stories": ("stories", ",", "how many there are"),
+# name -> (label, format, explanation, which may use {n} and {n_words})
+METRICS = {
+    "stories": ("stories", ",", "number of stories"),
     "bits_per_byte": (
         "bits per byte",
         ".4f",
-        "of the validation text, from the log of the run; lower is better",
+        "on the validation text, from the log of the run; lower is better",
     ),
     "distinct_1": (
         "distinct-1",
         ".3f",
-        "different words / all words, in the first {n_words} of each column",
+        "different words / all words, in the first {n_words} words of each column",
     ),
-    "distinct_2": ("distinct-2", ".3f", "different pairs of words / all pairs of words in a row"),
-    "distinct_3": ("distinct-3", ".3f", "the same for three words in a row"),
-    "distinct_4": ("distinct-4", ".3f", "the same for four"),
-    "copied": ("copied", ".1%", "share of its rows of {n} words that the training text has too"),
+    "distinct_2": ("distinct-2", ".3f", "the same for pairs of consecutive words"),
+    "distinct_3": ("distinct-3", ".3f", "the same for three consecutive words"),
+    "distinct_4": ("distinct-4", ".3f", "the same for four consecutive words"),
+    "copied": ("copied", ".1%", "share of {n}-word sequences that also occur in the training text"),
     "longest_median": (
         "longest copied run",
         ",.1f",
-        "in words: every {n} in a row are in the training text; median of the stories",
+        "words in a row, every {n} of them in the training text; median over stories",
     ),
-    "longest_max": ("the longest of all", ",", "in words, in any of its stories"),
+    "longest_max": ("longest of all", ",", "words in the longest copied run of any story"),
     "proper": (
         "end properly",
         ".1%",
-        "ended before the limit, with . ! ? or a quotation mark after one of them",
+        "stories that end before the limit with . ! or ?, or a closing quote after it",
     ),
-    "repeated": ("told twice", ".1%", "share of stories that another one equals"),
-    "words": ("words", ",.1f", "in a story, without the prompt; mean"),
-    "tokens": ("tokens", ",.1f", "in a story, without the prompt; mean"),
+    "repeated": ("repeated", ".1%", "share of stories that equal another one"),
+    "words": ("words", ",.1f", "mean per story, without the prompt"),
+    "tokens": ("tokens", ",.1f", "mean per story, without the prompt"),
 }
 
 
-def figures_of(stories, overlap, n_words):
+def metrics_of(stories, overlap, n_words):
     """
-    The figures of a non-empty list of stories, {name in FIGURES: value, None where there is none}.
-    overlap: an Overlap that the training text has streamed past, or None; n_words: how many words
-    distinct-n is of.
+    Return the metrics of a non-empty list of stories: {name in METRICS: value, None if unknown}.
+    overlap: an Overlap that was fed the training text, or None; n_words: for distinct().
     """
-    figures = {"stories": len(stories), "bits_per_byte": None}
-    figures |= {f"distinct_{n}": distinct(stories, n, n_words) for n in (1, 2, 3, 4)}
+    metrics = {"stories": len(stories), "bits_per_byte": None}
+    metrics |= {f"distinct_{n}": distinct(stories, n, n_words) for n in (1, 2, 3, 4)}
     copied = longest_median = longest_max = None
     if overlap:
-        found = np.concatenate([overlap.found(story) for story in stories])
-        copied = float(found.mean()) if len(found) else None
+        is_copied = np.concatenate([overlap.matches(story) for story in stories])
+        copied = float(is_copied.mean()) if len(is_copied) else None
         longest = [max((b - a for a, b in overlap.runs(story)), default=0) for story in stories]
         longest_median, longest_max = float(statistics.median(longest)), max(longest)
     counts = Counter(story.text for story in stories)
-    return figures | {
+    return metrics | {
         "copied": copied,
         "longest_median": longest_median,
         "longest_max": longest_max,
@@ -293,21 +291,21 @@ def figures_of(stories, overlap, n_words):
 
 def rows_of(columns, n, n_words):
     """
-    The table of figures as rows of text, [label, a value for each column, meaning], of columns
-    {name: figures}. Rows without any value are left out.
+    Return the table of metrics as rows of text, [label, a value for each column, explanation];
+    columns: {name: metrics}. Leaves out rows without values.
     """
     rows = []
-    for name, (label, style, meaning) in FIGURES.items():
-        values = [figures[name] for figures in columns.values()]
+    for name, (label, style, explanation) in METRICS.items():
+        values = [metrics[name] for metrics in columns.values()]
         if any(value is not None for value in values):
-            shown = ["–" if v is None else f"{v:{style}}".replace("%", " %") for v in values]
-            rows.append([label, *shown, meaning.format(n=n, n_words=f"{n_words:,}")])
+            cells = ["–" if v is None else f"{v:{style}}".replace("%", " %") for v in values]
+            rows.append([label, *cells, explanation.format(n=n, n_words=f"{n_words:,}")])
     return rows
 
 
 def write_lines(path, columns, settings):
-    """Write the figures as JSON lines, one for each column, with the settings they were made by."""
+    """Write the metrics as JSON lines, one for each column, with the settings used."""
     with atomic_write(path, "w") as f:
-        for name, figures in columns.items():
-            values = {"model": name, **figures, **settings}
+        for name, metrics in columns.items():
+            values = {"model": name, **metrics, **settings}
             print(json.dumps(values, ensure_ascii=False), file=f)

@@ -1,7 +1,7 @@
 """
-One HTML page with stories side by side and their figures above them, made from stories.html.
-The page needs no network and runs no script. What a model or a path says is escaped; the page's
-policy would not let it load or run anything either.
+An HTML page that shows stories side by side below their metrics, from the template stories.html.
+It needs no network and runs no script. Text from models and paths is escaped, and the page's
+content security policy would block it from loading or running anything.
 """
 
 import html
@@ -16,19 +16,19 @@ TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stories.htm
 
 
 def marked(story, overlap):
-    """The text of a story as HTML: the prompt faint, and what is copied marked."""
+    """Return the text of a story as HTML, with the prompt faint and copied words marked."""
     n_prompt = len(story.prompt)
-    spans = []  # of characters, one after another
+    spans = []  # (start, end) of copied characters, in order, merged if they overlap
     for first, end in overlap.runs(story) if overlap else ():
-        begin = max(story.places[first][0], n_prompt)
-        if spans and begin <= spans[-1][1]:
-            begin = spans.pop()[0]
-        spans.append((begin, story.places[end - 1][1]))
+        start = max(story.spans[first][0], n_prompt)
+        if spans and start <= spans[-1][1]:
+            start = spans.pop()[0]
+        spans.append((start, story.spans[end - 1][1]))
     prompt = html.escape(story.prompt)
     parts, at = [f'<span class="prompt">{prompt}</span>' if prompt else ""], n_prompt
-    for begin, end in spans:
-        copied = html.escape(story.text[begin:end])
-        parts += [html.escape(story.text[at:begin]), f"<mark>{copied}</mark>"]
+    for start, end in spans:
+        copied = html.escape(story.text[start:end])
+        parts += [html.escape(story.text[at:start]), f"<mark>{copied}</mark>"]
         at = end
     return "".join([*parts, html.escape(story.text[at:])])
 
@@ -49,24 +49,24 @@ def html_table(attributes, head, rows):
     return f"<table {attributes}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
-def figure_table(columns, n, n_words):
+def metrics_table(columns, n, n_words):
     names = "".join(f'<th class="value">{html.escape(name)}</th>' for name in columns)
     rows = []
-    for label, *values, meaning in rows_of(columns, n, n_words):
+    for label, *values, explanation in rows_of(columns, n, n_words):
         cells = "".join(f'<td class="value">{html.escape(value)}</td>' for value in values)
-        note = f'<td class="note">{html.escape(meaning)}</td>'
+        note = f'<td class="note">{html.escape(explanation)}</td>'
         rows.append(f"<th>{html.escape(label)}</th>{cells}{note}")
-    return html_table('class="figures"', f"<th></th>{names}<th></th>", rows)
+    return html_table('class="metrics"', f"<th></th>{names}<th></th>", rows)
 
 
 def story_table(stories, overlaps):
-    """stories, overlaps: by the name of a column its list of stories, its Overlap or None."""
+    """stories, overlaps: {column name: list of stories}, {column name: Overlap or None}."""
     names = "".join(f"<th>{html.escape(name)}</th>" for name in stories)
-    width = 3 + 18 * len(stories)  # rem; on a narrower screen, but not on a phone, the page scrolls
-    of_columns = [overlaps[name] for name in stories]
+    width = 3 + 18 * len(stories)  # rem; narrower screens scroll, except phones
+    column_overlaps = [overlaps[name] for name in stories]
     rows = [
-        f"<th>{i}</th>{''.join(map(story_cell, stories, told, of_columns))}"
-        for i, told in enumerate(itertools.zip_longest(*stories.values()), start=1)
+        f"<th>{i}</th>{''.join(map(story_cell, stories, row, column_overlaps))}"
+        for i, row in enumerate(itertools.zip_longest(*stories.values()), start=1)
     ]
     attributes = f'class="stories" style="min-width: {width}rem"'
     return html_table(attributes, f"<th></th>{names}", rows)
@@ -74,15 +74,15 @@ def story_table(stories, overlaps):
 
 def write_page(path, title, stories, overlaps, columns, n, n_words, notes, settings):
     """
-    Write the page. stories, overlaps, columns: by the name of a column its stories, its Overlap or
-    None, its figures; n: words of an n-gram; n_words: how many words distinct-n is of; notes:
-    sentences below the figures; settings: {name: value} for the footer.
+    Write the page. stories, overlaps, columns: for each column name, its stories, its Overlap or
+    None, its metrics; n, n_words: as in Overlap and distinct(); notes: sentences below the metrics;
+    settings: {name: value} for the footer.
     """
     legend = "Words of the prompt are faint." if any(s[0].prompt for s in stories.values()) else ""
     if any(overlaps.values()):
         legend = (
-            f"<mark>Marked</mark>: {n} or more words in a row that the training text has too, case "
-            f"and punctuation apart. {legend}"
+            f"<mark>Marked</mark>: {n} or more words in a row that also occur in the training "
+            f"text, ignoring case and punctuation. {legend}"
         )
     used = " ".join(f"--{name}={value}" for name, value in settings.items())
     paragraphs = "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
@@ -90,7 +90,7 @@ def write_page(path, title, stories, overlaps, columns, n, n_words, notes, setti
         template = Template(f.read())
     text = template.substitute(
         title=html.escape(title),
-        figures=figure_table(columns, n, n_words),
+        metrics=metrics_table(columns, n, n_words),
         notes=paragraphs,
         legend=legend,
         stories=story_table(stories, overlaps),
@@ -98,4 +98,4 @@ def write_page(path, title, stories, overlaps, columns, n, n_words, notes, setti
         settings=html.escape(used),
     )
     with atomic_write(path) as f:
-        f.write(text.encode("utf-8", "replace"))  # a path may hold what is no text
+        f.write(text.encode("utf-8", "replace"))  # paths may hold lone surrogates

@@ -1,4 +1,4 @@
-"""The results of a sweep, results.jsonl of sweep.py: read, grouped by setting, and as a table."""
+"""Read the results of a sweep (results.jsonl), group them by setting, and make a table."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from system.progress import print_line
 
 
 def is_curve(value):
-    """A list of evaluations."""
+    """Return whether value is a list of evaluations."""
     return type(value) is list and all(fits(point, POINT) for point in value)
 
 
@@ -33,7 +33,7 @@ def is_hardware(value):
     return each(is_scalar)(value) and set(value) == {"device_name", "threads", "platform", "torch"}
 
 
-# what a result holds, by its status; see system/fields.py
+# the fields of a result, by its status; see system/fields.py
 POINT = {"step": is_count, "tokens": is_count, "train_s": is_size}
 POINT |= dict.fromkeys(("val_loss", "val_bpb"), optional(is_number))
 RUN = {"name": is_string, "varied": each(is_scalar), "config": each(is_scalar)}
@@ -51,7 +51,7 @@ OPTIONAL["hardware"] = is_hardware
 
 
 def is_result(line):
-    """Whether a parsed line of results.jsonl is the result of a run."""
+    """Return whether a parsed line of results.jsonl is the result of a run."""
     status = line.get("status") if type(line) is dict else None
     if type(status) is not str or status not in FIELDS:
         return False
@@ -59,7 +59,7 @@ def is_result(line):
 
 
 def read_results(path):
-    """(results, numbers of the lines that are not results) of results.jsonl."""
+    """Read results.jsonl; return (results, numbers of the lines that are not results)."""
     results, bad = [], []
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"cannot read {path}: it is not a file")
@@ -73,22 +73,24 @@ def read_results(path):
                     results.append(line)
                 else:
                     bad.append(number)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; pass the results.jsonl of a sweep") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     return results, bad
 
 
 def read_sweep(path):
-    """The results of a sweep to draw. Raises UserError if no run has one."""
+    """Read the results of a sweep. Raises UserError if no run has a result."""
     results, bad = read_results(path)
     if not results:
-        raise UserError(f"{path} has no results of sweep.py")
+        raise UserError(f"{path} contains no results of sweep.py")
     if bad:
         numbers = ", ".join(map(str, bad[:20])) + ", ..." * (len(bad) > 20)
         print_line(f"warning: {path}: skipping lines that are not results: {numbers}")
     if all(line["status"] == "failed" for line in results):
         raise UserError(
-            f"{path} has no result: all runs failed, the first with {results[0]['error']}"
+            f"{path} contains no results: all runs failed, the first with {results[0]['error']}"
         )
     return results
 
@@ -98,10 +100,10 @@ def title_of(results):
 
 
 def value_of(results):
-    """The field that a sweep is judged by, and its label: bits per byte where they are known."""
+    """Return the field that ranks runs, and its label: bits per byte if known, else the loss."""
     if all(line["val_bpb"] is not None for line in results if line["status"] == "finished"):
         return "val_bpb", "validation loss (bits per byte)"
-    return "val_loss", "validation loss (nats a token)"
+    return "val_loss", "validation loss (nats per token)"
 
 
 # ---- groups of runs
@@ -109,8 +111,8 @@ def value_of(results):
 
 def sweep_axes(results, x=""):
     """
-    (setting of the x axis, settings that tell its series apart) of a sweep, from the names in
-    `varied` without the seed. The default x is the setting with the most values.
+    Return (setting on the x axis, settings that distinguish its series) from the names in `varied`,
+    without the seed. The default x is the setting with the most values.
     """
     values = {}
     for line in results:
@@ -118,54 +120,55 @@ def sweep_axes(results, x=""):
             if name != "seed":
                 values.setdefault(name, {})[value] = None
     if x and x not in values:
-        raise UserError(f"x = {x}: this sweep varies {', '.join(values) or 'the seed alone'}")
+        names = ", ".join(values) or "only the seed"
+        raise UserError(f"x = {x}: expected a setting that this sweep varies ({names})")
     if not values:
         return "", []
     x = x or max(values, key=lambda name: len(values[name]))
     return x, [name for name in values if name != x]
 
 
-def in_order(results, x, series):
-    """The results sorted by their settings: numbers by size, names as they came."""
+def sort_results(results, x, series):
+    """Return the results sorted by their settings: numbers by size, text by first appearance."""
     names = [name for name in (*series, x) if name]
-    came = {name: [line["varied"].get(name) for line in results] for name in names}
+    values_of = {name: [line["varied"].get(name) for line in results] for name in names}
 
     def rank(line):
         values = {name: line["varied"].get(name) for name in names}
-        return [v if is_number(v) else came[name].index(v) for name, v in values.items()]
+        return [v if is_number(v) else values_of[name].index(v) for name, v in values.items()]
 
     return sorted(results, key=rank)
 
 
 def summarize(results, x, series, value):
     """
-    [(label of a series, [(x, values of the finished seeds, number that diverged)])], see in_order.
-    value: a field of the results.
+    Return [(label of a series, [(x, values of the finished seeds, number that diverged)])], sorted
+    as by sort_results(). value: a field of the results.
     """
     table = {}
-    for line in in_order(results, x, series):
+    for line in sort_results(results, x, series):
         if line["status"] != "failed":
             row = table.setdefault(label_of(line["varied"], series), {})
             values, diverged = row.setdefault(line["varied"].get(x, ""), ([], []))
             is_finished = line["status"] == "finished"
             (values if is_finished else diverged).append(line.get(value))
     return [
-        (label, [(place, values, len(bad)) for place, (values, bad) in row.items()])
+        (label, [(setting, values, len(bad)) for setting, (values, bad) in row.items()])
         for label, row in table.items()
     ]
 
 
 def label_of(varied, names):
-    """Some of a run's settings as a label; the name of a run stands for itself."""
+    """Return a label such as "lr = 0.1, batch = 4"; a run's own name stays unchanged."""
     return ", ".join(
-        show(varied[name]) if name == "run" else f"{name} = {show(varied[name])}"
+        format_value(varied[name]) if name == "run" else f"{name} = {format_value(varied[name])}"
         for name in names
         if name in varied
     )
 
 
-def show(value):
-    """A setting's value in a label."""
+def format_value(value):
+    """Format a setting's value for a label."""
     if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e4:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -176,14 +179,14 @@ def show(value):
 
 
 def mean_and_sd(values):
-    """Mean and standard deviation (0 of a single value)."""
+    """Return the mean and the standard deviation (0 for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def pooled_sd(groups):
     """
-    The standard deviation of a single run, pooled over groups of runs that differ only in their
-    seed. It is taken to be the same in all groups. None if no group has two runs.
+    Return the standard deviation of a single run, pooled over groups of runs that differ only in
+    their seed and assumed to be the same in all groups; None if no group has two runs.
     """
     groups = [values for values in groups if len(values) > 1]
     if not groups:
@@ -194,8 +197,8 @@ def pooled_sd(groups):
 
 def compare(values, base, sd):
     """
-    (difference of the means of two lists, whether it exceeds two standard errors); sd: of a single
-    value. The second is None if sd is None.
+    Return (difference of the means of two lists, whether it exceeds two standard errors, None if sd
+    is None); sd: the standard deviation of a single value.
     """
     difference = statistics.mean(values) - statistics.mean(base)
     if sd is None:
@@ -205,13 +208,13 @@ def compare(values, base, sd):
 
 def time_to(curve, target, value):
     """
-    Seconds of training until a curve first comes down to `target`, linear between evaluations; inf
-    where it never does. value: the field of its points.
+    Return the seconds of training until a curve first reaches `target`, interpolated linearly
+    between evaluations, or inf if it never does. value: the field of its points.
     """
     curve = [point for point in curve if point[value] is not None]
     for k, point in enumerate(curve):
         if point[value] <= target:
-            last_two = curve[k::-1][:2]  # np.interp wants them in rising order
+            last_two = curve[k::-1][:2]  # np.interp needs rising values
             points = ([p[name] for p in last_two] for name in (value, "train_s"))
             return float(np.interp(target, *points))
     return math.inf
@@ -219,16 +222,16 @@ def time_to(curve, target, value):
 
 # ---- the table
 
-SHOWN = {None: "?", True: "yes", False: "no"}
-HEADING = "run|settings|{}|difference|beyond noise|time to it|ms a step|tok/s, relative"
+ANSWERS = {None: "?", True: "yes", False: "no"}
+HEADER = "run|settings|{}|difference|beyond noise|time to reach|ms per step|relative tok/s"
 MACHINE = "Machine: {device_name}, {threads} threads, {platform}, torch {torch}."
 EXPLANATION = """\
-Figures are the mean of a run's seeds (their number is in brackets) and their standard deviation;
-lower is better. *Difference* is to the first run, `{first}`, and for a run `a+b` to the run `a`.
-*Beyond noise* says whether it exceeds two standard errors{noise};
-of many rows one in twenty passes by luck. *Time to it* is the training time after which a run has
-the final value of the run it is compared with (the median of its seeds), and how many times as
-fast that is. Speeds are medians of the runs themselves.
+Values are the mean ± standard deviation over a run's seeds, with their number in brackets; lower is
+better. *Difference* compares a run with the first run, `{first}`, or a run `a+b` with the run `a`.
+*Beyond noise* says whether it exceeds two standard errors{noise}; by chance, about one row in
+twenty does. *Time to reach* is the training time until a run reaches the final value of the run it
+is compared with (median over seeds), and how many times as fast that is. Speeds are medians over
+the runs.
 """
 
 
@@ -242,11 +245,11 @@ class Group:
         self.mean = statistics.mean(self.values) if self.values else math.inf
 
     def median(self, amount, unit):
-        """The median of the ratio of two fields; only of a group with finished runs."""
+        """Return the median ratio of two fields; needs finished runs."""
         return statistics.median(run[amount] / max(run[unit], 1e-3) for run in self.finished)
 
     def time_to(self, base):
-        """When its seeds reach the mean of another group, and how many times as fast as that is."""
+        """Return when its seeds reach another group's mean, and the speed-up, as text."""
         curves = [run["curve"] for run in self.finished]
         seconds = statistics.median(time_to(curve, base.mean, self.value) for curve in curves)
         if seconds == math.inf:
@@ -255,7 +258,7 @@ class Group:
         return f"{seconds:,.0f} s ({base_s / max(seconds, 1e-3):.1f} x)"
 
     def outcome(self):
-        """Mean, standard deviation and number of its values, and how many runs have none."""
+        """Return mean, standard deviation and number of values, and how many runs have none."""
         counts = Counter(run["status"] for run in self.runs)
         parts = [f"{counts[s]} {s}" for s in ("diverged", "failed") if counts[s]]
         if self.values:
@@ -265,33 +268,33 @@ class Group:
 
 
 def groups_of(results, x=""):
-    """{label: Group} of a sweep, see in_order."""
+    """Return {label: Group} for a sweep, sorted as by sort_results()."""
     value, _ = value_of(results)
-    place, series = sweep_axes(results, x)
+    x, series = sweep_axes(results, x)
     runs = {}
-    for line in in_order(results, place, series):
-        label = label_of(line["varied"], (*series, place)) or title_of(results)
+    for line in sort_results(results, x, series):
+        label = label_of(line["varied"], (*series, x)) or title_of(results)
         runs.setdefault(label, []).append(line)
     return {label: Group(lines, value) for label, lines in runs.items()}
 
 
 def table(results, x=""):
     """
-    What each setting of a sweep is worth, as rows of text with the heading first. A run `a+b` is
-    compared with `a` if there is one, any other with the first. Named runs are sorted by what they
-    are compared with, then best first.
+    Return the effect of each setting of a sweep as rows of text, the header first. A run `a+b` is
+    compared with `a` if there is one, any other run with the first. Named runs are sorted by the
+    run they are compared with, then best first.
     """
     groups = groups_of(results, x)
     labels = list(groups)
     sd = pooled_sd(group.values for group in groups.values())
     bases = {}
     for label in labels:
-        before, plus, _ = label.partition("+")
-        bases[label] = before if plus and before in groups else labels[0]
+        base, plus, _ = label.partition("+")
+        bases[label] = base if plus and base in groups else labels[0]
     if "run" in results[0]["varied"]:
         labels.sort(key=lambda label: (list(groups).index(bases[label]), groups[label].mean))
     unit = value_of(results)[1].partition("(")[2].rstrip(")")
-    rows = [HEADING.format(unit).split("|")]
+    rows = [HEADER.format(unit).split("|")]
     for label in labels:
         group, base = groups[label], groups[bases[label]]
         arguments = group.runs[0].get("arguments")
@@ -302,7 +305,7 @@ def table(results, x=""):
             relative = f"{speed / max(base_speed, 1e-3):.2f}"
             if group is not base:
                 number, is_beyond = compare(group.values, base.values, sd)
-                difference, beyond = f"{number:+.4f}", SHOWN[is_beyond]
+                difference, beyond = f"{number:+.4f}", ANSWERS[is_beyond]
                 reached = group.time_to(base)
         settings = f"`{arguments}`" if arguments else ""
         outcome = group.outcome()
@@ -311,12 +314,12 @@ def table(results, x=""):
 
 
 def failures(results):
-    """A sentence for each run that failed."""
+    """Return a line of text for each run that failed."""
     return [f"{r['name']} failed: {r['error']}" for r in results if r["status"] == "failed"]
 
 
 def section(results, x=""):
-    """A sweep as a section of a Markdown document: meaning, machine and table."""
+    """Return a sweep as a section of a Markdown document: explanation, machine and table."""
     groups = groups_of(results, x)
     sd = pooled_sd(group.values for group in groups.values())
     noise = "" if sd is None else f" (a single run deviates by {sd:.4f}, pooled over all rows)"

@@ -1,4 +1,4 @@
-"""Tables of texts: in columns for a terminal, and as Markdown."""
+"""Text tables, for a terminal and as Markdown."""
 
 import sys
 
@@ -10,7 +10,7 @@ def widths_of(rows):
 
 
 def print_table(head, rows):
-    """Print rows of texts in columns under their head, all but the first aligned to the right."""
+    """Print rows of text under a header row; all columns but the first are right-aligned."""
     first_width, *widths = widths_of([head, *rows])
     for first, *others in (head, *rows):
         cells = (f"{text:>{width}}" for text, width in zip(others, widths, strict=True))
@@ -19,7 +19,7 @@ def print_table(head, rows):
 
 
 def markdown(rows):
-    """Rows of texts as a Markdown table, aligned so that a terminal shows it well."""
+    """Return rows of text as a Markdown table, aligned for reading in a terminal."""
     widths = widths_of(rows)
     lines = [" | ".join(map(str.ljust, row, widths)) for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))

@@ -1,1 +1,1 @@
-"""The machine: files, worker processes, devices, and what leaves it."""
+"""The machine: files, worker processes, devices, and the network."""

@@ -1,11 +1,11 @@
 """
-From a fresh clone to a story, with the standard library alone; what `make` calls.
+From a fresh clone to a story, using only the standard library; `make` calls this.
 
     python system/bootstrap.py story  # environment, engine, corpus, training, a story
-    python system/bootstrap.py venv requirements-dev.txt  # the environment in .venv alone
+    python system/bootstrap.py venv requirements-dev.txt  # only the environment in .venv
 
-Each step is skipped where its result is there already. The Python that runs this file is the one
-.venv is made from; if it has a torch that fits the pin, .venv uses that instead of a new download.
+A step is skipped if its result exists. .venv is created from the Python that runs this file; if
+that Python has the pinned version of torch, .venv uses it instead of downloading another.
 """
 
 import json
@@ -26,25 +26,24 @@ OLDEST_PYTHON = (3, 10)
 
 
 class StepFailed(Exception):
-    """A command of a step failed; it has said why."""
+    """A step failed, so later steps cannot run."""
 
 
-def call(*command, shown=True, after=lambda line: None):
+def call(*command, raw=True, on_line=lambda line: None):
     """
-    Run a command; raise StepFailed unless it succeeds. Its output is shown as it is, or with
-    shown=False indented and without the hints that its steps here do not need; after(line) is
-    called for each of its lines then.
+    Run a command; raise StepFailed if it fails. With raw=False its output is indented, without its
+    hints about the next step, and each line is also passed to on_line().
     """
-    # Ctrl-C reaches the command as well, which may have something to save: wait for it
+    # Ctrl-C also reaches the command, which may have something to save: wait for it
     interrupts = []
     before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
-        pipe = None if shown else subprocess.PIPE
+        pipe = None if raw else subprocess.PIPE
         with subprocess.Popen(command, stdout=pipe, text=True) as process:
             for line in process.stdout or ():
                 if line.strip() and not line.startswith("next: "):
                     print("   " + line, end="", flush=True)
-                after(line)
+                on_line(line)
     except OSError as e:
         raise StepFailed(f"cannot run {command[0]}: {e.strerror}") from None
     finally:
@@ -64,7 +63,7 @@ def venv_python():
 
 
 def read(path):
-    """The text of a file, "" where there is none."""
+    """Return the text of a file, or "" if it does not exist."""
     if not os.path.exists(path):
         return ""
     with open(path, encoding="utf-8") as f:
@@ -72,7 +71,7 @@ def read(path):
 
 
 def pinned_torch(requirements):
-    """The version that a requirements file, or one it includes, pins torch to."""
+    """Return the version of torch that a requirements file, or a file it includes, pins."""
     text = read(requirements)
     if include := re.search(r"^-r (\S+)", text, re.MULTILINE):
         return pinned_torch(include[1])
@@ -80,43 +79,44 @@ def pinned_torch(requirements):
 
 
 def output_of(*command):
-    """What a command prints, or "" if it fails or cannot be run."""
+    """Return what a command prints, or "" if it fails or cannot be run."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return ""
-    return "" if found.returncode else found.stdout.strip()
+    return "" if done.returncode else done.stdout.strip()
 
 
 def torch_here():
-    """The version of this Python's torch without its build ("2.13.0" of 2.13.0+cpu), or ""."""
+    """Return this Python's torch version without its build ("2.13.0" for 2.13.0+cpu), or ""."""
     return output_of(sys.executable, "-c", "import torch; print(torch.__version__)").split("+")[0]
 
 
 def make_venv(requirements):
-    """Make .venv with the packages of a requirements file; nothing is done where it has them."""
+    """Create .venv with the packages in a requirements file, unless it already has them."""
     if sys.version_info < OLDEST_PYTHON:
-        raise StepFailed(f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed")
-    maker = f"{sys.executable} {sys.version}"
-    wanted = maker + "\n" + read("requirements.txt") + read(requirements)
+        version = ".".join(map(str, OLDEST_PYTHON))
+        raise StepFailed(f"this needs Python {version} or newer: run make PYTHON=PATH")
+    python = f"{sys.executable} {sys.version}"
+    contents = python + "\n" + read("requirements.txt") + read(requirements)
     made_by, stamp = os.path.join(VENV, ".made-by"), os.path.join(VENV, f".has-{requirements}")
-    if read(stamp) == wanted:
-        print(f"   there already ({VENV})")
+    if read(stamp) == contents:
+        print(f"   already exists ({VENV})")
         return
-    # a venv that was left half-made has no pip
-    if read(made_by) != maker or not output_of(venv_python(), "-m", "pip", "--version"):
+    # an incomplete venv has no pip
+    if read(made_by) != python or not output_of(venv_python(), "-m", "pip", "--version"):
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV])
         if made.returncode:
             shutil.rmtree(VENV, ignore_errors=True)
             raise StepFailed(
-                "python -m venv fails; on Debian and Ubuntu it needs: apt install python3-venv"
+                "python -m venv failed; on Debian and Ubuntu, run: apt install python3-venv"
             )
         with open(made_by, "w", encoding="utf-8") as f:
-            f.write(maker)
+            f.write(python)
     pin = pinned_torch(requirements)
     if torch_here() == pin:
-        # seen behind .venv's own packages, so every other pin still holds
-        print(f"   using the torch {pin} that {sys.executable} has")
+        # these folders are searched after .venv's own packages, so every other pin still holds
+        print(f"   using torch {pin} of {sys.executable}")
         folders = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         packages = output_of(venv_python(), "-c", code)
@@ -124,14 +124,14 @@ def make_venv(requirements):
             f.writelines(f"{folder}\n" for folder in folders)
     call(venv_python(), "-m", "pip", "install", "--quiet", "--requirement", requirements)
     with open(stamp, "w", encoding="utf-8") as f:
-        f.write(wanted)
+        f.write(contents)
 
 
 # ---- from nothing to a story
 
 
 def parsed(text):
-    """The object in a JSON text; {} if there is none, or only a part of it."""
+    """Return the object in a JSON text, or {} if the text is empty or cut off."""
     try:
         return json.loads(text)
     except ValueError:
@@ -139,7 +139,7 @@ def parsed(text):
 
 
 def finished(out_dir):
-    """Whether the log of a run says that it reached its last step."""
+    """Whether a run's log ends with its last step."""
     *_, last = ["", *read(os.path.join(out_dir, "log.jsonl")).splitlines()]
     return parsed(last).get("reason") == "finished"
 
@@ -148,36 +148,36 @@ def complete(shards):
     return parsed(read(os.path.join(shards, "shards.json"))).get("complete", False)
 
 
-def step(number, title, done, action, *words):
-    """Call action(*words) and print how long it took, or say that its result `done` is there."""
+def step(number, title, done, action, *args):
+    """Call action(*args) and print how long it took, unless its result `done` already exists."""
     print(f"[{number}/7] {title}", flush=True)
     if done:
-        print(f"   there already ({done})")
+        print(f"   already exists ({done})")
         return
-    begin = time.monotonic()
-    action(*words)
-    print(f"   took {time.monotonic() - begin:.0f} s", flush=True)
+    start = time.monotonic()
+    action(*args)
+    print(f"   took {time.monotonic() - start:.0f} s", flush=True)
 
 
-def script(*words, **options):
-    call(venv_python(), "-u", *words, shown=False, **options)
+def script(*args, **options):
+    call(venv_python(), "-u", *args, raw=False, **options)
 
 
 def train_model(model, flags):
     best = os.path.join(OUT, "best.pt")
-    if finished(OUT) and os.path.exists(best):  # only model.bin was deleted
+    if finished(OUT) and os.path.exists(best):  # only model.bin is missing
         script("export.py", model, f"--checkpoint={best}")
         return
 
-    def tell(line):  # so that one sees it learn
+    def show_sample(line):  # lets the user watch the model learn
         if line.startswith("step ") and "the best so far" in line:
             text = output_of("./run", model, "-t", "0.7", "-s", "1", "-n", "40", "-i", PROMPT)
-            print(f'   it tells: "{" ".join(text.split())} ..."', flush=True)
+            print(f'   it writes: "{" ".join(text.split())} ..."', flush=True)
 
-    words = [f"--out_dir={OUT}", "--resume=auto"]
-    script("train.py", CONFIG, *flags, *words, after=tell)
+    args = [*flags, f"--out_dir={OUT}", "--resume=auto"]
+    script("train.py", CONFIG, *args, on_line=show_sample)
     if not finished(OUT):
-        raise StepFailed("training was stopped; the same command goes on from there")
+        raise StepFailed("training was stopped; run the same command to continue")
 
 
 def story():
@@ -205,23 +205,23 @@ def story():
 Three commands to try next:
   ./run {model} -t 0.7 -i "One day, a little fox"
   {venv_python()} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
-  {venv_python()} tinystories.py download    # the real TinyStories; README.md goes on from there"""
+  {venv_python()} tinystories.py download    # the real TinyStories; see README.md"""
     )
 
 
-def main(words):
+def main(args):
     os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     try:
-        if words == ["story"]:
+        if args == ["story"]:
             story()
-        elif words[:1] == ["venv"] and len(words) == 2:
-            make_venv(words[1])
+        elif args[:1] == ["venv"] and len(args) == 2:
+            make_venv(args[1])
         else:
             raise StepFailed("expected: story, or venv REQUIREMENTS_FILE")
     except StepFailed as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command to continue")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """
-What the fields of parsed JSON may hold. A description is {name: check}, and a check is a function
-of a value. A file may come from a stranger or a damaged disk: fits() is asked once, where it is
-read, before anything else sees it.
+Checks for the fields of parsed JSON, which may come from a stranger or a damaged disk. A schema is
+{name: check}, where a check is a function of a value that returns a bool. Call fits() right after
+parsing, before other code uses the object.
 """
 
 
 def is_number(value):
-    """Whether a parsed value is a number that a page and a picture can show."""
-    most = {float: 1e40, int: 1 << 53}.get(type(value), 0)
-    return most > 0 and -most < value < most  # NaN compares as False
+    """Whether a parsed value is a number that pages and pictures can show."""
+    limit = {float: 1e40, int: 1 << 53}.get(type(value), 0)
+    return limit > 0 and -limit < value < limit  # NaN compares as False
 
 
 def is_size(value):
@@ -16,7 +16,7 @@ def is_size(value):
 
 
 def is_count(value):
-    return type(value) is int and 0 <= value < 1 << 53  # exact in a browser too
+    return type(value) is int and 0 <= value < 1 << 53  # exact in a browser
 
 
 def is_text(value):
@@ -40,21 +40,21 @@ def optional(check):
 
 
 def each(check):
-    """A check of objects that have printable names and values that all pass `check`."""
+    """Return a check for objects with printable names and values that all pass `check`."""
     return lambda value: (
         type(value) is dict and all(map(is_text, value)) and all(map(check, value.values()))
     )
 
 
 def list_of(check):
-    """A check of lists of values that all pass `check`."""
+    """Return a check for lists of values that all pass `check`."""
     return lambda value: type(value) is list and all(map(check, value))
 
 
 def fits(value, fields, optional=()):
     """
-    Whether a parsed object has all of `fields`, {name: check}, with values that pass, and of those
-    in `optional`, a dict likewise, none that does not.
+    Whether a parsed object has every field of the schema `fields`, with values that pass. A field
+    of the schema `optional` may be missing, but its value must pass too.
     """
     if type(value) is not dict or not fields.keys() <= value.keys():
         return False

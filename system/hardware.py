@@ -1,4 +1,4 @@
-"""What the machine has: the device and number format to compute with, and its description."""
+"""The machine: which device and dtype to compute with, and a description for the log."""
 
 import math
 import platform
@@ -16,8 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_device(name):
     """
-    A torch device from "auto" (cuda, mps or cpu, the first that is there) or a name such as
-    "cuda:1". One that is not there falls back to the CPU and says so. Raises UserError for a name
+    Return the torch device for "auto" (the first available of cuda, mps and cpu) or a name such as
+    "cuda:1". If it is not available, print a note and return the CPU. Raises UserError for a name
     that torch does not know.
     """
     have_mps = torch.backends.mps.is_available()
@@ -26,30 +26,30 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device = {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"device = {name}: expected one of auto, cpu, cuda, cuda:N, mps") from None
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "mps": have_mps, "cuda": (device.index or 0) < n_cuda}
-    if not there.get(device.type, False):
-        print(f"device {name} is not available here; using cpu")
+    available = {"cpu": True, "mps": have_mps, "cuda": (device.index or 0) < n_cuda}
+    if not available.get(device.type, False):
+        print(f"note: device {name} is not available; using cpu")
         return torch.device("cpu")
     return device
 
 
 def has_bf16(device):
-    """Whether the hardware itself multiplies bfloat16 matrices, and not an emulation."""
+    """Whether the hardware multiplies bfloat16 matrices itself, without emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
-def bf16_pays(device):
+def is_bf16_faster(device):
     """
-    Whether products in bfloat16 are clearly faster than in float32. A GPU that has them is; of CPUs
-    it depends: Zen 5 is four times as fast, an Intel Xeon without AMX about half as fast. So it is
-    measured, in a tenth of a second, both in turn.
+    Whether matrix products are clearly faster in bfloat16 than in float32. They are on every GPU
+    that supports them. On CPUs it varies (Zen 5: four times as fast; an Intel Xeon without AMX:
+    about half as fast), so both are measured, alternating, in a tenth of a second.
     """
     if not has_bf16(device) or device.type != "cpu":
         return has_bf16(device)
@@ -58,7 +58,7 @@ def bf16_pays(device):
 
 
 def fastest_products(n, dtypes, seconds):
-    """The shortest time of a product of n x n matrices in each dtype, alternating for `seconds`."""
+    """Return each dtype's shortest time for an n x n product, alternating for `seconds`."""
     best, end = [math.inf] * len(dtypes), time.perf_counter() + seconds
     inputs = [torch.ones(n, n, dtype=dtype) for dtype in dtypes]
     while time.perf_counter() < end:
@@ -67,7 +67,7 @@ def fastest_products(n, dtypes, seconds):
 
 
 def seconds_of_product(x):
-    """How long x @ x takes on a CPU."""
+    """Time x @ x on a CPU."""
     start = time.perf_counter()
     x @ x
     return time.perf_counter() - start
@@ -75,17 +75,17 @@ def seconds_of_product(x):
 
 def pick_dtype(name, device):
     """
-    The torch dtype to compute in from "auto" (bfloat16 where that is faster, else float32) or a
-    name in DTYPES. One that the device lacks falls back to float32 and says so.
+    Return the torch dtype for "auto" (bfloat16 if it is faster, else float32) or a name in DTYPES.
+    If the device does not support it, print a note and return float32.
     """
     if name == "auto":
-        return torch.bfloat16 if bf16_pays(device) else torch.float32
+        return torch.bfloat16 if is_bf16_faster(device) else torch.float32
     if name not in DTYPES:
-        raise UserError(f"dtype = {name!r}: expected auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype = {name}: expected one of auto, {', '.join(DTYPES)}")
     dtype = DTYPES[name]
     lacks_bf16 = dtype is torch.bfloat16 and not has_bf16(device)
     if lacks_bf16 or (dtype is torch.float16 and device.type != "cuda"):
-        print(f"dtype {name} is not supported by {device_name(device)}; using float32")
+        print(f"note: dtype {name} is not supported by {device_name(device)}; using float32")
         return torch.float32
     return dtype
 
@@ -98,8 +98,8 @@ def device_name(device):
     return f"{device.type} ({platform.processor()})"
 
 
-# Dense bfloat16 tensor-core TFLOP/s and memory in GB, from NVIDIA's data sheets; the first name
-# that fits
+# (dense bfloat16 tensor-core TFLOP/s, memory in GB) from NVIDIA's data sheets, for the first key
+# that is part of the device name
 GPUS = {
     "B200": (2250, 180),
     "H100 PCIe": (756, 80),
@@ -117,9 +117,9 @@ GPUS = {
 
 def peak_flops(device, dtype):
     """
-    The most operations a second of this device in matrix products of `dtype`: for a GPU from its
-    data sheet (bfloat16; None for others, and where it is unknown), for a CPU the best of some
-    products of 1,024 x 1,024 matrices on the threads in use, measured in 0.3 seconds.
+    Return the device's peak FLOP/s for matrix products in `dtype`. For a GPU, it comes from the
+    data sheet for bfloat16, and is None for another dtype or an unknown GPU. For a CPU, it is that
+    of the fastest 1,024 x 1,024 product in 0.3 seconds, with the current number of threads.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -131,7 +131,7 @@ def peak_flops(device, dtype):
 
 
 def describe(device):
-    """Hardware and versions, for the head of a log."""
+    """Return hardware and versions, for the first line of a log."""
     return {
         "device": str(device),
         "device_name": device_name(device),
@@ -143,7 +143,7 @@ def describe(device):
 
 
 def git_commit():
-    """The commit of this repository, with "+" where files were changed since; "" outside git."""
+    """Return this repository's commit, with "+" if files have changed; "" outside git."""
     folder = Path(__file__).resolve().parent.parent
     command = "git --git-dir=.git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:

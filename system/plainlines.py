@@ -1,16 +1,16 @@
-"""A progress bar for files and pipes: plain lines now and then. See progress.py."""
+"""Progress for files and pipes: a plain line from time to time. See progress.py."""
 
 import time
 
 from tqdm import tqdm
 
-SHARE = 0.1  # of the work between two plain lines, or
-SECONDS = 30.0  # this long, whichever comes first
-SHORTEST = 2.0  # seconds between two plain lines at least, so that short work prints only its end
+# A line is due after this fraction of the work, or after this many seconds
+SHARE, SECONDS = 0.1, 30.0
+SHORTEST = 2.0  # minimum seconds between lines, so that short work prints only its last line
 
 
 class PlainLines(tqdm):
-    """A tqdm whose output is lines of its own: every tenth of the work or 30 s, and the end."""
+    """A tqdm that prints whole lines: after each tenth of the work or 30 s, and at the end."""
 
     def __init__(self, iterable=None, desc="", total=None, unit="it", **options):
         self.printed_n, self.printed_at = options.get("initial", 0), time.monotonic()
@@ -19,14 +19,14 @@ class PlainLines(tqdm):
             total = len(iterable)
         unit = unit if unit == "B" else f" {unit.strip()}"
         counted = unit if unit[-1] in "Bs" else f"{unit}s"
-        usual = (
+        default = (
             ("{desc}: " if desc else "")
             + ("{percentage:.0f}%, " if total else "")
             + "{n_fmt}"
             + (" of {total_fmt}" if total else "")
             + f"{counted} in {{elapsed}}, {{rate_fmt}}{{postfix}}"
         )
-        options["bar_format"] = options.get("bar_format", usual).replace("|{bar}|", ",")
+        options["bar_format"] = options.get("bar_format", default).replace("|{bar}|", ",")
         super().__init__(iterable, desc, total, mininterval=0.5, unit=unit, **options)
 
     def display(self, msg=None, pos=None):
@@ -40,7 +40,7 @@ class PlainLines(tqdm):
         return True
 
     def clear(self, *args, **options):
-        """There is no bar to wipe away before another line is printed."""
+        """Do nothing: there is no bar to erase."""
 
     def close(self):
         self.closing = not self.disable

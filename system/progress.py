@@ -1,5 +1,5 @@
 """
-Progress of long work: a bar on a terminal, and plain lines now and then in a file or a pipe.
+Progress of long work: a bar on a terminal, occasional plain lines in a file or a pipe.
 
     for item in progress(items, desc="read"):
     with progress(total=n_bytes, unit="B", unit_scale=True, desc="download") as bar:
@@ -10,22 +10,22 @@ import sys
 
 from configurator import printable
 
-# tqdm is imported where it is used: modal_app.py needs this module on machines that have only modal
+# tqdm is imported inside the functions: modal_app.py imports this module on machines without it
 
 
 def progress(*args, **options):
-    """A tqdm for a terminal, or PlainLines where stderr is none; takes what tqdm takes."""
+    """Return a tqdm, or PlainLines if stderr is not a terminal; the arguments are tqdm's."""
     if sys.stderr.isatty():
-        from tqdm import tqdm as make
+        from tqdm import tqdm as Bar
     else:
-        from system.plainlines import PlainLines as make
-    return make(*args, **options)
+        from system.plainlines import PlainLines as Bar
+    return Bar(*args, **options)
 
 
 def print_line(text, file=None):
     """
-    Print text between bars without breaking one. Use it for text from files: whatever they hold,
-    the terminal gets nothing that it would obey.
+    Print text without disturbing a progress bar. Control characters are escaped, so it is safe for
+    text from files.
     """
     from tqdm import tqdm
 

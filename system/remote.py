@@ -1,7 +1,7 @@
 """
-What leaves this machine, and what is fetched by name, where the user asks for it and only then:
-models and checkpoints on the Hugging Face hub, metrics on Weights & Biases. Both need packages of
-their own, and access tokens from the environment or a file .env.
+Uploads and downloads, all at the user's request: models and checkpoints on the Hugging Face hub,
+metrics on Weights & Biases. They need optional packages, and access tokens from the environment or
+from .env.
 """
 
 import contextlib
@@ -18,59 +18,59 @@ from configurator import UserError
 from system.files import link_or_copy, remove, replace
 from system.progress import print_line
 
-UPLOADS = "uploads"  # folder in out_dir of what is on its way
-TIMEOUT_S = 300  # without an answer of the hub, which by itself would be waited for for ever
-MOST_WAITING = 3  # that did not arrive and are kept for another try, lest they fill the disk
+UPLOADS = "uploads"  # folder in out_dir for checkpoints that wait for their upload
+TIMEOUT_S = 300  # for a response from the hub; its client would wait forever
+MAX_FAILED = 3  # failed uploads kept for another try; more could fill the disk
 CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints in its repository on the hub
-COMPANIONS = ("log.jsonl", "tokenizer.model", "tokenizer.bin", "wandb_id")  # go there with them
-WITH_RUN = ("log.jsonl", "wandb_id")  # and are fetched with them
+COMPANIONS = ("log.jsonl", "tokenizer.model", "tokenizer.bin", "wandb_id")  # uploaded with them
+WITH_RUN = ("log.jsonl", "wandb_id")  # downloaded with them
 NAME = re.compile(r"ckpt_(\d+)\.pt")
-WAITS_S = (2, 10, 60, 300)  # before an upload that failed is tried again
+WAITS_S = (2, 10, 60, 300)  # pauses before a failed upload is retried
 
 
-def need(package, extra="export"):
-    """The module of an optional package; UserError says how to install it."""
+def need(package, extra="export", feature="this command"):
+    """Import an optional package, or raise UserError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"this needs {package}: pip install .[{extra}]") from None
+        raise UserError(f"{feature} needs the package {package}: pip install .[{extra}]") from None
 
 
 def secret(name):
-    """An access token from the environment, or from a file .env with lines NAME=value; or None."""
-    found = os.environ.get(name)
-    if not found and os.path.isfile(".env"):
+    """Return an access token from the environment or from a line NAME=value in .env, or None."""
+    token = os.environ.get(name)
+    if not token and os.path.isfile(".env"):
         with open(".env", encoding="utf-8-sig", errors="replace") as f:
             for line in f:
                 key, _, value = line.strip().removeprefix("export ").partition("=")
                 if key.strip() == name:
-                    found = value.partition(" #")[0].strip().strip("\"'")
-    found = (found or "").strip()
-    if not re.fullmatch(r"[!-~]*", found):
-        raise UserError(f"{name} is no access token: expected letters and digits")
-    return found or None
+                    token = value.partition(" #")[0].strip().strip("\"'")
+    token = (token or "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise UserError(f"{name} is not an access token: expected letters and digits")
+    return token or None
 
 
 # ---- models on the hub
 
 
 def fetch_model(name):
-    """The folder of a model of the hub, user/name or user/name@revision, kept in its cache."""
+    """Download a model, user/name or user/name@revision, to the hub's cache; return its folder."""
     hub = need("huggingface_hub")
     name, _, revision = name.partition("@")
-    words = {"revision": revision or None, "token": secret("HF_TOKEN")}
+    options = {"revision": revision or None, "token": secret("HF_TOKEN")}
     patterns = ["*config.json", "model*.safetensors", "model*.index.json", "tokenizer*"]
     try:
-        folder = hub.snapshot_download(name, allow_patterns=patterns, **words)
+        folder = hub.snapshot_download(name, allow_patterns=patterns, **options)
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            hub.snapshot_download(name, allow_patterns=["pytorch_model*"], **words)
+            hub.snapshot_download(name, allow_patterns=["pytorch_model*"], **options)
         return folder
-    except Exception as e:  # of the hub, of the network, of the name
+    except Exception as e:  # the hub, the network, or the name
         raise UserError(f"cannot download {name}: {reason(e)}") from None
 
 
 def check_push(name, dry_run=False):
-    """Raise UserError unless an upload to user/name can begin, as far as can be seen from here."""
+    """Raise UserError if an upload to user/name is sure to fail, without asking the hub."""
     hub = need("huggingface_hub")
     try:
         need("huggingface_hub.utils").validate_repo_id(name)
@@ -86,13 +86,13 @@ def check_push(name, dry_run=False):
 
 
 def push(folder, name, private=False, dry_run=False):
-    """Upload a folder as a model of the hub, user/name, which is made if it is not there."""
+    """Upload a folder as the model user/name on the hub, creating it if needed."""
     hub = need("huggingface_hub")
     files = {n: os.path.getsize(os.path.join(folder, n)) for n in sorted(os.listdir(folder))}
     for file, size in files.items():
         print(f"  {file}  {size:,} bytes")
     if dry_run:
-        print(f"dry run: these {len(files)} files would go to {name}; nothing was sent")
+        print(f"dry run: these {len(files)} files would be uploaded to {name}; nothing was sent")
         return
     api = hub.HfApi(token=secret("HF_TOKEN"))
     try:
@@ -100,13 +100,14 @@ def push(folder, name, private=False, dry_run=False):
         done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload model")
     except Exception as e:
         raise UserError(
-            f"cannot upload to {name}: {reason(e)}; {folder} is whole, run the same command again"
+            f"cannot upload to {name}: {reason(e)}; {folder} is complete, so run the same command "
+            f"again"
         ) from None
     print(f"uploaded to {done.repo_url}")
 
 
 def reason(error):
-    """What an error says, in one line, without the access token."""
+    """Return the message of an error in one line, without the access token."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -119,36 +120,36 @@ def reason(error):
 
 class Uploads:
     """
-    Sends the checkpoints of a run to user/name in the background, each as one commit with the log
-    and the tokenizer. What fails is tried again, and at the end once more; training never waits
-    for it and never stops because of it. Names of the files that did not arrive are in `failed`.
+    Uploads a run's checkpoints to user/name in the background, each as one commit with the log and
+    the tokenizer. Failed uploads are retried, also at the end. Training never waits for them and
+    never stops because of them. `failed` lists the checkpoints that did not arrive.
     """
 
     def __init__(self, repo, out_dir, private=True, keep_local=True, is_new=False):
         """
-        is_new: the run begins, so that a repository with another's checkpoints is refused. Raises
-        UserError where uploads cannot begin, before anything is trained.
+        is_new: this is a new run, so refuse a repository that has checkpoints. Raises UserError if
+        uploads cannot start, before training does.
         """
         self.repo, self.out_dir, self.keep_local = repo, out_dir, keep_local
         check_push(repo)
-        limit_waiting()
+        set_hub_timeout()
         self.api = need("huggingface_hub").HfApi(token=secret("HF_TOKEN"))
         try:
             self.api.create_repo(repo, private=private, exist_ok=True)
-            found = checkpoints_of(repo) if is_new else {}
+            existing = checkpoints_of(repo) if is_new else {}
         except Exception as e:
             raise UserError(f"cannot upload to {repo}: {reason(e)}") from None
-        if found:
+        if existing:
             raise UserError(
-                f"{repo} has {found[max(found)]} of another run: give another --hub_repo, or go on "
-                f"with that run in an empty --out_dir by --resume=auto"
+                f"{repo} already has {existing[max(existing)]} from another run: use another "
+                f"--hub_repo, or continue that run with --resume=auto and an empty --out_dir"
             )
         need("huggingface_hub.utils").disable_progress_bars()
         self.queue, self.arrived, self.failed = queue.Queue(), [], []
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
-        with contextlib.suppress(FileNotFoundError):  # of a run that was killed
+        with contextlib.suppress(FileNotFoundError):  # left by a run that was killed
             for name in sorted(os.listdir(self.staged(""))):
                 if NAME.fullmatch(name):
                     self.queue.put(name)
@@ -159,13 +160,13 @@ class Uploads:
         return os.path.join(self.out_dir, UPLOADS, name)
 
     def submit(self, path, name):
-        """Send a checkpoint, a file or a folder, as `name`; what becomes of `path` is no matter."""
+        """Upload a checkpoint, a file or a folder, as `name`; `path` may be deleted right after."""
         staged, part = self.staged(name), self.staged(f"{name}.part")
         try:
             remove(part)
             os.makedirs(os.path.join(part, CHECKPOINTS))
             link_or_copy(path, os.path.join(part, CHECKPOINTS, name))
-            for other in COMPANIONS:  # as they are now: the log grows
+            for other in COMPANIONS:  # copies, because the log grows
                 if os.path.exists(source := os.path.join(self.out_dir, other)):
                     shutil.copy(source, os.path.join(part, other))
             replace(part, staged)
@@ -173,14 +174,14 @@ class Uploads:
             remove(part)
             warn(f"cannot prepare the upload of {name}: {reason(e)}")
             return
-        while len(self.failed) > MOST_WAITING:
-            remove(self.staged(given_up := self.failed.pop(0)))
-            warn(f"{given_up} will not reach {self.repo}: too many are waiting")
+        while len(self.failed) > MAX_FAILED:
+            remove(self.staged(dropped := self.failed.pop(0)))
+            warn(f"gave up uploading {dropped} to {self.repo}: too many uploads have failed")
         self.tidy()
         self.queue.put(name)
 
     def tidy(self):
-        """Delete here what has arrived and has become an earlier checkpoint, if that is asked."""
+        """Delete local copies of uploaded earlier checkpoints, unless keep_local is set."""
         for earlier in self.arrived if not self.keep_local else ():
             remove(os.path.join(self.out_dir, earlier))
 
@@ -190,23 +191,23 @@ class Uploads:
                 self.failed.append(name)
 
     def send(self, name):
-        """Whether a staged checkpoint arrived, after some tries; it is then no more staged."""
+        """Upload a staged checkpoint, with retries, and delete it; return whether it arrived."""
         for wait in WAITS_S:
-            if self.send_once(name, f"again in {wait} s"):
+            if self.send_once(name, f"retrying in {wait} s"):
                 return True
             if self.ending.wait(wait):
                 return False
-        return self.send_once(name, "it is tried again at the end")
+        return self.send_once(name, "retrying at the end of training")
 
     def send_once(self, name, then):
         staged = self.staged(name)
-        if not os.path.isdir(staged):  # the same step was sent twice: that of a resumed run
+        if not os.path.isdir(staged):  # a resumed run submitted the same step twice
             return True
         try:
             self.api.upload_folder(
                 repo_id=self.repo, folder_path=staged, commit_message=f"Checkpoint {name}"
             )
-        except Exception as e:  # of the hub or the network
+        except Exception as e:  # from the hub or the network
             warn(f"cannot upload {name} to {self.repo}: {reason(e)}; {then}")
             return False
         remove(staged)
@@ -214,13 +215,13 @@ class Uploads:
         return True
 
     def finish(self):
-        """Wait for all uploads, try some more what failed; returns whether all arrived."""
+        """Wait for all uploads and retry the failed ones; return whether all arrived."""
         self.queue.put(None)
         self.ending.set()
         print(f"waiting for uploads to {self.repo}")
         self.thread.join()
         for wait in (*WAITS_S, 0):
-            then = f"again in {wait} s" if wait else "it stays here"
+            then = f"retrying in {wait} s" if wait else "it stays on this machine"
             self.failed = [name for name in self.failed if not self.send_once(name, then)]
             if not self.failed:
                 break
@@ -231,9 +232,9 @@ class Uploads:
         return not self.failed
 
 
-def limit_waiting():
-    """Have huggingface_hub give up a request that is not answered for TIMEOUT_S."""
-    with contextlib.suppress(ImportError, AttributeError):  # another version of it
+def set_hub_timeout():
+    """Make huggingface_hub's requests fail after TIMEOUT_S without a response."""
+    with contextlib.suppress(ImportError, AttributeError):  # in other versions
         from huggingface_hub import set_client_factory
         from huggingface_hub.utils._http import default_client_factory
 
@@ -246,7 +247,7 @@ def limit_waiting():
 
 
 def checkpoints_of(repo):
-    """{step: name} of the checkpoints of user/name on the hub."""
+    """Return {step: name} of the checkpoints of user/name on the hub."""
     files = need("huggingface_hub").HfApi(token=secret("HF_TOKEN")).list_repo_files(repo)
     names = {file.split("/")[1] for file in files if file.startswith(f"{CHECKPOINTS}/")}
     return {int(m[1]): m[0] for m in map(NAME.fullmatch, names) if m}
@@ -254,25 +255,25 @@ def checkpoints_of(repo):
 
 def fetch_latest(repo, out_dir):
     """
-    Bring the latest checkpoint of user/name, with its log, into out_dir as ckpt.pt, if there is
-    one. Raises UserError where the hub does not answer.
+    Download the latest checkpoint of user/name, if there is one, to out_dir/ckpt.pt, with its log.
+    Raises UserError if the hub cannot be reached.
     """
     hub, staged = need("huggingface_hub"), os.path.join(out_dir, "fetched.part")
-    limit_waiting()
+    set_hub_timeout()
     try:
-        found = checkpoints_of(repo)
-        if not found:
+        checkpoints = checkpoints_of(repo)
+        if not checkpoints:
             return
-        name = found[max(found)]
-        print(f"{out_dir} has no checkpoint: going on from {name} of {repo}")
-        wanted = [f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{name}/*", *WITH_RUN]
+        name = checkpoints[max(checkpoints)]
+        print(f"{out_dir} has no checkpoint: continuing from {name} of {repo}")
+        patterns = [f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{name}/*", *WITH_RUN]
         hub.snapshot_download(
-            repo, allow_patterns=wanted, local_dir=staged, token=secret("HF_TOKEN")
+            repo, allow_patterns=patterns, local_dir=staged, token=secret("HF_TOKEN")
         )
     except hub.errors.RepositoryNotFoundError:
         return
     except Exception as e:
-        raise UserError(f"cannot fetch a checkpoint of {repo}: {reason(e)}") from None
+        raise UserError(f"cannot download a checkpoint from {repo}: {reason(e)}") from None
     for other in WITH_RUN:
         if os.path.exists(source := os.path.join(staged, other)):
             os.replace(source, os.path.join(out_dir, other))
@@ -285,13 +286,13 @@ def fetch_latest(repo, out_dir):
 
 class Metrics:
     """
-    The lines of a run's log on Weights & Biases, in the run whose id lies in out_dir/wandb_id: a
-    resumed run goes on in it. A failure is said once and ends this, not the training.
+    Copies a run's log to Weights & Biases. The run's id there is kept in out_dir/wandb_id, so a
+    resumed run continues it. On the first failure, warn and stop logging; training continues.
     """
 
     def __init__(self, project, name, out_dir, config):
-        """Raises UserError where wandb is not installed, or has no access token, at the start."""
-        wandb = need("wandb", "wandb")
+        """Start or continue a run. Raises UserError without the package or an access token."""
+        wandb = need("wandb", "wandb", "wandb_project")
         if key := secret("WANDB_API_KEY"):
             os.environ["WANDB_API_KEY"] = key
         is_online = os.environ.get("WANDB_MODE", "online") == "online"
@@ -301,15 +302,15 @@ class Metrics:
                 "WANDB_API_KEY=..., or set WANDB_MODE=offline"
             )
         id_path = os.path.join(out_dir, "wandb_id")
-        words = {"project": project, "name": name or None, "config": config, "dir": out_dir}
+        options = {"project": project, "name": name or None, "config": config, "dir": out_dir}
         if os.path.exists(id_path):
             with open(id_path, encoding="utf-8") as f:
-                words |= {"id": f.read().strip(), "resume": "allow"}
+                options |= {"id": f.read().strip(), "resume": "allow"}
         try:
-            self.run = wandb.init(**words)
+            self.run = wandb.init(**options)
             self.run.define_metric("*", step_metric="step")
         except Exception as e:
-            raise UserError(f"cannot begin a run of {project} on wandb: {reason(e)}") from None
+            raise UserError(f"cannot start a wandb run of {project}: {reason(e)}") from None
         with open(id_path, "w", encoding="utf-8") as f:
             f.write(self.run.id)
 
@@ -319,14 +320,14 @@ class Metrics:
             yield
         except Exception as e:
             self.run = None
-            warn(f"wandb fails ({reason(e)}); training goes on without it")
+            warn(f"wandb failed ({reason(e)}); training continues without it")
 
     def log(self, kind, values):
-        """One line of the log: its numbers as kind/name, at its step."""
+        """Log the numbers in a line of kind "train" or "eval" as kind/name, at its step."""
         if self.run is None or kind not in ("train", "eval"):
             return
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        step = numbers.pop("step")  # a value of its own: a resumed run may go back
+        step = numbers.pop("step")  # logged as a metric, because wandb's own step cannot go back
         with self.surviving():
             self.run.log({"step": step, **{f"{kind}/{k}": v for k, v in numbers.items()}})
 

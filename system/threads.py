@@ -1,10 +1,9 @@
 """
 How many threads share a computation on the CPU.
 
-On a machine with nothing else to do, one a core is best. With another program on one of the cores
-it is not: all threads wait for the one that has to share its core, many times in each step.
-OMP_NUM_THREADS is the most that are used. OMP_DYNAMIC=false keeps that number, which the last
-digits of results depend on.
+On an idle machine, one thread per core is fastest. If another program uses a core, it is not: many
+times per step, all threads wait for the one that shares its core. OMP_NUM_THREADS sets the maximum.
+OMP_DYNAMIC=false fixes the number, on which the last digits of results depend.
 """
 
 import os
@@ -16,23 +15,23 @@ import torch
 
 from system.progress import print_line
 
-PROBE_S = 0.1  # for each number of threads that is tried
-GAIN = 1.15  # how many times as fast another number has to be
-WINDOW_S = 1.0  # in which a speed is measured
-SLOW = 0.7  # of the best speed so far: the number is chosen again
-LATER_S = 30.0  # so is a number below the most, after this time
+PROBE_S = 0.1  # measuring time for each number of threads
+GAIN = 1.15  # switch to another number only if it is this many times as fast
+WINDOW_S = 1.0  # measure speed over windows of this length
+SLOW = 0.7  # choose again below this fraction of the best speed,
+LATER_S = 30.0  # or after this time with fewer threads than the maximum
 
 
 class Threads:
     """
-    The threads of a program: their number is chosen at the start, where the work slows down, and
-    while it is below the most now and then. device: a torch.device; only a CPU has threads.
+    Chooses a program's number of threads at the start, when the work slows down, and from time to
+    time while it is below the maximum. device: a torch.device; does nothing unless it is a CPU.
     """
 
     def __init__(self, device):
-        self.most = torch.get_num_threads()
+        self.maximum = torch.get_num_threads()
         is_fixed = os.environ.get("OMP_DYNAMIC", "").lower() == "false"
-        self.is_fixed = is_fixed or self.most == 1 or device.type != "cpu"
+        self.is_fixed = is_fixed or self.maximum == 1 or device.type != "cpu"
         self.latest, self.earlier, self.patience = 0.0, None, LATER_S
         self.start_window()
         if not self.is_fixed:
@@ -42,33 +41,34 @@ class Threads:
         self.n, self.seconds = 0, 0.0
 
     def choose(self):
-        """Set the number of threads that is fastest now, and print why if it changes."""
+        """Set the number of threads that is fastest now; if it changes, print why."""
         before = torch.get_num_threads()
-        times = probe({self.most, self.most - 1, self.most // 2, 1, before} - {0})
+        times = probe({self.maximum, self.maximum - 1, self.maximum // 2, 1, before} - {0})
         fastest = min(times, key=times.get)
         ratio = times[before] / times[fastest]
         if ratio < GAIN:
             fastest = before
         torch.set_num_threads(fastest)
         if fastest != before:
-            why = "other programs use the cores" if fastest < before else "cores are free again"
-            line = f"{why}: {fastest} of {self.most} threads, {ratio:.1f} times as fast"
-            print_line(line, sys.stderr)  # stdout may be a story
-        # a number that had a speed before, if this one should be faster than that
+            reason = "other programs use the cores" if fastest < before else "cores are free again"
+            threads = f"{fastest} of {self.maximum} threads ({ratio:.1f} times as fast)"
+            print_line(f"note: {reason}; using {threads}", sys.stderr)  # stdout may hold a story
+        # more threads must prove faster at the work too, or choose_by_work() goes back
         self.earlier = (before, self.latest) if fastest > before else None
         self.best, self.chosen = 0.0, time.monotonic()
         self.start_window()
 
     def choose_by_work(self, speed):
-        """Go back to the earlier number where that was faster at the work itself."""
-        (number, before), self.earlier = self.earlier, None
-        if speed < before:
+        """Go back to the earlier number of threads if the work itself was faster with it."""
+        (number, earlier_speed), self.earlier = self.earlier, None
+        if speed < earlier_speed:
             torch.set_num_threads(number)
             self.patience *= 2
-            print_line(f"back to {number} of {self.most} threads, which were faster", sys.stderr)
+            threads = f"{number} of {self.maximum} threads"
+            print_line(f"note: back to {threads}, which are faster", sys.stderr)
 
     def watch(self, n, seconds):
-        """Choose again where it is time to. n: steps that took `seconds`, all of one kind."""
+        """Count n steps, all of one kind, that took `seconds`; choose again if it is time."""
         if self.is_fixed:
             return
         self.n, self.seconds = self.n + n, self.seconds + seconds
@@ -81,11 +81,11 @@ class Threads:
             self.choose_by_work(speed)
             return
         is_late = time.monotonic() > self.chosen + self.patience
-        if speed < SLOW * self.best or (is_late and torch.get_num_threads() < self.most):
+        if speed < SLOW * self.best or (is_late and torch.get_num_threads() < self.maximum):
             self.choose()
 
     def watched(self, steps):
-        """The items of an iterator, watching how long it takes to make each."""
+        """Yield the items of an iterator, passing the time that each takes to watch()."""
         start = time.perf_counter()
         for item in steps:
             self.watch(1, time.perf_counter() - start)
@@ -94,7 +94,7 @@ class Threads:
 
 
 def probe(numbers):
-    """{number of threads: median seconds of a small computation by as many}, all in turn."""
+    """Return {number of threads: median seconds for a small computation}, measured alternating."""
     x, up = torch.ones(512, 128), torch.full((128, 512), 0.01)
     times = {n: [] for n in numbers}
     end = time.perf_counter() + PROBE_S * len(numbers)
@@ -102,7 +102,7 @@ def probe(numbers):
         for n in numbers:
             torch.set_num_threads(n)
             start = time.perf_counter()
-            # products and what lies between them, as in a layer
+            # matrix products and elementwise operations, as in a layer
             (torch.relu(x @ up) @ up.T).add_(x).mean(-1)
             times[n].append(time.perf_counter() - start)
-    return {n: statistics.median(found) for n, found in times.items()}
+    return {n: statistics.median(seconds) for n, seconds in times.items()}

@@ -1,4 +1,4 @@
-"""What a process is told before torch starts in it: how to keep memory, how to wait."""
+"""Tune a process before torch is loaded: how it keeps memory, and how its threads wait."""
 
 import contextlib
 import ctypes
@@ -12,12 +12,12 @@ SPINS = 10_000  # about 0.2 ms
 
 def tune_process():
     """
-    Call it before torch is imported, whose OpenMP reads its settings when it is loaded.
+    Call this before importing torch: OpenMP reads its settings when it is loaded.
 
-    Threads that wait spin for SPINS turns and then sleep. By default (libgomp) it is 300,000. If
-    another program has one of the cores, they spin away the time of the thread that they wait for:
-    a step of config/story.py on two cores takes more than ten times as long. Compiled code asks
-    how many threads there are each time it runs, since system/threads.py changes that.
+    Waiting threads spin SPINS times and then sleep; libgomp's default is 300,000. If another
+    program occupies a core, spinning takes time from the very thread they wait for: a step of
+    config/story.py on two cores takes more than ten times as long. Compiled code asks for the
+    number of threads each time it runs, because system/threads.py changes it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
@@ -27,10 +27,10 @@ def tune_process():
 
 def keep_freed_memory():
     """
-    Have malloc keep freed memory for the next step, which asks for the same large blocks: by
-    default glibc returns them to the system each time, and getting them again, page by page, takes
-    a tenth of a step on a CPU. Where GLIBC_TUNABLES is set, and on other systems than Linux with
-    glibc, it does nothing.
+    Make malloc keep freed memory for the next step, which needs blocks of the same sizes. By
+    default glibc returns large blocks to the system each time, and getting them back, page by page,
+    takes a tenth of a step on a CPU. Does nothing if GLIBC_TUNABLES is set or the system is not
+    Linux with glibc.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         with contextlib.suppress(AttributeError):  # another C library

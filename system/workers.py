@@ -1,4 +1,4 @@
-"""Work shared out to processes."""
+"""Work divided among processes."""
 
 import contextlib
 import itertools
@@ -15,20 +15,20 @@ from system.progress import progress
 
 
 def worker_count(num_workers):
-    """The setting num_workers as a number of processes: 0 stands for one a core."""
+    """Return the number of processes for the setting num_workers; 0 means one per core."""
     if not 0 <= num_workers <= 1000:
-        raise UserError(f"num_workers = {num_workers}: expected 0 (one a core) to 1000")
+        raise UserError(f"num_workers = {num_workers}: expected 0 (one per core) to 1000")
     affinity = getattr(os, "sched_getaffinity", None)
     return num_workers or (len(affinity(0)) if affinity else os.cpu_count())
 
 
-def leave_ctrl_c():
-    """In a worker: Ctrl-C is for the parent, and where that was killed the worker ends too."""
+def follow_parent():
+    """In a worker: ignore Ctrl-C, which the parent handles, and exit when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=exit_after, args=(os.getppid(),), daemon=True).start()
 
 
-def end_with(parent):
+def exit_after(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -36,36 +36,36 @@ def end_with(parent):
 
 def in_order(function, items, arguments, num_workers):
     """
-    Yield (item, function(item, *arguments)) for each of `items`, in their order, computed in
-    num_workers processes, each two results ahead at most: so far `items` is read ahead, too.
+    Yield (item, function(item, *arguments)) for each of `items`, in order, computed by num_workers
+    processes. `items` is read, and results are computed, at most two per process ahead.
     """
     if num_workers < 2:
         for item in items:
             yield item, function(item, *arguments)
         return
     with contextlib.ExitStack() as stack:
-        pool = ProcessPoolExecutor(num_workers, initializer=leave_ctrl_c)
+        pool = ProcessPoolExecutor(num_workers, initializer=follow_parent)
         stack.callback(pool.shutdown, cancel_futures=True)
-        todo, running = iter(items), deque()
+        remaining, running = iter(items), deque()
         try:
             while True:
-                for one in itertools.islice(todo, 2 * num_workers - len(running)):
-                    running.append((one, pool.submit(function, one, *arguments)))
+                for item in itertools.islice(remaining, 2 * num_workers - len(running)):
+                    running.append((item, pool.submit(function, item, *arguments)))
                 if not running:
                     return
                 item, future = running.popleft()
                 yield item, future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was ended, perhaps because memory ran out: try fewer "
+                "a worker process was killed, perhaps because memory ran out: use a smaller "
                 "--num_workers"
             ) from None
 
 
-def over_spans(function, spans, arguments, num_workers, what):
-    """The results of in_order() for Spans, behind a progress bar of their bytes called `what`."""
+def over_spans(function, spans, arguments, num_workers, label):
+    """Yield the results of in_order() for Spans, with a progress bar that counts their bytes."""
     n_bytes = sum(span.end - span.start for span in spans)
-    with progress(total=n_bytes, desc=what, unit="B", unit_scale=True) as bar:
+    with progress(total=n_bytes, desc=label, unit="B", unit_scale=True) as bar:
         workers = min(num_workers, len(spans))
         for span, result in in_order(function, spans, arguments, workers):
             yield result

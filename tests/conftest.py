@@ -1,8 +1,9 @@
-"""What the tests share: the repository's path, compiled engines, small corpora and models."""
+"""Shared by the tests: the repository's path, compiled engines, small corpora and models."""
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,29 +30,29 @@ from tokenizer import open_tokenizer, train_sentencepiece
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-# a limit only for what will never come: on a busy machine everything else is just slow
+# a generous timeout: on a busy machine everything is slow
 PATIENCE_S = 600
 
 
-def wait_until(condition, what="it did not come so far"):
+def wait_until(condition, message="the condition is still false"):
     """Return once condition() is true; fail after PATIENCE_S."""
     end = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, message
         time.sleep(0.02)
 
 
 class Zygote:
-    """Scripts in forks of one process, tests/zygote.py, of each process of the tests."""
+    """Runs scripts in forks of tests/zygote.py, which each pytest process starts once."""
 
     def __init__(self):
         self.process = None
 
     def run(self, command, cwd, env):
         if self.process is None:
-            words = [sys.executable, str(REPO / "tests" / "zygote.py")]
+            args = [sys.executable, str(REPO / "tests" / "zygote.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self.process = subprocess.Popen(words, env=env, **pipes)
+            self.process = subprocess.Popen(args, env=env, **pipes)
         with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
             request = {"argv": command[1:], "cwd": os.fspath(cwd or os.getcwd()), "env": env}
             request |= {"out": out.name, "err": err.name}
@@ -64,23 +65,28 @@ class Zygote:
 zygote = Zygote()
 
 
-def script(name, *words, cwd=None, env=None, **options):
+def script(name, *args, cwd=None, env=None, **options):
     """
-    Run one of the repository's scripts, "train.py" or a module such as "bench.train", as a user
-    would; returns the CompletedProcess.
+    Run one of the repository's scripts ("train.py") or modules ("bench.train") as a user would;
+    return the CompletedProcess.
     """
-    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch may set it in the process of the tests
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch may have set it in this process
     program = [str(REPO / name)]
     if not program[0].endswith(".py"):
         program, cwd = ["-m", name], cwd or REPO
-    command = [sys.executable, *program, *map(str, words)]
+    command = [sys.executable, *program, *map(str, args)]
     if sys.platform == "linux" and not options:
         return zygote.run(command, cwd, dict(env or os.environ))
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, **options)
 
 
+def unwrapped(help_text):
+    """Return the text of --help with each setting's comment in one line with the setting."""
+    return re.sub(r"\n {3,}(?=\S)", " ", help_text)
+
+
 def refused(done, *parts):
-    """Assert that a script ended with status 1 and one sentence that has all of `parts`."""
+    """Assert that a script ended with status 1 and an error message that has all of `parts`."""
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -89,7 +95,7 @@ def refused(done, *parts):
         assert part in last, last
 
 
-# another compiler and an emulator for what it makes: make test-arm
+# for make test-arm: a cross compiler, and an emulator for its programs
 ENGINE_CC = os.environ.get("ENGINE_CC", "cc")
 ENGINE_FLAGS = os.environ.get("ENGINE_FLAGS", "").split()
 ENGINE_EMULATOR = os.environ.get("ENGINE_EMULATOR", "").split()
@@ -111,41 +117,41 @@ def supports(flag, cc="cc"):
 
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
-    """The engine and the harness, fast and with sanitizers; processes of one run share them."""
+    """The engine and the harness, fast and with sanitizers, shared by all pytest processes."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     flags = {"fast": ["-O3"], "checked": ["-O1"] if ENGINE_EMULATOR else SANITIZE}
     sources = {"run": "run.c", "harness": "tests/harness.c"}
-    found = {(name, kind): folder / f"{name}_{kind}" for name in sources for kind in flags}
+    paths = {(name, kind): folder / f"{name}_{kind}" for name in sources for kind in flags}
 
     def build(name, kind):
-        compile_c(REPO / sources[name], found[name, kind], *flags[kind])
+        compile_c(REPO / sources[name], paths[name, kind], *flags[kind])
 
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        missing = [key for key, path in found.items() if not path.exists()]
-        with ThreadPoolExecutor(2) as pool:  # a compiler is a process of its own
+        missing = [key for key, path in paths.items() if not path.exists()]
+        with ThreadPoolExecutor(2) as pool:  # threads, because each compiler is a process
             list(pool.map(lambda key: build(*key), missing))
-    return found
+    return paths
 
 
 @pytest.fixture(scope="session")
 def run(builds):
-    """Call the engine with sanitizers on; returns the CompletedProcess, output as bytes."""
+    """Run the engine with sanitizers on; return the CompletedProcess, with output as bytes."""
 
-    def call(*words, **options):
-        command = [builds["run", "checked"], *map(str, words)]
+    def call(*args, **options):
+        command = [builds["run", "checked"], *map(str, args)]
         return subprocess.run(command, capture_output=True, timeout=PATIENCE_S, **options)
 
     return call
 
 
 def logits_of(harness, path, tokens, vocab_size, batch=1, kernels=""):
-    """The engine's logits (tokens, vocab_size), `batch` tokens at a time."""
-    words = [*ENGINE_EMULATOR, harness, "logits", str(batch), path, *map(str, tokens)]
+    """Return the engine's logits (tokens, vocab_size), computed `batch` tokens at a time."""
+    command = [*ENGINE_EMULATOR, harness, "logits", str(batch), path, *map(str, tokens)]
     environment = {**os.environ, "RUN_KERNELS": kernels}
-    done = subprocess.run(words, capture_output=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
     return np.frombuffer(done.stdout, np.float32).reshape(len(tokens), vocab_size)
 
 
@@ -157,31 +163,31 @@ def stories():
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory, stories):
     """
-    Tokenizers of the practice corpus, .bin files beside them: SentencePiece by size, 105 without
-    byte fallback, and byte-level BPE of 600 by the name of its pattern.
+    Tokenizers of the practice corpus, each with its .bin file: {vocabulary size: SentencePiece}
+    (without byte fallback for 105) and {pattern name: byte-level BPE of 600 tokens}.
     """
     folder = tmp_path_factory.mktemp("tokenizers")
-    found = {}
+    opened = {}
     for size in (105, 512, 1500):
         path = folder / f"tok{size}.model"
         path.write_bytes(train_sentencepiece(stories, size)[0])
-        found[size] = open_tokenizer(path)
-        found[size].export(folder / f"tok{size}.bin")
+        opened[size] = open_tokenizer(path)
+        opened[size].export(folder / f"tok{size}.bin")
     (folder / "stories.txt").write_text("<|endoftext|>".join(stories[:1000]), encoding="utf-8")
     for name in PATTERNS:
         special = ["<|endoftext|>", "<|end|>"]
         vocab, merges = train_bpe(folder / "stories.txt", 600, special, pattern_name=name)
         BPETokenizer(vocab, merges, special, name).save(folder / f"{name}.model")
-        found[name] = open_tokenizer(folder / f"{name}.model")
-        found[name].export(folder / f"{name}.bin")
-    return found
+        opened[name] = open_tokenizer(folder / f"{name}.model")
+        opened[name].export(folder / f"{name}.bin")
+    return opened
 
 
 def bin_of(tokenizer):
     return Path(tokenizer.model_path).with_suffix(".bin")
 
 
-# Every option of the architecture at once, with a vocabulary that is padded in memory
+# All options of the architecture at once, with a vocabulary that is padded in memory
 EVERYTHING = {
     "n_layers": 5,
     "n_kv_heads": 2,
@@ -203,17 +209,17 @@ EVERYTHING = {
 }
 
 
-def random_model(seed=0, **numbers):
-    """A random model whose logits are of the size that a trained one's have."""
+def random_model(seed=0, **options):
+    """Return a random model with logits about as large as those of a trained one."""
     sizes = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 105, "max_seq_len": 32}
     torch.manual_seed(seed)
-    model = Transformer(ModelArgs(**{**sizes, **numbers})).eval()
+    model = Transformer(ModelArgs(**{**sizes, **options})).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() < 2:
                 p.uniform_(0.5, 1.5)
             else:
-                tied = model.args.tie_embeddings  # a tied table is the output head as well
+                tied = model.args.tie_embeddings  # a tied table is also the output head
                 embedding_std = 0.3 if tied else 1.0
                 p.normal_(0.0, embedding_std if "embed" in name else 1.5 * p.shape[1] ** -0.5)
     return model
@@ -221,11 +227,11 @@ def random_model(seed=0, **numbers):
 
 @pytest.fixture(scope="session")
 def practice(tmp_path_factory):
-    """A data folder that tinystories.py made: practice corpus, vocabulary of 300, shards."""
+    """A data folder made by tinystories.py: practice corpus, vocabulary of 300, shards."""
     folder = tmp_path_factory.mktemp("practice")
     flags = [f"--data_dir={folder}", "--vocab_size=300"]
-    for words in (["synth", "--n_stories=2000"], ["train_vocab"], ["pretokenize"]):
-        done = script("tinystories.py", *words, *flags)
+    for args in (["synth", "--n_stories=2000"], ["train_vocab"], ["pretokenize"]):
+        done = script("tinystories.py", *args, *flags)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -237,8 +243,8 @@ TINY = (
 ).split()
 
 
-def train(data_dir, out_dir, *words, **options):
-    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *words]
+def train(data_dir, out_dir, *args, **options):
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args]
     return script("train.py", *flags, **options)
 
 
@@ -257,10 +263,10 @@ def trained(tmp_path_factory, practice):
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder that REAL_DATA names, of real stories and a real model; skips without."""
+    """The folder $REAL_DATA with real stories and a real model; skip the test if it is not set."""
     folder = os.environ.get("REAL_DATA")
     if not folder:
-        pytest.skip("REAL_DATA names no folder of real stories and a real model")
+        pytest.skip("REAL_DATA is not set to a folder of real stories and a real model")
     return Path(folder)
 
 

@@ -1,5 +1,5 @@
-// A libFuzzer target of run.c. With TARGET 0 its bytes are a model file, with 1 a tokenizer file,
-// with 2 a text for the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
+// A libFuzzer target for run.c. Its input is a model file (TARGET 0), a tokenizer file (1), or a
+// text (2) for the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
 // FUZZ_VOCAB_SIZE tokens. tests/fuzz.py builds and runs it.
 #define main run_main
 #include "../run.c"
@@ -59,7 +59,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const char *paths[] = {getenv("FUZZ_TOKENIZER"), getenv("FUZZ_GPT2"),
                            getenv("FUZZ_GPT4")};
     for (int i = 0; i < 3; i++) {
-        File tokenizer = open_file(paths[i], "tokenizer file");
+        File tokenizer = open_file(paths[i], TOKENIZER_HINT);
         Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
         encode_and_decode(&t, (const char *)data, size);
     }

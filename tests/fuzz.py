@@ -1,10 +1,10 @@
 """
-Fuzz run.c with libFuzzer: the model file, the tokenizer file, and the encoder of prompts, from
-seeds that our own exporters make.
+Fuzz run.c with libFuzzer: model files, tokenizer files and prompts.
 
     python tests/fuzz.py --seconds=60 --out=fuzz
 
-Needs clang. Ends with status 1 where one of them finds something; what it found lies in the folder.
+The seeds are written by our own exporters. Needs clang. If a target fails, exits with status 1 and
+leaves the input in the folder.
 """
 
 import argparse
@@ -31,13 +31,13 @@ FLAGS = (
 
 
 def with_few_ranges(data):
-    """A tokenizer file of bpe.py with its first ranges of characters alone, so that it is small."""
+    """Return a byte-level tokenizer file with only its first character ranges, to make it small."""
     n = struct.unpack_from("<I", data, 28)[0]
     return data[:28] + struct.pack("<I", min(n, 20)) + data[32 : 32 + 240] + data[32 + 12 * n :]
 
 
 def make_seeds(folder, files):
-    """A few small files of each kind, as a user would have them; tokenizers of VOCAB_SIZE."""
+    """Write a few small, valid files of each kind; `files` are tokenizers of VOCAB_SIZE."""
     sizes = {"dim": 16, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40}
     options = {"n_kv_heads": 1, "n_layers": 2, "bigram_rows": 8, "value_embeddings": 1}
     for dtype in DTYPES:
@@ -61,12 +61,12 @@ def make_seeds(folder, files):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("--seconds", type=int, default=60, help="for each of the three")
-    parser.add_argument("--out", default="fuzz", help="folder of corpora and findings")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of each")
-    words = parser.parse_args()
+    parser.add_argument("--seconds", type=int, default=60, help="time for each target")
+    parser.add_argument("--out", default="fuzz", help="folder for corpora and failing inputs")
+    parser.add_argument("--jobs", type=int, default=1, help="processes per target")
+    args = parser.parse_args()
     clang = shutil.which("clang") or sys.exit("error: make fuzz needs clang")
-    folder = Path(words.out).resolve()
+    folder = Path(args.out).resolve()
     for name in TARGETS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     stories = [item["story"] for item in make_stories(500, seed=1)]
@@ -89,14 +89,14 @@ def main():
         binary = folder / f"fuzz_{name}"
         command = [clang, *FLAGS, f"-DTARGET={i}", str(REPO / "tests/fuzz.c"), "-o", str(binary)]
         subprocess.run([*command, "-lm"], check=True)
-        print(f"{name}: {words.seconds} s", flush=True)
-        flags = [f"-max_total_time={words.seconds}", f"-fork={words.jobs}", "-max_len=65536"]
+        print(f"{name}: {args.seconds} s", flush=True)
+        flags = [f"-max_total_time={args.seconds}", f"-fork={args.jobs}", "-max_len=65536"]
         flags += ["-rss_limit_mb=4096", "-timeout=20", f"-artifact_prefix={folder}/{name}-"]
         done = subprocess.run([str(binary), *flags, str(folder / name)], env=environment)
         if done.returncode:
             failed.append(name)
     if failed:
-        sys.exit(f"error: {', '.join(failed)}: see {folder}")
+        sys.exit(f"error: failed: {', '.join(failed)}; the inputs are in {folder}")
 
 
 main()

@@ -3,18 +3,18 @@
 #include "../run.c"
 #undef main
 
-// logits BATCH MODEL ID...: fp32 logits (n ids, vocab_size) of every position, raw on stdout; BATCH
-// tokens go through the model at a time.
-static void write_logits(char **words, int n_words) {
-    int at_once = atoi(words[0]), n = n_words - 2;
-    Model m = load_model(open_file(words[1], "model file"), n, 1, 1, false, false);
+// logits BATCH MODEL ID...: write the fp32 logits (n ids, vocab_size) of every position to stdout,
+// raw; BATCH tokens go through the model at a time.
+static void write_logits(char **args, int n_args) {
+    int batch_size = atoi(args[0]), n = n_args - 2;
+    Model m = load_model(open_file(args[1], MODEL_HINT), n, 1, 1, false, false);
     BatchToken *batch = alloc(n, sizeof(BatchToken));
     for (int i = 0; i < n; i++) {
-        int id = atoi(words[i + 2]), before = i ? atoi(words[i + 1]) : -1;
-        batch[i] = (BatchToken){id, before, i, 0, true};
+        int id = atoi(args[i + 2]), previous = i ? atoi(args[i + 1]) : -1;
+        batch[i] = (BatchToken){id, previous, i, 0, true};
     }
-    for (int first = 0; first < n; first += at_once) {
-        int count = n - first < at_once ? n - first : at_once;
+    for (int first = 0; first < n; first += batch_size) {
+        int count = n - first < batch_size ? n - first : batch_size;
         run_batch(&m, batch + first, count);
         for (int i = 0; i < count; i++)
             fwrite(logits_of(&m, i), sizeof(float), m.config.vocab_size, stdout);
@@ -22,9 +22,9 @@ static void write_logits(char **words, int n_words) {
     release_to(NULL);
 }
 
-// encode TOKENIZER VOCAB_SIZE: texts on stdin, each followed by a NUL; a line of ids for each.
+// encode TOKENIZER VOCAB_SIZE: print a line of ids for each text on stdin; a NUL ends each text.
 static void encode_lines(const char *path, int vocab_size) {
-    Tokenizer t = load_tokenizer(open_file(path, "tokenizer file"), vocab_size);
+    Tokenizer t = load_tokenizer(open_file(path, TOKENIZER_HINT), vocab_size);
     size_t n = 0, room = 1 << 16;
     char *text = malloc(room);
     for (int c; (c = getchar()) != EOF;) {
@@ -43,40 +43,40 @@ static void encode_lines(const char *path, int vocab_size) {
     release_to(NULL);
 }
 
-// decode TOKENIZER VOCAB_SIZE ID...: the text of the ids.
-static void decode(char **words, int n) {
-    Tokenizer t = load_tokenizer(open_file(words[0], "tokenizer file"), atoi(words[1]));
+// decode TOKENIZER VOCAB_SIZE ID...: print the text of the ids.
+static void decode(char **args, int n) {
+    Tokenizer t = load_tokenizer(open_file(args[0], TOKENIZER_HINT), atoi(args[1]));
     Printer printer = {.out = stdout};
-    for (int i = 2; i < n; i++) print_token(&t, &printer, atoi(words[i]), i == 2);
+    for (int i = 2; i < n; i++) print_token(&t, &printer, atoi(args[i]), i == 2);
     print_rest(&printer);
     release_to(NULL);
 }
 
-// draw TEMPERATURE TOP_P TOP_K MIN_P REPEAT_PENALTY SEED N LOGIT...: N tokens sampled from the same
+// draw TEMPERATURE TOP_P TOP_K MIN_P REPEAT_PENALTY SEED N LOGIT...: sample N tokens from the same
 // logits, after the tokens 0 and 3.
-static void draw(char **words, int n_words) {
-    int n = n_words - 7, told[] = {0, 3};
-    Sampler s = {.temperature = strtof(words[0], NULL), .top_p = strtof(words[1], NULL),
-                 .top_k = atoi(words[2]), .min_p = strtof(words[3], NULL),
-                 .repeat_penalty = strtof(words[4], NULL), .kernels = pick_kernels(),
+static void draw(char **args, int n_args) {
+    int n = n_args - 7, history[] = {0, 3};
+    Sampler s = {.temperature = strtof(args[0], NULL), .top_p = strtof(args[1], NULL),
+                 .top_k = atoi(args[2]), .min_p = strtof(args[3], NULL),
+                 .repeat_penalty = strtof(args[4], NULL), .kernels = pick_kernels(),
                  .candidates = alloc(n, sizeof(Candidate))};
-    uint64_t state = random_state(strtoull(words[5], NULL, 10));
+    uint64_t state = random_state(strtoull(args[5], NULL, 10));
     float *logits = alloc(n, sizeof(float));
-    for (int i = 0; i < atoi(words[6]); i++) {
-        for (int j = 0; j < n; j++) logits[j] = strtof(words[7 + j], NULL);
-        printf("%d\n", sample(&s, &state, logits, n, told, 2));
+    for (int i = 0; i < atoi(args[6]); i++) {
+        for (int j = 0; j < n; j++) logits[j] = strtof(args[7 + j], NULL);
+        printf("%d\n", sample(&s, &state, logits, n, history, 2));
     }
     release_to(NULL);
 }
 
 #if defined(_OPENMP)
-// threads N PASSES...: how many of N threads are in use after that many passes in which all ran (0:
-// after a long pass that waited for a thread, -1: after a short one).
-static void use_threads(char **words, int n_words) {
-    int n = atoi(words[0]);
+// threads N PASSES...: print how many of N threads are in use after each group of PASSES passes
+// without waiting (0: after a long pass that waited for a thread, -1: after a short one).
+static void use_threads(char **args, int n_args) {
+    int n = atoi(args[0]);
     Model m = {.n_threads = n, .n_active = n, .patience = MIN_PATIENCE};
-    for (int i = 1; i < n_words; i++) {
-        int passes = atoi(words[i]);
+    for (int i = 1; i < n_args; i++) {
+        int passes = atoi(args[i]);
         if (passes == 0) adjust_threads(&m, 0.02, 0.015);
         if (passes == -1) adjust_threads(&m, 0.003, 0.0029);
         while (passes-- > 0) adjust_threads(&m, 0.001, 0.0);

@@ -1,6 +1,6 @@
 """
-Which modules the repository has and which ones each imports, read from the sources.
-tests/test_repo.py checks these arrows against FLOORS; doc/architecture.md shows them.
+The repository's modules and their imports, read from the sources. tests/test_repo.py checks the
+imports against FLOORS; doc/architecture.md shows them.
 """
 
 import ast
@@ -10,7 +10,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 
-# From the ground up: each may import from its own floor and from those above it in this list
+# From the ground up: a module may import from its own floor and from earlier ones in this list
 FLOORS = (
     ("configurator.py", "system/"),
     ("text/",),
@@ -34,19 +34,19 @@ FLOORS = (
         "modal_app.py",
     ),
 )
-SCRIPTS = {*FLOORS[-1], "system/bootstrap.py"}  # which nobody imports
-OUTSIDE = ("tests/", "config/", "experiments/", "examples/")  # programs' inputs, and users
+SCRIPTS = {*FLOORS[-1], "system/bootstrap.py"}  # never imported
+OUTSIDE = ("tests/", "config/", "experiments/", "examples/")  # not on any floor
 
 
 def tracked(*patterns):
-    """The paths of the files in the repository that match some of the patterns."""
+    """Return the paths of existing files in the repository that match any of the patterns."""
     command = ["git", "ls-files", "--", *patterns]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     return [path for path in done.stdout.splitlines() if (REPO / path).exists()]
 
 
 def module_paths():
-    """{dotted name: path in the repository} of every module on a floor."""
+    """Return {dotted name: path in the repository} for every module outside OUTSIDE."""
     names = {}
     for path in tracked("*.py"):
         if not path.startswith(OUTSIDE):
@@ -61,12 +61,12 @@ def is_main_block(node):
 
 def imports_of(source, name, names):
     """
-    The modules among `names` that a module's source imports, also inside functions. The main block
-    of a module that is a script too does not count: nobody who imports the module runs it.
+    Return the modules among `names` that a module's source imports, also inside functions. The main
+    block of a module that is also a script does not count, because importing it does not run it.
     """
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if not is_main_block(node)]
-    found = set()
+    imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             dotted = [alias.name for alias in node.names]
@@ -79,12 +79,12 @@ def imports_of(source, name, names):
         for target in dotted:
             while target and target not in names:
                 target = target.rpartition(".")[0]
-            found.add(target)
-    return found - {"", name}
+            imported.add(target)
+    return imported - {"", name}
 
 
 def arrows():
-    """{module: the modules that it imports}, as dotted names."""
+    """Return {module: set of modules that it imports}, as dotted names."""
     names = module_paths()
     return {
         name: imports_of((REPO / path).read_text(encoding="utf-8"), name, names)
@@ -93,23 +93,23 @@ def arrows():
 
 
 def arrows_of_paths():
-    """[(path, path that it imports)] of all modules, sorted."""
+    """Return [(path, path that it imports)] for all modules, sorted."""
     names = module_paths()
     return sorted((names[a], names[b]) for a, imported in arrows().items() for b in imported)
 
 
 def room(path):
-    """The entry of FLOORS that a path belongs to: itself, or its folder."""
+    """Return the entry of FLOORS for a path: the path itself or its folder."""
     return f"{path.partition('/')[0]}/" if "/" in path else path
 
 
 def floor(path):
-    """The number of the floor that a path is on; that of a floor above all if it is on none."""
+    """Return the number of the floor of a path, or len(FLOORS) if it is on none."""
     return next((i for i, rooms in enumerate(FLOORS) if room(path) in rooms), len(FLOORS))
 
 
 def cycle(graph):
-    """A list of modules that import each other in a circle, the first one repeated; [] if none."""
+    """Return a list of modules that import each other in a cycle, closed by the first, or []."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as e:
@@ -118,16 +118,16 @@ def cycle(graph):
 
 
 def imports_by_room():
-    """{entry of FLOORS: the entries that its modules import}, both in the order of FLOORS."""
+    """Return {entry of FLOORS: entries that its modules import}, both in the order of FLOORS."""
     rooms = [name for entries in FLOORS for name in entries]
-    found = {(room(path), room(other)) for path, other in arrows_of_paths()}
+    pairs = {(room(path), room(other)) for path, other in arrows_of_paths()}
     return {
-        here: [name for name in rooms if name != here and (here, name) in found] for here in rooms
+        here: [name for name in rooms if name != here and (here, name) in pairs] for here in rooms
     }
 
 
 def with_arrows(page):
-    """The text of doc/architecture.md with the last column of its table as the imports are."""
+    """Return the text of doc/architecture.md with the imports in the last column of its table."""
     imports, lines = imports_by_room(), page.splitlines()
     for i, line in enumerate(lines):
         cells = line.split("|")
@@ -138,6 +138,6 @@ def with_arrows(page):
 
 
 def rooms_shown(page):
-    """The first column of the table in doc/architecture.md."""
+    """Return the first column of the table in doc/architecture.md."""
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
     return [cells[1].strip(" `") for cells in rows if len(cells) == 5]

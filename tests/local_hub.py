@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1: models are made, uploaded and downloaded."""
+"""A stand-in for the Hugging Face hub on 127.0.0.1: create, upload and download models."""
 
 import base64
 import hashlib
@@ -12,9 +12,10 @@ LFS = (".safetensors", ".pt", ".bin", ".distcp")
 
 class Hub(ThreadingHTTPServer):
     """
-    `models`: {name: {file: bytes}}, datasets as "datasets/user/name"; `tokens` that it was shown;
-    names of `private` models; `broken`: {file: byte at which its next download ends}; `sent`: files
-    and the byte they were sent from; `failures`: how many of the next commits are refused.
+    `models`: {name: {file: bytes}}, with datasets as "datasets/user/name"; `tokens`: the received
+    access tokens; `private`: names of private models; `broken`: {file: byte at which its next
+    download stops}; `sent`: [(file, first byte sent)]; `asked`: the requested paths; `failures`:
+    how many of the next commits fail.
     """
 
     def __init__(self):
@@ -28,7 +29,7 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *words):
+    def log_message(self, *args):
         pass
 
     def answer(self, value=None, status=200, **headers):
@@ -43,12 +44,12 @@ class Handler(BaseHTTPRequestHandler):
     def body(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        found = b""
+        body = b""
         while size := int(self.rfile.readline(), 16):
-            found += self.rfile.read(size)
+            body += self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return found
+        return body
 
     def do_POST(self):
         hub, path, body = self.server, self.path.partition("?")[0], self.body()
@@ -77,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"files": modes})
         elif path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            for one in objects:
-                one["actions"] = {"upload": {"href": f"{hub.url}/blob/{one['oid']}"}}
+            for item in objects:
+                item["actions"] = {"upload": {"href": f"{hub.url}/blob/{item['oid']}"}}
             self.answer({"transfer": "basic", "objects": objects})
         elif path.endswith("/commit/main") and hub.failures:
             hub.failures -= 1
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             url = f"{hub.url}/{name}/commit/{commit}"
             self.answer({"success": True, "commitUrl": url, "commitOid": commit})
         else:
-            self.answer({"error": f"no such place: {path}"}, 404)
+            self.answer({"error": f"unknown path: {path}"}, 404)
 
     def do_PUT(self):
         data = self.body()
@@ -106,23 +107,22 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer()
 
     def do_GET(self):
-        """Models by name, datasets by datasets/name; `broken`: files cut off once, at a byte."""
         hub, path = self.server, unquote(self.path.partition("?")[0])
         hub.tokens.add(self.headers.get("Authorization"))
         hub.asked.append(path)
-        words = path.removeprefix("/api").removeprefix("/models").strip("/").split("/")
-        n = 3 if words[0] == "datasets" else 2
-        name, rest, commit = "/".join(words[:n]), words[n:], "0" * 40
+        parts = path.removeprefix("/api").removeprefix("/models").strip("/").split("/")
+        n = 3 if parts[0] == "datasets" else 2
+        name, rest, commit = "/".join(parts[:n]), parts[n:], "0" * 40
         files = hub.models.get(name)
         if files is None:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         elif path.startswith("/api") and rest[:1] == ["tree"]:
             inside = "/".join(rest[2:])
-            found = {f: data for f, data in files.items() if f.startswith(inside)}
+            matching = {f: data for f, data in files.items() if f.startswith(inside)}
             self.answer(
                 [
                     {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
-                    for f, d in found.items()
+                    for f, d in matching.items()
                 ]
             )
         elif path.startswith("/api"):

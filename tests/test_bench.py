@@ -1,4 +1,4 @@
-"""bench/ and what it shares with sweep.py."""
+"""bench/, and the helpers that it shares with sweep.py."""
 
 import pytest
 from conftest import REPO, refused, script
@@ -8,18 +8,18 @@ from training.runs import same_run
 from training.settings import resolved
 
 
-def test_settings_of_train_are_its_own_with_the_words_and_the_preset():
+def test_resolved_applies_files_and_flags_to_the_settings_of_train():
     assert resolved()["arch"] == "modded"
     assert resolved()["qk_norm"] is True
-    found = resolved(("config/plain_llama2c.py", "--seed=3", "--arch=portable"))
-    assert found["dtype"] == "float32" and found["seed"] == 3
-    assert found["qk_norm"] and found["bigram_rows"] == 0 and "START" not in found
+    settings = resolved(("config/plain_llama2c.py", "--seed=3", "--arch=portable"))
+    assert settings["dtype"] == "float32" and settings["seed"] == 3
+    assert settings["qk_norm"] and settings["bigram_rows"] == 0 and "START" not in settings
     assert resolved(("--arch=portable", "--qk_norm=False"))["qk_norm"] is False
     with pytest.raises(Exception, match="did you mean --dim"):
         resolved(("--dimm=3",))
 
 
-def test_a_run_is_the_same_wherever_it_writes():
+def test_runs_that_differ_only_in_out_dir_are_the_same():
     assert same_run({"seed": 1}, {"seed": 1, "out_dir": "elsewhere"})
     assert not same_run({"seed": 1}, {"seed": 2})
 
@@ -38,7 +38,7 @@ def test_every_benchmark_is_listed_and_lists_its_settings():
         assert done.returncode == 0 and f"usage: python -m bench.{name} [--key=value" in done.stdout
 
 
-def test_benchmarks_take_override_files_of_the_repository(tmp_path, monkeypatch):
+def test_benchmarks_read_override_files_of_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"__file__": str(REPO / "bench" / "loader.py"), "batch_size": 1}
     with pytest.raises(UserError, match=r"config/story.py: unknown setting"):
@@ -65,10 +65,10 @@ def test_train_measures_a_shape(tmp_path):
     assert rows[0][4] == "1.00x" and rows[0][5].endswith("%")
 
 
-def test_wrong_words_are_one_sentence(tmp_path):
+def test_wrong_arguments_are_refused(tmp_path):
     refused(script("bench", "train"), "'train'", "python -m bench")
     refused(script("bench.train", "--ways=fast"), "'fast'", "plain, eager")
     refused(script("bench.train", f"--llama2c={tmp_path}"), "not a checkout")
     refused(script("bench.infer", "--engine=nowhere"), "'nowhere' does not exist", "make run")
-    refused(script("bench.tokenizer"), "--source=PATH is missing")
+    refused(script("bench.tokenizer"), "--source=PATH is missing: pass a .txt file")
     refused(script("bench.scaling", "--processes=one"), "'one'", "like 1,2")

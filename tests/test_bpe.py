@@ -1,4 +1,4 @@
-"""Byte-level BPE: the merges of a slow, obviously right trainer; ids of tokenizers and tiktoken."""
+"""Byte-level BPE: parity with a slow, obviously correct trainer, with tokenizers and tiktoken."""
 
 import json
 import os
@@ -30,7 +30,7 @@ HARD = (
 
 
 def slow_merges(text, special_tokens, n_merges):
-    """The definition: count all pairs, merge the most frequent everywhere, and again."""
+    """The definition: repeatedly count all pairs and merge the most frequent one everywhere."""
     parts = [text]
     for token in special_tokens:
         parts = [piece for part in parts for piece in part.split(token)]
@@ -66,7 +66,7 @@ def corpora(stories):
 
 
 @pytest.mark.parametrize("name", ["stories", "runs", "hard", "short", "empty"])
-def test_merges_are_those_of_the_definition(tmp_path, corpora, name, monkeypatch):
+def test_merges_match_the_definition(tmp_path, corpora, name, monkeypatch):
     (tmp_path / "text").write_text(corpora[name], encoding="utf-8", newline="")
     expected = slow_merges(corpora[name], [END], 150)
     vocab, merges = train_bpe(tmp_path / "text", 256 + 150 + 1, [END])
@@ -78,8 +78,8 @@ def test_merges_are_those_of_the_definition(tmp_path, corpora, name, monkeypatch
 
 
 @pytest.mark.parametrize("name", bpe.PATTERNS)
-def test_pieces_and_processes_change_nothing(tmp_path, corpora, name):
-    """Cut into pieces of any size, pre-tokens are those of the whole."""
+def test_pieces_and_processes_do_not_change_the_counts(tmp_path, corpora, name):
+    """Pieces of any size have the pre-tokens of the whole text."""
     text = corpora["hard"] + corpora["stories"] + corpora["runs"]
     (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
     path, total = str(tmp_path / "text"), len(text.encode())
@@ -89,30 +89,30 @@ def test_pieces_and_processes_change_nothing(tmp_path, corpora, name):
             pieces = bpe.pieces_of(Span(path, 0, total), special, size)
             assert pieces[0].start == 0 and pieces[-1].end == total
             assert all(a.end == b.start for a, b in pairwise(pieces))
-            found = Counter()
+            total_counts = Counter()
             for piece in pieces:
-                found.update(bpe.count_pretokens(piece, special, name))
-            assert found == whole
+                total_counts.update(bpe.count_pretokens(piece, special, name))
+            assert total_counts == whole
             assert size > 100 or len(pieces) > 100
     assert train_bpe(path, 400, [END], 2, name) == train_bpe(path, 400, [END], 1, name)
 
 
 @pytest.mark.parametrize("name", bpe.PATTERNS)
-def test_places_that_are_called_safe_are(name):
-    """Cut there, the two sides of a text have the pre-tokens and special tokens of the whole."""
+def test_safe_places_cut_no_token(name):
+    """The two sides of a cut have the pre-tokens and special tokens of the whole text."""
     rng = random.Random(5)
     signs = [*" \n\r\t'sTlvE. ,_-²Ⅷ½1２日本。，ſ😀aZé\u3000\xa0\x85\u2003\u0301\u200d\x1c"]
     signs += [END, "\n\n", "  ", " \n", "\r\n", "'ll"]
     find = bpe.pattern(name).findall
 
     def parts(text, split):
-        found, at = [], 0
+        tokens, at = [], 0
         for match in [*(split.finditer(text) if split else ()), None]:
-            found += find(text[at : match.start()] if match else text[at:])
+            tokens += find(text[at : match.start()] if match else text[at:])
             if match:
-                found.append(match[0])
+                tokens.append(match[0])
                 at = match.end()
-        return found
+        return tokens
 
     for special in (
         [],
@@ -132,8 +132,8 @@ def test_places_that_are_called_safe_are(name):
         assert n > 500
 
 
-def test_the_trainer_of_tokenizers_agrees_but_for_ties(tmp_path, corpora):
-    """It breaks ties by ids: up to the first tie the merges are the same, and the counts always."""
+def test_the_trainer_of_tokenizers_agrees_except_on_ties(tmp_path, corpora):
+    """It breaks ties by id: the merges are the same up to the first tie, and nearly so after it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     (tmp_path / "text").write_text(corpora["stories"])
@@ -146,12 +146,12 @@ def test_the_trainer_of_tokenizers_agrees_but_for_ties(tmp_path, corpora):
     )
     theirs.train([str(tmp_path / "text")], trainer)
     to_byte = {c: b for b, c in bpe.visible_bytes().items()}
-    found = [
+    their_merges = [
         tuple(bytes(to_byte[c] for c in part) for part in pair)
         for pair in json.loads(theirs.to_str())["model"]["merges"]
     ]
-    assert found[:20] == merges[:20]
-    assert len({*found} & {*merges}) >= 57
+    assert their_merges[:20] == merges[:20]
+    assert len({*their_merges} & {*merges}) >= 57
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +167,15 @@ def texts_of_all_sorts():
     yield f"{END} {END * 2}{END}<|endoftext|"
 
 
-def test_text_comes_back(tokenizer):
+def test_every_text_round_trips(tokenizer):
     for text in texts_of_all_sorts():
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(END * 3) == [tokenizer.special[END * 2], tokenizer.special[END]]
     assert tokenizer.decode([0xF0, 0x9F, ord("a")]) == "\ufffda"
 
 
-def test_ids_are_those_of_tokenizers(tokenizer, tmp_path):
-    """The same vocabulary and merges in Hugging Face's library, as a reader of GPT-2's files."""
+def test_ids_match_tokenizers(tokenizer, tmp_path):
+    """Hugging Face's library with the same vocabulary and merges; and reading GPT-2's files."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     visible = bpe.visible_bytes()
@@ -215,20 +215,20 @@ TIKTOKENS = {  # its own patterns
 
 
 @pytest.mark.parametrize("name", bpe.PATTERNS)
-def test_ids_are_those_of_tiktoken(tokenizer, name):
+def test_ids_match_tiktoken(tokenizer, name):
     """With the patterns of GPT-2 and GPT-4, special tokens included."""
     import tiktoken
 
     ours = BPETokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special, name)
     ranks = {t: i for i, t in ours.vocab.items() if i not in ours.special.values()}
-    words = {"mergeable_ranks": ranks, "special_tokens": ours.special}
-    theirs = tiktoken.Encoding("ours", pat_str=TIKTOKENS[name], **words)
+    options = {"mergeable_ranks": ranks, "special_tokens": ours.special}
+    theirs = tiktoken.Encoding("ours", pat_str=TIKTOKENS[name], **options)
     for text in texts_of_all_sorts():
         assert ours.encode(text) == theirs.encode(text, allowed_special="all"), text
 
 
-def test_ids_are_those_of_tiktokens_gpt2_from_files(tokenizer, tmp_path):
-    """GPT-2's two files, with the bytes in its order, read by tiktoken's own loader and by ours."""
+def test_gpt2_files_give_the_ids_of_tiktoken(tokenizer, tmp_path):
+    """GPT-2's two files, with the bytes in its order, read by tiktoken's loader and by ours."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -251,7 +251,7 @@ def test_ids_are_those_of_tiktokens_gpt2_from_files(tokenizer, tmp_path):
         assert ours.encode(text) == theirs.encode(text, allowed_special="all"), text
 
 
-def test_streams_have_the_ids_of_the_whole(tokenizer, monkeypatch):
+def test_streams_have_the_ids_of_the_whole_text(tokenizer, monkeypatch):
     monkeypatch.setattr(bpe, "BLOCK", 100)
     text = "".join(texts_of_all_sorts())
     expected = tokenizer.encode(text)
@@ -288,13 +288,13 @@ def test_a_file_of_10_mb_needs_little_memory(tokenizer, corpora, tmp_path):
     with open(tmp_path / "text", "wb") as f:
         for i in range(10_000_000 // len(text) + 1):
             f.write(b"%d: " % (i * i) + text)
-    words = [sys.executable, "-c", STREAM, tmp_path / "tok.model", tmp_path / "text"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPO)
+    command = [sys.executable, "-c", STREAM, tmp_path / "tok.model", tmp_path / "text"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO)
     n, added = map(int, done.stdout.split())
     assert n > 10_000_000 / 8 and added < 40_000, f"{added} kB"
 
 
-def test_files_and_what_is_refused(tokenizer, tmp_path):
+def test_files_round_trip_and_damaged_ones_are_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tok.json")
     read = BPETokenizer.load(tmp_path / "tok.json")
     assert read.vocab == tokenizer.vocab and read.merges == tokenizer.merges
@@ -340,9 +340,9 @@ def test_files_and_what_is_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="has no token"):
         BPETokenizer(tokenizer.vocab, [*tokenizer.merges, (b"zq", b"qz")])
     for special in ([""], ["a"], END, [3], ["<|\udcff|>"]):
-        with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):
+        with pytest.raises(UserError, match=r"expected a (string of at least two|list of strings)"):
             train_bpe(tmp_path / "tok.json", 300, special)
-        with pytest.raises(UserError, match=r"expected a (text of two bytes|list of texts)"):
+        with pytest.raises(UserError, match=r"expected a (string of at least two|list of strings)"):
             BPETokenizer(tokenizer.vocab, tokenizer.merges, special)
 
 
@@ -360,28 +360,28 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
         assert tokenizer.decode(ids.tolist()) == "hello hello world"
 
 
-def test_too_many_different_pretokens_lose_the_rarest(tmp_path, monkeypatch, capsys):
+def test_the_rarest_of_too_many_pretokens_are_dropped(tmp_path, monkeypatch, capsys):
     (tmp_path / "text").write_text("often " * 50 + " ".join(f"n{i}" for i in range(3000)))
-    monkeypatch.setattr(bpe, "MOST_BYTES", 3000)
+    monkeypatch.setattr(bpe, "MAX_BYTES", 3000)
     span = whole_file(str(tmp_path / "text"))
     counts = bpe.count_all([span], [], 1, "gpt2")
     assert sum(map(len, counts)) <= 3000 and counts[b" often"] == 49
     assert "1 times or less" in capsys.readouterr().out
 
 
-def test_a_worker_that_is_killed_is_named(tmp_path):
+def test_a_killed_worker_is_reported(tmp_path):
     spans = [Span("", i, i + 1) for i in range(4)]
-    with pytest.raises(UserError, match="a worker process was ended"):
-        list(over_spans(end_itself, spans, (), 2, "end"))
-    assert list(over_spans(end_of, spans, (1,), 3, "ends")) == [2, 3, 4, 5]
+    with pytest.raises(UserError, match="a worker process was killed"):
+        list(over_spans(kill_itself, spans, (), 2, "kill"))
+    assert list(over_spans(end_plus, spans, (1,), 3, "ends")) == [2, 3, 4, 5]
 
 
-def end_itself(span):
+def kill_itself(span):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_of(span, more):
-    return span.end + more
+def end_plus(span, n):
+    return span.end + n
 
 
 # ---- as a script
@@ -421,12 +421,12 @@ def test_the_script_trains_and_encodes(corpus, tmp_path):
     assert meta["complete"] and meta["dtype"] == "uint16" and meta["vocab_size"] == 400
     ids = np.concatenate([np.fromfile(shards / s["name"], "<u2") for s in meta["shards"]])
     starts = np.flatnonzero(ids == 399)
-    found = [tokenizer.decode(part.tolist()[1:]) for part in np.split(ids, starts[1:])]
+    decoded = [tokenizer.decode(part.tolist()[1:]) for part in np.split(ids, starts[1:])]
     texts = (corpus / "a.txt").read_text(encoding="utf-8").split(END)
     lines = (corpus / "b.jsonl").read_text(encoding="utf-8").split("\n")
     texts += [json.loads(line)["text"] for line in lines]
-    # each shard keeps their order; the first has those for validation
-    assert sorted(text.strip() for text in found) == sorted(text.strip() for text in texts)
+    # each shard keeps the order of its documents; the first shard is for validation
+    assert sorted(text.strip() for text in decoded) == sorted(text.strip() for text in texts)
 
     done = script("bpe.py", "encode", *flags, f"--out={tmp_path / 'ids.npy'}", "--num_workers=2")
     assert done.returncode == 0, done.stderr
@@ -438,34 +438,37 @@ def test_the_script_trains_and_encodes(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_script_refuses(corpus, tmp_path):
+def test_the_script_refuses_bad_arguments(corpus, tmp_path):
     model, empty = f"--model={tmp_path / 'my.model'}", tmp_path / "empty.txt"
     empty.touch()
-    for words, part in (
-        ([], "expected one of: train, encode, import"),
-        (["import", model, "--vocab_json=v"], "--merges_txt=PATH is missing"),
+    for args, part in (
+        ([], "the stage is missing: expected one of train, encode, import"),
+        (["import", model, "--vocab_json=v"], "--merges_txt=PATH is missing: pass GPT-2's"),
         (["import", model, "--vocab_json=v", "--merges_txt=m"], "cannot read v"),
-        (["train", model], "--source=PATH is missing"),
+        (["train", model], "--source=PATH is missing: pass a text file"),
         (["train", model, f"--source={tmp_path / 'none'}"], "does not exist"),
         (["train", model, f"--source={corpus}", "--vocab_size=256"], "expected at least 257"),
         (["train", model, f"--source={corpus}", "--pattern_name=gpt3"], "expected gpt2 or gpt4"),
         (["train", f"--model={corpus}", f"--source={corpus}"], "is a folder"),
-        (["train", "--model=", f"--source={corpus}"], "name a file"),
-        (["train", "--model=my.vocab", f"--source={corpus}"], "end it in .model"),
-        (["train", "--model=my.json", f"--source={corpus}", "--also_hf"], "end it in .model"),
-        (["train", f"--model={corpus / 'a.txt'}", f"--source={corpus}"], "belongs to the text"),
+        (["train", "--model=", f"--source={corpus}"], "choose a file"),
+        (["train", "--model=my.vocab", f"--source={corpus}"], "expected a path ending in .model"),
+        (
+            ["train", "--model=my.json", f"--source={corpus}", "--also_hf"],
+            "expected a path ending in .model",
+        ),
+        (["train", f"--model={corpus / 'a.txt'}", f"--source={corpus}"], "is part of the text"),
         (
             ["train", f"--model={corpus / 'm.model'}", f"--source={corpus}", "--also_hf"],
-            "would be taken for text",
+            "would be read as text",
         ),
         (["encode", model, f"--source={corpus}", "--out=x.npy"], "does not exist"),
-        (["encode", model, f"--source={corpus}"], "--out=PATH is missing"),
-        (["encode", model, f"--source={corpus}", "--out=a.npz"], "or a file ending in .npy"),
-        (["train", model, f"--source={empty}"], "has no text to learn from"),
+        (["encode", model, f"--source={corpus}"], "--out=PATH is missing: pass a folder"),
+        (["encode", model, f"--source={corpus}", "--out=a.npz"], "or a .npy file"),
+        (["train", model, f"--source={empty}"], "contains no text to train on"),
         (["train", f"--model={empty}", f"--source={corpus}"], "is not a tokenizer of bpe.py"),
-        (["encode", "--num_workers=-1", model, f"--source={corpus}"], "is missing"),
+        (["encode", "--num_workers=-1", model, f"--source={corpus}"], "--out=PATH is missing"),
     ):
-        refused(script("bpe.py", *words, cwd=tmp_path), part)
+        refused(script("bpe.py", *args, cwd=tmp_path), part)
     assert os.listdir(tmp_path) == ["empty.txt"]
     done = script("bpe.py", "--help")
     assert done.returncode == 0 and "--pattern_name=gpt2" in done.stdout
@@ -473,37 +476,40 @@ def test_what_the_script_refuses(corpus, tmp_path):
 
 
 def test_from_text_to_a_story(practice, tmp_path, run):
-    """A model trained on such a vocabulary tells the same tokens by ./run and by PyTorch."""
+    """A model with a byte-level vocabulary generates the same tokens in ./run and in PyTorch."""
     flags = ["--vocab_size=500", f"--data_dir={practice}"]
-    for words in (["train_vocab"], ["pretokenize"]):
-        done = script("tinystories.py", *words, *flags, "--tokenizer=bpe")
+    for args in (["train_vocab"], ["pretokenize"]):
+        done = script("tinystories.py", *args, *flags, "--tokenizer=bpe")
         assert done.returncode == 0, done.stderr
     hint = f"--vocab_source=bpe --vocab_size=500 --data_dir={practice}"
     assert f"next: python train.py {hint}" in done.stdout
     out = tmp_path / "out"
-    words = [*TINY, *hint.split(), "--vocab_size=500", f"--out_dir={out}", "--max_iters=40"]
-    done = script("train.py", *words)
+    args = [*TINY, *hint.split(), "--vocab_size=500", f"--out_dir={out}", "--max_iters=40"]
+    done = script("train.py", *args)
     assert done.returncode == 0, done.stderr
     end = [line for line in read_log(out) if line["kind"] == "eval"][-1]
     assert end["val_bpb"] < 3 and end["val_loss"] < 5
     for prompt in ("Once upon a time", 'Zoë saw  2 dogs.\n\n"Hi!" 😀', ""):
-        told = script(
+        sampled = script(
             "sample.py", f"--out_dir={out}", f"--start={prompt}", "--temperature=0",
             "--max_new_tokens=40",
         )  # fmt: skip
-        assert told.returncode == 0, told.stderr
-        n = len(open_tokenizer(out / "tokenizer.model").encode(prompt)) + 39  # BOS is not among -n
+        assert sampled.returncode == 0, sampled.stderr
+        n = len(open_tokenizer(out / "tokenizer.model").encode(prompt)) + 39  # -n excludes BOS
         by_c = run(out / "model.bin", "-t", "0", "-i", prompt, "-n", n)
         assert by_c.returncode == 0, by_c.stderr
-        assert by_c.stdout == told.stdout.encode() and len(by_c.stdout) > 40
+        assert by_c.stdout == sampled.stdout.encode() and len(by_c.stdout) > 40
     refused(
         script("tinystories.py", "pretokenize", *flags, "--tokenizer=word"),
         "expected sentencepiece or bpe",
     )
     refused(
         script("tinystories.py", "pretokenize", "--tokenizer=bpe", "--vocab_source=llama2"),
-        "tokenizer = bpe and vocab_source = llama2: give one",
+        "tokenizer = bpe cannot be used with vocab_source = llama2: use one of the two",
     )
     flags[0] = "--vocab_size=30000"
-    refused(script("tinystories.py", "train_vocab", *flags, "--tokenizer=bpe"), "tokens only")
+    refused(
+        script("tinystories.py", "train_vocab", *flags, "--tokenizer=bpe"),
+        "vocab_size = 30000: this text yields only",
+    )
     assert not (practice / "bpe30000.model").exists()

@@ -1,4 +1,4 @@
-"""Text and shards that change while they are read, that expand too far, or that are no JSON."""
+"""Text and shards that change while being read, expand too far, or are damaged."""
 
 import contextlib
 import gzip
@@ -55,7 +55,7 @@ CHANGES = {"cut": cut_short, "grown": appended}
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name, data", [("a.txt", MARKED), ("a.jsonl", LINES)])
-def test_text_that_changes_is_named_and_its_shards_are_not_complete(
+def test_text_that_changes_is_reported_and_its_shards_stay_incomplete(
     tmp_path, tokenizers, name, data, change
 ):
     path = tmp_path / name
@@ -63,39 +63,39 @@ def test_text_that_changes_is_named_and_its_shards_are_not_complete(
     files = plan_shards(str(path))
     split, folder = choose_split(files), tmp_path / "shards"
     write_shards(str(folder), tokenizers[512], files, split, 1, {})
-    os.remove(folder / "data00.bin")  # all is done again
+    os.remove(folder / "data00.bin")  # so that all of it is done again
     (folder / "parts" / "0_of_1.json").write_text("{}")
     CHANGES[change](path)
-    with pytest.raises(UserError, match=rf"{name} was changed while it was read"):
+    with pytest.raises(UserError, match=rf"{name} was changed while it was being read"):
         write_shards(str(folder), tokenizers[512], files, split, 1, {})
     assert not read_sidecar(str(folder))["complete"]
-    with pytest.raises(UserError, match=rf"{name} was changed while it was read"):
+    with pytest.raises(UserError, match=rf"{name} was changed while it was being read"):
         list(training_documents(files, split, 500))
 
 
-def test_a_compressed_file_that_changes_is_named(tmp_path, tokenizers):
+def test_a_compressed_file_that_changes_is_reported(tmp_path, tokenizers):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(LINES))
     files = plan_shards(str(path))
     split = choose_split(files)
     path.write_bytes(gzip.compress(LINES[: LINES.index(b"Story 100:") - 10]))
-    with pytest.raises(UserError, match=r"a.jsonl.gz was changed while it was read"):
+    with pytest.raises(UserError, match=r"a.jsonl.gz was changed while it was being read"):
         write_shards(str(tmp_path / "shards"), tokenizers[512], files, split, 1, {})
     assert read_sidecar(str(tmp_path / "shards")) is None
 
 
 @pytest.mark.parametrize("change", ["cut", "grown"])
-def test_bpe_names_text_that_changes(tmp_path, tokenizers, monkeypatch, change):
+def test_bpe_reports_text_that_changes(tmp_path, tokenizers, monkeypatch, change):
     path = tmp_path / "a.txt"
     path.write_bytes(MARKED)
-    pieces = bpe.all_pieces
+    all_pieces = bpe.all_pieces
 
-    def and_change(*words):
-        found = pieces(*words)
+    def cut_then_change(*args):
+        pieces = all_pieces(*args)
         CHANGES[change](path)
-        return found
+        return pieces
 
-    monkeypatch.setattr(bpe, "all_pieces", and_change)
+    monkeypatch.setattr(bpe, "all_pieces", cut_then_change)
     with pytest.raises(UserError, match=r"a.txt was changed"):
         bpe.train_bpe(path, 300)
     path.write_bytes(MARKED)
@@ -108,7 +108,7 @@ def test_bpe_names_text_that_changes(tmp_path, tokenizers, monkeypatch, change):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_file_may_be_named_from_its_folder(tmp_path, monkeypatch):
+def test_a_source_may_be_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.txt")
     with pytest.raises(UserError, match="is a pipe or a device"):
@@ -122,13 +122,13 @@ def test_a_file_may_be_named_from_its_folder(tmp_path, monkeypatch):
 
 
 class InSteps(io.BytesIO):
-    """A file that gives a few bytes at a time."""
+    """A file that returns a few bytes at a time."""
 
     def read(self, size=-1):
         return super().read(min(size, 3) if size >= 0 else -1)
 
 
-def test_lists_are_read_item_by_item_and_mean_the_same():
+def test_json_lists_are_read_item_by_item_with_the_same_result():
     numbers = random.Random(0)
     for _ in range(300):
         choices = ["é, ]", "\\", '"', {"text": "x", "a": [1, []]}, None, 12, -0.5, [], {}, True]
@@ -140,7 +140,7 @@ def test_lists_are_read_item_by_item_and_mean_the_same():
                 list(items_of(InSteps(damaged.encode()), "a.json"))
 
 
-def test_memory_depends_on_a_document_and_not_on_its_list(tmp_path):
+def test_memory_depends_on_the_documents_and_not_on_their_list(tmp_path):
     story = json.dumps({"text": "Ben ran. " * 1000})
     with gzip.open(tmp_path / "a.json.gz", "wt", 1) as f:
         f.write("[" + f"{story}," * 3000 + f"{story}]")  # 27 MB
@@ -151,7 +151,7 @@ def test_memory_depends_on_a_document_and_not_on_its_list(tmp_path):
 
 
 def test_long_records_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST_RECORD", 1 << 18)
+    monkeypatch.setattr(documents, "MAX_RECORD", 1 << 18)
     long = json.dumps({"text": "a" * (1 << 19)})
     for name, text, where in (
         ("a.json", f'[{{"text": "x"}}, {long}]', "item 1 of"),
@@ -181,21 +181,21 @@ def test_files_that_expand_too_far_are_refused(tmp_path, monkeypatch, name):
         texts = pyarrow.array(["ab " * 30_000] * 1000).dictionary_encode()
         parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name, compression="zstd")
         del texts
-        found = stream_documents(tmp_path / name)
-        next(found)
-        assert pyarrow.total_allocated_bytes() - before < 4e6  # and not 1,000 times the text
+        stream = stream_documents(tmp_path / name)
+        next(stream)
+        assert pyarrow.total_allocated_bytes() - before < 4e6  # less than 1,000 times the text
     else:
         (tmp_path / name).write_bytes(gzip.compress(data[name]))
-        found = stream_documents(tmp_path / name)
+        stream = stream_documents(tmp_path / name)
     with pytest.raises(UserError, match=f"{name} unpacks to more than 200 times its size"):
-        list(found)
+        list(stream)
 
 
-# ---- JSON and models that nobody can read
+# ---- hostile JSON and damaged models
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "9" * 5000], ids=len)
-def test_json_that_is_too_deep_or_has_huge_numbers_is_refused(tmp_path, text):
+def test_json_with_deep_nesting_or_huge_numbers_is_refused(tmp_path, text):
     from formats.hftokenizer import byte_level_from_json
 
     path, parts = tmp_path / "shards.json", tmp_path / "parts"
@@ -220,12 +220,12 @@ def test_json_that_is_too_deep_or_has_huge_numbers_is_refused(tmp_path, text):
             read()
 
 
-def test_a_sentencepiece_model_whose_pieces_are_not_utf8_is_refused(tmp_path):
+def test_a_sentencepiece_model_with_pieces_that_are_not_utf8_is_refused(tmp_path):
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "abc", "xyz"]
     types = [2, 3, 3, *[6] * 256, 1, 1]
     model = sentencepiece_model(pieces, [0.0] * len(pieces), types)
     (tmp_path / "bad.model").write_bytes(model.replace(b"abc", b"a\xffc"))
-    with pytest.raises(UserError, match="is not a SentencePiece model"):
+    with pytest.raises(UserError, match=r"bad.model is not a tokenizer model"):
         open_tokenizer(tmp_path / "bad.model")
 
 
@@ -234,11 +234,12 @@ def test_a_sentencepiece_model_whose_pieces_are_not_utf8_is_refused(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path, tokenizers):
-    """(DataPaths, TokenData) of shards of STORIES."""
+    """Return (DataPaths, TokenData) of shards of STORIES."""
     (tmp_path / "a.txt").write_bytes(MARKED)
     files = plan_shards(str(tmp_path / "a.txt"))
     split = choose_split(files)
-    write_shards(str(tmp_path / "tok512"), tokenizers[512], files, split, 1, {"made_by": "make it"})
+    about = {"made_by": "make shards"}
+    write_shards(str(tmp_path / "tok512"), tokenizers[512], files, split, 1, about)
     paths = DataPaths(tmp_path, "custom", 512)
     return paths, TokenData(paths, 16)
 
@@ -266,21 +267,21 @@ def test_shards_that_change_are_noticed(shards, change, number):
     with pytest.raises(UserError, match=rf"{os.path.basename(path)} was changed or removed"):
         data.check_unchanged()
     if number:
-        with pytest.raises(UserError, match=r"was changed or removed.*make it"):
+        with pytest.raises(UserError, match=r"or removed while in use; run: make shards"):
             batches.at(0, batches.n_windows)
 
 
-def test_ids_that_the_vocabulary_lacks_are_named_even_if_the_time_is_kept(shards):
+def test_ids_outside_the_vocabulary_are_noticed_even_if_the_time_is_kept(shards):
     data = shards[1]
     info = os.stat(data.shards[1].filename)
     large_ids(data.shards[1].filename)
     os.utime(data.shards[1].filename, ns=(info.st_atime_ns, info.st_mtime_ns))
     batches = TrainBatches(data.train, 16, 1, data)
-    with pytest.raises(UserError, match="a shard now has a token 600"):
+    with pytest.raises(UserError, match="now has token 600, expected ids below vocab_size = 512"):
         batches.at(0, batches.n_windows)
 
 
-def test_shards_that_are_touched_are_still_the_same(shards):
+def test_shards_that_are_only_touched_are_accepted(shards):
     data = shards[1]
     for shard in data.shards:
         os.utime(shard.filename, (1e9, 1e9))
@@ -291,14 +292,14 @@ def test_shards_that_are_touched_are_still_the_same(shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [cut_short, other_ids, large_ids])
-def test_a_run_whose_shards_change_ends_with_a_sentence_and_its_checkpoint(
+def test_a_run_ends_with_one_sentence_and_its_checkpoint_if_shards_change(
     tmp_path, practice, change
 ):
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(practice, data, ignore=shutil.ignore_patterns("TinyStories*"))
     done = []
-    words = ["--max_iters=100000", "--eval_interval=20", "--compile=False"]
-    thread = threading.Thread(target=lambda: done.append(train(data, out, *words)))
+    args = ["--max_iters=100000", "--eval_interval=20", "--compile=False"]
+    thread = threading.Thread(target=lambda: done.append(train(data, out, *args)))
     thread.start()
     end = time.monotonic() + 60
     while not (out / "ckpt.pt").exists() and time.monotonic() < end:
@@ -310,7 +311,7 @@ def test_a_run_whose_shards_change_ends_with_a_sentence_and_its_checkpoint(
     assert (out / "ckpt.pt").exists()
 
 
-# ---- mutated books
+# ---- mutated records of shards
 
 ODD = [
     *(None, True, -1, 0, 1, 3, 2.5, 1e300, float("nan"), float("inf"), 10**30, 2**53 - 1),
@@ -319,7 +320,7 @@ ODD = [
 
 
 def places_in(value, path=()):
-    """The path of every value in parsed JSON."""
+    """Yield the path of every value in parsed JSON."""
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
         yield (*path, name)
         if isinstance(inner, (dict, list)):
@@ -327,7 +328,7 @@ def places_in(value, path=()):
 
 
 def mutated(value, numbers):
-    """Yield JSON, in bytes: each field removed or of each other type, cut off, or damaged."""
+    """Yield JSON, in bytes: with a field removed or of another type, cut off, or damaged."""
     text = json.dumps(value)
     for *path, name in list(places_in(value)):
         for odd in [*ODD, ...]:
@@ -365,7 +366,7 @@ def test_no_mutated_sidecar_ends_in_a_traceback(shards, tokenizers):
             assert data.tokens_per_byte() is None or data.tokens_per_byte() > 0
             data.check_unchanged()
             n_read += 1
-    assert n >= 600 and n_read < n / 3  # names and counts that only describe
+    assert n >= 600 and n_read < n / 3  # only fields that nothing depends on may be wrong
 
 
 @pytest.mark.slow
@@ -390,7 +391,7 @@ def test_no_mutated_part_ends_in_a_traceback(shards, tokenizers, tmp_path):
         with contextlib.suppress(UserError):
             finish(folder, 1, {})
             TokenData(shards[0], 16, tokenizer)
-        if i % 10 == 0:  # what it says that is wrong is done again
+        if i % 10 == 0:  # preparing again repairs what is wrong
             with open(part, "wb") as f:
                 f.write(text)
             write_shards(folder, tokenizer, files, split, 1, {})
@@ -403,7 +404,7 @@ def arrays_of(folder):
     return [os.path.join(folder, name) for name in names if name.endswith(".bin")]
 
 
-def test_numbers_in_a_sidecar_that_are_text_are_refused(shards):
+def test_a_sidecar_with_text_instead_of_numbers_is_refused(shards):
     sidecar = os.path.join(shards[0].shards, "shards.json")
     meta = read_json(sidecar)
     for name in ("tokens", "bytes", "crc32", "documents"):
@@ -415,11 +416,11 @@ def test_numbers_in_a_sidecar_that_are_text_are_refused(shards):
             TokenData(shards[0], 16)
 
 
-def test_a_part_of_endless_pieces_is_refused_at_once(shards):
+def test_a_part_with_too_many_pieces_is_refused_at_once(shards):
     part = os.path.join(shards[0].shards, "parts", "0_of_1.json")
     meta = read_json(part)
     meta["finished"]["0"] = 2**52
     with open(part, "w") as f:
         json.dump(meta, f)
-    with pytest.raises(UserError, match="do not make a whole"):
+    with pytest.raises(UserError, match=r"the parts in .* do not fit together"):
         merge(shards[0].shards, 1)

@@ -1,6 +1,6 @@
 """
-Checkpoints from strangers: whatever their bytes are, resuming, sampling and exporting end in one
-sentence or work, take no more memory than the file is long, and leave the folder as it was.
+Checkpoints from strangers: whatever their bytes, resuming, sampling and exporting either work or
+end with one sentence, use no more memory than the size of the file, and leave the folder unchanged.
 """
 
 import copy
@@ -22,11 +22,11 @@ from conftest import REPO, TINY, refused, script
 from configurator import UserError
 from dataset import DataPaths, TokenData, TrainBatches
 from formats.modelbin import export_model
-from formats.table import load, load_teller
+from formats.table import load, load_for_sampling
 from model import KVCache, Transformer
 from optim import make_optimizer, set_rates
 from training.checkpoint import load_checkpoint
-from training.resume import begin, restore_run
+from training.resume import find_start, restore_run
 from training.settings import args_of
 
 # ---- mutations
@@ -36,12 +36,12 @@ WRONG = {
     "true": True,
     "a negative number": -1,
     "a huge number": 2**62,
-    "a larger one": 10**30,
+    "a huger number": 10**30,
     "a float": 0.5,
     "NaN": math.nan,
     "-infinity": -math.inf,
-    "a text": "abc",
-    "an escape": "\x1b[2J",
+    "a string": "abc",
+    "an escape sequence": "\x1b[2J",
     "a list": [[1], {}],
     "a dict": {"a": {"b": [1]}},
     "a tensor": torch.zeros(3),
@@ -49,22 +49,22 @@ WRONG = {
 
 
 def odd_tensors(tensor):
-    """Tensors of other shapes, formats and places than `tensor`."""
+    """Yield (kind, tensor) with other shapes, dtypes and devices than `tensor`."""
     yield "another shape", torch.zeros(3, 5)
-    yield "no number", torch.zeros(0)
+    yield "empty", torch.zeros(0)
     yield "expanded", torch.zeros(()).expand(1 << 20, 1 << 12)
     yield "integers", tensor.to(torch.int32)
     yield "complex", tensor.to(torch.complex64)
-    yield "truth values", tensor.bool()
+    yield "booleans", tensor.bool()
     yield "sparse", tensor.to_sparse()
-    yield "without memory", tensor.to("meta")
+    yield "on the meta device", tensor.to("meta")
     yield "quantized", torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
     yield "half", tensor.half()  # can be used
     yield "NaN", torch.full_like(tensor, math.nan)
 
 
 def mutated_values(good):
-    """(what, value) of checkpoints with one field replaced or removed."""
+    """Yield (mutation, value): checkpoints with one field replaced or removed."""
     places = [(name,) for name in good]
     places += [("config", name) for name in good["config"]]
     places += [("model_args", name) for name in good["model_args"]]
@@ -86,8 +86,8 @@ def mutated_values(good):
         for value in (4096, 1 << 24):
             for group in (["model_args"], ["config"], ["model_args", "config"]):
                 bad = copy.deepcopy(good)
-                for where in group:
-                    bad[where][name] = value
+                for field in group:
+                    bad[field][name] = value
                 yield f"{name} = {value} in {group}", bad
     for group in ("model", "optimizer"):
         names = list(good[group])
@@ -102,7 +102,7 @@ def mutated_values(good):
 
 
 def mutated_bytes(data, path):
-    """(what, bytes) of damaged files: cut, flipped, deflated."""
+    """Yield (mutation, bytes): files that are cut, have flipped bits or are deflated."""
     rng = random.Random(2)
     for _ in range(20):
         n = rng.randrange(len(data))
@@ -117,7 +117,7 @@ def mutated_bytes(data, path):
     pickle_name = next(name for name in entries if name.endswith("data.pkl"))
     for chosen in [[pickle_name], *([name] for name in rng.sample(list(entries), 9)), entries]:
         yield f"deflated {len(chosen)}", repacked(path.with_suffix(".zip"), entries, chosen)
-    for _ in range(40):  # the checksums are right
+    for _ in range(40):  # with correct checksums
         bad = bytearray(entries[pickle_name])
         bad[rng.randrange(len(bad))] = rng.randrange(256)
         changed = {**entries, pickle_name: bytes(bad)}
@@ -127,8 +127,8 @@ def mutated_bytes(data, path):
 def repacked(path, entries, deflated):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
-            how = zipfile.ZIP_DEFLATED if name in deflated else zipfile.ZIP_STORED
-            archive.writestr(name, data, how)
+            method = zipfile.ZIP_DEFLATED if name in deflated else zipfile.ZIP_STORED
+            archive.writestr(name, data, method)
     data = path.read_bytes()
     path.unlink()
     return data
@@ -138,43 +138,44 @@ def repacked(path, entries, deflated):
 
 
 def resumed(out, settings, data):
-    """A step of the run in a folder, after what train.py does to resume it."""
+    """Resume the run in a folder like train.py, and take one step."""
     settings = {**settings, "out_dir": str(out), "init_from": "resume", "eval_only": True}
-    start = begin(settings, dict.fromkeys(("eval_only", "out_dir", "init_from", "data_dir"), ""))
+    given = dict.fromkeys(("eval_only", "out_dir", "init_from", "data_dir"), "")
+    start = find_start(settings, given)
     args = args_of(start.settings, start.checkpoint["model_args"])
     model = Transformer(args)
     optimizer = make_optimizer(model, start.settings["optimizer"], start.settings)
     if args.max_seq_len > 1 << 10:
-        raise UserError("the shards are shorter")  # train.py compares them
+        raise UserError("the shards are shorter")  # train.py refuses this, too
     batches = TrainBatches(data.train, args.max_seq_len, start.settings["seed"])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = restore_run(start, model, optimizer, scaler, torch.float32, batches.n_windows)
-    now = SimpleNamespace(**start.settings)
-    if state.is_done(now):
+    settings = SimpleNamespace(**start.settings)
+    if state.is_done(settings):
         return
-    set_rates(optimizer, now, state.iter_num, state.part_done(now, None))
+    set_rates(optimizer, settings, state.iter_num, state.part_done(settings, None))
     loss = model(*batches.at(state.n_sequences, 2))
     loss.backward()
     optimizer.step()
 
 
-def outcomes(out, settings, data, as_source):
-    """{what was done: None, or the UserError that ended it}; any other exception is a fault."""
+def outcomes(out, settings, data, export_folder):
+    """Return {job: None or the UserError that ended it}; any other exception is a bug."""
     path = str(out / "ckpt.pt")
     jobs = {
         "resume": lambda: resumed(out, settings, data),
-        "sample": lambda: list(load_teller(path, "Once")[0].model.generate([1, 5], 2)),
-        "export": lambda: export_model(load(path).model, str(as_source / "model.bin")),
+        "sample": lambda: list(load_for_sampling(path, "Once")[0].model.generate([1, 5], 2)),
+        "export": lambda: export_model(load(path).model, str(export_folder / "model.bin")),
     }
-    found = {}
+    errors = {}
     for name, job in jobs.items():
         try:
             job()
-            found[name] = None
+            errors[name] = None
         except UserError as e:
             assert "\n" not in str(e)
-            found[name] = e
-    return found
+            errors[name] = e
+    return errors
 
 
 def contents(folder):
@@ -183,7 +184,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def run(practice, tmp_path_factory):
-    """(folder of a run of three steps that was interrupted, its settings, its data)."""
+    """(folder of a run with steps left, its settings, its data)."""
     out = tmp_path_factory.mktemp("small") / "out"
     flags = [*TINY, "--dim=16", "--n_layers=1", "--arch=llama", "--bigram_rows=8"]
     flags += [f"--data_dir={practice}", f"--out_dir={out}", "--max_iters=3", "--eval_interval=3"]
@@ -193,7 +194,7 @@ def run(practice, tmp_path_factory):
         **load_checkpoint(out / "ckpt.pt")["config"],
         **{"on_finish": "", "resume": "no", "estimate": False, "init_from": "scratch"},
     }
-    for path in out.glob("*.pt"):  # one checkpoint, with steps left
+    for path in out.glob("*.pt"):  # leave one checkpoint, without finishing the run
         if path.name != "ckpt.pt":
             path.unlink()
     good = torch.load(out / "ckpt.pt", weights_only=True)
@@ -205,7 +206,7 @@ def run(practice, tmp_path_factory):
 
 @pytest.mark.slow
 def test_no_mutated_checkpoint_ends_in_a_traceback(run, tmp_path):
-    """Counts by outcome; a file is refused everywhere or can be used, and stays what it is."""
+    """A mutated file is refused or can be used, and the folder does not change."""
     out, settings, data = run
     path = out / "ckpt.pt"
     good = path.read_bytes()
@@ -215,19 +216,19 @@ def test_no_mutated_checkpoint_ends_in_a_traceback(run, tmp_path):
         n, refusals, faults = 0, 0, []
         cases = itertools.chain(mutated_values(value), mutated_bytes(good, tmp_path / "x.pt"))
         (tmp_path / "x.pt").write_bytes(good)
-        for what, bad in cases:
+        for mutation, bad in cases:
             if isinstance(bad, bytes):
                 path.write_bytes(bad)
             else:
                 torch.save(bad, path)
             before = contents(out)
             try:
-                found = outcomes(out, settings, data, tmp_path)
+                errors = outcomes(out, settings, data, tmp_path)
             except Exception as e:
-                faults.append(f"{what}: {type(e).__name__}: {str(e)[:200]}")
-                found = {}
-            assert contents(out) == before, what
-            n, refusals = n + 1, refusals + any(found.values())
+                faults.append(f"{mutation}: {type(e).__name__}: {str(e)[:200]}")
+                errors = {}
+            assert contents(out) == before, mutation
+            n, refusals = n + 1, refusals + any(errors.values())
     finally:
         path.write_bytes(good)
     print(f"{n} checkpoints, {refusals} refused, {len(faults)} faults")
@@ -235,7 +236,7 @@ def test_no_mutated_checkpoint_ends_in_a_traceback(run, tmp_path):
     assert n >= 300 and refusals > 0.6 * n and n - refusals > 20
 
 
-# ---- small files that ask for much
+# ---- small files that would take much memory
 
 
 def number(n):
@@ -246,13 +247,13 @@ def text(value):
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-NESTED = b"}(" + b")" + b"\x85" * 1_000_000 + b"Nu"  # a dict whose key is a tuple of tuples ...
+NESTED = b"}(" + b")" + b"\x85" * 1_000_000 + b"Nu"  # a dict with deeply nested tuples as its key
 LONG = b"}(" + b"".join(number(i) + b"N" for i in range(50_000)) + b"u"
 BOMBS = {
     "a bytearray of 6 GB": b"cbuiltins\nbytearray\n(" + number(6 << 30) + b"tR",
     "a tensor of 8 GB": b"ctorch\nTensor\n(" + number(2 << 30) + b"tR",
     "a storage of 6 GB": b"ctorch.storage\nUntypedStorage\n(" + number(6 << 30) + b"tR",
-    "a tuple in a tuple": NESTED,  # Python overflows its stack
+    "nested tuples": NESTED,  # would overflow Python's stack
     "thousands of copies": LONG
     + b"q\1](ccollections\nOrderedDict\nq\2"
     + b"h\2h\1\x85R" * 9000
@@ -271,29 +272,29 @@ except UserError as e:
 
 
 def kilobytes_to_refuse(path):
-    """What load_checkpoint() takes, in a process of its own with a limit, and what it says."""
+    """Run load_checkpoint() in a process with a memory limit; return (kilobytes used, message)."""
     limits = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))"
     command = [sys.executable, "-c", limits + READ, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    taken, _, said = done.stdout.partition(" ")
-    return int(taken), said
+    used, _, message = done.stdout.partition(" ")
+    return int(used), message
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [*BOMBS, "deflated"])
-def test_a_small_checkpoint_takes_little_memory(tmp_path, what):
-    data = BOMBS.get(what) or text("x" * (1 << 28))
-    how = zipfile.ZIP_DEFLATED if what == "deflated" else zipfile.ZIP_STORED
-    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w", how) as archive:
+@pytest.mark.parametrize("bomb", [*BOMBS, "deflated"])
+def test_a_small_checkpoint_takes_little_memory(tmp_path, bomb):
+    data = BOMBS.get(bomb) or text("x" * (1 << 28))
+    method = zipfile.ZIP_DEFLATED if bomb == "deflated" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w", method) as archive:
         archive.writestr("a/data.pkl", ONE_WEIGHT % data)
         archive.writestr("a/version", b"3\n")
     assert (tmp_path / "ckpt.pt").stat().st_size < 2 << 20
-    taken, said = kilobytes_to_refuse(tmp_path / "ckpt.pt")
-    assert ("is damaged" in said or "holds more than numbers" in said) and taken < 200_000
+    used, message = kilobytes_to_refuse(tmp_path / "ckpt.pt")
+    assert ("is damaged" in message or "holds more than tensors" in message) and used < 200_000
 
 
-def test_a_huge_context_takes_memory_only_where_it_is_used(run, tmp_path):
+def test_a_huge_context_takes_memory_only_if_it_is_used(run, tmp_path):
     out, _, _ = run
     good = torch.load(out / "ckpt.pt", weights_only=True)
     good["model_args"]["max_seq_len"] = 1 << 24
@@ -308,7 +309,7 @@ def test_a_huge_context_takes_memory_only_where_it_is_used(run, tmp_path):
 def test_positions_past_the_first_tables_are_computed(run, monkeypatch):
     out, _, _ = run
     whole = load(str(out / "ckpt.pt"), tokenizer="none").model
-    monkeypatch.setattr("model.ROOM", 4)
+    monkeypatch.setattr("model.INITIAL_ROOM", 4)
     short = load(str(out / "ckpt.pt"), tokenizer="none").model
     assert len(short.rope_cos) == 4
     short_cache = KVCache(short.args, 1, "cpu", torch.float32, 4)
@@ -322,7 +323,7 @@ def test_positions_past_the_first_tables_are_computed(run, monkeypatch):
     torch.testing.assert_close(torch.cat(ids, 1), expected, atol=1e-5, rtol=1e-4)
 
 
-# ---- what is not a file
+# ---- not a regular file
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
@@ -335,9 +336,9 @@ def test_only_regular_files_are_read(run, practice, tmp_path, kind):
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    said = "there is no model in|is a folder, and no sharded"
+    expected = "contains no model: expected|is not a sharded checkpoint: the folder has no"
     if kind != "folder":
-        said = "is a pipe or a device"
+        expected = "is a pipe or a device"
     flags = [f"--data_dir={practice}", f"--out_dir={tmp_path / 'new'}"]
     resume = [f"--data_dir={practice}", f"--out_dir={path.parent}", "--init_from=resume"]
     for command in (
@@ -350,7 +351,7 @@ def test_only_regular_files_are_read(run, practice, tmp_path, kind):
     ):
         done = script(*command)
         refused(done)
-        assert re.search(said, done.stderr), done.stderr
+        assert re.search(expected, done.stderr), done.stderr
     assert os.listdir(path.parent) == ["ckpt.pt"]
 
 

@@ -1,4 +1,4 @@
-"""Every combination of the options, in every format: the same logits there, or refused."""
+"""Every combination of options, in every format: the same logits, or refused."""
 
 import itertools
 
@@ -37,7 +37,10 @@ TOKENS = torch.randint(3, 512, (1, 10), generator=torch.Generator().manual_seed(
 
 @pytest.fixture
 def check(tmp_path, tokenizers, builds, monkeypatch):
-    """Export a model and compare its logits; returns what carried it, or None."""
+    """
+    A function that exports a model and compares its logits. It returns the architecture or version
+    that stores the model, or None if it was refused.
+    """
     monkeypatch.setattr("os.fsync", lambda fd: None)
 
     def in_hf(model):
@@ -51,7 +54,7 @@ def check(tmp_path, tokenizers, builds, monkeypatch):
         try:
             gguffile.write_gguf(model, path, "fp32", tokenizers[512], {})
         except UserError as e:
-            assert "gguf cannot carry" in str(e) and not path.exists()
+            assert "gguf cannot store" in str(e) and not path.exists()
             return None, None
         return gguffile.architecture(model.args), gguffile.read_gguf(path)[0].eval()(TOKENS)
 
@@ -61,7 +64,7 @@ def check(tmp_path, tokenizers, builds, monkeypatch):
         try:
             export_model(model, path, version)
         except UserError as e:
-            assert "version 0 cannot carry" in str(e) and version == 0 and not path.exists()
+            assert "version 0 cannot store" in str(e) and version == 0 and not path.exists()
             return None, None
         logits = logits_of(builds["harness", "fast"], path, TOKENS[0].tolist(), 512)
         assert close(torch.from_numpy(logits.copy()), model(TOKENS)[0])
@@ -71,17 +74,17 @@ def check(tmp_path, tokenizers, builds, monkeypatch):
     exports |= {"version 0": lambda m: in_bin(m, 0), "version 3": lambda m: in_bin(m, 3)}
 
     @torch.no_grad()
-    def call(to, options):
+    def check_export(to, options):
         model = random_model(**SIZES, **options)
-        carrier, logits = exports[to](model)
-        assert logits is None or close(logits, model(TOKENS)), (to, carrier, options)
-        return carrier
+        stored_as, logits = exports[to](model)
+        assert logits is None or close(logits, model(TOKENS)), (to, stored_as, options)
+        return stored_as
 
-    return call
+    return check_export
 
 
-# format: {what carries a model: how many of the 2 ** 10 combinations; None: refused}, by windows
-CARRIED = {
+# {format: {windows: {architecture or version, None if refused: number of combinations}}}
+STORED = {
     "hf": {
         "none": {"LlamaForCausalLM": 2, "Qwen3ForCausalLM": 2, "ModdedLlamaForCausalLM": 1020},
         "some": {"Qwen3ForCausalLM": 2, "ModdedLlamaForCausalLM": 1022},
@@ -98,21 +101,21 @@ CARRIED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to, windows", [(to, w) for to in CARRIED for w in WINDOWS])
+@pytest.mark.parametrize("to, windows", [(to, w) for to in STORED for w in WINDOWS])
 def test_every_combination_has_our_logits_or_is_refused(check, to, windows):
     assert len(COMBINATIONS) * len(WINDOWS) == 2**10 * 3 == 3072
     counts = {}
     for options in COMBINATIONS:
-        carrier = check(to, {**options, **WINDOWS[windows]})
-        counts[carrier] = counts.get(carrier, 0) + 1
-    assert counts == CARRIED[to][windows]
+        stored_as = check(to, {**options, **WINDOWS[windows]})
+        counts[stored_as] = counts.get(stored_as, 0) + 1
+    assert counts == STORED[to][windows]
 
 
 ALONE = [{name: on} for name, (_, on) in OPTIONS.items()]
 ALONE += [{**WINDOWS[w], "qk_norm": is_on} for w in ("some", "all") for is_on in (False, True)]
 
 
-@pytest.mark.parametrize("to", CARRIED)
+@pytest.mark.parametrize("to", STORED)
 def test_each_option_alone_has_our_logits_or_is_refused(check, to):
     for options in [{}, *ALONE]:
         check(to, options)

@@ -1,4 +1,4 @@
-"""From text on disk to shards and batches: tinystories.py, corpus.py, dataset.py."""
+"""From text on disk to token shards: tinystories.py, text/ and dataset.py."""
 
 import codecs
 import csv
@@ -65,12 +65,12 @@ DOCUMENTS = [f"Story {i}: " + "Ben ran. " * (i % 7) + "é\nThe end." for i in ra
 
 
 def write_source(folder, kind):
-    """DOCUMENTS in one of the shapes that are read."""
+    """Write DOCUMENTS in one of the supported formats and return the path."""
     folder.mkdir()
     if kind == "txt":
         path = folder / "a.txt"
         path.write_text("\n<|endoftext|>\n".join(DOCUMENTS) + "\n<|endoftext|>\n")
-    elif kind == "txt without a last mark":
+    elif kind == "txt without a final separator":
         path = folder / "a.txt"
         path.write_text("<|endoftext|>".join(DOCUMENTS))
     elif kind == "json":
@@ -94,7 +94,7 @@ def documents_of(sections):
     return [document for section in sections for document in section.documents()]
 
 
-KINDS = ["txt", "txt without a last mark", "json", "indented json", "jsonl", "folder"]
+KINDS = ["txt", "txt without a final separator", "json", "indented json", "jsonl", "folder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +105,7 @@ def test_no_document_is_lost_or_cut(tmp_path, kind):
     assert all(map(documents_of, zip(plan, strict=True)))
 
 
-def test_a_validation_text_is_the_first_shard(tmp_path):
+def test_the_validation_text_is_the_first_shard(tmp_path):
     source = write_source(tmp_path / "source", "txt")
     valid = tmp_path / "valid.jsonl"
     valid.write_text('{"text": "unseen"}\n')
@@ -155,7 +155,7 @@ def as_csv(texts):
         ("a.csv", as_csv(DOCUMENTS), False),
     ],
 )
-def test_the_first_character_tells_the_shape_and_a_mark_is_skipped(
+def test_the_first_character_decides_the_format_and_a_byte_order_mark_is_skipped(
     tmp_path, name, data, is_cut, mark
 ):
     packed = gzip.compress(mark + data) if name.endswith(".gz") else mark + data
@@ -170,7 +170,7 @@ def test_the_first_character_tells_the_shape_and_a_mark_is_skipped(
     assert list(valid[0].documents()) == DOCUMENTS
 
 
-def test_files_beside_the_data_are_left_out(tmp_path, capsys):
+def test_files_that_are_not_data_are_skipped(tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     from pyarrow import table
 
@@ -180,14 +180,14 @@ def test_files_beside_the_data_are_left_out(tmp_path, capsys):
     (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
     parquet.write_table(table({"text": DOCUMENTS}), tmp_path / "a.parquet")
     assert documents_of(plan_shards(str(tmp_path))) == DOCUMENTS
-    assert "not read: a.parquet, dataset_infos.json" in capsys.readouterr().out
+    assert f"{tmp_path}: not reading a.parquet, dataset_infos.json" in capsys.readouterr().out
     (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
     assert documents_of(plan_shards(str(tmp_path))) == DOCUMENTS * 2
     assert "has .parquet and other files" in capsys.readouterr().out
 
 
 def prose(n, seed=0):
-    """A text of n paragraphs of 100 to 600 characters."""
+    """Return a text of n paragraphs of 100 to 600 characters."""
     random_numbers = random.Random(seed)
     letters = "abcdefghij"
     return "\n\n".join(
@@ -210,13 +210,14 @@ def test_a_book_is_cut_at_paragraphs(tmp_path, capsys, n, name, end):
     assert "\n\n".join(documents) == text
     if n == 1000 and end != "\r":
         assert len(plan) == (1 if name.endswith(".gz") else len(data) // (64 << 10))
-    assert f"{name} has no <|endoftext|> between documents: cut" in capsys.readouterr().out
+    note = f"{name} has no <|endoftext|> between documents and is cut at blank lines"
+    assert note in capsys.readouterr().out
     sides = choose_split(plan).sides(documents, False)
     assert all(sides) and len(sides[1]) == max(1, round(len(documents) / 10))
     assert all(file.check_unchanged() is None for file in plan)
 
 
-def test_paragraphs_too_long_are_cut_at_lines_and_words(tmp_path):
+def test_long_paragraphs_are_cut_at_lines_and_words(tmp_path):
     path = tmp_path / "a.txt"
     for text, end in (
         (prose(60).replace("\n\n", "\n"), "\n"),
@@ -239,35 +240,35 @@ def test_short_files_without_separators_are_whole_documents(tmp_path):
     assert len(documents_of(plan_shards(str(tmp_path)))) > 35
 
 
-def test_validation_is_from_all_files_and_is_told(tmp_path):
+def test_validation_documents_are_from_all_files_and_are_reported(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_bytes(prose(150, i).replace("\n", "\r\n").encode())
-    words = [f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}", "--vocab_size=64"]
-    done = script("tinystories.py", "train_vocab", *words)
+    args = [f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}", "--vocab_size=64"]
+    done = script("tinystories.py", "train_vocab", *args)
     assert done.returncode == 0, done.stderr
     assert f"pretokenize --vocab_size=64 --data_dir={tmp_path / 'data'} --source={tmp_path}" in (
         done.stdout
     )
-    done = script("tinystories.py", "pretokenize", *words)
+    done = script("tinystories.py", "pretokenize", *args)
     assert done.returncode == 0, done.stderr
-    told = re.search(r"for validation: (\d+) of the documents \((9|10)\.\d%\), .*", done.stdout)
-    assert int(told[1]) > 5 and told[0].endswith("from all files")
+    report = re.search(r"validation: (\d+) documents \((9|10)\.\d%\), .*", done.stdout)
+    assert int(report[1]) > 5 and report[0].endswith("from all files")
     shards = DataPaths(tmp_path / "data", "custom", 64).shards
     tokenizer = open_tokenizer(tmp_path / "data" / "tok64.model")
     valid = tokenizer.decode(np.fromfile(os.path.join(shards, "data00.bin"), "<u2").tolist())
     assert "\r" not in valid
-    for i in range(3):  # each file has passages there
+    for i in range(3):  # some passages of each file are for validation
         parts = [part[:40] for part in prose(150, i).split("\n\n")]
         assert any(part in valid for part in parts)
 
 
-def test_a_vocabulary_in_use_is_kept(tmp_path):
+def test_a_vocabulary_that_shards_need_is_kept(tmp_path):
     (tmp_path / "a.txt").write_text(prose(100))
     (tmp_path / "b.txt").write_text(prose(100, 1).upper())
-    words = [f"--data_dir={tmp_path / 'data'}", "--vocab_size=300", "--vocab_source=bpe"]
+    args = [f"--data_dir={tmp_path / 'data'}", "--vocab_size=300", "--vocab_source=bpe"]
 
     def stage(name, text, *more):
-        return script("tinystories.py", name, *words, f"--source={tmp_path / text}.txt", *more)
+        return script("tinystories.py", name, *args, f"--source={tmp_path / text}.txt", *more)
 
     model, names = tmp_path / "data" / "bpe300.model", ["bpe300.model", "bpe300.vocab"]
     for name, text in (("train_vocab", "a"), ("train_vocab", "b"), ("train_vocab", "a")):
@@ -276,13 +277,14 @@ def test_a_vocabulary_in_use_is_kept(tmp_path):
     before, listed = model.read_bytes(), model.with_suffix(".vocab").read_text()
     done = stage("train_vocab", "a")
     assert done.returncode == 0 and "is replaced only with --overwrite" in done.stdout
-    refused(stage("train_vocab", "b"), "differs from", "give --overwrite", "another --data_dir")
+    expected = "already exists, differs from the new vocabulary", "choose another --data_dir"
+    refused(stage("train_vocab", "b"), *expected, "use --overwrite")
     assert model.read_bytes() == before
     assert sorted(os.listdir(tmp_path / "data")) == ["bpe300", "bpe300.bin", *names]
     done = stage("train_vocab", "b", "--overwrite=True")
     assert done.returncode == 0 and "will be replaced" in done.stdout
     assert model.read_bytes() != before and model.with_suffix(".vocab").read_text() != listed
-    with pytest.raises(UserError, match="was made with another tokenizer"):
+    with pytest.raises(UserError, match="was made with a tokenizer other than"):
         TokenData(DataPaths(tmp_path / "data", "bpe", 300), 16, open_tokenizer(model))
 
 
@@ -299,7 +301,7 @@ def test_null_is_an_empty_document(tmp_path, name, data):
     assert documents_of(plan_shards(str(tmp_path))) == ["a", "b"]
 
 
-def test_text_that_is_not_utf8_is_refused_before_work_begins(tmp_path):
+def test_text_that_is_not_utf8_is_refused_before_any_work(tmp_path):
     path = tmp_path / "latin1.txt"
     path.write_bytes((MARKED + b" caf\xe9 ") * 4)
     (tmp_path / "fine.txt").write_bytes(MARKED)
@@ -308,10 +310,10 @@ def test_text_that_is_not_utf8_is_refused_before_work_begins(tmp_path):
         "bpe.py", "train", f"--source={tmp_path / 'fine.txt'}", f"--model={model}", *sizes
     )
     assert done.returncode == 0, done.stderr
-    there = sorted(os.listdir(tmp_path))
+    before = sorted(os.listdir(tmp_path))
     where = [f"--source={path}", f"--data_dir={tmp_path / 'data'}", *sizes]
     encode = ["bpe.py", "encode", f"--source={path}", f"--model={model}", "--num_workers=1"]
-    for words in (
+    for args in (
         ["bpe.py", "train", f"--source={path}", f"--model={tmp_path / 'x.model'}", *sizes],
         [*encode, f"--out={tmp_path / 'x.npy'}"],
         [*encode, f"--out={tmp_path / 'shards'}"],
@@ -319,8 +321,8 @@ def test_text_that_is_not_utf8_is_refused_before_work_begins(tmp_path):
         ["webtext.py", "train_vocab", *where],
     ):
         expected = f"latin1.txt is not UTF-8 at byte {len(MARKED) + 4:,}"
-        refused(script(*words), expected, "iconv")
-        assert sorted(os.listdir(tmp_path)) == there
+        refused(script(*args), expected, "iconv")
+        assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
@@ -332,10 +334,10 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     "name, data, part",
     [
-        ("a.txt", b"one document without a mark", "expected several documents"),
-        ("a.txt", b"", "has no text to train on: its files are empty"),
-        ("a.txt", b" \n ", "has no text to train on: only white space"),
-        ("a.txt.gz", b"", "has no text to train on|damaged"),
+        ("a.txt", b"one document without a separator", "expected several documents"),
+        ("a.txt", b"", "contains no text to train on: its files are empty"),
+        ("a.txt", b" \n ", "contains only white space: nothing to train on"),
+        ("a.txt.gz", b"", "nothing to train on|damaged"),
         ("a.txt", b"good <|endoftext|>" * 50 + b"\xff", "not UTF-8"),
         ("a.json", b'[{"story": "half of', "not JSON"),
         ("a.json", b'{"story": "no list"}', "not JSON|several documents|a JSON list"),
@@ -347,12 +349,12 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
         (
             "a.json",
             b'{\n"data": [{"text": "x"}]}',
-            "expected a list of objects, or an object a line",
+            "expected a list of objects or one object per line",
         ),
         ("none", None, "does not exist"),
     ],
 )
-def test_text_that_cannot_be_read(tmp_path, name, data, part):
+def test_text_that_cannot_be_read_is_refused(tmp_path, name, data, part):
     path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
@@ -365,18 +367,18 @@ def test_text_that_cannot_be_read(tmp_path, name, data, part):
 
 @pytest.fixture
 def folder(tmp_path, tokenizers):
-    """A data folder with a tokenizer of 512 pieces and a text to encode."""
+    """Return a data folder with a tokenizer of 512 pieces and a text to encode."""
     write_source(tmp_path / "source", "txt")
     shutil.copy(tokenizers[512].model_path, tmp_path / "tok512.model")
     return tmp_path
 
 
-def pretokenize(folder, *words):
+def pretokenize(folder, *args):
     flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
-    return script("tinystories.py", "pretokenize", *flags, *words)
+    return script("tinystories.py", "pretokenize", *flags, *args)
 
 
-def test_shards_hold_every_document_behind_a_bos(folder, tokenizers):
+def test_shards_have_a_bos_before_every_document(folder, tokenizers):
     done = pretokenize(folder)
     assert done.returncode == 0, done.stderr
     meta = json.loads((folder / "tok512" / "shards.json").read_text())
@@ -387,16 +389,16 @@ def test_shards_hold_every_document_behind_a_bos(folder, tokenizers):
         tokens = np.fromfile(folder / "tok512" / shard["name"], "<u2")
         starts = [*np.flatnonzero(tokens == 1), len(tokens)]
         assert starts[0] == 0
-        found = [tokenizers[512].decode(tokens[a:b].tolist()) for a, b in pairwise(starts)]
-        assert shard["documents"] == len(found) and shard["tokens"] == len(tokens)
-        assert shard["bytes"] == sum(len(d.encode()) for d in found)
-        documents += found
-        assert found == [document for document in DOCUMENTS if document in set(found)]  # in order
+        decoded = [tokenizers[512].decode(tokens[a:b].tolist()) for a, b in pairwise(starts)]
+        assert shard["documents"] == len(decoded) and shard["tokens"] == len(tokens)
+        assert shard["bytes"] == sum(len(d.encode()) for d in decoded)
+        documents += decoded
+        assert decoded == [text for text in DOCUMENTS if text in set(decoded)]  # in order
     assert sorted(documents) == sorted(DOCUMENTS)
     assert (folder / "tok512.bin").read_bytes() == bin_of(tokenizers[512]).read_bytes()
 
 
-def test_finished_shards_are_kept_and_stale_ones_made_again(folder):
+def test_finished_shards_are_kept_and_stale_ones_replaced(folder):
     assert pretokenize(folder).returncode == 0
     shards = folder / "tok512"
 
@@ -410,11 +412,12 @@ def test_finished_shards_are_kept_and_stale_ones_made_again(folder):
     assert "2 of 10 shards to make" in done.stdout
     changed = {name for name, t in times().items() if before[name] != t}
     assert changed == {"data00.bin", "data_00003_0000.bin", "data_00005_0000.bin"}
-    # another text, and then another tokenizer: nothing old may be taken for new
+    # after another text, then another tokenizer, nothing old may be used
     with open(folder / "source" / "a.txt", "a") as f:
         f.write("One more.")
     done = pretokenize(folder)
-    assert "10 of 10 shards to make" in done.stdout and "made again" in done.stdout
+    assert "10 of 10 shards to make" in done.stdout
+    assert f"note: replacing the shards in {shards}, which were made from" in done.stdout
     shutil.copy(folder / "tok512.model", folder / "old.model")
     flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
     assert script("tinystories.py", "train_vocab", *flags, "--vocab_mb=1").returncode == 1  # small
@@ -430,7 +433,7 @@ def test_a_smaller_corpus_leaves_no_old_shards(folder):
     assert names == {s["name"] for s in meta["shards"]} and len(names) < 10
 
 
-def test_a_failing_worker_stops_the_job_and_names_the_place(folder):
+def test_a_failing_worker_stops_the_job_and_reports_the_line(folder):
     assert pretokenize(folder).returncode == 0
     (folder / "valid.txt").write_text("Unseen.")
     (folder / "source" / "b.jsonl").write_text('{"text": "x"}\nnonsense\n')
@@ -441,28 +444,28 @@ def test_a_failing_worker_stops_the_job_and_names_the_place(folder):
     paths = DataPaths(folder, "custom", 512)
     with pytest.raises(UserError, match="is not finished yet"):
         TokenData(paths, 16)
-    os.remove(folder / "tok512" / "shards.json")  # as if it were the first time
+    os.remove(folder / "tok512" / "shards.json")  # as in a first run
     with pytest.raises(UserError, match="is not finished yet"):
         TokenData(paths, 16)
 
 
-def test_a_corpus_without_documents_leaves_the_shards_as_they_are(folder):
+def test_a_corpus_without_documents_does_not_change_the_shards(folder):
     assert pretokenize(folder).returncode == 0
     shards = folder / "tok512"
     before = contents_of(shards)
     (folder / "empty.txt").write_text("<|endoftext|>\n" * 1000)
     (folder / "source" / "a.txt").rename(folder / "a.txt")
-    words = ["pretokenize", "--vocab_size=512", f"--data_dir={folder}"]
+    args = ["pretokenize", "--vocab_size=512", f"--data_dir={folder}"]
     for source, valid, part in (
-        ("empty", "", "has no text to train on"),
-        ("empty", "a", "has no text to train on"),
-        ("a", "empty", "has no text for validation"),
-        ("a", "same", "every training document is in the validation text"),
+        ("empty", "", "contains only white space: nothing to train on"),
+        ("empty", "a", "contains only white space: nothing to train on"),
+        ("a", "empty", "contains only white space: nothing to validate on"),
+        ("a", "same", "all training documents are also in the validation text"),
     ):
         shutil.copy(folder / "a.txt", folder / "same.txt")
         flags = [f"--source={folder / source}.txt"]
         flags += [f"--valid_source={folder / valid}.txt"] if valid else []
-        refused(script("tinystories.py", *words, *flags), part)
+        refused(script("tinystories.py", *args, *flags), part)
         assert contents_of(shards) == before
 
 
@@ -471,7 +474,7 @@ def contents_of(folder):
 
 
 @pytest.mark.parametrize("n, n_valid", [(2, 1), (3, 1), (7, 1), (40, 4)])
-def test_a_tiny_text_has_a_document_for_each_side(folder, n, n_valid):
+def test_a_tiny_text_has_a_document_on_each_side(folder, n, n_valid):
     texts = [f"Story {i}. " + "Ben ran. " * 50 for i in range(n)]
     (folder / "source" / "a.txt").write_text("<|endoftext|>".join(texts))
     done = pretokenize(folder)
@@ -484,9 +487,9 @@ def test_a_tiny_text_has_a_document_for_each_side(folder, n, n_valid):
 
 
 def test_both_scripts_hold_out_the_same_documents(tmp_path, tokenizers):
-    """One split rule: tinystories.py and webtext.py, each with its own way to cut the text."""
+    """tinystories.py and webtext.py cut the text differently but share one split rule."""
     source = write_source(tmp_path / "source", "jsonl")
-    tokenizer, found = tokenizers["gpt2"], []
+    tokenizer, results = tokenizers["gpt2"], []
     for name, stage in (("tinystories.py", "pretokenize"), ("webtext.py", "prepare")):
         data = tmp_path / name
         data.mkdir()
@@ -496,11 +499,11 @@ def test_both_scripts_hold_out_the_same_documents(tmp_path, tokenizers):
         done = script(name, stage, *flags)
         assert done.returncode == 0, done.stderr
         data = TokenData(DataPaths(data, "bpe", 600), 16, tokenizer)
-        found.append([np.concatenate(shards).tolist() for shards in (data.valid, data.train)])
-    assert found[0] == found[1]
+        results.append([np.concatenate(shards).tolist() for shards in (data.valid, data.train)])
+    assert results[0] == results[1]
 
 
-def test_killed_in_the_middle_it_continues_at_the_shard(folder):
+def test_after_being_killed_pretokenize_continues_at_the_shard(folder):
     texts = [f"{i} {text}" for i in range(40) for text in DOCUMENTS]
     (folder / "source" / "a.txt").write_text("<|endoftext|>".join(texts))
     flags = ["--vocab_size=512", f"--data_dir={folder}", f"--source={folder / 'source'}"]
@@ -520,7 +523,7 @@ def test_killed_in_the_middle_it_continues_at_the_shard(folder):
     shutil.rmtree(shards)
     assert script("tinystories.py", "pretokenize", *flags).returncode == 0
     once = contents_of(shards)
-    # what was being written when it was killed may be left, as a .part
+    # a file that was being written may be left as a .part
     assert once.keys() == {path for path in interrupted if not path.endswith(".part")}
     assert all(once[p] == interrupted[p] for p in once if p.endswith(".bin"))
 
@@ -534,7 +537,7 @@ def test_two_processes_do_not_write_the_same_folder(folder):
 
 
 def test_shards_of_earlier_versions_are_read_and_replaced(folder, tokenizers):
-    """In the sidecar of format 2 with the first part of the text as validation."""
+    """Their sidecar has format 2, with the first part of the text for validation."""
     shards, tokenizer = folder / "tok512", tokenizers[512]
     shards.mkdir()
     entries = []
@@ -551,24 +554,25 @@ def test_shards_of_earlier_versions_are_read_and_replaced(folder, tokenizers):
     assert len(data.train) == 2 and data.valid_bytes == entries[0]["bytes"]
     done = pretokenize(folder)
     assert done.returncode == 0, done.stderr
-    assert "or with another tokenizer or split: made again" in done.stdout
+    assert f"note: replacing the shards in {shards}" in done.stdout
+    assert "or with another tokenizer or split" in done.stdout
     assert not (shards / "data01.bin").exists()
     assert TokenData(DataPaths(folder, "custom", 512), 16, tokenizer).valid_bytes > 0
 
 
-def test_missing_tokenizers(tmp_path):
+def test_missing_tokenizers_and_stories_are_reported(tmp_path):
     flags = [f"--data_dir={tmp_path}"]
     done = script("tinystories.py", "pretokenize", "--vocab_size=512", *flags)
-    refused(done, "train_vocab --vocab_size=512")
-    for words in (["--vocab_size=0"], ["--vocab_source=llama2"]):
-        done = script("tinystories.py", "pretokenize", *words, *flags)
+    refused(done, "does not exist; run: python tinystories.py train_vocab --vocab_size=512")
+    for args in (["--vocab_size=0"], ["--vocab_source=llama2"]):
+        done = script("tinystories.py", "pretokenize", *args, *flags)
         refused(done, "Llama 2's tokenizer.model", f"{tmp_path}/tokenizer.model")
-        refused(script("tinystories.py", "train_vocab", *words, *flags), "not trained here")
+        refused(script("tinystories.py", "train_vocab", *args, *flags), "cannot be trained")
     done = script("tinystories.py", "train_vocab", "--vocab_size=512", *flags)
-    refused(done, "there are no stories", "tinystories.py download")
+    refused(done, f"{tmp_path} has no stories", "tinystories.py download")
     refused(script("tinystories.py", "train_vocab", "--vocab_size=20", *flags), "expected 64 to")
     refused(script("tinystories.py", "train_vocab", "--vocab_size=1e30", *flags), "to 1,000,000")
-    refused(script("tinystories.py"), "no stage is given", "download, synth")
+    refused(script("tinystories.py"), "the stage is missing: expected one of download, synth")
 
 
 # ---- download
@@ -593,15 +597,15 @@ def test_download_of_the_stories(tmp_path):
         assert (tmp_path / "data" / "TinyStories_all_data" / name).read_bytes() == text
     assert sorted(os.listdir(tmp_path / "data" / "TinyStories_all_data")) == sorted(data)
     again = script("tinystories.py", *flags, f"--url={tmp_path / 'none'}")
-    assert again.returncode == 0 and "there already" in again.stdout
+    assert again.returncode == 0 and "already exists" in again.stdout
 
 
-def test_half_a_download_is_named(tmp_path):
+def test_half_a_download_is_refused(tmp_path):
     tar_of(tmp_path / "a.tar.gz", {"data00.json": os.urandom(10000)})
     whole = (tmp_path / "a.tar.gz").read_bytes()
     (tmp_path / "TinyStories_all_data.tar.gz").write_bytes(whole[:-100])
     flags = ["download", f"--data_dir={tmp_path / 'data'}", f"--url={tmp_path}"]
-    refused(script("tinystories.py", *flags), "no whole tar archive")
+    refused(script("tinystories.py", *flags), "is not a complete tar archive")
     assert not (tmp_path / "data" / "TinyStories_all_data").exists()
 
 
@@ -612,12 +616,12 @@ def test_download_of_the_text_files(tmp_path):
         text = "\n<|endoftext|>\n".join(item["story"] for item in make_stories(300, seed=seed))
         (source / f"TinyStoriesV2-GPT4-{part}.txt").write_text(text)
     flags = [f"--data_dir={tmp_path / 'data'}", "--vocab_size=105"]
-    for words in (
+    for args in (
         ["download", "--dataset=v2", f"--url={source}"],
         ["train_vocab"],
         ["pretokenize"],
     ):
-        done = script("tinystories.py", *words, *flags)
+        done = script("tinystories.py", *args, *flags)
         assert done.returncode == 0, done.stderr
     meta = json.loads((tmp_path / "data" / "tok105" / "shards.json").read_text())
     assert meta["shards"][0]["documents"] == 300  # the validation file as a whole
@@ -625,7 +629,7 @@ def test_download_of_the_text_files(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "tok105/"])
 def test_download_of_a_pretokenized_set(tmp_path, tokenizers, prefix):
-    """BabyLlama's layout, with shards that have no sidecar."""
+    """BabyLlama's files: shards without a sidecar."""
     source, data = tmp_path / "mirror", tmp_path / "data"
     source.mkdir()
     tokenizer = tokenizers[105]
@@ -639,10 +643,11 @@ def test_download_of_a_pretokenized_set(tmp_path, tokenizers, prefix):
     done = script("tinystories.py", "download", *flags)
     assert done.returncode == 0, done.stderr
     assert (data / "tok105.bin").read_bytes() == bin_of(tokenizer).read_bytes()
-    found = TokenData(DataPaths(data, "custom", 105), 64, open_tokenizer(data / "tok105.model"))
-    assert len(found.train) == 2 and len(found.valid) == 1
-    assert found.valid_bytes == sum(len(d) for d in documents)  # counted from the ids
-    refused(script("tinystories.py", "download", "--pretokenized=64"), "128 and 105")
+    shards = TokenData(DataPaths(data, "custom", 105), 64, open_tokenizer(data / "tok105.model"))
+    assert len(shards.train) == 2 and len(shards.valid) == 1
+    assert shards.valid_bytes == sum(len(d) for d in documents)  # counted from the ids
+    done = script("tinystories.py", "download", "--pretokenized=64")
+    refused(done, "pretokenized = 64: expected 128 or 105")
 
 
 # ---- reading shards
@@ -657,30 +662,30 @@ def fake_shards(folder, lengths, top=100):
     return arrays
 
 
-def test_shards_that_do_not_fit(tmp_path, tokenizers):
+def test_shards_that_do_not_fit_are_refused(tmp_path, tokenizers):
     paths = DataPaths(tmp_path, "custom", 105)
-    with pytest.raises(UserError, match="no token shards; make them with"):
+    with pytest.raises(UserError, match=r"has no token shards; run: python tinystories\.py"):
         TokenData(paths, 16)
     fake_shards(tmp_path / "tok105", [100, 17, 50])
     assert len(TokenData(paths, 16).train) == 2
-    with pytest.raises(UserError, match="has 17 tokens, and max_seq_len = 17 needs 18"):
+    with pytest.raises(UserError, match=r"max_seq_len = 17 needs 18 tokens, but .* has 17"):
         TokenData(paths, 17)
-    with pytest.raises(UserError, match=r"has 512"):
+    with pytest.raises(UserError, match="vocab_size = 105: expected 512, the size of"):
         TokenData(paths, 16, tokenizers[512])
     fake_shards(tmp_path / "tok80", [100, 100])
-    with pytest.raises(UserError, match="has a token 99"):
+    with pytest.raises(UserError, match="has token 99: expected ids below vocab_size = 80"):
         TokenData(DataPaths(tmp_path, "custom", 80), 16)
     (tmp_path / "tok105" / "data01.bin").write_bytes(b"odd")
-    with pytest.raises(UserError, match="missing or damaged"):
+    with pytest.raises(UserError, match=r"data01.bin is damaged: its size is wrong; run: python"):
         TokenData(paths, 16)
 
 
-def test_sidecars_that_do_not_fit(folder, tokenizers):
+def test_sidecars_that_do_not_fit_are_refused(folder, tokenizers):
     assert pretokenize(folder).returncode == 0
     paths, sidecar = DataPaths(folder, "custom", 512), folder / "tok512" / "shards.json"
     meta = json.loads(sidecar.read_text())
     TokenData(paths, 16, tokenizers[512])
-    with pytest.raises(UserError, match="vocabulary of 512"):
+    with pytest.raises(UserError, match="vocab_size = 300: expected 512, as for the shards in"):
         other = DataPaths(folder, "custom", 300)
         other.shards = paths.shards
         TokenData(other, 16)
@@ -690,14 +695,17 @@ def test_sidecars_that_do_not_fit(folder, tokenizers):
     flipped[len(whole) // 2] ^= 1
     shard.write_bytes(flipped)
     with pytest.raises(
-        UserError, match=r"data_00002_0000.bin has changed; make it again with: python"
+        UserError, match=r"data_00002_0000.bin is damaged: its checksum is wrong; run: python"
     ):
         TokenData(paths, 16)
     shard.write_bytes(whole + b"xx")
-    with pytest.raises(UserError, match=r"data_00002_0000.bin is missing or damaged"):
+    with pytest.raises(UserError, match=r"data_00002_0000.bin is damaged: its size is wrong"):
+        TokenData(paths, 16)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"data_00002_0000.bin does not exist; run: python"):
         TokenData(paths, 16)
     sidecar.write_text(json.dumps({**meta, "tokenizer_hash": "0"}))
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="was made with a tokenizer other than"):
         TokenData(paths, 16, tokenizers[512])
     shard = {**meta["shards"][0], "name": "../data00.bin"}
     escaping = json.dumps({**meta, "shards": [shard, *meta["shards"][1:]]})
@@ -727,13 +735,13 @@ def test_wide_vocabularies_use_uint32(tmp_path):
     assert data.train[0][0] == 69_000 and data.tokens_per_byte() == pytest.approx(1 / 3)
 
 
-def test_shards_in_a_folder_below_are_found(tmp_path):
-    """As those of `make story` by the command that one tries next."""
+def test_shards_in_a_subfolder_are_suggested(tmp_path):
+    """Such as the shards of `make story`."""
     (tmp_path / "my practice" / "tok300").mkdir(parents=True)
     (tmp_path / "my practice" / "tok300" / "shards.json").write_text("{}")
-    said = f"or give --data_dir='{tmp_path}/my practice', which has some"
-    words = ["--vocab_size=300", f"--data_dir={tmp_path}"]
-    refused(script("train.py", *words, f"--out_dir={tmp_path / 'out'}", "--device=cpu"), said)
-    base = f"--base={' '.join(words)} --batch_size=4"
+    hint = f"; or use existing shards with --data_dir='{tmp_path}/my practice'"
+    args = ["--vocab_size=300", f"--data_dir={tmp_path}"]
+    refused(script("train.py", *args, f"--out_dir={tmp_path / 'out'}", "--device=cpu"), hint)
+    base = f"--base={' '.join(args)} --batch_size=4"
     done = script("sweep.py", base, "--grid=hidden_lr=0.1", "--seeds=1", "--eval_windows=400")
-    refused(done, "no shards for this sweep", said)
+    refused(done, "this sweep needs shards that do not exist", f"{hint} in --base")

@@ -1,7 +1,7 @@
 """
-README.md and doc/ agree with the code: the file tree, links, settings, log fields and imports.
+Check README.md and doc/ against the code: file tree, links, settings, log fields and imports.
 
-    python tests/test_docs.py    # rewrites doc/settings.md, and the table in doc/architecture.md
+    python tests/test_docs.py    # rewrites doc/settings.md and the table in doc/architecture.md
 """
 
 import re
@@ -9,16 +9,16 @@ import shlex
 
 import house
 import pytest
-from conftest import REPO, read_log, script
+from conftest import REPO, read_log, script, unwrapped
 
 from configurator import PRINT_SETTINGS
 
 REWRITE = "rewrite it with: python tests/test_docs.py"
 SETTINGS, ARCHITECTURE = REPO / "doc" / "settings.md", REPO / "doc" / "architecture.md"
-# export.py and modal_app.py have options of other kinds
+# export.py and modal_app.py do not use configurator.py
 WITH_SETTINGS = {"tinystories.py", "webtext.py", "train.py", "sample.py", "generate.py"}
 WITH_SETTINGS |= {"sweep.py", "plot.py"}
-ABSENT = {"mfu"}  # fields that depend on the machine
+OPTIONAL = {"mfu"}  # fields that not every machine logs
 
 SETTINGS_HEAD = """\
 # Settings of train.py
@@ -26,18 +26,18 @@ SETTINGS_HEAD = """\
 Which settings does train.py have, what are their defaults, and what does each one do?
 
 `--key=value` overrides a setting, and a file of assignments overrides several (`config/*.py`, see
-[config/README.md](../config/README.md)). Both are read from left to right. `--arch` sets those
-options of the architecture that you do not give yourself; see [model.md](model.md). This page is
-made from what `python train.py --help` prints. The other scripts list their settings with `--help`.
+[config/README.md](../config/README.md)). Both are applied from left to right. `--arch` sets the
+architecture options that you do not set; see [model.md](model.md). This page is generated from
+`python train.py --help`. The other scripts also list their settings with `--help`.
 """
 
 
 def settings_page():
-    """doc/settings.md, from what `train.py --help` prints."""
+    """Return the text of doc/settings.md, from `train.py --help`."""
     done = script("train.py", "--help")
     assert done.returncode == 0, done.stderr
-    lines, rows = done.stdout[done.stdout.index("\nusage:") :].splitlines(), []
-    for line in lines:
+    text, rows = unwrapped(done.stdout), []
+    for line in text[text.index("\nusage:") :].splitlines():
         if match := re.fullmatch(r"  --(\w+)=(\S*)(?: +(.*))?", line):
             name, default, meaning = match.groups(default="")
             shown = f"`{default}`" if default else ""
@@ -48,7 +48,7 @@ def settings_page():
     return SETTINGS_HEAD + "\n".join(rows) + "\n"
 
 
-def test_the_page_of_settings_is_what_help_prints():
+def test_the_page_of_settings_matches_help():
     page = settings_page()
     assert page.count("\n| `") > 50
     assert SETTINGS.read_text(encoding="utf-8") == page, REWRITE
@@ -60,7 +60,7 @@ def test_the_page_of_architecture_shows_the_imports():
     assert house.with_arrows(page) == page, REWRITE
 
 
-def test_the_walks_of_architecture_name_functions_that_their_files_have():
+def test_architecture_names_functions_that_exist():
     page = ARCHITECTURE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w./]+\.(?:py|c|h))` \| (.*) \|$", page, re.MULTILINE)
     named = [(path, name) for path, text in rows for name in re.findall(r"`([\w.]+)\(\)`", text)]
@@ -71,7 +71,7 @@ def test_the_walks_of_architecture_name_functions_that_their_files_have():
 
 
 def documented_fields():
-    """{kind: names of its fields} of doc/log-fields.md."""
+    """Return {kind: names of its fields} from doc/log-fields.md."""
     fields = {}
     for section in (REPO / "doc" / "log-fields.md").read_text(encoding="utf-8").split("\n## ")[1:]:
         kind = re.match(r"(?:Every line but )?`(\w+)`", section)[1]
@@ -84,11 +84,11 @@ def documented_fields():
     return fields
 
 
-def test_the_page_of_log_fields_has_every_field_of_a_run_and_no_other(trained):
+def test_the_page_of_log_fields_has_exactly_the_fields_of_a_run(trained):
     documented, lines = documented_fields(), read_log(trained)
     assert {line["kind"] for line in lines} == documented.keys()
     for line in lines:
-        assert line.keys() | ABSENT == documented[line["kind"]] | ABSENT, line["kind"]
+        assert line.keys() | OPTIONAL == documented[line["kind"]] | OPTIONAL, line["kind"]
 
 
 def pages():
@@ -96,12 +96,12 @@ def pages():
 
 
 def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_lead_to_files_and_headings_that_exist():
+def test_links_lead_to_existing_files_and_headings():
     for page in pages():
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if re.match(r"https?:", link):
@@ -113,7 +113,7 @@ def test_links_lead_to_files_and_headings_that_exist():
 
 
 def documented_commands():
-    """(script, words) of every command in code blocks that calls a script with settings."""
+    """Return [(script, args...)] for every command in code blocks that runs such a script."""
     commands = set()
     for page in pages():
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
@@ -127,12 +127,12 @@ def documented_commands():
 
 
 @pytest.mark.slow
-def test_documented_commands_have_settings_that_exist():
+def test_documented_commands_use_existing_settings():
     commands = documented_commands()
     assert len(commands) > 40
-    for name, *words in commands:
-        done = script(name, *words, PRINT_SETTINGS, cwd=REPO)
-        assert done.returncode == 0, f"{name} {shlex.join(words)}: {done.stderr}"
+    for name, *args in commands:
+        done = script(name, *args, PRINT_SETTINGS, cwd=REPO)
+        assert done.returncode == 0, f"{name} {shlex.join(args)}: {done.stderr}"
 
 
 def test_readme_is_short_and_links_to_each_page():
@@ -143,7 +143,7 @@ def test_readme_is_short_and_links_to_each_page():
 
 
 def tree_of_readme():
-    """The paths in README.md's file tree."""
+    """Return the paths in README.md's file tree."""
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     block = next(b for b in readme.split("```") if "\ntrain.py " in b)
     folder, paths = "", set()
@@ -157,8 +157,8 @@ def tree_of_readme():
     return paths
 
 
-def test_the_file_tree_of_readme_is_that_of_the_repository():
-    """One line a module, and one for each folder without lines for its files."""
+def test_the_file_tree_in_readme_matches_the_repository():
+    """It has one line per module, or one for a folder without lines for its files."""
     shown = tree_of_readme()
     whole = {path for path in shown if path.endswith("/")}
     whole -= {path for path in whole if any(p != path and p.startswith(path) for p in shown)}

@@ -1,6 +1,7 @@
-"""Checkpoints and model files: the exact bytes, what is refused, and that nothing is lost."""
+"""Checkpoints, model.bin and export.py: the exact bytes, the command line, and what is refused."""
 
 import os
+import re
 import struct
 
 import numpy as np
@@ -20,6 +21,7 @@ from formats.modelbin import (
     quantized,
     tensors,
 )
+from formats.table import FORMATS, SOURCES
 from training.checkpoint import load_checkpoint, load_model, save_file
 
 
@@ -63,7 +65,7 @@ def test_version_0_is_llama2cs_layout(tmp_path, tied):
     assert at == len(floats)
 
 
-# A value other than the default of each option that version 0 cannot carry
+# Options that version 0 cannot store, each with a value other than its default
 OPTIONS = {
     "norm_eps": 1e-6,
     "rope_theta": 500000.0,
@@ -81,11 +83,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_version_0_cannot_carry_is_refused_by_name(tmp_path, name):
+def test_version_0_refuses_other_options_by_name(tmp_path, name):
     model = random_model(**{name: OPTIONS[name]})
     path = tmp_path / "model.bin"
     path.write_bytes(b"an older model")
-    with pytest.raises(UserError, match=f"version 0 cannot carry {name} = {OPTIONS[name]}"):
+    with pytest.raises(
+        UserError, match=f"version 0 cannot store {name} = {OPTIONS[name]}: use --v"
+    ):
         export_model(model, path, version=0)
     assert path.read_bytes() == b"an older model" and os.listdir(tmp_path) == ["model.bin"]
 
@@ -106,7 +110,7 @@ def version_of(path):
         *(({name: value}, 3) for name, value in OPTIONS.items()),
     ],
 )
-def test_the_version_is_0_where_that_carries_the_model(tmp_path, options, version):
+def test_the_default_is_version_0_if_it_can_store_the_model(tmp_path, options, version):
     export_model(random_model(**options), tmp_path / "model.bin")
     assert version_of(tmp_path / "model.bin") == version
 
@@ -127,7 +131,7 @@ def test_rows_past_the_vocabulary_are_not_exported(tmp_path, version, tied):
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_embeddings": False}, EVERYTHING], ids=repr)
-def test_version_3_says_everything_about_itself(tmp_path, options):
+def test_version_3_describes_itself_completely(tmp_path, options):
     model = random_model(**options)
     args, path = model.args, tmp_path / "model.bin"
     export_model(model, path, version=3, fingerprint=0xFEDCBA98)
@@ -149,15 +153,15 @@ def test_version_3_says_everything_about_itself(tmp_path, options):
     windows = struct.unpack_from(f"<{args.n_layers}i", data, 84)
     assert windows == ((5, 5, 0, 5, 5) if options is EVERYTHING else (0, 0))
 
-    # every number of the model, once, from multiples of 64 on, with zeros between
+    # each weight once; tensors start at multiples of 64, with zeros between them
     end, left = 84 + 4 * args.n_layers, set(model.state_dict())
     for name, parts in tensors(model):
-        place = -(-end // 64) * 64
-        assert not any(data[end:place])
-        end = place
+        start = -(-end // 64) * 64
+        assert not any(data[end:start])
+        end = start
         for part in parts:
-            found = np.frombuffer(data, "<f4", part.numel(), end)
-            assert (found == part.detach().numpy().ravel()).all(), name
+            values = np.frombuffer(data, "<f4", part.numel(), end)
+            assert (values == part.detach().numpy().ravel()).all(), name
             end += 4 * part.numel()
         layers = range(len(parts))
         keys = {name, f"{name}.weight", *(f"layers.{i}.{name}.weight" for i in layers)}
@@ -167,44 +171,44 @@ def test_version_3_says_everything_about_itself(tmp_path, options):
     assert end == len(data) and left == ({"output.weight"} if args.tie_embeddings else set())
 
 
-def test_version_3_writes_nothing_that_its_readers_refuse(tmp_path):
-    expected = f"version 3 cannot carry sliding_window = {1 << 25}: expected"
+def test_version_3_refuses_to_write_what_its_readers_refuse(tmp_path):
+    expected = f"version 3 cannot store sliding_window = {1 << 25}: expected"
     with pytest.raises(UserError, match=expected):
         export_model(random_model(sliding_window=1 << 25), tmp_path / "model.bin")
     assert not os.listdir(tmp_path)
 
 
-def test_an_option_that_export_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
-    without_smear = modelbin.Target(modelbin.V3_TARGET.can - {"smear"})
+def test_an_option_that_version_3_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
+    without_smear = modelbin.Target(modelbin.V3_TARGET.supported - {"smear"})
     monkeypatch.setattr(modelbin, "V3_TARGET", without_smear)
-    with pytest.raises(UserError, match="version 3 cannot carry smear = True"):
+    with pytest.raises(UserError, match="version 3 cannot store smear = True: use --format="):
         export_model(random_model(smear=True), tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_quantized_numbers_are_near(dtype):
+def test_quantized_values_are_close_to_the_originals(dtype):
     torch.manual_seed(0)
     codes, w = DTYPES[dtype], torch.randn(50, 150) * torch.logspace(-6, 2, 50)[:, None]
     w[7], w[8, 64:128] = 0, 0
-    numbers, scales = quantized(w, codes)
+    integers, scales = quantized(w, codes)
     n_groups = -(-150 // codes.group)
-    assert numbers.shape == w.shape and scales.shape == (50, n_groups)
-    assert int(numbers.min()) >= (1 if dtype == "int8" else 0)
-    assert int(numbers.max()) < 1 << codes.bits
+    assert integers.shape == w.shape and scales.shape == (50, n_groups)
+    assert int(integers.min()) >= (1 if dtype == "int8" else 0)
+    assert int(integers.max()) < 1 << codes.bits
     scales = scales.float().repeat_interleave(codes.group, 1)[:, :150]
-    found = (numbers.float() - codes.zero) * scales
-    error = (found - w).square().sum() / w.square().sum()
+    restored = (integers.float() - codes.zero) * scales
+    error = (restored - w).square().sum() / w.square().sum()
     assert error.sqrt() < (0.006 if dtype == "int8" else 0.1)
-    assert (found[7] == 0).all() and (found[8, 64:128] == 0).all()
+    assert (restored[7] == 0).all() and (restored[8, 64:128] == 0).all()
 
 
-def test_command_line(tmp_path):
+def test_the_command_line_sets_version_and_dtype(tmp_path):
     out, checkpoint = tmp_path / "model.bin", f"--checkpoint={tmp_path / 'ckpt.pt'}"
     model = random_model()
     save(model, tmp_path / "ckpt.pt")
-    for words, version in ([], 0), (["--version=3"], 3):
+    for args, version in ([], 0), (["--version=3"], 3), (["--version", "0"], 0):
         export_model(model, tmp_path / "expected.bin", version)
-        done = script("export.py", out, checkpoint, *words)
+        done = script("export.py", out, checkpoint, *args)
         assert done.returncode == 0, done.stderr
         assert out.read_bytes() == (tmp_path / "expected.bin").read_bytes()
     export_model(model, tmp_path / "expected.bin", 3, "int8")
@@ -212,23 +216,72 @@ def test_command_line(tmp_path):
     assert out.read_bytes() == (tmp_path / "expected.bin").read_bytes()
     refused(script("export.py", out, checkpoint, "--dtype=int3"), "fp32, bf16, int8, int4")
     done = script("export.py", out, checkpoint, "--dtype=bf16", "--version=0")
-    refused(done, "version 0 cannot carry dtype = bf16")
-    done = script("export.py", out, checkpoint, "--version=9")
-    assert done.returncode == 2 and "choose from" in done.stderr
+    refused(done, "version 0 cannot store dtype = bf16: use --version=3")
+    for version, message in (
+        (9, "version = 9: expected one of auto, 0, 3"),
+        (2, "version = 2: llama2.c's int8 is read but not written; use --dtype=int8"),
+    ):
+        done = script("export.py", out, checkpoint, "--version", version)
+        assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
     save(random_model(smear=True), tmp_path / "ckpt.pt")
-    refused(script("export.py", out, checkpoint, "--version=0"), "cannot carry smear = True")
+    refused(script("export.py", out, checkpoint, "--version=0"), "cannot store smear = True")
     refused(script("export.py", out, f"--checkpoint={tmp_path / 'none'}"), "does not exist")
     (tmp_path / "previous").mkdir()
     done = script("export.py", out, f"--checkpoint={tmp_path / 'none'}")
-    refused(done, "the run before it is in", "previous")
+    refused(done, "an earlier run is in", "previous")
     before = (tmp_path / "ckpt.pt").read_bytes()
-    refused(script("export.py", tmp_path / "ckpt.pt", checkpoint), "would be lost")
+    refused(script("export.py", tmp_path / "ckpt.pt", checkpoint), "part of the model to read")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     refused(script("export.py", tmp_path / "previous", checkpoint), "it is a folder")
 
 
+def test_a_run_folder_stands_for_its_best_checkpoint_else_the_latest(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "model.bin"
+    run.mkdir()
+    refused(
+        script("export.py", out, f"--checkpoint={run}"),
+        f"{run} contains no model: expected best.pt, ckpt.pt or model.bin",
+    )
+    for seed, name in enumerate(("ckpt.pt", "best.pt")):
+        model = random_model(seed=seed)
+        save(model, run / name)
+        export_model(model, tmp_path / "expected.bin")
+        for path, args in (
+            (out, [f"--checkpoint={run}"]),
+            (run / "model.bin", ["--checkpoint", run]),
+        ):
+            done = script("export.py", path, *args)
+            assert done.returncode == 0, done.stderr
+            assert path.read_bytes() == (tmp_path / "expected.bin").read_bytes()
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    for path in (run, *(run / name for name in ("ckpt.pt", "best.pt"))):
+        to = "hf" if path == run else "checkpoint"
+        done = script("export.py", path, f"--checkpoint={run}", f"--format={to}")
+        refused(done, f"{path} already exists")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_help_shows_every_setting_in_a_group_with_its_default():
+    done = script("export.py", "--help")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    head, _, settings = done.stdout.partition("\nusage: python export.py PATH [--key=value ...]\n")
+    assert head.count("    python export.py ") >= 2
+    groups = settings.split("\n\n")[1:]
+    assert len(groups) == 6
+    rows = [line for group in groups for line in group.splitlines()[1:]]
+    assert all(group.splitlines()[0].endswith(":") for group in groups)
+    assert all(re.fullmatch(r"  \S.*  +\S.*", row) for row in rows), "one line for each setting"
+    shown = {row.split()[0] for row in rows}
+    assert shown >= {"--checkpoint=out/ckpt.pt", "--dtype=fp32", "--version=auto", "--language=en"}
+    assert shown >= {"--license=unknown", "--push-to-hub=USER/NAME", "--private", "--dry-run"}
+    assert shown >= {f"--from-{name}=PATH" for name in SOURCES if name != "checkpoint"}
+    assert shown >= {"--tokenizer=PATH", "--format=FORMAT", "--title=TEXT", *FORMATS}
+
+
 def test_llama2cs_own_checkpoints_load(tmp_path):
-    """Names as torch.compile leaves them, None for n_kv_heads, and no hidden_dim."""
+    """With names as torch.compile leaves them, n_kv_heads = None, and no hidden_dim."""
     model = random_model(multiple_of=8)
     args = {k: getattr(model.args, k) for k in ("dim", "n_layers", "n_heads", "multiple_of")}
     args |= {"n_kv_heads": None, "vocab_size": 105, "max_seq_len": 32, "dropout": 0.0}
@@ -244,21 +297,25 @@ class Hostile:
         return (os.mkdir, ("hostile-code-ran",))
 
 
-def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
+def test_files_that_are_not_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(random_model(), tmp_path / "good.pt")
     whole = (tmp_path / "good.pt").read_bytes()
     for data in (b"", b"text", whole[:1000], whole[: len(whole) // 2], whole[:-50]):
         (tmp_path / "bad.pt").write_bytes(data)
-        with pytest.raises(UserError, match=r"bad.pt is damaged or no checkpoint"):
+        with pytest.raises(UserError, match=r"bad.pt is damaged or not a checkpoint"):
             load_checkpoint(tmp_path / "bad.pt")
     torch.save({"model": Hostile(), "model_args": {}}, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="holds more than numbers and was not loaded"):
+    with pytest.raises(
+        UserError, match="was not loaded: it holds more than tensors and plain values"
+    ):
         load_checkpoint(tmp_path / "bad.pt")
     assert not os.path.exists("hostile-code-ran")
     for value in ([1], {"model": {}}, torch.zeros(3)):
         torch.save(value, tmp_path / "bad.pt")
-        with pytest.raises(UserError, match="has no model and model_args"):
+        with pytest.raises(
+            UserError, match="is not a checkpoint: expected the fields model and model_args"
+        ):
             load_checkpoint(tmp_path / "bad.pt")
     good = load_checkpoint(tmp_path / "good.pt")
     for args in ({"dim": 64}, {"window": 1}, {"n_heads": 5}, {"dim": "wide"}):
@@ -276,13 +333,13 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_names_of_wrapped_models(tmp_path, prefix):
-    """Checkpoints of other programs keep the prefixes of DDP and torch.compile."""
+def test_prefixes_of_wrapped_models_are_removed(tmp_path, prefix):
+    """Checkpoints of other programs may keep the prefixes of DDP and torch.compile."""
     model = random_model()
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
-    found = load_model({"model": state, "model_args": model.args.to_dict()}, "x.pt")
+    loaded = load_model({"model": state, "model_args": model.args.to_dict()}, "x.pt")
     assert all(
-        torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
     )
     state["net.norm.weight"] = state.pop(f"{prefix}norm.weight")
     with pytest.raises(UserError, match=r'x.pt does not fit this model: Missing .*"norm.weight"'):

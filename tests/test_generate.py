@@ -1,4 +1,4 @@
-"""generate.py: its figures, several stories at once, the page, and what it refuses."""
+"""generate.py: metrics, batched generation, the page, and what it refuses."""
 
 import json
 import random
@@ -20,10 +20,10 @@ from report.stories import (
     distinct,
     documents_of_file,
     documents_of_shard,
-    figures_of,
+    metrics_of,
     pieces_of,
     rows_of,
-    some_of,
+    sample_items,
     words_of,
 )
 from report.storypage import marked, write_page
@@ -34,37 +34,37 @@ def story(text, prompt="", ended=True):
     return Story(text, len(text.split()), ended, prompt)
 
 
-# ---- words and figures
+# ---- words and metrics
 
 
-def test_words_are_in_lower_case_and_have_no_punctuation():
+def test_words_are_lower_case_without_punctuation():
     text = "“Don’t!” she said — it's the dogs' 2nd_ball, 'really'."
     assert words_of(text) == "don't she said it's the dogs 2nd ball really".split()
 
 
-def test_words_stay_in_their_places():
-    """İ in lower case is two characters; what comes behind it is marked where it stands."""
-    one = story("İ saw İstanbul, Straße.")
-    assert [one.text[a:b] for a, b in one.places] == ["İ", "saw", "İstanbul", "Straße"]
+def test_words_keep_their_positions_when_lower_case_is_longer():
+    """İ in lower case is two characters; words after it must not shift."""
+    turkish = story("İ saw İstanbul, Straße.")
+    assert [turkish.text[a:b] for a, b in turkish.spans] == ["İ", "saw", "İstanbul", "Straße"]
 
 
 def test_distinct_counts_different_n_grams():
-    told = [story("a b a b"), story("b c")]
-    assert distinct(told, 1, 6) == 3 / 6
-    assert distinct(told, 2, 6) == 3 / 4  # ab ba bc, none across two stories
-    assert distinct(told, 2, 5) == 2 / 3  # the second story's first word is the fifth
-    assert distinct(told, 1, 3) == 2 / 3
-    assert distinct(told, 4, 6) == 1.0
-    assert distinct(told, 4, 3) is None
+    stories = [story("a b a b"), story("b c")]
+    assert distinct(stories, 1, 6) == 3 / 6
+    assert distinct(stories, 2, 6) == 3 / 4  # ab ba bc, none across two stories
+    assert distinct(stories, 2, 5) == 2 / 3  # the second story's first word is the fifth
+    assert distinct(stories, 1, 3) == 2 / 3
+    assert distinct(stories, 4, 6) == 1.0
+    assert distinct(stories, 4, 3) is None
 
 
-def test_what_lies_inside_the_prompt_counts_nowhere():
-    one = story("Once upon a time there was", prompt="Once upon a time")
-    assert (one.n_prompt, one.n_words()) == (4, 2)
-    assert one.n_grams(1) == [("there",), ("was",)]
-    assert one.n_grams(3) == [tuple(w.split()) for w in ("a time there", "time there was")]
-    assert one.n_grams(3, 1) == [("a", "time", "there")]
-    # a word that the prompt only begins is the story's
+def test_words_and_n_grams_of_the_prompt_are_not_counted():
+    example = story("Once upon a time there was", prompt="Once upon a time")
+    assert (example.n_prompt, example.n_words()) == (4, 2)
+    assert example.n_grams(1) == [("there",), ("was",)]
+    assert example.n_grams(3) == [tuple(w.split()) for w in ("a time there", "time there was")]
+    assert example.n_grams(3, 1) == [("a", "time", "there")]
+    # a word that only starts in the prompt belongs to the story
     assert story("Once upon a timer", prompt="Once upon a time").n_prompt == 3
     assert story("Once upon", prompt="Once upon").n_words() == 0
     assert story("Once\r upon a time", prompt="Once\r upon").n_words() == 2
@@ -84,84 +84,84 @@ def test_what_lies_inside_the_prompt_counts_nowhere():
         ("", True, False),
     ],
 )
-def test_an_end_is_proper_behind_a_sentence(text, ended, is_proper):
+def test_a_proper_end_is_the_end_of_a_sentence(text, ended, is_proper):
     assert story(text, ended=ended).ends_properly() is is_proper
 
 
-def test_figures_of_stories_made_by_hand():
-    told = [story("a b c."), story("a b c."), story("d e", ended=False)]
-    overlap = Overlap(told, 2)
+def test_metrics_of_hand_made_stories():
+    stories = [story("a b c."), story("a b c."), story("d e", ended=False)]
+    overlap = Overlap(stories, 2)
     overlap.feed(f"x a b{BREAK}c. d e")
-    figures = figures_of(told, overlap, 8)
+    metrics = metrics_of(stories, overlap, 8)
     expected = {"stories": 3, "copied": 3 / 5, "proper": 2 / 3, "repeated": 2 / 3}
     expected |= {"longest_median": 2.0, "longest_max": 2, "words": 8 / 3, "tokens": 8 / 3}
-    assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    rows = {row[0]: row[1:] for row in rows_of({"m": figures}, 2, 8)}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    rows = {row[0]: row[1:] for row in rows_of({"m": metrics}, 2, 8)}
     assert rows["copied"] == [
         "60.0 %",
-        "share of its rows of 2 words that the training text has too",
+        "share of 2-word sequences that also occur in the training text",
     ]
-    assert "bits per byte" not in rows  # nobody knows
+    assert "bits per byte" not in rows  # unknown
 
 
-def test_a_story_without_words_has_figures():
-    told = [story(""), story("?!")]
-    figures = figures_of(told, Overlap(told, 8), 0)
-    assert figures["copied"] is None and figures["distinct_1"] is None
-    assert figures["words"] == figures["longest_max"] == 0
+def test_a_story_without_words_has_metrics():
+    stories = [story(""), story("?!")]
+    metrics = metrics_of(stories, Overlap(stories, 8), 0)
+    assert metrics["copied"] is None and metrics["distinct_1"] is None
+    assert metrics["words"] == metrics["longest_max"] == 0
 
 
-# ---- what the training text has too
+# ---- copies of the training text
 
 
-def words_at_random(numbers, n):
-    return " ".join(numbers.choices("abcd", k=n))
+def random_words(rng, n):
+    return " ".join(rng.choices("abcd", k=n))
 
 
-def test_overlap_finds_what_a_search_finds(tmp_path, monkeypatch):
-    """Whatever pieces the text comes in; no n-gram goes from one document to the next."""
-    numbers, n = random.Random(0), 5
-    documents = [words_at_random(numbers, numbers.randrange(1, 40)) for _ in range(60)]
-    told = [story(words_at_random(numbers, 30), "") for _ in range(20)] + [story("a b")]
+def test_overlap_agrees_with_a_plain_search(tmp_path, monkeypatch):
+    """For pieces of any size; no n-gram spans two documents."""
+    rng, n = random.Random(0), 5
+    documents = [random_words(rng, rng.randrange(1, 40)) for _ in range(60)]
+    stories = [story(random_words(rng, 30), "") for _ in range(20)] + [story("a b")]
     path = tmp_path / "text.txt"
     path.write_text("<|endoftext|>".join(documents))
     expected = [
-        [any(f" {' '.join(g)} " in f" {d} " for d in documents) for g in one.n_grams(n)]
-        for one in told
+        [any(f" {' '.join(g)} " in f" {d} " for d in documents) for g in s.n_grams(n)]
+        for s in stories
     ]
     assert 0.1 < np.concatenate(expected).mean() < 0.9
     for size in (1, 50, 1 << 20):
         monkeypatch.setattr(stories_module, "PIECE", size)
-        overlap, n_bytes = Overlap(told, n), 0
+        overlap, n_bytes = Overlap(stories, n), 0
         for text, read in pieces_of(documents_of_file(path)):
             overlap.feed(text)
             n_bytes += read
-        assert [overlap.found(one).tolist() for one in told] == expected
+        assert [overlap.matches(s).tolist() for s in stories] == expected
         assert 0.9 * path.stat().st_size < n_bytes <= path.stat().st_size
         assert overlap.n_words == sum(len(d.split()) for d in documents)
 
 
-def test_the_prompt_is_no_copy():
+def test_the_prompt_does_not_count_as_a_copy():
     text = "once upon a time there was a dog"
-    alone = story("Once upon a time", prompt="Once upon a time")
-    further = story("Once upon a time there was a CAT", prompt="Once upon a time")
-    overlap = Overlap([alone, further], 3)
+    prompt_only = story("Once upon a time", prompt="Once upon a time")
+    longer = story("Once upon a time there was a CAT", prompt="Once upon a time")
+    overlap = Overlap([prompt_only, longer], 3)
     overlap.feed(text)
-    assert overlap.found(alone).tolist() == []
-    assert overlap.found(further).tolist() == [True, True, True, False]
-    assert list(overlap.runs(further)) == [(4, 7)]  # there was a
+    assert overlap.matches(prompt_only).tolist() == []
+    assert overlap.matches(longer).tolist() == [True, True, True, False]
+    assert list(overlap.runs(longer)) == [(4, 7)]  # there was a
 
 
-def test_runs_are_rows_of_copied_words():
-    one = story("a b c d x y a b c")
-    overlap = Overlap([one], 3)
+def test_runs_are_the_longest_copied_sequences():
+    example = story("a b c d x y a b c")
+    overlap = Overlap([example], 3)
     overlap.feed("a b c d e")
-    assert list(overlap.runs(one)) == [(0, 4), (6, 9)]
-    assert figures_of([one], overlap, 9)["longest_max"] == 4
+    assert list(overlap.runs(example)) == [(0, 4), (6, 9)]
+    assert metrics_of([example], overlap, 9)["longest_max"] == 4
 
 
-def test_shards_say_what_their_text_says(practice, monkeypatch):
-    """Documents of shards, however they are cut, are those of the corpus."""
+def test_shards_give_back_the_documents_of_their_text(practice, monkeypatch):
+    """For pieces of any size."""
     paths = DataPaths(practice, "custom", 300)
     tokenizer = open_tokenizer(paths.tokenizer_model)
     data = TokenData(paths, 1, tokenizer)
@@ -175,28 +175,28 @@ def test_shards_say_what_their_text_says(practice, monkeypatch):
         monkeypatch.setattr(stories_module, "PIECE", chunk)
         pieces = list(pieces_of(documents_of_shard(data.valid[0], tokenizer)))
         assert sum(n for _, n in pieces) == sum(counts)
-        found = BREAK.join(text for text, _ in pieces).split(BREAK)
-        assert list(filter(None, found)) == documents
+        texts = BREAK.join(text for text, _ in pieces).split(BREAK)
+        assert list(filter(None, texts)) == documents
 
 
-def test_some_of_many_are_chosen_alike():
-    assert some_of(range(3), 5, 0) == [0, 1, 2]
-    chosen = [some_of(range(10), 3, seed) for seed in range(1000)]
-    assert all(sorted(some) == some and len(set(some)) == 3 for some in chosen)
-    counts = np.bincount(np.concatenate(chosen), minlength=10)
-    assert counts.min() > 230 and counts.max() < 370  # 300 each
-    assert some_of(range(10), 3, 5) == chosen[5]
+def test_all_items_are_equally_likely_to_be_sampled():
+    assert sample_items(range(3), 5, 0) == [0, 1, 2]
+    samples = [sample_items(range(10), 3, seed) for seed in range(1000)]
+    assert all(sorted(sample) == sample and len(set(sample)) == 3 for sample in samples)
+    counts = np.bincount(np.concatenate(samples), minlength=10)
+    assert counts.min() > 230 and counts.max() < 370  # 300 expected
+    assert sample_items(range(10), 3, 5) == samples[5]
 
 
-# ---- several stories at once
+# ---- batched generation
 
 MODELS = {"plain": {}, "windows": {"n_layers": 3, "sliding_window": 4}, "everything": EVERYTHING}
 
 
-def told_by(model, tokens, draws, *words, **options):
-    """The new tokens of each story, and whether it ended."""
+def generated(model, tokens, draws, *sampling, **options):
+    """Return the new tokens of each story, and whether it ended."""
     new, ended = [[] for _ in draws], [False] * len(draws)
-    for step in model.generate_batch(tokens, draws, *words, **options):
+    for step in model.generate_batch(tokens, draws, *sampling, **options):
         for i, token in enumerate(step):
             if token is None:
                 ended[i] = True
@@ -207,29 +207,30 @@ def told_by(model, tokens, draws, *words, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_stories_at_once_are_those_told_alone(name):
+def test_a_batch_gives_the_same_stories_as_one_at_a_time(name):
     model = random_model(**MODELS[name])
     alone = list(model.generate([1, 7, 3], 100, temperature=0))
-    assert len(alone) == 30  # to the end of the context, and one
+    assert len(alone) == 30  # one past the end of the context
     draws = torch.rand(3, 100, dtype=torch.float64)
-    assert told_by(model, [1, 7, 3], draws, 0) == ([alone] * 3, [False] * 3)
+    assert generated(model, [1, 7, 3], draws, 0) == ([alone] * 3, [False] * 3)
     stop = (alone[12],)
     until = alone[: alone.index(stop[0])]
-    assert told_by(model, [1, 7, 3], draws, 0, stop=stop) == ([until] * 3, [True] * 3)
+    assert generated(model, [1, 7, 3], draws, 0, stop=stop) == ([until] * 3, [True] * 3)
     with pytest.raises(ValueError, match="does not fit"):
         next(model.generate_batch([], draws))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_story_does_not_depend_on_those_beside_it(name):
-    """They end at different places, so that the batch shrinks."""
+def test_a_story_does_not_depend_on_the_rest_of_its_batch(name):
+    """Stories end at different steps, so the batch shrinks."""
     model = random_model(**MODELS[name])
     draws = torch.rand(8, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    words, options = (1.0, 20, 0.95), {"stop": tuple(range(0, 105, 8))}
-    new, ended = told_by(model, [5, 9], draws, *words, **options)
+    sampling, options = (1.0, 20, 0.95), {"stop": tuple(range(0, 105, 8))}
+    new, ended = generated(model, [5, 9], draws, *sampling, **options)
     assert len({len(ids) for ids in new}) > 3 and any(ended)
     for i in range(8):
-        assert told_by(model, [5, 9], draws[i : i + 1], *words, **options) == ([new[i]], [ended[i]])
+        alone = generated(model, [5, 9], draws[i : i + 1], *sampling, **options)
+        assert alone == ([new[i]], [ended[i]])
 
 
 def test_draws_follow_the_probabilities():
@@ -252,15 +253,18 @@ def test_draws_follow_the_probabilities():
 # ---- the page
 
 
-def test_the_page_cannot_run_what_a_model_says(tmp_path):
+def test_the_page_cannot_run_what_a_model_writes(tmp_path):
     evil = "<script>alert(1)</script> & \x1b[31m\0 he said"
-    told = {"a<b>": [story(evil, prompt="<script>", ended=False)], "real stories": [story("No.")]}
-    overlaps = {"a<b>": Overlap(told["a<b>"], 2), "real stories": None}
+    stories = {
+        "a<b>": [story(evil, prompt="<script>", ended=False)],
+        "real stories": [story("No.")],
+    }
+    overlaps = {"a<b>": Overlap(stories["a<b>"], 2), "real stories": None}
     overlaps["a<b>"].feed("Script, alert 1 script!")
-    columns = {name: figures_of(some, overlaps[name], 1) for name, some in told.items()}
+    columns = {name: metrics_of(column, overlaps[name], 1) for name, column in stories.items()}
     path = tmp_path / "new" / "page.html"
     settings = {"models": "a<b>", "start": "<script>\udcff", "seed": 3}
-    write_page(path, "Stories <i>", told, overlaps, columns, 2, 1, ["a <note>"], settings)
+    write_page(path, "Stories <i>", stories, overlaps, columns, 2, 1, ["a <note>"], settings)
     text = path.read_text()
     tags = set(re.findall(r"<(\w+)", text))
     assert not tags & {"script", "b", "i", "note", "link", "img"}
@@ -274,13 +278,13 @@ def test_the_page_cannot_run_what_a_model_says(tmp_path):
 
 
 def test_copied_words_are_marked():
-    one = story("One day a dog, a cat and a bird sang.")
-    overlap = Overlap([one], 3)
+    example = story("One day a dog, a cat and a bird sang.")
+    overlap = Overlap([example], 3)
     overlap.feed("one DAY a dog! A cat; or the bird. a bird sang")
-    assert marked(one, overlap) == (
+    assert marked(example, overlap) == (
         "<mark>One day a dog, a cat</mark> and <mark>a bird sang</mark>."
     )
-    assert marked(one, None) == one.text
+    assert marked(example, None) == example.text
 
 
 # ---- the script
@@ -288,24 +292,24 @@ def test_copied_words_are_marked():
 FEW = ["--num_samples=6", "--max_new_tokens=40", "--start=Once upon a time", "--device=cpu"]
 
 
-def test_stories_figures_and_a_page_of_a_run(trained, tmp_path):
+def test_stories_metrics_and_the_page_of_a_run(trained, tmp_path):
     """Two models and real stories side by side; the batch size changes nothing."""
     pages = []
     for size in (50, 4):
-        out, lines = tmp_path / f"{size}.html", tmp_path / f"{size}.jsonl"
-        words = [f"{trained},{trained / 'ckpt.pt'}", *FEW, f"--batch_size={size}"]
-        done = script("generate.py", *words, f"--out={out}", f"--json={lines}")
+        out, json_path = tmp_path / f"{size}.html", tmp_path / f"{size}.jsonl"
+        args = [f"{trained},{trained / 'ckpt.pt'}", *FEW, f"--batch_size={size}"]
+        done = script("generate.py", *args, f"--out={out}", f"--json={json_path}")
         assert done.returncode == 0, done.stderr
-        found = [json.loads(line) for line in lines.read_text().splitlines()]
-        pages.append((found, out.read_text()))
+        lines = [json.loads(line) for line in json_path.read_text().splitlines()]
+        pages.append((lines, out.read_text()))
     names = [str(trained), str(trained / "ckpt.pt"), "real stories"]
-    assert [line["model"] for line in found] == names
-    best = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    best = min(line["val_bpb"] for line in best if line["kind"] == "eval")
-    assert found[0]["bits_per_byte"] == pytest.approx(best, abs=1e-4)
-    assert found[2]["bits_per_byte"] is None
-    assert found[2]["tokens"] == 40 and found[2]["proper"] == 0  # cut where a told one would be
-    for line in found:
+    assert [line["model"] for line in lines] == names
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    best = min(line["val_bpb"] for line in log if line["kind"] == "eval")
+    assert lines[0]["bits_per_byte"] == pytest.approx(best, abs=1e-4)
+    assert lines[2]["bits_per_byte"] is None
+    assert lines[2]["tokens"] == 40 and lines[2]["proper"] == 0  # cut at max_new_tokens
+    for line in lines:
         assert line["stories"] == 6 and line["seed"] == 1337 and line["words"] > 5
         assert all(0 < line[f"distinct_{n}"] <= 1 for n in (1, 2, 3, 4))
         assert 0 <= line["copied"] <= 1 and line["longest_max"] >= line["longest_median"]
@@ -314,11 +318,13 @@ def test_stories_figures_and_a_page_of_a_run(trained, tmp_path):
     assert pages[0][1].count('<span class="prompt">Once upon a time</span>') == 12
     stories_only = [text.partition("<footer>")[0] for _, text in pages]
     assert stories_only[0] == stories_only[1]
-    figures = [[{**line, "batch_size": 0, "out": "", "json": ""} for line in f] for f, _ in pages]
-    assert figures[0] == figures[1]
+    metrics = [
+        [{**line, "batch_size": 0, "out": "", "json": ""} for line in lines] for lines, _ in pages
+    ]
+    assert metrics[0] == metrics[1]
 
 
-def test_another_seed_tells_other_stories(trained, tmp_path):
+def test_another_seed_gives_other_stories(trained, tmp_path):
     pages = []
     for seed in (1, 1, 2):
         done = script("generate.py", trained, *FEW, f"--seed={seed}", "--reference=False")
@@ -329,33 +335,33 @@ def test_another_seed_tells_other_stories(trained, tmp_path):
     (trained / "stories.html").unlink()
 
 
-def test_a_model_alone_is_compared_with_a_text(trained, tmp_path):
-    """model.bin does not say what it was trained on; only the log beside it does."""
+def test_model_bin_without_its_log_is_compared_with_a_given_text(trained, tmp_path):
+    """model.bin does not record what it was trained on; only the log beside it does."""
     for name in ("model.bin", "tokenizer.model"):
         shutil.copy(trained / name, tmp_path)
-    words = [tmp_path / "model.bin", *FEW, f"--out={tmp_path / 'page.html'}"]
-    done = script("generate.py", *words)
+    args = [tmp_path / "model.bin", *FEW, f"--out={tmp_path / 'page.html'}"]
+    done = script("generate.py", *args)
     assert done.returncode == 0, done.stderr
-    assert "copies are not looked for" in done.stdout and "copied  " not in done.stdout
-    assert "no real stories" in done.stdout
+    assert "is not checked for copies" in done.stdout and "copied  " not in done.stdout
+    assert "No real stories" in done.stdout
     assert "<mark>" not in (tmp_path / "page.html").read_text()
-    said = "Once upon a time there was a very small dog that saw the sea"
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": said}) + "\n")
-    words += [f"--source={tmp_path / 'text.jsonl'}", f"--valid_source={tmp_path / 'text.jsonl'}"]
-    done = script("generate.py", *words, "--ngram=3", f"--json={tmp_path / 'f.jsonl'}")
+    text = "Once upon a time there was a very small dog that saw the sea"
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    args += [f"--source={tmp_path / 'text.jsonl'}", f"--valid_source={tmp_path / 'text.jsonl'}"]
+    done = script("generate.py", *args, "--ngram=3", f"--json={tmp_path / 'm.jsonl'}")
     assert done.returncode == 0, done.stderr
-    real = json.loads((tmp_path / "f.jsonl").read_text().splitlines()[1])
+    real = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[1])
     assert (real["stories"], real["copied"], real["longest_max"]) == (1, 1.0, 14)
-    assert "not looked for" not in done.stdout
+    assert "not checked" not in done.stdout
 
 
 @pytest.mark.parametrize(
-    "words, part",
+    "args, part",
     [
         (["none"], "none"),
-        ([","], "models is empty"),
-        (["{out},{out}"], "named twice"),
-        ([".."], "there is no model in .."),
+        ([","], "models = ',': expected run folders or model files"),
+        (["{out},{out}"], "expected each model only once"),
+        ([".."], ".. contains no model"),
         (["{out}", "--num_samples=0"], "num_samples = 0: expected at least 1"),
         (["{out}", "--batch_size=0"], "batch_size = 0: expected at least 1"),
         (["{out}", "--ngram=0"], "ngram = 0: expected at least 1"),
@@ -363,21 +369,27 @@ def test_a_model_alone_is_compared_with_a_text(trained, tmp_path):
         (["{out}", "--temperature=-1"], "temperature"),
         (["{out}", "--top_p=2"], "top_p"),
         (["{out}", "--start=" + "word " * 100], "shorten the prompt"),
-        (["{out}", "--start=FILE:none.txt"], "cannot read the prompt"),
+        (
+            ["{out}", "--start=FILE:none.txt"],
+            "none.txt does not exist; choose another --start=FILE",
+        ),
         (["{out}", "--source=none.txt"], "none.txt does not exist"),
         (["{out}", "--valid_source=none.txt"], "none.txt does not exist"),
-        (["{out}", "--out={out}/ckpt.pt"], "expected a file ending in .html"),
+        (["{out}", "--out={out}/ckpt.pt"], "expected a path ending in .html"),
         (["{out}", "--out=/dev/null/page.html"], "cannot write /dev/null/page.html"),
-        (["{out}", "--json={out}/log.jsonl"], "log.jsonl exists, and is not by generate.py"),
+        (
+            ["{out}", "--json={out}/log.jsonl"],
+            "log.jsonl already exists and was not written by generate.py",
+        ),
         (["{out}", "--tokenizer=none.model"], "none.model does not exist"),
-        (["{here}/ckpt.pt"], "there is no tokenizer.model beside"),
+        (["{here}/ckpt.pt"], "no tokenizer.model found for"),
     ],
 )
-def test_generate_refuses(trained, tmp_path, words, part):
+def test_generate_refuses(trained, tmp_path, args, part):
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
     shutil.copy(trained / "ckpt.pt", tmp_path)
-    words = [word.format(out=trained, here=tmp_path) for word in words]
-    refused(script("generate.py", *words, cwd=tmp_path), part)
+    args = [arg.format(out=trained, here=tmp_path) for arg in args]
+    refused(script("generate.py", *args, cwd=tmp_path), part)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
@@ -389,5 +401,5 @@ def test_a_model_that_diverged_is_refused(trained, tmp_path):
     next(iter(checkpoint["model"].values())).view(-1)[0] = float("nan")
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     refused(script("generate.py", tmp_path), "weights that are not finite")
-    one = f"--checkpoint={tmp_path / 'ckpt.pt'}"
-    refused(script("sample.py", one, "--temperature=0"), "weights that are not finite")
+    args = f"--checkpoint={tmp_path / 'ckpt.pt'}", "--temperature=0"
+    refused(script("sample.py", *args), "weights that are not finite")

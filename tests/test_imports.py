@@ -1,8 +1,8 @@
 """
-Imports of mutated files: each is refused in one sentence or gives a model that computes.
+Imports of mutated files: each is refused with one sentence or gives a model that works.
 
-As a program, `python tests/test_imports.py FOLDER`, this file attacks the models in a folder, with
-a limit on memory, and prints one JSON line for each import.
+As a program, `python tests/test_imports.py FOLDER`, this file attacks the models in a folder with
+limited memory, and prints one line for each import.
 """
 
 import json
@@ -43,15 +43,15 @@ ODD = [
 ]
 WORDS = [0, 1, 2, 3, 7, 64, 255, 1 << 16, 1 << 20, 1 << 24, 1 << 28, (1 << 31) - 1, (1 << 32) - 1]
 LONG_WORDS = [0, 1, 1 << 20, 1 << 31, 1 << 32, 1 << 60, (1 << 63) - 1, (1 << 64) - 1]
-MOST_BYTES = 100 << 20  # that an import of some KB may take
-MOST_S = 10.0
+MAX_BYTES = 100 << 20  # memory for the import of a file of a few KB
+MAX_S = 10.0
 
 
-# ---- mutations: (what, the file's new bytes, None where it is removed)
+# ---- mutations: (label, the file's new bytes)
 
 
 def places_in(value, path=()):
-    """Paths of the values in parsed JSON; of long lists and objects only the ends."""
+    """Yield the paths of values in parsed JSON; of long lists and objects only the ends."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value))
     for name, inner in items if len(items) < 40 else [*items[:3], items[-1]]:
         yield (*path, name)
@@ -60,7 +60,7 @@ def places_in(value, path=()):
 
 
 def changed(value, path, new=None, is_removed=False):
-    """A copy of parsed JSON with another value at a path."""
+    """Return a copy of parsed JSON with a value changed or removed."""
     if len(path) == 1 and is_removed:
         copy = value.copy()
         copy.pop(path[0])
@@ -78,7 +78,7 @@ def json_bytes(value):
 
 
 def json_mutations(data, numbers, more=()):
-    """Every value of a JSON object replaced by each of ODD, and removed; more: names to add."""
+    """Replace every value of a JSON object by each of ODD, or remove it; more: names to add."""
     value = json.loads(data)
     for path in [*places_in(value), *((name,) for name in more if name not in value)]:
         for i, new in enumerate(ODD):
@@ -99,7 +99,7 @@ def tokenizer_mutations(data, numbers):
 
 
 def byte_mutations(data, numbers, n=60, start=0, end=None):
-    """Truncations, and bytes between start and end that are flipped, zeroed and set."""
+    """Truncate the file, extend it, and change bytes between start and end."""
     end = end or len(data)
     for size in {0, 1, 3, 4, 7, 8, 27, 28, 100, len(data) // 2, len(data) - 1}:
         yield f"cut at {size}", data[:size]
@@ -124,14 +124,14 @@ def safetensors_mutations(data, numbers):
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     names = sorted(header)
     kept = ["__metadata__", names[1], names[len(names) // 2], names[-1]]
-    for what, new in json_mutations(json_bytes({name: header[name] for name in kept}), numbers):
+    for label, new in json_mutations(json_bytes({name: header[name] for name in kept}), numbers):
         try:
             new = {**header, **dict.fromkeys(kept), **json.loads(new)}
             new = {name: value for name, value in new.items() if value is not None}
         except (ValueError, TypeError, RecursionError):
             new = {**header, kept[1]: "text"}
         new = json_bytes(new)
-        yield what, struct.pack("<Q", len(new)) + new + body
+        yield label, struct.pack("<Q", len(new)) + new + body
     first, second = names[1], names[2]
     for offsets in ([0, 0], [4, 0], [0, 1 << 60], [-4, 0], [1 << 63, 1 << 63]):
         new = json_bytes({**header, first: {**header[first], "data_offsets": offsets}})
@@ -198,11 +198,11 @@ def gguf_mutations(data, numbers):
         others = records[:i], records[i + 1 :]
         yield f"{name} removed", file([*others[0], *others[1]])
         yield f"{name} twice", file([*records, records[i]])
-        for what, value in GGUF_ODD.items():
-            yield f"{name} = {what}", file([*others[0], gguf_string(name) + value, *others[1]])
+        for label, value in GGUF_ODD.items():
+            yield f"{name} = {label}", file([*others[0], gguf_string(name) + value, *others[1]])
     for name in GGUF_KEYS:
-        for what, value in GGUF_ODD.items():
-            yield f"new {name} = {what}", file([*records, gguf_string(name.encode()) + value])
+        for label, value in GGUF_ODD.items():
+            yield f"new {name} = {label}", file([*records, gguf_string(name.encode()) + value])
     yield from word_mutations(data, (0, 4))
     yield from word_mutations(data, (8, 16), LONG_WORDS, "<Q")
     for tensor in (reader.tensors[0], reader.tensors[1], reader.tensors[-1]):
@@ -216,35 +216,35 @@ def gguf_mutations(data, numbers):
 
 
 def saved(value):
-    """The bytes of torch.save."""
+    """Return the bytes that torch.save writes."""
     torch.save(value, f := BytesIO())
     return f.getvalue()
 
 
 def torch_mutations(data, numbers):
-    """A file of torch.save with a table of tensors."""
+    """Mutate a file of torch.save that has a dict of tensors."""
     tensors = torch.load(BytesIO(data), weights_only=True)
     names = sorted(tensors)
     odd = [None, 1, "text", [], {}, torch.zeros(0), torch.tensor(1.0), torch.zeros(3, 5)]
     for name in (names[0], names[len(names) // 2], names[-1]):
-        one = tensors[name]
+        tensor = tensors[name]
         others = [
             *odd,
-            one.mT if one.dim() > 1 else one[1:],
-            one[:1],
-            one.long(),
-            one.double() * 1e300,
-            one.to(torch.complex64),
+            tensor.mT if tensor.dim() > 1 else tensor[1:],
+            tensor[:1],
+            tensor.long(),
+            tensor.double() * 1e300,
+            tensor.to(torch.complex64),
         ]
-        others += [one * math.nan, one.to_sparse(), one.flatten()[:1].expand(1 << 40)]
-        others += [one.flatten()[:1].expand(one.shape), one.half(), one.to("meta")]
-        others += [torch.nn.Parameter(one), one.to(torch.float8_e4m3fn)]
+        others += [tensor * math.nan, tensor.to_sparse(), tensor.flatten()[:1].expand(1 << 40)]
+        others += [tensor.flatten()[:1].expand(tensor.shape), tensor.half(), tensor.to("meta")]
+        others += [torch.nn.Parameter(tensor), tensor.to(torch.float8_e4m3fn)]
         for i, new in enumerate(others):
             yield f"{name} = {i}", saved({**tensors, name: new})
         yield f"{name} removed", saved({k: v for k, v in tensors.items() if k != name})
-    for i, new in enumerate((1, None, [], {}, "text", one, {1: one}, {"a": {"b": one}})):
+    for i, new in enumerate((1, None, [], {}, "text", tensor, {1: tensor}, {"a": {"b": tensor}})):
         yield f"all = {i}", saved(new)
-    yield "shared", saved(dict.fromkeys(names, one))
+    yield "shared", saved(dict.fromkeys(names, tensor))
     yield from byte_mutations(data, numbers, 80)
 
 
@@ -254,7 +254,7 @@ def bin_mutations(data, numbers):
     yield from byte_mutations(data, numbers, 30)
 
 
-# more fields of config.json that are read, or that change what a model computes
+# Other fields of config.json that are read, or that change what a model computes
 CONFIG = (
     "hidden_act attention_bias mlp_bias partial_rotary_factor quantization_config rope_scaling "
     "sliding_window layer_types use_sliding_window max_window_layers layer_windows head_dim "
@@ -264,7 +264,7 @@ CONFIG = (
 
 BINS = "v0.bin v1.bin v2.bin v3_bf16.bin v3_fp32.bin v3_int4.bin v3_int8.bin"
 CONFIGS = "hf_llama hf_mistral hf_modded hf_qwen3"
-# file: how it is mutated, the share of these mutations that is tried, and of which models
+# file: its mutations, the share of them to try, and for which models
 MUTATIONS = {
     "config.json": (partial(json_mutations, more=CONFIG), 0.25, CONFIGS),
     "generation_config.json": (json_mutations, 0.5, "hf_qwen3"),
@@ -282,14 +282,14 @@ MUTATIONS = {
 
 
 def mutations_of(model, numbers):
-    """Yield (path, what, its new bytes or None) for the files of a model of make_models()."""
+    """Yield (path, label, new bytes or None to remove it) for the files of a model."""
     for path in sorted(model.rglob("*")) if model.is_dir() else [model]:
         mutations, share, models = MUTATIONS.get(path.name, (None, 0, ""))
         if model.name in models.split():
             yield path, "removed", None
-            for what, new in mutations(path.read_bytes(), numbers):
+            for label, new in mutations(path.read_bytes(), numbers):
                 if numbers.random() < share:
-                    yield path, what, new
+                    yield path, label, new
 
 
 # ---- the attack
@@ -302,22 +302,22 @@ def vm(name):
 
 
 def answer_of(path):
-    """(logits of one token, ids of a text) of an imported model."""
+    """Return (logits of one token, ids of a text, largest weight) of an imported model."""
     loaded = load(str(path))
     with torch.inference_mode():
         logits = loaded.model.eval()(torch.tensor([[0]]))
     ids = ()
     if loaded.tokenizer:
         ids = tuple(loaded.tokenizer.encode("Once upon a time"))
-        first = loaded.tokenizer.encode("")
-        assert all(0 <= i < loaded.model.args.vocab_size for i in (*ids, *first)), "ids too large"
+        start = loaded.tokenizer.encode("")
+        assert all(0 <= i < loaded.model.args.vocab_size for i in (*ids, *start)), "ids too large"
         assert isinstance(loaded.tokenizer.decode(list(ids)), str)
     largest = max(p.abs().max().item() for p in loaded.model.parameters())
     return logits, ids, largest
 
 
 def outcome_of(path, expected):
-    """(refused, accepted, equal or wrong, what was said)"""
+    """Return ("refused", "accepted", "equal" or "wrong"; the message)."""
     try:
         logits, ids, largest = answer_of(path)
     except UserError as e:
@@ -343,18 +343,18 @@ def attack(folder, *names):
             expected = answer_of(model)
         limit = vm("VmSize") + (1 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        for path, what, new in mutations_of(model, numbers):
-            whole, label = path.read_bytes(), [model.name, path.name, what]
+        for path, label, new in mutations_of(model, numbers):
+            whole = path.read_bytes()
             path.unlink() if new is None else path.write_bytes(new)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
             before, start = vm("VmRSS"), time.process_time()
-            print(json.dumps(label), end="\t", file=out, flush=True)
+            print(json.dumps([model.name, path.name, label]), end="\t", file=out, flush=True)
             with redirect_stdout(StringIO()):
                 outcome, text = outcome_of(model, expected)
-            taken, seconds = vm("VmHWM") - before, time.process_time() - start
-            if taken > MOST_BYTES + 10 * len(new or ""):
-                outcome, text = "wrong", f"{taken >> 20} MB; {outcome} {text}"
-            if seconds > MOST_S:
+            used, seconds = vm("VmHWM") - before, time.process_time() - start
+            if used > MAX_BYTES + 10 * len(new or ""):
+                outcome, text = "wrong", f"{used >> 20} MB; {outcome} {text}"
+            if seconds > MAX_S:
                 outcome, text = "wrong", f"{seconds:.1f} s; {outcome} {text}"
             print(json.dumps([outcome, text]), file=out, flush=True)
             path.unlink(missing_ok=True)
@@ -362,7 +362,7 @@ def attack(folder, *names):
 
 
 def make_models(folder, tokenizers):
-    """Small models of every kind that is imported."""
+    """Write small models of every kind that can be imported."""
     small = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32}
 
     def write(name, to, which=105, dtype="fp32", **options):
@@ -416,18 +416,18 @@ def write_others(folder, hf, model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory in /proc")
-def test_mutated_files_are_refused_or_read_right(tmp_path, tokenizers):
+def test_mutated_files_are_refused_or_read_correctly(tmp_path, tokenizers):
     make_models(tmp_path / "models", tokenizers)
-    words = [sys.executable, __file__, str(tmp_path / "models")]
-    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
+    command = [sys.executable, __file__, str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"{lines[-1][:500]}\n{done.stderr[-2000:]}"
     wrong = [line[:500] for line in lines if '\t["wrong"' in line]
     assert not wrong, "\n".join(wrong[:50])
     counts = Counter(json.loads(line.partition("\t")[2])[0] for line in lines)
     assert counts.total() > 4000 and counts["refused"] > 2500
-    assert counts["equal"] > 500  # the file says the same in other words, or the field is not used
-    assert 50 < counts["accepted"] < 600  # other numbers, which are as good as those before
+    assert counts["equal"] > 500  # another spelling of the same model, or a field that is not used
+    assert 50 < counts["accepted"] < 600  # other weights, as valid as the original ones
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The order of training data: all of it, each once, shared without overlap, never validation."""
+"""The order of training data: every window once per epoch, shared by ranks, never validation."""
 
 import itertools
 import json
@@ -15,8 +15,8 @@ from dataset import (
     TokenData,
     TrainBatches,
     ValidBatches,
-    ahead,
     permuted,
+    prefetch,
     round_keys,
     valid_windows,
 )
@@ -27,7 +27,7 @@ CASES = range(25)
 
 
 def random_shards(rng, n_shards=4, longest=400):
-    """Shards in which every token tells where it is, so that no two windows look alike."""
+    """Return shards in which every token is its own position, so all windows differ."""
     lengths = rng.integers(40, longest, n_shards)
     ends = np.cumsum(lengths)
     return [np.arange(e - n, e, dtype=np.uint16) for n, e in zip(lengths, ends, strict=True)]
@@ -47,17 +47,17 @@ def as_tuples(x, y):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 100, 1023, 1024, 1025, 99_991])
-def test_a_permutation_is_one(n):
+def test_permuted_is_a_permutation(n):
     for epoch in range(3):
         assert np.array_equal(np.sort(permuted(np.arange(n), n, round_keys(7, epoch))), range(n))
 
 
-def test_a_permutation_looks_like_chance():
-    """Where numbers go, and which follow each other, is spread as evenly as chance would."""
+def test_permutations_look_random():
+    """Positions, and steps between neighbours, are as evenly spread as in random permutations."""
     n, seeds = 40, 4000
     orders = np.array([permuted(np.arange(n), n, round_keys(s, 0)) for s in range(seeds)])
 
-    def excess(counts):  # chi-squared, in standard deviations from what chance gives
+    def excess(counts):  # chi-squared, in standard deviations from the expected value
         expected = counts.sum() / counts.size
         chi, freedom = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
         return abs(chi - freedom) / np.sqrt(2 * freedom)
@@ -86,7 +86,7 @@ def test_an_epoch_sees_every_window_once_across_ranks_and_workers(case):
     for rank, worker in itertools.product(range(world), range(workers)):
         first = rank * workers + worker
         mine = len(range(first, n, readers))
-        size = int(rng.integers(1, 6))  # of a batch: each reader may have its own
+        size = int(rng.integers(1, 6))  # batch size, which readers need not share
         for i in range(0, mine, size):
             here = min(size, mine - i)
             seen += as_tuples(*batches.at(epoch * n + first + i * readers, here, stride=readers))
@@ -94,7 +94,7 @@ def test_an_epoch_sees_every_window_once_across_ranks_and_workers(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_going_to_a_position_is_reading_up_to_it(case):
+def test_seeking_to_a_position_gives_the_same_data_as_reading_up_to_it(case):
     rng = np.random.default_rng(100 + case)
     shards, seq_len = random_shards(rng), int(rng.integers(2, 30))
     read = TrainBatches(shards, seq_len, seed=case)
@@ -106,12 +106,12 @@ def test_going_to_a_position_is_reading_up_to_it(case):
     stream = [row for rows in one_by_one for row in rows]
     n = read.n_windows
     assert sorted(stream[:n]) == sorted(stream[n : 2 * n]) == all_windows(shards, seq_len)
-    if n > 8:  # by chance once in 9! times
+    if n > 8:  # equal by chance once in 9! times
         assert stream[:n] != stream[n : 2 * n]
         assert as_tuples(*TrainBatches(shards, seq_len, seed=case + 1).at(0, n)) != stream[:n]
 
 
-def test_a_far_position_costs_what_a_near_one_does():
+def test_a_far_position_costs_as_little_as_a_near_one():
     shards = [np.zeros(1 << 26, np.uint16)]
     batches = TrainBatches(shards, 1, seed=1)
 
@@ -127,7 +127,7 @@ def test_a_far_position_costs_what_a_near_one_does():
 
 
 def test_memory_maps_do_not_fill_the_memory(tmp_path):
-    """Reading 256 MB of shards through leaves no copy of them in this process."""
+    """Reading 256 MB of shards leaves no copy of them in this process."""
     folder = tmp_path / "tok105"
     folder.mkdir()
     for i in range(2):
@@ -148,15 +148,15 @@ def test_memory_maps_do_not_fill_the_memory(tmp_path):
     assert own_bytes() - before < 48 << 20
 
 
-def test_batches_made_ahead_come_in_order_and_errors_come_through():
-    assert list(itertools.islice(ahead(lambda k: k * k), 50)) == [k * k for k in range(50)]
+def test_prefetched_batches_keep_their_order_and_errors_are_raised():
+    assert list(itertools.islice(prefetch(lambda k: k * k), 50)) == [k * k for k in range(50)]
 
     def failing(k):
         if k == 5:
             raise UserError("the disk is gone")
         return k
 
-    stream = ahead(failing, depth=3)
+    stream = prefetch(failing, depth=3)
     assert [next(stream) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="the disk is gone"):
         next(stream)
@@ -166,7 +166,7 @@ def test_batches_made_ahead_come_in_order_and_errors_come_through():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_validation_is_fixed_whole_and_shared(case):
+def test_validation_batches_are_fixed_complete_and_shared_by_ranks(case):
     rng = np.random.default_rng(200 + case)
     (shard,) = random_shards(rng, n_shards=1)
     seq_len, size, world = (int(rng.integers(1, top)) for top in (30, 9, 5))
@@ -187,8 +187,8 @@ def test_validation_is_fixed_whole_and_shared(case):
     assert sum(len(x) for x, _ in few) == min(2 * size, n_windows)
 
 
-def test_nothing_of_validation_is_trained_on(tmp_path, tokenizers):
-    """Stories that come twice, one time with other spaces, are in one part of the split only."""
+def test_no_validation_document_is_trained_on(tmp_path, tokenizers):
+    """All copies of a story, even with other spaces, are on the same side of the split."""
     rng = np.random.default_rng(0)
     texts = [f"Story {i}: Ben ran {i * 7} times." for i in range(300)]
     texts += [texts[i] for i in rng.integers(0, 300, 200)]
@@ -207,7 +207,7 @@ def test_nothing_of_validation_is_trained_on(tmp_path, tokenizers):
         held_out = plain(d for shard in data.valid for d in documents(shard, tokenizer))
         assert trained and held_out and not held_out.keys() & trained.keys()
         assert held_out.keys() | trained.keys() == plain(texts).keys()
-        expected = plain(texts)  # of these, copies of a validation text are left out
+        expected = plain(texts)  # training leaves out copies of validation documents
         assert trained == Counter({d: n for d, n in expected.items() if d not in held_out})
         n_held_out = sum(expected[d] for d in held_out) if valid else 0
         assert meta["held_out"] == n_held_out
@@ -223,7 +223,7 @@ def documents(shard, tokenizer):
     return [tokenizer.decode(shard[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
-def test_left_out_documents_are_said_and_another_validation_text_changes_all(tmp_path, stories):
+def test_left_out_documents_are_reported_and_a_new_validation_text_takes_effect(tmp_path, stories):
     flags = [f"--data_dir={tmp_path}", "--vocab_size=105", f"--source={tmp_path / 'a.jsonl'}"]
     lines = [json.dumps({"text": text}) + "\n" for text in stories[:200]]
     (tmp_path / "a.jsonl").write_text("".join(lines))
@@ -233,6 +233,7 @@ def test_left_out_documents_are_said_and_another_validation_text_changes_all(tmp
     for name, n in (("v1.jsonl", 10), ("v2.jsonl", 5)):
         done = script("tinystories.py", "pretokenize", *flags, f"--valid_source={tmp_path / name}")
         assert done.returncode == 0, done.stderr
-        assert f"{n} training documents are in the validation text too" in done.stdout
+        note = f"left out {n} training documents that are in the validation text"
+        assert note in done.stdout
         meta = json.loads((tmp_path / "tok105" / "shards.json").read_text())
         assert sum(s["documents"] for s in meta["shards"]) == 200

@@ -1,4 +1,4 @@
-"""modal_app.py on a folder in place of Modal's volume, and this machine in place of Modal's."""
+"""modal_app.py with a folder instead of Modal's volume, and this machine instead of Modal's."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from configurator import UserError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally")
 
-# a script that notes the words it was called with, then does what the test says
+# a script that records its arguments, then runs the code in ACT
 STUB = """
 import json, os, pathlib, signal, sys, time
 with open("calls.jsonl", "a") as f:
@@ -37,7 +37,7 @@ exec(os.environ.get("ACT", ""))
 
 
 class Volume:
-    """The methods of modal.Volume that modal_app.py calls, on a folder."""
+    """The methods of modal.Volume that modal_app.py calls, for a folder."""
 
     def __init__(self, root):
         self.root, self.commits = root, 0
@@ -86,7 +86,7 @@ class Volume:
 
 
 class Here:
-    """A function of the app whose machine is this one."""
+    """A function of the app that runs on this machine."""
 
     def __init__(self, function):
         self.function, self.options = function, {}
@@ -95,8 +95,8 @@ class Here:
         self.options = options
         return self
 
-    def remote(self, *words):
-        return self.function.local(*words)
+    def remote(self, *args):
+        return self.function.local(*args)
 
     def map(self, inputs, kwargs, return_exceptions):
         assert return_exceptions
@@ -124,7 +124,7 @@ def cloud(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stubs(cloud, tmp_path, monkeypatch):
-    """Scripts that only note their words, in place of ours; returns what reads the notes."""
+    """Replace our scripts by ones that record their arguments; returns a reader of the records."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in ("tinystories.py", "webtext.py", "train.py"):
@@ -150,7 +150,7 @@ def write(root, *names):
         (root / name).write_text(name)
 
 
-# ---- the whole way
+# ---- end to end
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_from_nothing_to_a_story_and_back_to_an_empty_volume(cloud, tmp_path, ca
     assert (cloud.root / "data" / "practice" / "tok105" / "shards.json").exists()
     before = files(cloud.root)
     modal_app.main(source="practice", gpu="none", flags=flags)
-    assert before.items() <= files(cloud.root).items()  # nothing was prepared again
+    assert before.items() <= files(cloud.root).items()  # the data was not prepared again
     out = cloud.root / "out"
     assert read_log(out)[-1]["reason"] == "finished" and read_log(out)[-1]["step"] == 12
     assert not modal_app.train.options  # no GPU
@@ -197,15 +197,15 @@ def test_from_nothing_to_a_story_and_back_to_an_empty_volume(cloud, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_training_goes_on_where_a_killed_one_had_got_to(cloud, practice, monkeypatch):
-    """SIGKILL at the first commit, which is at the first checkpoint; the same command goes on."""
+def test_the_same_command_continues_a_killed_run(cloud, practice, monkeypatch):
+    """SIGKILL at the first commit, which follows the first checkpoint."""
     shutil.copytree(practice, cloud.root / "data" / "practice")
     children = []
 
     class Child(subprocess.Popen):
-        def __init__(self, *words, **options):
-            super().__init__(*words, **options)
-            if "--print-settings" not in words[0]:
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            if "--print-settings" not in args[0]:
                 children.append(self)
 
     def commit():
@@ -218,7 +218,9 @@ def test_training_goes_on_where_a_killed_one_had_got_to(cloud, practice, monkeyp
     monkeypatch.setattr(subprocess, "Popen", Child)
     with monkeypatch.context() as patch:
         patch.setattr(cloud, "commit", commit)
-        with pytest.raises(UserError, match=r"train\.py config/tok105\.py .* ended by signal 9"):
+        with pytest.raises(
+            UserError, match=r"train\.py config/tok105\.py .* was killed by signal 9"
+        ):
             modal_app.main(**command)
     step = read_log(cloud.root / "out")[-1]["step"]
     assert 2 <= step < 60
@@ -233,7 +235,7 @@ def test_training_goes_on_where_a_killed_one_had_got_to(cloud, practice, monkeyp
 
 
 def start(cloud, **options):
-    """A training of the stub, whose ready-made shards are there."""
+    """Train with the stub; its ready-made shards exist."""
     write(cloud.root, "data/tok105/data00.bin")
     modal_app.main(**options)
 
@@ -253,7 +255,7 @@ def test_the_default_prepares_then_trains_on_a_gpu(cloud, stubs):
     ]
 
 
-def test_several_gpus_are_for_torchrun(cloud, stubs, monkeypatch):
+def test_several_gpus_use_torchrun(cloud, stubs, monkeypatch):
     commands = []
     monkeypatch.setattr(modal_app, "watch", lambda command, path: commands.append(command) or 0)
     start(cloud, gpu="h100:8")
@@ -264,7 +266,7 @@ def test_several_gpus_are_for_torchrun(cloud, stubs, monkeypatch):
 
 
 def test_each_checkpoint_is_committed(cloud, stubs, monkeypatch):
-    """The stub writes the next checkpoint once it sees that the one before is committed."""
+    """The stub writes the next checkpoint once the previous one is committed."""
     act = """
 out = pathlib.Path(sys.argv[3].partition("=")[2])
 for i in range(3):
@@ -284,13 +286,13 @@ for i in range(3):
     monkeypatch.setenv("ACT", act)
     (cloud.root / "out").mkdir()
     start(cloud)
-    assert committed == ["0", "1", "2", "2"]  # the last at the end
+    assert committed == ["0", "1", "2", "2"]  # the last commit is at the end
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_passed_on_once_and_what_was_saved_is_committed(cloud, stubs, signum):
-    """A signal to all in the container's session; train.py, in one of its own, gets SIGTERM."""
+def test_a_stop_signal_is_passed_on_once_and_saved_files_are_committed(cloud, stubs, signum):
+    """The signal goes to the container's whole session; train.py, in another, gets one SIGTERM."""
     act = """
 def save(signum, frame):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -299,7 +301,7 @@ def save(signum, frame):
     sys.exit()
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGINT, lambda *_: os._exit(1))
-pathlib.Path("begun").write_text("")
+pathlib.Path("started").write_text("")
 time.sleep(600)
 """
     code = f"""
@@ -320,21 +322,21 @@ modal_app.train.local([], "out", 1)
         env=environment,
         start_new_session=True,
     )
-    wait_until((tree / "begun").exists)
+    wait_until((tree / "started").exists)
     os.killpg(process.pid, signum)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (tree / "saved").exists(), err
     assert out.splitlines() == ["committed"] and "KeyboardInterrupt" in err
 
 
-def test_what_refuses_is_not_tried_again_and_what_was_killed_is(cloud, stubs, monkeypatch):
+def test_failed_commands_are_not_retried_but_killed_ones_are(cloud, stubs, monkeypatch):
     monkeypatch.setenv("ACT", "sys.exit(3)")
     with pytest.raises(UserError, match=r"train\.py config/tok105\.py .* ended with status 3"):
         start(cloud)
     result = modal_app.train.remote(["--max_iters=0"], "out", 1)  # returned to Modal, not raised
     assert isinstance(result, UserError) and cloud.commits == 2
     monkeypatch.setenv("ACT", "os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(modal_app.Killed, match="ended by signal 9"):
+    with pytest.raises(modal_app.Killed, match="was killed by signal 9"):
         modal_app.train.remote(["--max_iters=0"], "out", 1)
 
 
@@ -342,7 +344,7 @@ def test_what_refuses_is_not_tried_again_and_what_was_killed_is(cloud, stubs, mo
 
 
 @pytest.mark.parametrize("source", ["practice", "tinystories"])
-def test_stories_with_a_vocabulary_of_their_own(cloud, stubs, source):
+def test_stories_get_a_vocabulary_of_the_requested_size(cloud, stubs, source):
     data = cloud.root / "data" / ("practice" if source == "practice" else "")
     modal_app.main(command="prepare", source=source, vocab_size=300, flags="--vocab_mb=20")
     end = f"--data_dir={data} --num_workers=1 --vocab_mb=20"
@@ -360,8 +362,8 @@ def test_stories_with_a_vocabulary_of_their_own(cloud, stubs, source):
     assert stages == (["pretokenize"] if source == "practice" else ["download", "pretokenize"])
 
 
-def test_training_prepares_what_its_settings_ask_for(cloud, stubs):
-    """The vocabulary is that of the preset and the flags; half-made shards are gone on with."""
+def test_training_prepares_the_shards_that_its_settings_need(cloud, stubs):
+    """The preset and the flags set the vocabulary; incomplete shards are continued."""
     flags = "--vocab_source=bpe"
     modal_app.main(source="practice", config="config/story.py", flags=flags)
     assert [call.split()[:4] for call in stubs()][1:3] == [
@@ -379,7 +381,7 @@ def test_training_prepares_what_its_settings_ask_for(cloud, stubs):
     assert not stubs()
 
 
-def test_a_large_corpus_is_shared_out(cloud, stubs):
+def test_a_large_corpus_is_divided_among_machines(cloud, stubs):
     data = cloud.root / "data" / "fineweb-edu"
     modal_app.main(command="prepare", source="fineweb-edu", machines=3, flags="--limit=9")
     same = f"--source=fineweb-edu --vocab_size=49152 --data_dir={data} --limit=9"
@@ -396,7 +398,7 @@ def test_a_large_corpus_is_shared_out(cloud, stubs):
     assert f"--data_dir={data} " in training and training.endswith(end)
 
 
-def test_shards_that_are_ready_made_and_texts_on_the_volume(cloud, stubs):
+def test_ready_made_shards_and_text_on_the_volume_are_sources(cloud, stubs):
     modal_app.main(command="prepare", source="fineweb-6b")
     assert [call.split()[:2] for call in stubs()] == [["webtext.py", "prepare"]]
     write(cloud.root, "texts/mine.jsonl")
@@ -404,70 +406,89 @@ def test_shards_that_are_ready_made_and_texts_on_the_volume(cloud, stubs):
     text, data = cloud.root / "texts" / "mine.jsonl", cloud.root / "data" / "mine"
     same = f"--source={text} --vocab_size=500 --data_dir={data}"
     assert stubs()[1] == f"webtext.py prepare {same} --shard=0/1"
-    with pytest.raises(UserError, match=r"'texts/yours\.jsonl': expected one of babyllama, "):
+    with pytest.raises(
+        UserError, match=r"source = texts/yours\.jsonl: expected one of babyllama, "
+    ):
         modal_app.main(command="prepare", source="texts/yours.jsonl")
 
 
-def test_one_machine_that_fails_fails_the_run(cloud, stubs, monkeypatch):
-    """The others finish their parts; what a signal ended counts as well."""
-    for end in ("sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"):
+def test_one_failed_or_killed_machine_fails_the_command(cloud, stubs, monkeypatch):
+    """The others still finish their parts."""
+    ends = {"ended with status 1": "sys.exit(1)"}
+    ends |= {"killed by signal 9": "os.kill(os.getpid(), signal.SIGKILL)"}
+    for message, end in ends.items():
         monkeypatch.setenv("ACT", f"if sys.argv[-1] == '--shard=1/3': {end}")
-        with pytest.raises(UserError, match=r"1 of 3 machines failed.*--shard=1/3 .*ended"):
+        with pytest.raises(UserError, match=rf"1 of 3 machines failed.*--shard=1/3 .*{message}"):
             modal_app.main(command="prepare", source="fineweb", machines=3)
-        words = [call.split()[1] for call in stubs()]
-        assert words == ["train_vocab", *["prepare"] * 3]  # and no merge
+        stages = [call.split()[1] for call in stubs()]
+        assert stages == ["train_vocab", *["prepare"] * 3]  # and no merge
 
 
 # ---- stories
 
 
-def test_a_prompt_arrives_as_it_is_and_runs_nothing(cloud, stubs, tmp_path, capsys):
+def test_a_prompt_is_passed_unchanged_and_runs_no_shell(cloud, stubs, tmp_path, capsys):
     tree = Path(modal_app.APP_DIR)
     for name in ("run.c", "kernels.h"):
         (tree / name).write_text("")
-    print_words = """#!/bin/sh\\nfor word; do printf "[%%s]" "$$word"; done\\n"""
-    (tree / "Makefile").write_text(f"run: run.c\n\t@printf '{print_words}' > run; chmod +x run\n")
+    print_args = """#!/bin/sh\\nfor arg; do printf "[%%s]" "$$arg"; done\\n"""
+    (tree / "Makefile").write_text(f"run: run.c\n\t@printf '{print_args}' > run; chmod +x run\n")
     write(cloud.root, "out/model.bin")
     prompt = """"It's" $(touch ran) `touch ran`; touch ran\n| touch ran & -n 5 \\ '"""
     modal_app.main(command="inference", prompt=prompt, steps=9, flags="-k 40")
-    words = [cloud.root / "out/model.bin", "-i", prompt, *"-t 0.8 -p 0.9 -n 9 -k 40".split()]
-    assert capsys.readouterr().out == "".join(f"[{word}]" for word in words) + "\n"
+    args = [cloud.root / "out/model.bin", "-i", prompt, *"-t 0.8 -p 0.9 -n 9 -k 40".split()]
+    assert capsys.readouterr().out == "".join(f"[{arg}]" for arg in args) + "\n"
     assert not list(tmp_path.rglob("ran"))
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"gpu": "L5"}, r"gpu = 'L5': expected none, or one of T4, L4, .* with :2 to :8"),
-        ({"gpu": "H100:9"}, r"gpu = 'H100:9': expected"),
-        ({"gpu": "H100:"}, r"gpu = 'H100:': expected"),
-        ({"config": "config/tok15.py"}, r"config/tok15.py is not in this folder; there is: config"),
-        ({"config": "/etc/passwd"}, r"config = '/etc/passwd': expected a path"),
+        ({"gpu": "L5"}, r"gpu = L5: expected one of none, T4, L4, .*; add :2 to :8 for"),
+        ({"gpu": "H100:9"}, r"gpu = H100:9: expected"),
+        ({"gpu": "H100:"}, r"gpu = H100:: expected"),
+        (
+            {"config": "config/tok15.py"},
+            r"config/tok15.py does not exist in this folder; choose one of: config",
+        ),
+        ({"config": "/etc/passwd"}, r"config = /etc/passwd: expected a path"),
         ({"flags": '--a="b'}, r"flags = .*No closing quotation"),
-        ({"flags": "--out-dir=/tmp/x"}, r"--out-dir=/tmp/x cannot be in --flags: give --source"),
-        ({"out_dir": "../out"}, r"out_dir = '../out': expected a path from the root"),
-        ({"source": "../../etc"}, r"source = '../../etc': expected a path from the root"),
-        ({"command": "prepare", "machines": 0}, r"machines = 0: expected 1 to 100"),
-        ({"command": "prepare", "vocab_size": -1}, r"vocab_size = -1: expected a size"),
-        ({"command": "inference"}, r"there is no out/model.bin on the volume: train first"),
-        ({"command": "inference", "out_dir": "/"}, r"out_dir = '/': expected a path"),
-        ({"command": "transfer", "path": "../x"}, r"path = '../x': expected a path from the root"),
-        ({"command": "transfer", "path": "/x"}, r"path = '/x': expected a path from the root"),
-        ({"command": "transfer", "path": "out/x"}, r"out/x is not on the volume; there is: out/a"),
-        ({"command": "transfer", "path": "x/y"}, r"x/y is not on the volume; there is: out"),
+        (
+            {"flags": "--out-dir=/tmp/x"},
+            r"--out-dir=/tmp/x cannot be used in --flags: use --source",
+        ),
+        ({"out_dir": "../out"}, r"out_dir = ../out: expected a path from the root"),
+        ({"source": "../../etc"}, r"source = ../../etc: expected a path from the root"),
+        ({"command": "prepare", "machines": 0}, r"machines = 0: expected a number from 1 to 100"),
+        ({"command": "prepare", "vocab_size": -1}, r"vocab_size = -1: expected a size, or 0"),
+        ({"command": "inference"}, r"out/model.bin does not exist on the volume; train first"),
+        ({"command": "inference", "out_dir": "/"}, r"out_dir = /: expected a path"),
+        ({"command": "transfer", "path": "../x"}, r"path = ../x: expected a path from the root"),
+        ({"command": "transfer", "path": "/x"}, r"path = /x: expected a path from the root"),
+        (
+            {"command": "transfer", "path": "out/x"},
+            r"out/x does not exist on the volume; choose one of: out/a",
+        ),
+        (
+            {"command": "transfer", "path": "x/y"},
+            r"x/y does not exist on the volume; choose one of: out",
+        ),
         (
             {"command": "transfer", "action": "upload", "path": "here/x"},
-            r"here/x is not on this machine; there is: b",
+            r"here/x does not exist on this machine; choose one of: b",
         ),
         ({"command": "transfer", "action": "upload", "path": "a/../../x"}, r"expected a path"),
-        ({"command": "cleanup", "path": "out/x"}, r"out/x is not on the volume; there is: out/a"),
-        ({"command": "cleanup", "path": ".."}, r"path = '..': expected a path from the root"),
+        (
+            {"command": "cleanup", "path": "out/x"},
+            r"out/x does not exist on the volume; choose one of: out/a",
+        ),
+        ({"command": "cleanup", "path": ".."}, r"path = ..: expected a path from the root"),
     ],
 )
-def test_wrong_options_are_refused_in_one_sentence(cloud, stubs, tmp_path, options, sentence):
+def test_bad_options_are_refused_with_one_sentence(cloud, stubs, tmp_path, options, sentence):
     write(cloud.root, "out/a")
     write(tmp_path, "here/b")
     before = files(tmp_path)
@@ -476,11 +497,11 @@ def test_wrong_options_are_refused_in_one_sentence(cloud, stubs, tmp_path, optio
     assert files(tmp_path) == before and not stubs()
 
 
-def test_a_download_that_broke_off_replaces_nothing(cloud, tmp_path, monkeypatch):
+def test_an_incomplete_download_replaces_nothing(cloud, tmp_path, monkeypatch):
     write(cloud.root, "out/model.bin")
     write(tmp_path, "out/model.bin")
     monkeypatch.setattr(cloud, "read_file", lambda path: iter([b"half"]))
-    with pytest.raises(UserError, match=r"4 of the 13 bytes of out/model\.bin came: try again"):
+    with pytest.raises(UserError, match=r"only 4 of the 13 bytes of out/model\.bin arrived; try"):
         modal_app.main(command="transfer")
     assert files(tmp_path / "out") == {"model.bin": b"out/model.bin"}
 
@@ -488,7 +509,7 @@ def test_a_download_that_broke_off_replaces_nothing(cloud, tmp_path, monkeypatch
 # ---- cleaning up
 
 
-def test_cleanup_says_what_it_deletes_and_keeps_what_is_needed(cloud, capsys):
+def test_cleanup_prints_what_it_deletes_and_keeps_what_is_needed(cloud, capsys):
     kept = ["data/tok105/data00.bin", "data/texts.tar.gz", "out/ckpt.pt", "out/log.jsonl"]
     kept += ["out/ckpt.pt.7.part", "previous/ckpt.pt", "out2/ckpt_000002.pt"]
     doomed = ["data/tok105.tar.gz", "data/x.bin.9.part/a", "out/ckpt_000002.pt", "out/b.part.etag"]
@@ -504,15 +525,15 @@ def test_cleanup_says_what_it_deletes_and_keeps_what_is_needed(cloud, capsys):
     assert set(files(cloud.root)) == set(kept)
     for path in (doomed[0], doomed[2], "out/previous", "out/previous_2", "data/x.bin.9.part"):
         assert f"deleting {path}, " in printed
-    assert f"{sum(map(len, doomed))} bytes are deleted" in printed
+    assert f"{sum(map(len, doomed))} bytes were deleted" in printed
     assert "75 bytes in     5 files of out\n" in printed
 
 
 # ---- what Modal imports
 
 
-def python(*words, **options):
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
+def python(*args, **options):
+    command = [sys.executable, "-W", "ignore", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, **options)
 
 
@@ -528,13 +549,13 @@ def test_the_command_line_without_an_account(tmp_path):
     code += "; modal.cli.run.run_app = lambda *_, **__: contextlib.nullcontext()"
     code += "; modal.__main__.main()"
     done = python("-c", code, *run[2:], "--gpu", "L5", env=environment, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: gpu = 'L5': expected none, or")
+    assert done.returncode == 1 and done.stderr.startswith("error: gpu = L5: expected one of none")
     assert done.stderr.count("\n") == 1
     done = python(REPO / "modal_app.py", env=environment)
-    assert done.returncode == 1 and "error: this is for Modal to run" in done.stderr
+    assert done.returncode == 1 and "error: start this file with Modal" in done.stderr
 
 
-def test_a_container_has_the_file_in_another_folder_than_the_rest(tmp_path):
+def test_a_container_may_have_the_file_in_another_folder_than_the_rest(tmp_path):
     shutil.copy(REPO / "modal_app.py", tmp_path)
     environment = {"PYTHONPATH": str(REPO), "MODAL_VOLUME_DIR": "/elsewhere", "HOME": str(tmp_path)}
     code = "import modal_app; print(modal_app.__file__, *modal_app.app.registered_functions)"
@@ -548,15 +569,15 @@ def test_a_container_has_the_file_in_another_folder_than_the_rest(tmp_path):
     ], done.stderr
 
 
-def test_without_modal_one_sentence_says_how_to_get_it():
+def test_without_modal_one_sentence_says_how_to_install_it():
     code = "import sys; sys.modules['modal'] = None; import modal_app"
     done = python("-c", code, cwd=REPO)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr == "error: modal is not installed here: pip install modal\n"
+    assert done.stderr == "error: modal_app.py needs the package modal: pip install modal\n"
 
 
-def test_nothing_but_modal_is_needed_here():
-    """This machine may lack torch and all else that the project's other scripts need."""
+def test_this_machine_needs_only_modal():
+    """It may lack torch and every other package that the other scripts need."""
     names = [
         re.split("[=; ]", line)[0] for line in (REPO / "requirements.txt").read_text().split("\n")
     ]
@@ -566,7 +587,7 @@ def test_nothing_but_modal_is_needed_here():
     assert done.stdout == "modded-llama2-c\n", done.stderr
 
 
-def test_only_code_goes_along():
+def test_only_code_is_sent():
     ignored = modal.FilePatternMatcher(*modal_app.NOT_SENT)
     for path in (
         *".git/HEAD .env .venv/x data/tok105.bin out/ckpt.pt run run_debug libllama2.so".split(),

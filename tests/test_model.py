@@ -1,4 +1,4 @@
-"""The model: what it computes, with and without a cache, and how it generates."""
+"""The model: logits, loss, cache, attention backends and generation."""
 
 import math
 import sys
@@ -23,11 +23,11 @@ from optim import by_role
 
 
 @pytest.mark.parametrize(
-    "numbers, part",
+    "values, part",
     [
         ({"dim": 100, "n_heads": 3}, "n_heads = 3 does not divide dim = 100"),
         ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3 does not divide n_heads = 4"),
-        ({"dim": 12, "n_heads": 4}, "is odd"),
+        ({"dim": 12, "n_heads": 4}, "dim / n_heads = 3: expected an even number"),
         ({"n_layers": 0}, "n_layers = 0: expected at least 1"),
         ({"dropout": 1.0}, "dropout"),
         ({"n_kv_heads": -1}, "n_kv_heads"),
@@ -35,9 +35,9 @@ from optim import by_role
         ({"rope_theta": 0.5}, "rope_theta = 0.5: expected at least 1"),
     ],
 )
-def test_numbers_that_do_not_fit(numbers, part):
+def test_invalid_model_args_are_refused(values, part):
     with pytest.raises(ValueError, match=part):
-        ModelArgs(**{"dim": 48, "n_heads": 4, **numbers})
+        ModelArgs(**{"dim": 48, "n_heads": 4, **values})
 
 
 def test_hidden_dim_and_parameter_count():
@@ -48,8 +48,8 @@ def test_hidden_dim_and_parameter_count():
     assert model.n_params() == 105 * 48 + 2 * block + 48
 
 
-def test_activation_checkpointing_keeps_less_for_the_same_gradients():
-    """Of what autograd keeps; selective keeps products besides, and so does none of them twice."""
+def test_activation_checkpointing_saves_memory_and_keeps_the_gradients():
+    """Selective checkpointing also keeps the matrix products, so it computes none of them twice."""
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -64,7 +64,7 @@ def test_activation_checkpointing_keeps_less_for_the_same_gradients():
         storages, calls[kind] = {}, 0
 
         def keep(t, storages=storages):
-            storages[t.untyped_storage().data_ptr()] = t  # held, so that no address comes twice
+            storages[t.untyped_storage().data_ptr()] = t  # held, so that no address is reused
             return t
 
         for block in model.layers:
@@ -87,7 +87,7 @@ def test_unknown_options_are_refused():
 
 
 def reference_logits(model, tokens):
-    """Llama 2 written out with loops over heads and complex rotation, in float64."""
+    """Return Llama 2's logits, with a loop over heads and complex rotation, in float64."""
     args, T = model.args, len(tokens)
     p = {k: v.double() for k, v in model.state_dict().items()}
 
@@ -119,9 +119,9 @@ def reference_logits(model, tokens):
     return norm(x, p["norm.weight"]) @ p["output.weight"].T
 
 
-@pytest.mark.parametrize("numbers", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "hidden_dim": 77}])
-def test_logits_are_llama_2s(numbers):
-    model = random_model(tie_embeddings=False, **numbers)
+@pytest.mark.parametrize("options", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "hidden_dim": 77}])
+def test_logits_match_llama_2(options):
+    model = random_model(tie_embeddings=False, **options)
     tokens = torch.randint(0, 105, (20,))
     with torch.no_grad():
         logits = model(tokens[None])[0]
@@ -130,7 +130,7 @@ def test_logits_are_llama_2s(numbers):
 
 
 @pytest.mark.parametrize("cuts", [[1] * 12, [5, 1, 6], [12]])
-def test_the_cache_changes_nothing(cuts):
+def test_the_cache_does_not_change_the_logits(cuts):
     model = random_model(n_kv_heads=2)
     tokens = torch.randint(0, 105, (1, 12))
     with torch.no_grad():
@@ -143,8 +143,8 @@ def test_the_cache_changes_nothing(cuts):
 
 
 @pytest.mark.parametrize("T, window", [(128, 16), (128, 32), (120, 16)])
-def test_attention_of_windows_is_attention(T, window):
-    """In blocks where they fit and pay, else with a mask; queries of four heads, keys of two."""
+def test_windowed_attention_matches_pytorch(T, window):
+    """In blocks if they fit and are faster, else with a mask; four query heads, two key heads."""
     q, k, v = (torch.randn(2, n, T, 8) for n in (4, 2, 2))
     expected = F.scaled_dot_product_attention(
         q, k, v, attn_mask=causal_mask(T, T, window, "cpu"), enable_gqa=True
@@ -153,8 +153,8 @@ def test_attention_of_windows_is_attention(T, window):
 
 
 @pytest.mark.parametrize("window", [0, 300])
-def test_long_attention_in_pieces_is_attention(window):
-    """1,100 places are three pieces; queries of four heads, keys of two."""
+def test_long_attention_in_pieces_matches_pytorch(window):
+    """1,100 positions make three pieces; four query heads, two key heads."""
     q, k, v = (torch.randn(1, n, 1100, 16) for n in (4, 2, 2))
     expected = F.scaled_dot_product_attention(
         q, k, v, attn_mask=causal_mask(1100, 1100, window, "cpu"), enable_gqa=True
@@ -175,7 +175,7 @@ def test_loss_counts_only_real_targets():
         torch.testing.assert_close(model(tokens, targets), expected)
 
 
-def test_generation_ends_at_stop_length_and_context():
+def test_generation_ends_at_a_stop_token_the_length_or_the_context():
     model = random_model(tie_embeddings=False)  # a tied random model repeats itself
     text = list(model.generate([1, 5], 8, temperature=0))
     assert len(text) == 8
@@ -193,7 +193,7 @@ def test_generation_ends_at_stop_length_and_context():
             next(model.generate(prompt, 1))
 
 
-def test_sampling_keeps_to_its_limits():
+def test_sampling_respects_top_k_and_top_p():
     logits = torch.tensor([3.0, 1.0, 2.0, -1.0, 0.0])
     generator = torch.Generator().manual_seed(0)
 
@@ -202,14 +202,14 @@ def test_sampling_keeps_to_its_limits():
 
     assert drawn() == {0, 1, 2, 3, 4}
     assert drawn(top_k=2) == {0, 2}
-    assert drawn(top_p=0.5) == {0}  # the likeliest alone has 0.64
+    assert drawn(top_p=0.5) == {0}  # the most likely token alone has 0.64
     assert drawn(top_p=0.7) == {0, 2}
     assert sample_token(logits, 0) == 0
     assert sample_token(logits, 1e-300) == 0
 
 
 @pytest.mark.parametrize("window", [0, 16])
-def test_other_kernels_of_attention_compute_the_same(window, monkeypatch):
+def test_other_attention_kernels_compute_the_same(window, monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 64, 16) for heads in (4, 2, 2))
     expected = attend(q, k, v, window, 0.0)
@@ -225,20 +225,20 @@ def test_other_kernels_of_attention_compute_the_same(window, monkeypatch):
     flash = types.SimpleNamespace(flash_attn_func=flash_attn_func)
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     for kernel in ("flex", "flash"):
-        found = attend(q, k, v, window, 0.0, kernel)
-        assert torch.allclose(found, expected, atol=1e-5), kernel
-    decoding = attend(q[:, :, -1:], k, v, window, 0.0, "flash")  # is SDPA's
+        result = attend(q, k, v, window, 0.0, kernel)
+        assert torch.allclose(result, expected, atol=1e-5), kernel
+    decoding = attend(q[:, :, -1:], k, v, window, 0.0, "flash")  # by SDPA
     assert torch.allclose(decoding, expected[:, :, -1:], atol=1e-5)
 
 
-def test_the_start_of_embedding_and_head_can_be_set():
+def test_the_initial_std_of_embedding_and_head_can_be_set():
     sizes = {"dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": 2000}
     tied = Transformer(ModelArgs(**sizes, embedding_std=0.3))
     assert tied.output.weight.std().item() == pytest.approx(0.3, rel=0.02)
     two = Transformer(ModelArgs(**sizes, tie_embeddings=False, embedding_std=1.0, head_std=0.04))
     assert two.tok_embeddings.weight.std().item() == pytest.approx(1.0, rel=0.02)
     assert two.output.weight.std().item() == pytest.approx(0.04, rel=0.02)
-    # a large embedding is trained as one, a small one at the rate of the head
+    # an embedding with a large std has its own role, a small one trains at the rate of the head
     assert "embedding" in by_role(two)
     small = Transformer(ModelArgs(**sizes, tie_embeddings=False, embedding_std=0.05))
     assert "embedding" not in by_role(small)

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from its beginning to its end, and notices when a part is wrong."""
+"""The notebooks: each runs from start to end, and from_scratch notices when a part is wrong."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from conftest import (
 )
 from nbclient import NotebookClient
 
-# Every notebook, with environment variables that make its run a small one
+# Every notebook, with environment variables that make its run small
 NOTEBOOKS = {
     "Baby_Llama_128.ipynb": {
         "BABY_MINUTES": "0.1",
@@ -25,10 +25,10 @@ NOTEBOOKS = {
     "notebooks/tokenizer.ipynb": {},
 }
 
-# A path that only one machine has: a string that begins at the root, or somebody's folder
+# A path that exists on one machine only: a string that starts at the root, or a user's folder
 ABSOLUTE = re.compile(r"""["'](?:/\w|~/)|/(?:home|Users|root|tmp)/""")
 
-# Lines of from_scratch.ipynb, and what a slip would make of them
+# Code of from_scratch.ipynb, and the same code with a mistake
 SLIPS = {
     "no-root": ("/ math.sqrt(head_dim)", "/ head_dim"),
     "eps-outside": ("torch.sqrt(mean_square + eps)", "(torch.sqrt(mean_square) + eps)"),
@@ -36,7 +36,7 @@ SLIPS = {
         "triu(diagonal=1)\n    return softmax",
         "triu(diagonal=2)\n    return softmax",
     ),
-    "wrong-turn": (
+    "wrong-rotation": (
         "(a * cos - b * sin, a * sin + b * cos)",
         "(a * cos + b * sin, b * cos - a * sin)",
     ),
@@ -76,7 +76,7 @@ def read(name):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of what git tracks, so that nothing a notebook writes is left in the repository."""
+    """Copy the files in git, so that notebooks write nothing into the repository."""
     folder = tmp_path_factory.mktemp("copy")
     for path in tracked():
         if (REPO / path).is_file():
@@ -87,7 +87,7 @@ def copy(tmp_path_factory):
 
 @pytest.fixture
 def kernel(tmp_path_factory, monkeypatch):
-    """Jupyter with this Python as its only kernel, and no settings of a user."""
+    """Set up Jupyter with this Python as its only kernel and without user settings."""
     folder = tmp_path_factory.getbasetemp() / "jupyter"
     spec = folder / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def kernel(tmp_path_factory, monkeypatch):
 
 
 def execute(name, folder, timeout=PATIENCE_S):
-    """The notebook with its outputs; raises CellExecutionError where a cell fails."""
+    """Run a notebook and return it with its outputs; raise CellExecutionError if a cell fails."""
     notebook = read(name)
     options = {"timeout": timeout, "kernel_name": "python3"}
     NotebookClient(
@@ -112,12 +112,12 @@ def execute(name, folder, timeout=PATIENCE_S):
     return notebook
 
 
-def test_every_notebook_is_here():
+def test_every_notebook_is_tested():
     assert set(NOTEBOOKS) == set(tracked("*.ipynb"))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_in_git_has_no_outputs_and_no_paths(name):
+def test_committed_notebooks_have_no_outputs_and_no_local_paths(name):
     notebook = read(name)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
@@ -125,7 +125,7 @@ def test_a_notebook_in_git_has_no_outputs_and_no_paths(name):
     ids = [cell.get("id") for cell in notebook.cells]
     assert all(ids) and len(set(ids)) == len(ids)
     for cell in notebook.cells:
-        assert not (found := ABSOLUTE.search(cell.source)), f"{cell.id}: {found[0]}"
+        assert not (match := ABSOLUTE.search(cell.source)), f"{cell.id}: {match[0]}"
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None, cell.id
 
@@ -143,8 +143,8 @@ def test_a_notebook_runs(name, copy, kernel, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slip", SLIPS)
-def test_from_scratch_notices_a_slip(slip, monkeypatch):
-    """The cells up to the training run, in this process, with one line changed, end in an error."""
+def test_from_scratch_notices_a_mistake(slip, monkeypatch):
+    """With one line changed, the cells before the training run must fail."""
     right, wrong = SLIPS[slip]
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -159,9 +159,9 @@ def test_from_scratch_notices_a_slip(slip, monkeypatch):
             exec(source.replace(right, wrong), names)
 
 
-def test_a_notebook_elsewhere_says_what_to_do(tmp_path, monkeypatch):
+def test_a_notebook_outside_the_repository_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("notebooks/from_scratch.ipynb", "notebooks/tokenizer.ipynb"):
         first = next(cell for cell in read(name).cells if cell.cell_type == "code")
-        with pytest.raises(RuntimeError, match="open it in the notebooks folder of the repository"):
+        with pytest.raises(RuntimeError, match="open this notebook in the notebooks folder"):
             exec(first.source, {})

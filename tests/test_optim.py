@@ -1,4 +1,4 @@
-"""Optimizers: who is trained by what, Muon's update, and the rates of a run."""
+"""Optimizers: what trains each parameter, Muon's update, and the learning-rate schedule."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def test_every_parameter_has_the_role_it_should():
+def test_every_parameter_has_the_right_role():
     model = random_model(**EVERYTHING)
     names = {p: name for name, p in model.named_parameters()}
     roles = {role: sorted(names[p] for p in params) for role, params in by_role(model).items()}
@@ -38,12 +38,12 @@ def test_every_parameter_has_the_role_it_should():
     assert "layers.1.attention.q_norm.weight" in roles["scalar"]
     assert sum(map(len, roles.values())) == len(names)
     assert [*by_role(random_model())] == ["hidden", "head", "scalar"]  # tied: the table is the head
-    plain = by_role(random_model(tie_embeddings=False))  # a table that begins small
+    plain = by_role(random_model(tie_embeddings=False))  # a table with a small std
     assert len(plain["head"]) == 2 and "embedding" not in plain
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_table_counts_every_number_once(name):
+def test_the_table_counts_every_parameter_once(name):
     model = random_model(**EVERYTHING)
     optimizer = make_optimizer(model, name, SETTINGS)
     lines = table(optimizer).splitlines()
@@ -56,19 +56,19 @@ def test_the_table_counts_every_number_once(name):
 
 
 @pytest.mark.parametrize("rows, columns", [(16, 16), (16, 64), (64, 16)])
-def test_orthogonalized_matrices_keep_directions_and_lose_lengths(rows, columns):
+def test_orthogonalize_makes_all_singular_values_nearly_1(rows, columns):
     torch.manual_seed(1)
     matrices = torch.randn(3, rows, columns) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    found = orthogonalize(matrices)
+    result = orthogonalize(matrices)
     U, _, V = torch.linalg.svd(matrices, full_matrices=False)
-    values = (U.mT @ found @ V.mT).diagonal(dim1=-2, dim2=-1)
+    values = (U.mT @ result @ V.mT).diagonal(dim1=-2, dim2=-1)
     assert values.min() > 0.7 and values.max() < 1.3
     exact = U @ V
-    assert (found - exact).norm() < 0.2 * exact.norm()
+    assert (result - exact).norm() < 0.2 * exact.norm()
 
 
-def test_muon_is_momentum_orthogonalized():
-    """Three steps of two matrices of one shape against the same written out for each."""
+def test_muon_is_orthogonalized_momentum():
+    """Three steps of two matrices of the same shape, against a loop over the matrices."""
     torch.manual_seed(2)
     params = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(2)]
     expected = [p.detach().clone() for p in params]
@@ -86,8 +86,8 @@ def test_muon_is_momentum_orthogonalized():
 
 
 @pytest.mark.parametrize("rows, columns", [(12, 5), (6, 6), (5, 12)])
-def test_neurons_are_evened_out(rows, columns):
-    """Three steps against a loop over neurons; the update's norm stays what it was."""
+def test_normuon_equalizes_neurons(rows, columns):
+    """Three steps against a loop over neurons; the norm of the update does not change."""
     torch.manual_seed(4)
     p = torch.nn.Parameter(torch.randn(rows, columns))
     expected = p.detach().clone()
@@ -105,14 +105,14 @@ def test_neurons_are_evened_out(rows, columns):
         expected -= 0.1 * max(1, rows / columns) ** 0.5 * even
         optimizer.step()
         torch.testing.assert_close(p.detach(), expected)
-    p.grad = torch.zeros(rows, columns)  # no gradient yet, as of what stands before a zero head
+    p.grad = torch.zeros(rows, columns)  # zero gradient, as below a head that starts at zero
     fresh = Muon([p], 0.1, neuron_beta=0.8)
     fresh.step()
     torch.testing.assert_close(p.detach(), expected)
 
 
-def test_muon_goes_the_way_of_torch_optim_muon():
-    """One step from equal gradients points the same way; only the iteration differs."""
+def test_muon_moves_in_the_direction_of_torch_optim_muon():
+    """One step with equal gradients; only the iteration differs."""
     torch.manual_seed(3)
     start, g = torch.randn(32, 32), torch.randn(32, 32)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))

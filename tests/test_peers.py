@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python, with the GGUF files that we write: make test-peers."""
+"""llama.cpp runs our GGUF files, through llama-cpp-python: make test-peers."""
 
 import numpy as np
 import pytest
@@ -11,20 +11,20 @@ from formats import gguf as gguffile
 from formats import huggingface
 
 pytestmark = pytest.mark.peers
-F32 = 0  # GGML's number of the number format, for the cache of keys and values
+F32 = 0  # GGML's id of this type, for the key/value cache
 NAMES = [n for n, (o, kind) in CASES.items() if kind in IN_GGUF and "sliding_window" not in o]
 
 
-def llama(path, **words):
+def llama(path, **options):
     from llama_cpp import Llama
 
-    return Llama(str(path), verbose=False, n_threads=1, type_k=F32, type_v=F32, **words)
+    return Llama(str(path), verbose=False, n_threads=1, type_k=F32, type_v=F32, **options)
 
 
 @pytest.mark.parametrize("dtype", gguffile.GGUF_DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_llama_cpp_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name, dtype):
-    """fp32: the same 64 tokens from the same text; others: logits of the numbers that are there."""
+def test_llama_cpp_computes_our_logits_and_text(tmp_path, tokenizers, name, dtype):
+    """Other dtypes than fp32 are compared with the model as read back, and by logits only."""
     tokenizer, path = tokenizers[512], tmp_path / "model.gguf"
     sizes = {"dim": 64, "n_heads": 4, "hidden_dim": 96, "max_seq_len": 256}
     model = sized(tokenizer, **{**CASES[name][0], **sizes})
@@ -38,23 +38,23 @@ def test_llama_cpp_has_our_logits_and_tells_the_same(tmp_path, tokenizers, name,
     logits = torch.from_numpy(np.array(peer.scores[: len(ids)]))
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0]
-    # activations of 8 bits in the quantized formats, of 16 in the halves
+    # llama.cpp's activations have 8 bits in quantized formats, 16 in fp16 and bf16
     worst = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}.get(dtype, 0.1)
     assert (logits - expected).abs().max() <= worst * expected.abs().max()
     if dtype == "fp32":
         assert close(logits, expected)
-        told, peer_ids = list(model.generate(ids, 64, temperature=0)), []
+        our_ids, peer_ids = list(model.generate(ids, 64, temperature=0)), []
         peer.reset()
         for token in peer.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
             peer_ids.append(int(token))
-            if len(peer_ids) == len(told):
+            if len(peer_ids) == len(our_ids):
                 break
-        assert peer_ids == told and len(told) == 64
+        assert peer_ids == our_ids and len(our_ids) == 64
 
 
 @pytest.mark.parametrize("which", [512, 1500, "gpt2", "gpt4"])
 def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, which):
-    """Ours, llama.cpp's, run.c's and AutoTokenizer's on thousands of lines."""
+    """Ours, llama.cpp's, run.c's and AutoTokenizer's agree on thousands of lines."""
     from transformers import AutoTokenizer
 
     tokenizer, path = tokenizers[which], tmp_path / "model.gguf"
@@ -73,7 +73,7 @@ def test_ids_are_the_same_everywhere(tmp_path, tokenizers, builds, which):
         assert auto(text.decode())["input_ids"] == ids, text
 
 
-def test_a_byte_level_story_ends_there_too(tmp_path, tokenizers):
+def test_llama_cpp_stops_at_bos_of_byte_level_bpe(tmp_path, tokenizers):
     from llama_cpp import llama_cpp
 
     tokenizer, path = tokenizers["gpt2"], tmp_path / "model.gguf"
@@ -86,8 +86,8 @@ def test_a_byte_level_story_ends_there_too(tmp_path, tokenizers):
     assert peer.tokenize(text.encode(), special=True) == tokenizer.encode(text)
 
 
-def test_a_story_ends_where_the_next_begins(tmp_path, tokenizers):
-    """BOS ends a text, as in ours; text that looks like a special token is text."""
+def test_llama_cpp_stops_at_bos_and_eos(tmp_path, tokenizers):
+    """As in our engine. Text that looks like a special token stays text."""
     path = tmp_path / "model.gguf"
     gguffile.write_gguf(random_model(vocab_size=512), path, "fp32", tokenizers[512], {})
     peer = llama(path, vocab_only=True, n_ctx=32)

@@ -1,4 +1,4 @@
-"""plot.py: curves from logs, pictures of runs and sweeps, and the page that follows a run."""
+"""plot.py: curves from logs, pictures of runs and sweeps, and the live page."""
 
 import contextlib
 import functools
@@ -28,9 +28,9 @@ from configurator import UserError
 from formats.table import training_facts
 from report import sweeps
 from report.curves import find_runs, smooth, thinned
-from report.live import MOST_CLIENTS, state_of
+from report.live import MAX_CLIENTS, state_of
 from report.pictures import THEMES, draw_runs, draw_sweep
-from report.sweeps import compare, in_order, pooled_sd, summarize, sweep_axes
+from report.sweeps import compare, pooled_sd, sort_results, summarize, sweep_axes
 from training import runlog
 
 needs_matplotlib = pytest.mark.skipif(
@@ -39,7 +39,7 @@ needs_matplotlib = pytest.mark.skipif(
 
 
 def log_of(folder, n_steps=60, end=None, **config):
-    """A log as train.py writes it, of a loss that falls."""
+    """Write a log like train.py's, with a falling loss; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"max_iters": 100, "max_minutes": 0.0, **config}
     lines = [{"kind": "start", "config": settings, "rates": {"hidden": 0.02, "head": 0.01}}]
@@ -51,8 +51,8 @@ def log_of(folder, n_steps=60, end=None, **config):
             "train_s": 0.5 * step,
         }
         noise = 0.1 * math.sin(7 * step)
-        more = {"loss": 3 + 3 / step + noise, "lr": 0.02, "grad_norm": 1.0, "tok_s": 1000}
-        lines.append({"kind": "train", **clock, **more})
+        values = {"loss": 3 + 3 / step + noise, "lr": 0.02, "grad_norm": 1.0, "tok_s": 1000}
+        lines.append({"kind": "train", **clock, **values})
         if step % 20 == 0:
             lines.append(
                 {"kind": "eval", **clock, "val_loss": 3 + 3 / step, "val_bpb": 1 + 1 / step}
@@ -66,17 +66,17 @@ def log_of(folder, n_steps=60, end=None, **config):
 LENGTH = {"steps": 2, "tokens": 2, "train_s": 2}
 
 
-def line_of_sweep(status="finished", val=1.0, **varied):
+def sweep_result(status="finished", val=1.0, **varied):
     curve = [
         {"step": s, "tokens": s, "train_s": s, "val_loss": val, "val_bpb": val + 1 / s}
         for s in (1, 2)
     ]
     name = "_".join(f"{k}={v}" for k, v in varied.items())
-    about = {"name": name, "sweep": "a sweep", "varied": varied, "status": status, "config": {}}
+    result = {"name": name, "sweep": "a sweep", "varied": varied, "status": status, "config": {}}
     if status == "failed":
-        return {**about, "error": "it failed"}
+        return {**result, "error": "it failed"}
     final = val if status == "finished" else None
-    return {**about, "val_bpb": final, "val_loss": final, "curve": curve, **LENGTH}
+    return {**result, "val_bpb": final, "val_loss": final, "curve": curve, **LENGTH}
 
 
 def test_a_log_is_read_as_it_grows(tmp_path):
@@ -93,12 +93,12 @@ def test_a_log_is_read_as_it_grows(tmp_path):
         )
     run.read()
     assert (run.train[-1]["step"], run.train[-1]["loss"]) == (61, 2.0) and run.end
-    log_of(tmp_path / "new", n_steps=5)  # train.py writes a resumed log beside, and renames it
+    log_of(tmp_path / "new", n_steps=5)  # train.py writes a resumed log under a new name
     os.replace(tmp_path / "new" / "log.jsonl", run.path)
     assert len(run.read().train) == 5 and not run.end
 
 
-def test_runs_are_found_alone_and_in_folders(tmp_path):
+def test_runs_are_found_by_their_folder_or_its_parent(tmp_path):
     for name in ("a", "b", "previous"):
         log_of(tmp_path / "sweep" / name)
     names = [run.name for run in find_runs([str(tmp_path / "sweep")])]
@@ -106,9 +106,9 @@ def test_runs_are_found_alone_and_in_folders(tmp_path):
     assert [run.name for run in find_runs([str(tmp_path / "sweep" / "a")])] == ["a"]
 
 
-def test_smoothing_keeps_a_line_and_takes_out_noise():
+def test_smoothing_keeps_a_straight_line_and_removes_noise():
     falling = [10 - 0.1 * i for i in range(80)]
-    # it does not lag behind
+    # it does not lag
     assert smooth(falling, 0.02)[10:-10] == pytest.approx(falling[10:-10], abs=0.01)
     noisy = [math.sin(100 * i) for i in range(1000)]
     assert max(map(abs, smooth(noisy, 0.02)[50:-50])) < 0.1
@@ -117,21 +117,21 @@ def test_smoothing_keeps_a_line_and_takes_out_noise():
     assert thinned(list(range(1000)), 11) == [round(999 * i / 10) for i in range(11)]
 
 
-def test_a_sweep_is_summed_up_by_setting_and_seed():
+def test_a_sweep_is_summarized_by_setting_and_seed():
     lines = [
-        line_of_sweep(val=v, lr=lr, seed=seed)
+        sweep_result(val=v, lr=lr, seed=seed)
         for seed, lr, v in ((1, 0.1, 2.0), (1, 0.01, 1.0), (2, 0.1, 2.5), (2, 0.01, 1.5))
     ]
-    lines += [line_of_sweep("diverged", lr=1.0, seed=1), line_of_sweep("failed", lr=2.0, seed=1)]
+    lines += [sweep_result("diverged", lr=1.0, seed=1), sweep_result("failed", lr=2.0, seed=1)]
     x, series = sweep_axes(lines)
     assert (x, series) == ("lr", [])
     assert summarize(lines, x, series, "val_bpb") == [
         ("", [(0.01, [1.0, 1.5], 0), (0.1, [2.0, 2.5], 0), (1.0, [], 1)])
     ]
-    grid = [line_of_sweep(batch=b, lr=lr, seed=1) for lr in (3, 1, 2) for b in (8, 4)]
+    grid = [sweep_result(batch=b, lr=lr, seed=1) for lr in (3, 1, 2) for b in (8, 4)]
     assert sweep_axes(grid) == ("lr", ["batch"]) and sweep_axes(grid, "batch") == ("batch", ["lr"])
-    assert [line["varied"]["lr"] for line in in_order(grid, "lr", ["batch"])] == [1, 2, 3, 1, 2, 3]
-    assert sweeps.show(3e-4) == "3e-4" and sweeps.show(0.01) == "0.01" and sweeps.show("x") == "x"
+    assert [line["varied"]["lr"] for line in sort_results(grid, "lr", ["batch"])] == 2 * [1, 2, 3]
+    assert [sweeps.format_value(v) for v in (3e-4, 0.01, "x")] == ["3e-4", "0.01", "x"]
 
 
 def write_results(path, lines):
@@ -144,24 +144,24 @@ def write_results(path, lines):
 def test_pictures_of_runs_and_sweeps(tmp_path, theme, ending):
     log_of(tmp_path / "a", end="finished")
     log_of(tmp_path / "b", n_steps=30)
-    numbers = [line_of_sweep(val=s * lr, lr=lr, seed=s) for s in (1, 2) for lr in (0.1, 1.0)]
-    numbers += [line_of_sweep("diverged", lr=10.0, seed=1)]
-    names = [line_of_sweep(val=s, run=f"a name {s}", seed=1) for s in (1, 2)]
+    numbers = [sweep_result(val=s * lr, lr=lr, seed=s) for s in (1, 2) for lr in (0.1, 1.0)]
+    numbers += [sweep_result("diverged", lr=10.0, seed=1)]
+    names = [sweep_result(val=s, run=f"a name {s}", seed=1) for s in (1, 2)]
     out, pages = str(tmp_path / f"picture.{ending}"), []
     draw_one_panel = functools.partial(draw_runs, xs=["steps"], panels=["loss"])
-    for draw, what in (
+    for draw, data in (
         (draw_one_panel, find_runs([str(tmp_path / "a")])),
         (draw_one_panel, find_runs([str(tmp_path / name) for name in "ab"])),
         (draw_sweep, numbers),
         (draw_sweep, names),
     ):
-        draw(what, out, theme=theme)
+        draw(data, out, theme=theme)
         pages.append((tmp_path / out).read_bytes())
     if ending == "png":
         from matplotlib.image import imread
 
         picture = imread(out)[..., :3]
-        assert picture[0, 0].mean() > 0.9  # the paper is white
+        assert picture[0, 0].mean() > 0.9  # the background is white
         assert len({tuple(p) for p in picture.reshape(-1, 3).round(1)}) > 5  # it shows something
     else:
         assert all(page.startswith(b"<?xml") and b"<svg" in page for page in pages)
@@ -170,11 +170,11 @@ def test_pictures_of_runs_and_sweeps(tmp_path, theme, ending):
 
 
 @needs_matplotlib
-def test_runs_go_into_one_picture(tmp_path):
-    """Named in one word or in several; a name may have commas, as those of sweeps do."""
+def test_several_runs_go_into_one_picture(tmp_path):
+    """As one argument or several; the name of a run may contain commas, as in sweeps."""
     a, b = log_of(tmp_path / "lr=1,2", end="finished"), log_of(tmp_path / "b", n_steps=30)
-    for words in ([f"{a},{b}"], [a, b], [a], [f"{b}, {a}"]):
-        done = script("plot.py", *words, f"--out={tmp_path / 'ab.svg'}", "--theme=dark")
+    for args in ([f"{a},{b}"], [a, b], [a], [f"{b}, {a}"]):
+        done = script("plot.py", *args, f"--out={tmp_path / 'ab.svg'}", "--theme=dark")
         assert done.returncode == 0, done.stderr
         assert "ab.svg" in done.stdout
         picture = (tmp_path / "ab.svg").read_text()
@@ -183,16 +183,16 @@ def test_runs_go_into_one_picture(tmp_path):
 
 
 @needs_matplotlib
-def test_a_sweep_is_printed_as_well(tmp_path):
-    lines = [line_of_sweep(val=v, lr=0.1, seed=i) for i, v in enumerate((1.0, 2.0))]
-    lines += [line_of_sweep("diverged", lr=1.0, seed=1), line_of_sweep("failed", lr=2.0, seed=1)]
+def test_a_sweep_is_drawn_and_printed(tmp_path):
+    lines = [sweep_result(val=v, lr=0.1, seed=i) for i, v in enumerate((1.0, 2.0))]
+    lines += [sweep_result("diverged", lr=1.0, seed=1), sweep_result("failed", lr=2.0, seed=1)]
     done = script("plot.py", write_results(tmp_path / "results.jsonl", lines))
     assert "1.5000 ± 0.7071 (2)" in done.stdout and "1 diverged" in done.stdout
     assert "lr=2.0_seed=1 failed: it failed" in done.stdout and "1 failed" in done.stdout
     assert (tmp_path / "results.png").exists()
 
 
-# ---- what strangers or a broken disk put into logs and results
+# ---- logs and results from strangers or damaged disks
 
 CLOCK = {"step": 1, "tokens": 2, "time_s": 1.0, "train_s": 1.0}
 GOOD = {"kind": "train", **CLOCK, "loss": 2.0}
@@ -212,12 +212,12 @@ DAMAGED = [
 ]
 
 
-def test_lines_that_train_py_does_not_write_are_skipped_and_counted(tmp_path, serve):
+def test_lines_that_are_not_from_train_py_are_skipped_and_counted(tmp_path, serve):
     folder = log_of(tmp_path / "out")
     with open(folder / "log.jsonl", "ab") as f:
         f.writelines(line + b"\n" for line in DAMAGED)
     [run] = find_runs([folder])
-    assert len(run.train) == 60 and run.n_skipped == len(DAMAGED) - 1  # an empty line is nothing
+    assert len(run.train) == 60 and run.n_skipped == len(DAMAGED) - 1  # not the empty line
     [state] = json.loads(get(serve(folder, "--start="), "/data.json")[1])["runs"]
     assert state["step"] == 60 and state["skipped"] == len(DAMAGED) - 1
     with open(folder / "log.jsonl", "a") as f:
@@ -225,8 +225,8 @@ def test_lines_that_train_py_does_not_write_are_skipped_and_counted(tmp_path, se
     assert run.read().train[-1]["step"] == 61
 
 
-def test_of_a_long_log_some_lines_are_kept_and_the_latest(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlog, "MOST_LINES", 20)
+def test_a_long_log_is_thinned_but_keeps_its_latest_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "MAX_LINES", 20)
     folder = log_of(tmp_path / "out", n_steps=999, end="finished")
     [run] = find_runs([folder])
     steps = [line["step"] for line in run.train]
@@ -242,7 +242,7 @@ ODD = [
 
 
 def places_in(value, path=()):
-    """The path of every value in a parsed line, in objects and lists too."""
+    """Yield the path of every value in a parsed line, including nested objects and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in items if isinstance(value, (dict, list)) else ():
         yield (*path, name)
@@ -250,37 +250,37 @@ def places_in(value, path=()):
             yield from places_in(inner, (*path, name))
 
 
-def mutated(lines, numbers):
-    """A few values of some parsed lines replaced or removed, and now and then damaged bytes."""
+def mutated(lines, rng):
+    """Replace or remove a few values in parsed lines, and sometimes damage a byte."""
     lines = json.loads(json.dumps(lines))
-    for _ in range(numbers.randrange(1, 6)):
-        line = numbers.choice(lines)
-        *path, name = numbers.choice(list(places_in(line)) or [("kind",)])
+    for _ in range(rng.randrange(1, 6)):
+        line = rng.choice(lines)
+        *path, name = rng.choice(list(places_in(line)) or [("kind",)])
         for step in path:
             line = line[step]
-        if numbers.random() < 0.2 and isinstance(line, dict):
+        if rng.random() < 0.2 and isinstance(line, dict):
             line.pop(name, None)
         else:
-            line[name] = numbers.choice(ODD)
+            line[name] = rng.choice(ODD)
     data = bytearray("".join(json.dumps(line) + "\n" for line in lines).encode())
-    if numbers.random() < 0.2:
-        data[numbers.randrange(len(data))] = numbers.randrange(256)
+    if rng.random() < 0.2:
+        data[rng.randrange(len(data))] = rng.randrange(256)
     return bytes(data)
 
 
 @pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.filterwarnings("ignore")
-def test_no_mutated_log_ends_in_a_traceback(tmp_path):
-    """300 logs; the page's data are JSON that a browser reads. Drawing is slow: every tenth is."""
-    numbers = random.Random(0)
+def test_no_mutated_log_causes_a_traceback(tmp_path):
+    """300 logs, each turned into the page's JSON; every tenth is drawn too, which is slow."""
+    rng = random.Random(0)
     log_of(tmp_path, n_steps=25, end="finished")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     lines[0] |= {"n_params": 5, "device_name": "a CPU", "model_args": {"dim": 4}}
     lines = [*lines[:2], *lines[19:23], *lines[-2:]]
     n_drawn = 0
     for i in range(300):
-        (tmp_path / "log.jsonl").write_bytes(mutated(lines, numbers))
+        (tmp_path / "log.jsonl").write_bytes(mutated(lines, rng))
         [run] = find_runs([tmp_path])
         json.dumps(state_of(run, 60), allow_nan=False)
         training_facts({"iter_num": 20}, tmp_path)
@@ -294,30 +294,30 @@ def test_no_mutated_log_ends_in_a_traceback(tmp_path):
 @pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.filterwarnings("ignore")
-def test_no_mutated_results_end_in_a_traceback(tmp_path):
-    numbers = random.Random(0)
+def test_no_mutated_results_cause_a_traceback(tmp_path):
+    rng = random.Random(0)
     hardware = {"device_name": "a CPU", "threads": 2, "platform": "Linux", "torch": "2"}
-    more = {"hardware": hardware, "commit": "0123", "title": "a title", "arguments": "--a=b"}
-    lines = [line_of_sweep(val=v, lr=lr, seed=1) | more for lr, v in ((0.1, 1.0), (1.0, 2.0))]
-    lines += [line_of_sweep("diverged", lr=2.0, seed=1), line_of_sweep("failed", lr=3.0, seed=1)]
+    facts = {"hardware": hardware, "commit": "0123", "title": "a title", "arguments": "--a=b"}
+    lines = [sweep_result(val=v, lr=lr, seed=1) | facts for lr, v in ((0.1, 1.0), (1.0, 2.0))]
+    lines += [sweep_result("diverged", lr=2.0, seed=1), sweep_result("failed", lr=3.0, seed=1)]
     n_read = 0
     for i in range(300):
-        (tmp_path / "results.jsonl").write_bytes(mutated(lines, numbers))
+        (tmp_path / "results.jsonl").write_bytes(mutated(lines, rng))
         with contextlib.suppress(UserError):
-            found = sweeps.read_sweep(str(tmp_path / "results.jsonl"))
-            text = sweeps.section(found)
-            assert "\x1b" not in sweeps.title_of(found) and text
+            results = sweeps.read_sweep(str(tmp_path / "results.jsonl"))
+            text = sweeps.section(results)
+            assert "\x1b" not in sweeps.title_of(results) and text
             n_read += 1
             if i % 10 == 0:  # drawing is slow
-                draw_sweep(found, str(tmp_path / "a.svg"))
+                draw_sweep(results, str(tmp_path / "a.svg"))
     assert n_read > 200
 
 
 @needs_matplotlib
-def test_nothing_in_results_reaches_the_terminal_as_a_command(tmp_path):
-    lines = [line_of_sweep(val=v, run=f"\x1b[2J{v}", seed=1) for v in (1.0, 2.0)]
+def test_control_characters_in_results_do_not_reach_the_terminal(tmp_path):
+    lines = [sweep_result(val=v, run=f"\x1b[2J{v}", seed=1) for v in (1.0, 2.0)]
     lines[0]["title"] = "\x1b]0;owned\x07"
-    lines.append({**line_of_sweep("failed", run="c", seed=1), "error": "\x9b31m"})
+    lines.append({**sweep_result("failed", run="c", seed=1), "error": "\x9b31m"})
     done = script("plot.py", write_results(tmp_path / "results.jsonl", lines))
     assert done.returncode == 0, done.stderr
     assert r"\x1b]0;owned\x07" in done.stdout and r"\x9b31m" in done.stdout
@@ -328,7 +328,7 @@ def test_nothing_in_results_reaches_the_terminal_as_a_command(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_an_error(tmp_path, unbuffered):
-    """The hook and the end of configure()'s scripts, so of every script."""
+    """Covers the exception hook and the exit of every script that calls configure()."""
     command = [sys.executable, REPO / "plot.py", log_of(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as f:
@@ -337,7 +337,7 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path, unbuffered):
     assert done.stderr.count("\n") == 1
 
 
-# ---- the table of ablations
+# ---- tables
 
 
 def test_differences_within_two_standard_errors_are_noise():
@@ -352,7 +352,7 @@ def test_differences_within_two_standard_errors_are_noise():
     assert compare([1.5], base, None)[1] is None
 
 
-def test_a_table_says_what_each_option_is_worth(tmp_path):
+def test_the_table_compares_each_option_with_its_base(tmp_path):
     hardware = {"device_name": "a CPU", "threads": 2, "platform": "Linux", "torch": "2"}
     lines = []
     for name, val, train_s, arguments in (
@@ -363,12 +363,12 @@ def test_a_table_says_what_each_option_is_worth(tmp_path):
         ("llama+smear", 1.4, 5, "--arch=llama --smear=True"),
     ):
         for seed in (1, 2, 3):
-            line = line_of_sweep(val=val + (seed - 2) / 100, run=name, seed=seed)
+            line = sweep_result(val=val + (seed - 2) / 100, run=name, seed=seed)
             line |= {"train_s": train_s, "steps": 100, "tokens": 1000, "arguments": arguments}
             lines.append({**line, "hardware": hardware, "commit": "0123456789abcdef"})
-    lines.append(line_of_sweep("failed", run="broken", seed=1))
+    lines.append(sweep_result("failed", run="broken", seed=1))
     rows = {row[0]: row[1:] for row in sweeps.table(lines)}
-    # best first, and what is added to Llama after all that is compared with the recipe
+    # best first; rows compared with Llama come after those compared with the recipe
     assert list(rows)[1:] == ["better", "recipe", "softcap", "llama", "broken", "llama+smear"]
     assert rows["recipe"] == ["", "1.0000 ± 0.0100 (3)", "", "", "", "100", "1.00"]
     assert rows["softcap"] == (
@@ -391,14 +391,14 @@ def test_times_to_a_value_are_interpolated():
     curve = [{"train_s": 60 * minutes, "val_bpb": bpb} for minutes, bpb in pairs]
     for target, seconds in ((1.5, 90), (1.0, 120), (0.9, 270), (2.5, 60), (0.5, math.inf)):
         assert sweeps.time_to(curve, target, "val_bpb") == pytest.approx(seconds)
-    slow, fast = (line_of_sweep(val=val, run=name) for name, val in (("slow", 1.5), ("fast", 1.0)))
+    slow, fast = (sweep_result(val=val, run=name) for name, val in (("slow", 1.5), ("fast", 1.0)))
     slow["train_s"] = 12
     assert sweeps.table([slow, fast])[1][5] == "2 s (6.0 x)"
 
 
 @needs_matplotlib
-def test_a_table_goes_to_a_file(tmp_path):
-    lines = [line_of_sweep(val=v, run=name, seed=1) for name, v in (("a", 1.0), ("b", 2.0))]
+def test_tables_are_written_to_a_file(tmp_path):
+    lines = [sweep_result(val=v, run=name, seed=1) for name, v in (("a", 1.0), ("b", 2.0))]
     paths = [write_results(tmp_path / f"{i}.jsonl", lines) for i in range(2)]
     table = tmp_path / "table.md"
     done = script("plot.py", f"{paths[0]},{paths[1]}", f"--write={table}")
@@ -407,40 +407,40 @@ def test_a_table_goes_to_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("args", "parts"),
     [
-        (["nowhere"], ["nowhere", "No such file"]),
+        (["nowhere"], ["nowhere does not exist"]),
         (["empty"], ["no log.jsonl", "empty"]),
         (["out", "--out=picture.jpg"], ["picture.jpg", ".png or .svg"]),
         (["out", "--x=miles"], ["miles", "steps, tokens, time"]),
         (["out", "--panels=loss,weather"], ["weather", "grad_norm"]),
-        (["good.jsonl", "--panels=loss"], ["--panels is of runs"]),
-        (["out", "--theme=blue"], ["blue", "light, dark"]),
+        (["good.jsonl", "--panels=loss"], ["--panels cannot be used with results of sweeps"]),
+        (["out", "--theme=blue"], ["blue", "light or dark"]),
         (["good.jsonl", "--write=table.txt"], ["table.txt", ".md"]),
         (["out", "--write=table.md"], ["results of sweeps"]),
         (["out", "--smoothing=2"], ["smoothing", "0 to 1"]),
         (["broken.jsonl"], ["broken.jsonl", "no results"]),
         (["good.jsonl", "--x=weather"], ["weather", "lr"]),
-        (["good.jsonl,out"], ["not both"]),
+        (["good.jsonl,out"], ["runs cannot be used with results of sweeps"]),
         (["hollow.jsonl"], ["hollow.jsonl", "no results"]),
         (["--serve", "--port=99999"], ["99999", "65535"]),
         (["--serve", "--engine=no-engine"], ["no-engine", "make run"]),
         (["--serve", "good.jsonl"], ["folder"]),
     ],
 )
-def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
+def test_bad_arguments_are_refused_in_one_sentence(args, parts, tmp_path):
     log_of(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text("no json\n[1]\n")
     (tmp_path / "hollow.jsonl").write_text('{"varied": {}, "status": "finished"}\n')
-    (tmp_path / "good.jsonl").write_text(json.dumps(line_of_sweep(lr=1.0, seed=1)) + "\n")
-    refused(script("plot.py", *words, cwd=tmp_path), *parts)
+    (tmp_path / "good.jsonl").write_text(json.dumps(sweep_result(lr=1.0, seed=1)) + "\n")
+    refused(script("plot.py", *args, cwd=tmp_path), *parts)
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))
 
 
 @pytest.mark.slow
 @needs_matplotlib
-def test_train_draws_its_loss_at_the_end(practice, tmp_path):
+def test_train_draws_the_loss_at_the_end(practice, tmp_path):
     flags = [*TINY, "--picture=True", "--max_iters=20", f"--data_dir={practice}"]
     done = script("train.py", *flags, f"--out_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -452,11 +452,11 @@ def test_train_draws_its_loss_at_the_end(practice, tmp_path):
 
 @pytest.fixture
 def serve():
-    """Start plot.py --serve with some words; returns its port."""
+    """Return a function that starts plot.py --serve with some arguments and returns its port."""
     processes = []
 
-    def start(*words):
-        command = [sys.executable, REPO / "plot.py", "--serve", "--port=0", *map(str, words)]
+    def start(*args):
+        command = [sys.executable, REPO / "plot.py", "--serve", "--port=0", *map(str, args)]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -476,16 +476,16 @@ def serve():
 def get(port, path, host=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request("GET", path, headers={"Host": host} if host else {})
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+    response = connection.getresponse()
+    return response.status, response.read()
 
 
-def test_the_page_has_the_state_of_runs_and_nothing_else(tmp_path, serve):
+def test_the_page_serves_the_state_of_runs_and_nothing_else(tmp_path, serve):
     log_of(tmp_path / "out")
     port = serve(tmp_path / "out", "--start=")
     status, page = get(port, "/")
     assert status == 200 and b"<!doctype html>" in page
-    assert b"src=" not in page and page.count(b"http://") == 1  # the name of SVG: nothing is loaded
+    assert b"src=" not in page and page.count(b"http://") == 1  # the SVG namespace
     state = json.loads(get(port, "/data.json")[1])
     [run] = state["runs"]
     assert (run["step"], run["max_iters"], run["state"]) == (60, 100, "running")
@@ -500,7 +500,7 @@ def test_the_page_has_the_state_of_runs_and_nothing_else(tmp_path, serve):
     assert get(port, "/data.json", host="evil.example:80")[0] == 403
 
 
-def test_the_page_waits_for_a_run_that_is_not_there_yet(tmp_path, serve):
+def test_the_page_waits_for_a_run_that_does_not_exist_yet(tmp_path, serve):
     port = serve(f"--out_dir={tmp_path / 'out'}", "--start=")
     state = json.loads(get(port, "/data.json")[1])
     assert state["runs"] == [] and "out" in state["problem"]
@@ -508,19 +508,19 @@ def test_the_page_waits_for_a_run_that_is_not_there_yet(tmp_path, serve):
     assert len(json.loads(get(port, "/data.json")[1])["runs"]) == 1
 
 
-def test_slow_clients_do_not_silence_the_page(tmp_path, serve):
+def test_slow_clients_do_not_block_the_page(tmp_path, serve):
     port = serve(log_of(tmp_path / "out"), "--start=")
     slow = [socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) for _ in range(300)]
     for client in slow:
-        with contextlib.suppress(OSError):  # it may be cut off already
+        with contextlib.suppress(OSError):  # it may be disconnected already
             client.sendall(b"GET / HT")
     assert get(port, "/data.json")[0] == 200
-    gone = 0
-    for client in slow[: 300 - MOST_CLIENTS]:
+    n_disconnected = 0
+    for client in slow[: 300 - MAX_CLIENTS]:
         with contextlib.suppress(ConnectionError):
             assert client.recv(1000) == b""
-        gone += 1
-    assert gone == 300 - MOST_CLIENTS and get(port, "/data.json")[0] == 200
+        n_disconnected += 1
+    assert n_disconnected == 300 - MAX_CLIENTS and get(port, "/data.json")[0] == 200
 
 
 def test_clients_that_leave_print_nothing(tmp_path, serve):
@@ -528,7 +528,7 @@ def test_clients_that_leave_print_nothing(tmp_path, serve):
     for request in (b"GET /data.json HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET", b"\0\n\n"):
         for _ in range(5):
             client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
-            # a reset in place of an orderly end
+            # a reset instead of an orderly close
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.sendall(request)
             client.close()
@@ -556,7 +556,7 @@ def test_the_engine_does_not_outlive_the_page(tmp_path, serve, signum):
     wait_until(pid.exists)
     serve.processes[0].send_signal(signum)
     serve.processes[0].wait(PATIENCE_S)
-    wait_until(lambda: not is_alive(int(pid.read_text())), "the engine is still there")
+    wait_until(lambda: not is_alive(int(pid.read_text())), "the engine is still running")
 
 
 def test_a_taken_port_is_refused(tmp_path, serve):
@@ -573,10 +573,10 @@ QUIET = (
 ).split()
 
 
-def browse(port, folder, *words):
-    """Open the page in Chromium, for four seconds of its time; returns the page as it is then."""
+def browse(port, folder, *flags):
+    """Open the page in Chromium and return its HTML after four seconds of virtual time."""
     command = [BROWSER, *QUIET, f"--user-data-dir={folder}", "--window-size=1280,1150"]
-    command += ["--virtual-time-budget=4000", *words, f"http://127.0.0.1:{port}/"]
+    command += ["--virtual-time-budget=4000", *flags, f"http://127.0.0.1:{port}/"]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     ).stdout
@@ -604,14 +604,14 @@ def test_the_page_follows_a_real_run_in_a_browser(practice, tmp_path, serve, bui
         before = browse(port, tmp_path / "profile", "--dump-dom")
         browse(port, tmp_path / "profile", f"--screenshot={tmp_path / 'page.png'}")
         after = browse(port, tmp_path / "profile", "--dump-dom")
-        assert training.poll() is None  # it went on all the while
+        assert training.poll() is None  # still running
     finally:
         training.kill()
         training.wait()
     assert 0 < shown_step(before) < shown_step(after)
     assert "Once upon a time" in story["text"] and "Once upon a time" in before
-    for word in ("tokens/s", "left, about", "running", "bits per byte"):
-        assert word in before
+    for text in ("tokens/s", "time left (estimate)", "running", "bits per byte"):
+        assert text in before
     assert before.count('class="curve"') >= 5 and 'd="M' in before
     from matplotlib.image import imread
 

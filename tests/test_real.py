@@ -1,4 +1,4 @@
-"""With real stories and a real model, where the environment variable REAL_DATA names them."""
+"""Tests with real stories and a real model, in the folder of the environment variable REAL_DATA."""
 
 import json
 
@@ -15,10 +15,10 @@ Lily didn't want to help her mom, so she
 """
 
 
-def test_stories260k_says_its_text(real_data, run):
+def test_stories260k_generates_its_known_text(real_data, run):
     folder = real_data / "models" / "stories260K"
-    words = ["-z", folder / "tok512.bin", "-t", "0", "-n", "200"]
-    done = run(folder / "stories260K.bin", *words)
+    args = ["-z", folder / "tok512.bin", "-t", "0", "-n", "200"]
+    done = run(folder / "stories260K.bin", *args)
     assert done.stdout.decode() == STORIES_260K
 
 
@@ -39,9 +39,9 @@ def test_the_pipeline_runs_on_real_stories(real_data, tmp_path, run):
         assert meta["shards"][0]["documents"] == 1000
         assert sum(s["documents"] for s in meta["shards"][1:]) == 16505
         assert sum(s["unk"] for s in meta["shards"]) == 0
-    words = [*TINY, "--vocab_size=512", f"--data_dir={data}", f"--out_dir={out}"]
-    words += ["--dim=64", "--batch_size=32", "--max_iters=200"]
-    done = script("train.py", *words)
+    args = [*TINY, "--vocab_size=512", f"--data_dir={data}", f"--out_dir={out}"]
+    args += ["--dim=64", "--batch_size=32", "--max_iters=200"]
+    done = script("train.py", *args)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     curve = [e["val_bpb"] for e in log if e["kind"] == "eval"]

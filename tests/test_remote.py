@@ -1,4 +1,4 @@
-"""What leaves the machine, and the large presets: uploads, metrics, on_finish, --estimate."""
+"""Uploads, metrics, on_finish, --estimate, and the preset for smol-llama."""
 
 import contextlib
 import json
@@ -37,12 +37,12 @@ SMOL = "config/smol_llama_360m.py"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in for the hub that scripts and this process upload to."""
+    """A stand-in for the hub, used by scripts and by this process."""
     with Hub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # a storage that the stand-in lacks
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # the stand-in has no Xet storage
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         yield server
@@ -55,14 +55,14 @@ def steps_on(hub):
 # ---- uploads
 
 
-def test_every_checkpoint_arrives_and_training_does_not_stop_for_a_failure(hub, practice, tmp_path):
-    hub.failures = 1  # the first commit is refused once
+def test_every_checkpoint_arrives_and_training_continues_after_a_failure(hub, practice, tmp_path):
+    hub.failures = 1  # the first commit fails once
     out = tmp_path / "out"
     marker = tmp_path / "finished"
-    words = ["--max_iters=60", f"--hub_repo={NAME}", f"--on_finish=echo '$X;' > {marker}"]
-    done = train(practice, out, *words)
+    args = ["--max_iters=60", f"--hub_repo={NAME}", f"--on_finish=echo '$X;' > {marker}"]
+    done = train(practice, out, *args)
     assert done.returncode == 0, done.stderr
-    assert "again in 2 s" in done.stderr and "hf_secret" not in done.stderr + done.stdout
+    assert "retrying in 2 s" in done.stderr and "hf_secret" not in done.stderr + done.stdout
     assert steps_on(hub) == [f"checkpoints/ckpt_0000{n}.pt" for n in (20, 40, 60)]
     assert hub.models[NAME]["checkpoints/ckpt_000060.pt"] == (out / "ckpt.pt").read_bytes()
     assert {"log.jsonl", "tokenizer.model", "tokenizer.bin"} < set(hub.models[NAME])
@@ -71,15 +71,15 @@ def test_every_checkpoint_arrives_and_training_does_not_stop_for_a_failure(hub, 
     assert marker.read_text() == "$X;\n"
 
 
-def test_local_copies_go_only_where_asked(hub, practice, tmp_path):
+def test_local_copies_are_deleted_only_on_request(hub, practice, tmp_path):
     out = tmp_path / "out"
-    words = ["--max_iters=60", f"--hub_repo={NAME}", "--hub_keep_local=False", "--keep_last=9"]
-    assert train(practice, out, *words).returncode == 0
+    args = ["--max_iters=60", f"--hub_repo={NAME}", "--hub_keep_local=False", "--keep_last=9"]
+    assert train(practice, out, *args).returncode == 0
     assert [path.name for path in out.glob("ckpt*")] == ["ckpt.pt"]
     assert len(steps_on(hub)) == 3
 
 
-def test_what_does_not_arrive_is_kept_and_said_and_sent_the_next_time(
+def test_failed_uploads_are_kept_reported_and_sent_by_the_next_run(
     hub, practice, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(remote, "WAITS_S", (0.01, 0.01))
@@ -88,26 +88,26 @@ def test_what_does_not_arrive_is_kept_and_said_and_sent_the_next_time(
     uploads = remote.Uploads(NAME, str(tmp_path / "out"))
     hub.failures = 100
     uploads.submit(str(tmp_path / "out" / "ckpt.pt"), "ckpt_000001.pt")
-    (tmp_path / "out" / "ckpt.pt").unlink()  # rotated away meanwhile
+    (tmp_path / "out" / "ckpt.pt").unlink()  # deleted by rotation before the upload
     assert not uploads.finish()
     assert uploads.failed == ["ckpt_000001.pt"]
     hub.failures = 0
-    again = remote.Uploads(NAME, str(tmp_path / "out"))
-    assert again.finish()
+    next_uploads = remote.Uploads(NAME, str(tmp_path / "out"))
+    assert next_uploads.finish()
     assert hub.models[NAME]["checkpoints/ckpt_000001.pt"] == b"weights"
 
 
-def test_a_finished_run_sends_what_is_left_and_then_finishes(hub, practice, tmp_path):
+def test_a_finished_run_uploads_the_rest_and_runs_on_finish(hub, practice, tmp_path):
     out, marker = tmp_path / "out", tmp_path / "m"
     assert train(practice, out, "--max_iters=20").returncode == 0
     staged = out / "uploads" / "ckpt_000020.pt" / "checkpoints"
     staged.mkdir(parents=True)
     (staged / "ckpt_000020.pt").write_bytes((out / "ckpt.pt").read_bytes())
-    for name in ("ckpt_000010.pt.part", ".DS_Store"):  # of a kill in the middle, and of a system
+    for name in ("ckpt_000010.pt.part", ".DS_Store"):  # left by a killed run, and by macOS
         (out / "uploads" / name).mkdir()
         (out / "uploads" / name / "x").write_text("x")
-    words = [f"--hub_repo={NAME}", "--resume=auto", f"--on_finish=touch {marker}"]
-    done = train(practice, out, "--max_iters=20", *words)
+    args = [f"--hub_repo={NAME}", "--resume=auto", f"--on_finish=touch {marker}"]
+    done = train(practice, out, "--max_iters=20", *args)
     assert done.returncode == 0, done.stderr
     assert steps_on(hub) == ["checkpoints/ckpt_000020.pt"] and set(hub.models[NAME]) == {
         "checkpoints/ckpt_000020.pt"
@@ -116,33 +116,35 @@ def test_a_finished_run_sends_what_is_left_and_then_finishes(hub, practice, tmp_
 
 
 def test_two_runs_do_not_mix_in_one_repository(hub, practice, tmp_path):
-    words = [f"--hub_repo={NAME}", "--max_iters=20", "--on_finish=true SECRET"]
-    assert train(practice, tmp_path / "a", *words).returncode == 0
+    args = [f"--hub_repo={NAME}", "--max_iters=20", "--on_finish=true SECRET"]
+    assert train(practice, tmp_path / "a", *args).returncode == 0
     assert not any(b"SECRET" in data for data in hub.models[NAME].values())
-    refused(train(practice, tmp_path / "b", *words), "ckpt_000020.pt of another run")
-    # on a new machine the first goes on, and ends with a model even if no later step is better
+    refused(train(practice, tmp_path / "b", *args), "ckpt_000020.pt from another run")
+    # on a new machine, the first run continues, and ends with a model although it gets no better
     rates = ["--embedding_lr=1e-9", "--hidden_lr=1e-9", "--head_lr=1e-9", "--scalar_lr=1e-9"]
-    words[1] = "--max_iters=40"
-    done = train(practice, tmp_path / "c", *words, *rates, "--resume=auto", "--bigram_lr=1e-9")
+    args[1] = "--max_iters=40"
+    done = train(practice, tmp_path / "c", *args, *rates, "--resume=auto", "--bigram_lr=1e-9")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "model.bin").exists() and (tmp_path / "c" / "best.pt").exists()
 
 
-def test_on_finish_is_for_runs_that_are_done(practice, tmp_path):
+def test_on_finish_runs_only_after_finished_runs(practice, tmp_path):
     marker = tmp_path / "m"
-    words = ["--max_iters=20", f"--on_finish=touch {marker}; exit 3"]
-    done = train(practice, tmp_path / "a", *words)
-    refused(done, "on_finish ended with status 3")
+    args = ["--max_iters=20", f"--on_finish=touch {marker}; exit 3"]
+    done = train(practice, tmp_path / "a", *args)
+    refused(done, "the on_finish command ended with status 3")
     assert marker.exists()
-    before, said, _ = done.stdout.partition(f"this command runs: 'touch {marker}; exit 3'")
-    assert said and "step" not in before  # before anything is trained
+    before, announcement, _ = done.stdout.partition(
+        f"note: on_finish will run 'touch {marker}; exit 3'"
+    )
+    assert announcement and "step" not in before  # it is printed before training starts
     marker.unlink()
     rates = ["--embedding_lr=1e30", "--hidden_lr=1e30", "--grad_clip=0", "--head_lr=1e30"]
-    refused(train(practice, tmp_path / "b", *words, *rates), "diverged")
+    refused(train(practice, tmp_path / "b", *args, *rates), "diverged")
     assert not marker.exists()
 
 
-def test_uploads_are_refused_before_anything_is_trained(hub, practice, tmp_path, monkeypatch):
+def test_uploads_are_refused_before_training_starts(hub, practice, tmp_path, monkeypatch):
     refused(train(practice, tmp_path / "a", "--hub_repo=no name"), "cannot upload to no name")
     refused(train(practice, tmp_path / "b", "--hub_repo=alone"), "expected user/name")
     monkeypatch.delenv("HF_TOKEN")
@@ -164,15 +166,15 @@ STUB = """
 import json, os
 class api: api_key = "key"
 class Run:
-    def __init__(self, words): self.id = words.get("id") or "id7"; self.words = words
-    def define_metric(self, *words, **more): pass
+    def __init__(self, options): self.id = options.get("id") or "id7"
+    def define_metric(self, *args, **more): pass
     def log(self, values):
         if os.environ.get("FAIL"): raise OSError("no network")
         self.write({"id": self.id, **values})
     def finish(self): self.write({"id": self.id, "finished": True})
     def write(self, value):
         with open(os.environ["SEEN"], "a") as f: print(json.dumps(value), file=f)
-def init(**words): return Run(words)
+def init(**options): return Run(options)
 """
 
 
@@ -185,22 +187,22 @@ def wandb(tmp_path, monkeypatch):
     return tmp_path / "seen"
 
 
-def alone(practice, out, *words):
-    """train.py in a process of its own, which finds the stub by PYTHONPATH."""
+def alone(practice, out, *args):
+    """Run train.py in a new process, which finds the stub through PYTHONPATH."""
     from conftest import TINY
 
-    flags = [*TINY, f"--data_dir={practice}", f"--out_dir={out}", *words]
+    flags = [*TINY, f"--data_dir={practice}", f"--out_dir={out}", *args]
     command = [sys.executable, REPO / "train.py", *flags]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_metrics_go_on_in_the_same_run(wandb, practice, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_metrics(wandb, practice, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    words = ["--wandb_project=stories", "--resume=auto"]
-    assert alone(practice, out, *words, "--max_iters=20").returncode == 0
+    args = ["--wandb_project=stories", "--resume=auto"]
+    assert alone(practice, out, *args, "--max_iters=20").returncode == 0
     (out / "wandb_id").write_text("id8")
-    assert alone(practice, out, *words, "--max_iters=40").returncode == 0
+    assert alone(practice, out, *args, "--max_iters=40").returncode == 0
     seen = [json.loads(line) for line in wandb.read_text().splitlines()]
     losses = {e["step"]: e["train/loss"] for e in seen if "train/loss" in e}
     logged = {e["step"]: e["loss"] for e in read_log(out) if e["kind"] == "train"}
@@ -208,12 +210,12 @@ def test_metrics_go_on_in_the_same_run(wandb, practice, tmp_path, monkeypatch):
     assert {e["step"] for e in seen if "eval/val_loss" in e} == {20, 40}
     assert [e["id"] for e in seen if "finished" in e] == ["id7", "id8"]
     monkeypatch.setenv("FAIL", "1")
-    done = alone(practice, tmp_path / "b", *words, "--max_iters=20")
-    assert done.returncode == 0 and done.stderr.count("wandb fails (no network)") == 1
+    done = alone(practice, tmp_path / "b", *args, "--max_iters=20")
+    assert done.returncode == 0 and done.stderr.count("wandb failed (no network)") == 1
 
 
 @pytest.mark.slow
-def test_the_real_library_offline(practice, tmp_path, monkeypatch):
+def test_metrics_with_the_real_library_offline(practice, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -231,7 +233,7 @@ def test_the_estimate_needs_no_data_and_no_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "361,821,120 parameters, 47,185,920 of them in tables" in done.stdout
     assert "6,003,097,600 tokens: 5,725 steps of 1,048,576" in done.stdout
-    assert "2.548 GFLOP a token" in done.stdout
+    assert "2.548 GFLOP per token" in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("H100 PCIe"))
     assert row.split()[-4:] == ["118,671", "14.1", "1.8", "$34"]
     assert os.listdir(tmp_path) == []
@@ -242,18 +244,18 @@ def test_the_estimate_needs_no_data_and_no_gpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_estimate_says_of_memory():
+def test_the_estimate_of_memory_adds_up():
     sizes = {"dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 512, "max_seq_len": 128}
     with torch.device("meta"):
         model = Transformer(ModelArgs(**sizes))
     n = model.n_params()
-    per_layer = 128 * 64 * 4  # what goes into it, float32
+    per_layer = 128 * 64 * 4  # its input in float32
     block = kept_bytes(model, 2, "block") - kept_bytes(model, 1, "block")
-    rest = 128 * (64 * 4 * 3 + 8)  # of the last norm and the loss
+    rest = 128 * (64 * 4 * 3 + 8)  # for the last norm and the loss
     assert 3 * per_layer <= block <= 3 * per_layer + 2 * rest
     kept = {r: kept_bytes(model, 1, r) for r in ("none", "selective", "block")}
     assert kept["block"] < kept["selective"] < kept["none"]
-    # q, k, v, the result, a float32 a query, of every head, and no scores
+    # per head q, k, v, the result and one float32 per query, but no scores
     assert kept["none"] < 3 * 128 * 64 * 4 * 26 + 4 * n
     for optimizer, each in (("adamw", 16), ("muon", 12)):
         fixed, _ = memory_of(model, optimizer, "block", 1, False)
@@ -262,7 +264,7 @@ def test_what_the_estimate_says_of_memory():
     assert fixed > sharded
 
 
-def test_kernels_of_attention_that_cannot_be_used_are_refused(practice, tmp_path):
+def test_unusable_attention_backends_are_refused(practice, tmp_path):
     for kernel in ("flex", "flash"):
         done = train(practice, tmp_path / "a", f"--attention={kernel}")
         refused(done, f"attention = {kernel}", "--attention=sdpa")
@@ -273,7 +275,7 @@ def test_kernels_of_attention_that_cannot_be_used_are_refused(practice, tmp_path
 
 
 def fineweb_on(hub, n_tokens):
-    """The pre-tokenized dataset on the stand-in, its vocabulary of the real size."""
+    """Put a pre-tokenized dataset on the stand-in, with a vocabulary of the real size."""
     special = ["<|endoftext|>", "<pad>", "<s>"]
     n_merges = 49152 - 256 - len(special)
     merges = [(bytes([a]), bytes([b])) for a in range(256) for b in range(256)][:n_merges]
@@ -296,12 +298,12 @@ SMALLER += ["--dtype=float32", "--compile=False", "--warmup_iters=1"]
 @pytest.mark.slow
 def test_smol_llama_from_its_data_to_transformers(hub, tmp_path):
     fineweb_on(hub, 20000)
-    words = ["--source=fineweb-6b", f"--endpoint={hub.url}"]
-    done = script("webtext.py", "prepare", *words, cwd=tmp_path)
+    args = ["--source=fineweb-6b", f"--endpoint={hub.url}"]
+    done = script("webtext.py", "prepare", *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "next: python train.py config/smol_llama_360m.py" in done.stdout
     command = ["train.py", SMOL, *SMALLER, "--gradient_accumulation_steps=2"]
-    for n in (1, 2):  # the second goes on with the first
+    for n in (1, 2):  # the second continues the first
         done = script(*command, f"--max_iters={n}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     out = tmp_path / "out" / "smol_llama_360m"
@@ -309,8 +311,8 @@ def test_smol_llama_from_its_data_to_transformers(hub, tmp_path):
     assert [e["step"] for e in log if e["kind"] == "train"] == [1, 2]
     assert log[0]["n_params"] == 47_185_920 + 9_830_400 + 3 * 960
     assert all(e["val_bpb"] > 0 for e in log if e["kind"] == "eval")
-    words = [f"--checkpoint={out / 'ckpt.pt'}", "--format=hf"]
-    done = script("export.py", tmp_path / "hf", *words)
+    args = [f"--checkpoint={out / 'ckpt.pt'}", "--format=hf"]
+    done = script("export.py", tmp_path / "hf", *args)
     assert done.returncode == 0, done.stderr
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -321,18 +323,18 @@ def test_smol_llama_from_its_data_to_transformers(hub, tmp_path):
     shutil.rmtree(tmp_path / "hf")
 
 
-def kill_all(word):
-    """End every process with a word in its command: torchrun's ranks have sessions of their own."""
+def kill_all(text):
+    """Kill every process with `text` in its command: torchrun's ranks have their own sessions."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if word.encode() in (folder / "cmdline").read_bytes() and folder.name != "self":
+            if text.encode() in (folder / "cmdline").read_bytes() and folder.name != "self":
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
-def torchrun(folder, practice, *words):
+def torchrun(folder, practice, *args):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     small = ["--dim=60", "--vocab_size=300", "--vocab_source=custom", f"--data_dir={practice}"]
-    command = [*launch, REPO / "train.py", SMOL, *SMALLER, *small, *words]
+    command = [*launch, REPO / "train.py", SMOL, *SMALLER, *small, *args]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -346,20 +348,20 @@ def torchrun(folder, practice, *words):
 @pytest.mark.slow
 def test_two_processes_upload_are_killed_and_resume_from_the_hub(hub, practice, tmp_path):
     out = tmp_path / "out"
-    words = [f"--hub_repo={NAME}", f"--out_dir={out}", "--eval_interval=5"]
-    process = torchrun(tmp_path, practice, *words, "--max_iters=100000")
-    # with log and tokenizer two checkpoints or more
+    args = [f"--hub_repo={NAME}", f"--out_dir={out}", "--eval_interval=5"]
+    process = torchrun(tmp_path, practice, *args, "--max_iters=100000")
+    # the log, the tokenizer and at least two checkpoints
     wait_until(lambda: len(hub.models.get(NAME, {})) > 4 or process.poll() is not None)
     kill_all(str(out))
     output = process.communicate(timeout=PATIENCE_S)[0]
-    found = steps_on(hub)
-    assert len(found) >= 2, output
-    step = int(found[-1][-9:-3])
+    arrived = steps_on(hub)
+    assert len(arrived) >= 2, output
+    step = int(arrived[-1][-9:-3])
     shutil.rmtree(out)  # the machine is gone
-    process = torchrun(tmp_path, practice, *words, f"--max_iters={step + 3}")
+    process = torchrun(tmp_path, practice, *args, f"--max_iters={step + 3}")
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
-    assert f"going on from ckpt_{step:06}.pt of {NAME}" in output
+    assert f"continuing from ckpt_{step:06}.pt of {NAME}" in output
     log = read_log(out)
     trained = [e["step"] for e in log if e["kind"] == "train"]
     assert trained == list(range(1, step + 4))
@@ -367,23 +369,21 @@ def test_two_processes_upload_are_killed_and_resume_from_the_hub(hub, practice, 
 
 
 @pytest.mark.slow
-def test_two_processes_for_a_given_time_end_with_the_users_command(practice, tmp_path):
-    words = [
+def test_two_processes_with_a_time_limit_end_with_on_finish(practice, tmp_path):
+    args = [
         "--max_minutes=0.02",
         f"--out_dir={tmp_path / 'out'}",
         f"--on_finish=touch {tmp_path}/m",
     ]
-    process = torchrun(tmp_path, practice, *words)
+    process = torchrun(tmp_path, practice, *args)
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
     assert (tmp_path / "m").exists()
 
 
-def test_a_hub_without_a_checkpoint_begins_anew_and_one_without_an_answer_says_so(
-    hub, practice, tmp_path
-):
-    words = [f"--hub_repo={NAME}", "--resume=auto", "--max_iters=5"]
-    done = train(practice, tmp_path / "a", *words)
+def test_an_empty_hub_starts_a_new_run_and_an_unreachable_one_is_an_error(hub, practice, tmp_path):
+    args = [f"--hub_repo={NAME}", "--resume=auto", "--max_iters=5"]
+    done = train(practice, tmp_path / "a", *args)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(UserError, match="cannot fetch a checkpoint of a b"):
+    with pytest.raises(UserError, match="cannot download a checkpoint from a b"):
         remote.fetch_latest("a b", str(tmp_path / "b"))

@@ -1,4 +1,4 @@
-"""run.c: the same numbers as PyTorch, the same text, and no input that crashes it."""
+"""run.c computes PyTorch's logits and text, and no input crashes it."""
 
 import json
 import math
@@ -55,7 +55,7 @@ PARITY = {
     "head_dim 2": {"dim": 10, "n_heads": 5, "hidden_dim": 3},
     "wide": {"dim": 260, "n_heads": 10, "n_kv_heads": 5, "hidden_dim": 352, "max_seq_len": 24},
     "padded": {"vocab_multiple": 64, "tie_embeddings": False},
-    # ---- version 3; the context is 32, so that it holds several windows
+    # ---- version 3; the context is 32, room for several windows
     "norm_eps": {"norm_eps": 0.1},
     "rope_theta": {"rope_theta": 500000.0},
     "qk_norm": {"qk_norm": True, "n_kv_heads": 2},
@@ -88,11 +88,11 @@ def test_logits_agree_with_pytorch(builds, tmp_path, name, kind):
     tokens = torch.randint(0, model.args.vocab_size, (model.args.max_seq_len,))
     path = tmp_path / "model.bin"
     export_model(model, path)
-    found = logits_of(builds["harness", kind], path, tokens.tolist(), model.args.vocab_size)
+    logits = logits_of(builds["harness", kind], path, tokens.tolist(), model.args.vocab_size)
     with torch.no_grad():
         expected = model(tokens[None])[0].numpy()
     assert np.abs(expected).max() > 1
-    assert np.abs(found - expected).max() <= 1e-4
+    assert np.abs(logits - expected).max() <= 1e-4
 
 
 SHAPES = {
@@ -104,9 +104,9 @@ SHAPES = {
 }
 
 
-def calm_model(**numbers):
-    """A random model that, as a trained one, does not blow rounding up a hundredfold."""
-    model = random_model(**numbers)
+def stable_model(**options):
+    """Return a random model that, like a trained one, does not magnify rounding a hundredfold."""
+    model = random_model(**options)
     with torch.no_grad():
         for layer in model.layers:
             for p in layer.parameters():
@@ -115,23 +115,23 @@ def calm_model(**numbers):
 
 
 def round_trip(matrix, dtype):
-    """What a matrix is after it was stored in a number format."""
+    """Return the values of a matrix after it is stored in a dtype."""
     if dtype == "bf16":
         return matrix.bfloat16().float()
     codes = DTYPES[dtype]
-    numbers, scales = quantized(matrix, codes)
+    q, scales = quantized(matrix, codes)
     scales = scales.float().repeat_interleave(codes.group, 1)[:, : matrix.shape[1]]
-    return (numbers.float() - codes.zero) * scales
+    return (q.float() - codes.zero) * scales
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_of_number_formats_agree_with_pytorch(builds, tmp_path, name, dtype):
-    model = calm_model(**SHAPES[name])
+def test_logits_of_every_dtype_agree_with_pytorch(builds, tmp_path, name, dtype):
+    model = stable_model(**SHAPES[name])
     tokens = torch.randint(0, model.args.vocab_size, (model.args.max_seq_len,))
     path = tmp_path / "model.bin"
     export_model(model, path, dtype=dtype)
-    found = logits_of(builds["harness", "checked"], path, tokens.tolist(), model.args.vocab_size)
+    logits = logits_of(builds["harness", "checked"], path, tokens.tolist(), model.args.vocab_size)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2 and len(p) > 1:
@@ -139,7 +139,7 @@ def test_logits_of_number_formats_agree_with_pytorch(builds, tmp_path, name, dty
         expected = model(tokens[None])[0].numpy()
         assert np.array_equal(read_bin(path).eval()(tokens[None])[0].numpy(), expected)
     assert np.abs(expected).max() > 1
-    assert np.abs(found - expected).max() <= (1e-4 if dtype == "bf16" else 1e-3)
+    assert np.abs(logits - expected).max() <= (1e-4 if dtype == "bf16" else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,23 +150,23 @@ def test_bits_are_the_same_for_all_kernels_and_batches(builds, tmp_path, name, d
     path, vocab_size = tmp_path / "model.bin", model.args.vocab_size
     export_model(model, path, dtype=dtype)
     expected = logits_of(builds["harness", "fast"], path, tokens, vocab_size)
-    # a name that this machine does not have stands for its best
+    # a machine without these kernels uses its fastest ones
     other = [("portable", 1), ("portable", 7), ("AVX2", 1), ("AVX2", 32)]
-    for kernels, batch in other + [("", n) for n in (2, 3, 9, 15)]:  # with all sizes of tiles
-        found = logits_of(builds["harness", "fast"], path, tokens, vocab_size, batch, kernels)
-        assert (found == expected).all(), (kernels, batch)
+    for kernels, batch in other + [("", n) for n in (2, 3, 9, 15)]:  # all tile sizes
+        logits = logits_of(builds["harness", "fast"], path, tokens, vocab_size, batch, kernels)
+        assert (logits == expected).all(), (kernels, batch)
     if ENGINE_EMULATOR:
-        here = tmp_path / "harness"
+        native = tmp_path / "harness"
         subprocess.run(
-            ["cc", *STRICT, "-O2", REPO / "tests/harness.c", "-o", here, "-lm"], check=True
+            ["cc", *STRICT, "-O2", REPO / "tests/harness.c", "-o", native, "-lm"], check=True
         )
-        words = [here, "logits", "5", path, *map(str, tokens)]
-        done = subprocess.run(words, capture_output=True, check=True)
+        command = [native, "logits", "5", path, *map(str, tokens)]
+        done = subprocess.run(command, capture_output=True, check=True)
         assert done.stdout == expected.tobytes()
 
 
 def llama2c_file(model, version):
-    """The bytes of llama2.c's version 1 or 2, and the model that they are."""
+    """Return the bytes of llama2.c's version 1 or 2; version 2 rounds the model's weights too."""
     args, state = model.args, model.state_dict()
     layers = range(args.n_layers)
     header = struct.pack("<Ii7i", MAGIC, version, *(getattr(args, name) for name in V0_HEADER))
@@ -191,32 +191,32 @@ def llama2c_file(model, version):
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e-42])
-def test_bits_are_the_same_where_numbers_end(builds, tmp_path, wrong):
+def test_bits_are_the_same_for_nan_infinite_and_denormal_weights(builds, tmp_path, wrong):
     model = random_model(vocab_size=105)
     with torch.no_grad():
         model.layers[0].attention_norm.weight[:2] = wrong
         if wrong < 1:
             model.layers[0].attention_norm.weight[:] = wrong
     export_model(model, tmp_path / "model.bin", dtype="int8")
-    found = [
+    results = [
         logits_of(builds["harness", kind], tmp_path / "model.bin", [1, 5, 7], 105, 1, kernels)
         for kind, kernels in (("checked", "portable"), ("fast", "AVX2"), ("fast", ""))
     ]
-    assert all(np.array_equal(logits, found[0], equal_nan=True) for logits in found)
+    assert all(np.array_equal(logits, results[0], equal_nan=True) for logits in results)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [1, 2])
-def test_llama2cs_other_versions(builds, tmp_path, version, tied):
-    model = calm_model(n_kv_heads=2, hidden_dim=80, tie_embeddings=tied)
+def test_versions_1_and_2_of_llama2c_are_read(builds, tmp_path, version, tied):
+    model = stable_model(n_kv_heads=2, hidden_dim=80, tie_embeddings=tied)
     data, path = llama2c_file(model, version), tmp_path / "model.bin"
     path.write_bytes(data)
     tokens = torch.randint(0, 105, (32,))
-    found = logits_of(builds["harness", "checked"], path, tokens.tolist(), 105)
+    logits = logits_of(builds["harness", "checked"], path, tokens.tolist(), 105)
     with torch.no_grad():
         expected = model(tokens[None])[0].numpy()
         assert np.array_equal(read_bin(path).eval()(tokens[None])[0].numpy(), expected)
-    assert np.abs(found - expected).max() <= (1e-4 if version == 1 else 1e-3)
+    assert np.abs(logits - expected).max() <= (1e-4 if version == 1 else 1e-3)
     harness = builds["harness", "checked"]
     for size in (255, 256, len(data) // 2, len(data) - 1, len(data) + 1):
         path.write_bytes((data + b"\0")[:size])
@@ -226,12 +226,12 @@ def test_llama2cs_other_versions(builds, tmp_path, version, tied):
         for group in (0, -16, 8, 64):
             path.write_bytes(data[:37] + struct.pack("<i", group) + data[41:])
             done = subprocess.run([harness, "logits", "1", path, "1"], capture_output=True)
-            refused_by(done, f"groups of {group} numbers")
+            refused_by(done, f"groups of {group} weights")
 
 
 @pytest.fixture
 def small(tmp_path, tokenizers):
-    """A random model of 105 pieces with its tokenizer beside, as train.py leaves them."""
+    """A random model of 105 pieces with its tokenizer beside it, as train.py leaves them."""
     export_model(random_model(tie_embeddings=False), tmp_path / "model.bin")
     shutil.copy(bin_of(tokenizers[105]), tmp_path / "tokenizer.bin")
     return tmp_path / "model.bin"
@@ -239,7 +239,7 @@ def small(tmp_path, tokenizers):
 
 @pytest.mark.parametrize("options", [{"tie_embeddings": False}, EVERYTHING], ids=["plain", "all"])
 @pytest.mark.parametrize("size", [105, 512])
-def test_greedy_text_is_that_of_pytorch(run, tmp_path, tokenizers, size, options):
+def test_greedy_text_matches_pytorch(run, tmp_path, tokenizers, size, options):
     tokenizer = tokenizers[size]
     model = random_model(seed=size, vocab_size=size, max_seq_len=96, **options)
     export_model(model, tmp_path / "model.bin")
@@ -248,95 +248,116 @@ def test_greedy_text_is_that_of_pytorch(run, tmp_path, tokenizers, size, options
         text = [*ids, *model.generate(ids, 60, temperature=0, stop=(1, 2))]
         assert len(set(text)) > 3
         n = str(len(ids) - 1 + 60)
-        words = ["-z", bin_of(tokenizer), "-t", "0", "-n", n, "-i", prompt]
-        done = run(tmp_path / "model.bin", *words)
+        args = ["-z", bin_of(tokenizer), "-t", "0", "-n", n, "-i", prompt]
+        done = run(tmp_path / "model.bin", *args)
         assert done.returncode == 0, done.stderr
         assert done.stdout.decode() == tokenizer.decode(text) + "\n"
 
 
-def test_output_goes_where_it_belongs(run, small):
+def test_the_story_goes_to_stdout_and_everything_else_to_stderr(run, small):
     done = run(small, "-s", "7", "-n", "20")
     assert done.returncode == 0
     assert b"seed: 7" in done.stderr and b"tok/s" in done.stderr
     assert b"seed" not in done.stdout and done.stdout.endswith(b"\n")
 
 
-def test_the_seed_decides_the_story(run, small):
+def test_the_seed_determines_the_story(run, small):
     texts = [run(small, "-s", s, "-n", "30").stdout for s in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
     assert run(small, "-n", "8", "-t", "0").stdout == run(small, "-n", "8", "-t", "0").stdout
 
 
-def test_n_counts_the_prompt_and_0_is_the_whole_context(run, tmp_path, tokenizers):
+def test_n_includes_the_prompt_and_0_means_the_whole_context(run, tmp_path, tokenizers):
     tokenizer = tokenizers[512]
     model = random_model(vocab_size=512, tie_embeddings=False)
     export_model(model, tmp_path / "model.bin")
     prompt = tokenizer.encode("Once upon")
     for n in (len(prompt) + 3, 20, 32, 0):
-        count = (n or 32) + 1 - len(prompt)  # the token behind the last position is told as well
+        count = (n or 32) + 1 - len(prompt)  # the token after the last position is printed too
         text = [*prompt, *model.generate(prompt, count, temperature=0, stop=(1, 2))]
         assert len(text) == (n or 32) + 1
-        words = ["-z", bin_of(tokenizer), "-t", "0", "-n", str(n), "-i", "Once upon"]
-        done = run(tmp_path / "model.bin", *words)
+        args = ["-z", bin_of(tokenizer), "-t", "0", "-n", str(n), "-i", "Once upon"]
+        done = run(tmp_path / "model.bin", *args)
         assert done.stdout.decode() == tokenizer.decode(text) + "\n"
 
 
-BETWEEN = b"\n---\n\n"  # stories, as sample.py has it
+def test_a_note_reports_a_story_that_the_context_cuts(run, small, tmp_path):
+    """It is printed once, and only if -n asked for more."""
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat.")
+    lines = run(small, "-s", "0", "-n", "33", "-b", "30", "--json").stdout.splitlines()
+    lengths = [json.loads(line)["tokens"] for line in lines]
+    cut, ended = lengths.index(32), lengths.index(min(lengths))
+    assert lengths[ended] < 31
+    for n, b in ((33, 1), (1000, 1), (33, 30)):
+        done = run(small, "-s", cut, "-n", n, "-b", b)
+        story = "the story" if b == 1 else "a story"
+        note = f"note: {story} stops at the model's context of 32 tokens\n"
+        assert done.returncode == 0 and note in done.stderr.decode()
+        assert done.stderr.count(b"note") == 1 and b"note" not in done.stdout
+    without = [["-s", ended, "-n", "33"], ["-s", cut, "-n", "33", "--json"], ["-s", cut]]
+    without += [["-s", cut, "-n", n] for n in (0, 31, 32)]
+    for args in [*without, ["--bench", "-n", "33"], ["-m", "eval", "-i", text, "-n", "33"]]:
+        done = run(small, *args)
+        assert done.returncode == 0 and b"note" not in done.stderr, args
 
 
-def test_stories_told_at_once_are_those_told_alone(run, small):
+BETWEEN = b"\n---\n\n"  # between stories, as in sample.py
+
+
+def test_stories_generated_at_once_match_those_generated_alone(run, small):
     alone = [run(small, "-s", seed, "-n", "30").stdout for seed in range(7, 12)]
     together = run(small, "-s", "7", "-n", "30", "-b", "5")
     assert together.returncode == 0 and together.stdout == BETWEEN.join(alone)
     lines = run(small, "-s", "7", "-n", "30", "-b", "5", "--json").stdout.decode().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [story["seed"] for story in told] == list(range(7, 12))
-    assert [story["text"] + "\n" for story in told] == [text.decode() for text in alone]
-    assert max(story["tokens"] for story in told) == 30
+    stories = [json.loads(line) for line in lines]
+    assert [story["seed"] for story in stories] == list(range(7, 12))
+    assert [story["text"] + "\n" for story in stories] == [text.decode() for text in alone]
+    assert max(story["tokens"] for story in stories) == 30
 
 
-@pytest.mark.parametrize("words", [[], ["--fast"]])
+@pytest.mark.parametrize("args", [[], ["--fast"]])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_number_formats_tell_the_same_at_once_and_alone(run, small, dtype, words):
-    export_model(calm_model(tie_embeddings=False), small, dtype=dtype)
-    alone = [run(small, "-s", seed, "-n", "20", *words).stdout for seed in range(15)]
+def test_quantized_stories_at_once_match_those_alone(run, small, dtype, args):
+    export_model(stable_model(tie_embeddings=False), small, dtype=dtype)
+    alone = [run(small, "-s", seed, "-n", "20", *args).stdout for seed in range(15)]
     for n in (2, 7, 15):
-        together = run(small, "-s", "0", "-n", "20", "-b", n, *words)
+        together = run(small, "-s", "0", "-n", "20", "-b", n, *args)
         assert together.returncode == 0 and together.stdout == BETWEEN.join(alone[:n])
 
 
 def loss_of(done):
-    """The loss that -m eval printed."""
+    """Return the loss that -m eval printed."""
     assert done.returncode == 0, done.stderr
     return float(re.search(r"loss: ([0-9.]+)", done.stdout.decode())[1])
 
 
-def test_a_bf16_cache_is_nearly_the_same(run, small, tmp_path):
+def test_a_bf16_cache_hardly_changes_the_loss(run, small, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a cat. <|endoftext|> Tim and Tom.\n")
     choices = ([], ["--kv", "fp32"], ["--kv", "bf16"])
-    numbers = [loss_of(run(small, "-m", "eval", "-i", text, *words)) for words in choices]
-    assert numbers[0] == numbers[1] and 0 < abs(numbers[2] - numbers[0]) < 0.01 * numbers[0]
+    losses = [loss_of(run(small, "-m", "eval", "-i", text, *args)) for args in choices]
+    assert losses[0] == losses[1] and 0 < abs(losses[2] - losses[0]) < 0.01 * losses[0]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_fast_products_are_nearly_the_same(run, small, tmp_path, dtype):
-    export_model(calm_model(tie_embeddings=False), small, dtype=dtype)
+def test_fast_products_hardly_change_the_loss(run, small, tmp_path, dtype):
+    export_model(stable_model(tie_embeddings=False), small, dtype=dtype)
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a cat. <|endoftext|> Tim and Tom.\n")
     choices = ([], ["--fast"])
-    exact, fast = (loss_of(run(small, "-m", "eval", "-i", text, *words)) for words in choices)
+    exact, fast = (loss_of(run(small, "-m", "eval", "-i", text, *args)) for args in choices)
     assert 0 < abs(exact - fast) < 0.005 * exact
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_eval_gives_the_number_of_pytorch(run, tmp_path, tokenizers, stories, dtype):
+def test_eval_matches_pytorch(run, tmp_path, tokenizers, stories, dtype):
     tokenizer, texts = tokenizers[512], [text.strip() for text in stories[:5]]
     model = random_model(vocab_size=512, max_seq_len=64)
     export_model(model, tmp_path / "model.bin", dtype=dtype)
     (tmp_path / "text.txt").write_text(" <|endoftext|>\n".join(texts))
-    words = ["-z", bin_of(tokenizer), "-m", "eval", "-i", tmp_path / "text.txt"]
-    done = run(tmp_path / "model.bin", *words)
+    args = ["-z", bin_of(tokenizer), "-m", "eval", "-i", tmp_path / "text.txt"]
+    done = run(tmp_path / "model.bin", *args)
     assert done.returncode == 0, done.stderr
     tokens = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
     n_bytes, total = sum(len(text.encode()) for text in texts), 0.0
@@ -352,9 +373,9 @@ def test_eval_gives_the_number_of_pytorch(run, tmp_path, tokenizers, stories, dt
     bits = loss / math.log(2) * len(tokens) / n_bytes
     assert f"5 documents, {n_bytes} bytes, {len(tokens)} tokens" in done.stdout.decode()
     assert abs(float(done.stdout.split()[-1]) - bits) < 2e-4
-    told = json.loads(run(tmp_path / "model.bin", *words, "--json").stdout)
-    assert abs(told["bits_per_byte"] - bits) < 2e-4 and told["documents"] == 5
-    refused_by(run(tmp_path / "model.bin", *words[:4]), "needs a text file")
+    result = json.loads(run(tmp_path / "model.bin", *args, "--json").stdout)
+    assert abs(result["bits_per_byte"] - bits) < 2e-4 and result["documents"] == 5
+    refused_by(run(tmp_path / "model.bin", *args[:4]), "-i FILE is missing", "needs a text file")
 
 
 def test_bench_prints_its_figures(run, small):
@@ -365,12 +386,12 @@ def test_bench_prints_its_figures(run, small):
 
 
 @pytest.mark.slow
-def test_the_library_tells_what_the_engine_tells(builds, small, tmp_path):
+def test_the_library_generates_the_engines_story(builds, small, tmp_path):
     library = compile_c(
         REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"
     )
-    words = ["-s", "1", "-t", "0.8", "-n", "0", "-i", "Once upon"]
-    expected = subprocess.run([builds["run", "fast"], small, *words], capture_output=True).stdout
+    args = ["-s", "1", "-t", "0.8", "-n", "0", "-i", "Once upon"]
+    expected = subprocess.run([builds["run", "fast"], small, *args], capture_output=True).stdout
     code = f"""
 import ctypes, os, sys
 sys.path.insert(0, {str(REPO / "examples")!r})
@@ -390,7 +411,7 @@ for wrong in ("llama.forward([105])", "llama.forward([1], 9)", no_tokenizer, no_
         print(e, file=sys.stderr)
 if os.path.exists("/proc/self/maps"):  # files are copied, so that they may change
     assert open("/proc/self/maps").read().count({str(small)!r}) == 0
-print(llama.tell("Once upon", seed=1, temperature=0.8))
+print(llama.generate("Once upon", seed=1, temperature=0.8))
 sampling = ctypes.byref(Sampling(1.0, 0.9, 0.0, 1.0, 0))
 llama.forward([1, 5, 7])
 assert llama.c.llama_sample(llama.llama, sampling) >= 0
@@ -399,7 +420,7 @@ llama.close()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert b"cannot open model file" in done.stderr
+    assert b"none does not exist; make one with train.py or export.py" in done.stderr
     assert done.stdout == expected
 
 
@@ -410,33 +431,33 @@ from llama2 import Llama
 llama = Llama(MODEL, library=LIBRARY, n_threads=2)
 
 
-def outcome(call, *given):
+def outcome(call, *args):
     try:
-        return call(*given)
+        return call(*args)
     except ValueError as e:
         return str(e)
 
 
-def in_thread(call, *given):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(outcome(call, *given)))
+def in_thread(call, *args):
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(outcome(call, *args)))
     thread.start()
     thread.join()
-    return found[0]
+    return outcomes[0]
 """
 
 
 @pytest.fixture
 def library_script(small, tmp_path):
-    """Run lines of Python that use `llama`, the small model, through the library."""
+    """Run Python code in which `llama` is the small model, loaded by the library."""
     flags = ["-O1", "-shared", "-fPIC"] + ["-fopenmp"] * supports("-fopenmp")
     library = compile_c(REPO / "lib" / "libllama2.c", tmp_path / "lib.so", *flags)
     names = {"EXAMPLES": REPO / "examples", "MODEL": small, "LIBRARY": library}
 
     def call(code):
         start = "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
-        words = [sys.executable, "-c", start + LIBRARY_USE + code]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-c", start + LIBRARY_USE + code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -444,8 +465,8 @@ def library_script(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_the_library_belongs_to_one_thread(library_script):
-    """Results are right or refused, whatever other threads do with the same model."""
+def test_a_library_model_belongs_to_one_thread(library_script):
+    """A call returns the right result or fails, whatever other threads do with the model."""
     library_script("""
 import random
 expected = {n: llama.forward([1, *range(5, 5 + n)]) for n in range(1, 9)}
@@ -456,9 +477,9 @@ wrong, refusals, right = [], [], []
 def use():
     for _ in range(400):
         n = random.randrange(1, 9)
-        found = outcome(llama.forward, [1, *range(5, 5 + n)])
-        kind = refusals if isinstance(found, str) else right if found == expected[n] else wrong
-        kind.append(found)
+        result = outcome(llama.forward, [1, *range(5, 5 + n)])
+        kind = refusals if isinstance(result, str) else right if result == expected[n] else wrong
+        kind.append(result)
 
 
 threads = [threading.Thread(target=use) for _ in range(2)]
@@ -471,11 +492,11 @@ assert all("another thread" in text for text in refusals)
 """)
     library_script("""
 llama.forward([1, 5])
-for call, given in [(llama.forward, [7]), (llama.encode, "a"), (llama.decode, [7])]:
-    assert "belongs to another thread" in in_thread(call, given)
+for call, arg in [(llama.forward, [7]), (llama.encode, "a"), (llama.decode, [7])]:
+    assert "belongs to another thread" in in_thread(call, arg)
 assert llama.vocab_size == in_thread(llama.c.llama_vocab_size, llama.llama) == 105
 llama.hand_over()
-logits = in_thread(llama.forward, [7], 2)  # it goes on where this thread stopped
+logits = in_thread(llama.forward, [7], 2)  # continues where this thread stopped
 other = Llama(MODEL, library=LIBRARY)
 assert logits == other.forward([1, 5, 7])
 """)
@@ -489,20 +510,20 @@ model = {str(confusable[0] / "sp" / "model.bin")!r}
 other = {str(tmp_path / "other.bin")!r}
 Llama(model, library=LIBRARY)
 refusal = outcome(lambda: Llama(model, other, library=LIBRARY))
-assert "was trained with another tokenizer" in refusal
+assert f"was trained with another tokenizer than {{other}}" in refusal
 """)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_the_library_refuses_forks_and_models_that_were_freed(library_script):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_the_library_refuses_forks_and_freed_models(library_script):
     library_script("""
 llama.forward([1, *range(5, 25)])
 child = os.fork()
 if not child:
     texts = [outcome(llama.forward, [1]), outcome(llama.close)]
     texts.append(outcome(lambda: Llama(MODEL, library=LIBRARY)))
-    os._exit(not all("is a fork of one" in text for text in texts))
+    os._exit(not all("was forked after a model was loaded" in text for text in texts))
 assert os.waitpid(child, 0)[1] == 0
 llama.close()
 for call in (llama.close, lambda: llama.forward([1]), lambda: llama.encode("a")):
@@ -512,7 +533,7 @@ assert llama.c.llama_vocab_size(llama.llama) == -1 and llama.c.llama_free(None) 
 
 
 @pytest.mark.slow
-def test_files_of_the_library_may_change_after_they_were_loaded(library_script):
+def test_files_may_change_after_the_library_has_loaded_them(library_script):
     library_script("""
 logits = llama.forward([1, 5, 7])
 os.truncate(MODEL, 0)
@@ -521,7 +542,7 @@ assert llama.forward([1, 5, 7]) == logits
 
 
 def without_fingerprint(data):
-    """A version 3 file as earlier exports wrote it, with a header of 80 bytes."""
+    """Return a version 3 file as earlier exports wrote it, with a header of 80 bytes."""
     data = bytearray(data[:80] + data[84:])
     n_layers = struct.unpack_from("<i", data, offset_of("n_layers")[0])[0]
     first = -(-(84 + 4 * n_layers) // 64) * 64
@@ -533,7 +554,7 @@ def without_fingerprint(data):
 
 @pytest.fixture(scope="session")
 def confusable(tmp_path_factory, tokenizers, stories):
-    """(folder with a model for each kind of tokenizer, {kind: another one of its size})"""
+    """(folder with a model for each kind of tokenizer, {kind: another tokenizer of its size})"""
     folder = tmp_path_factory.mktemp("confusable")
     files = {"sp": bin_of(tokenizers[512]).read_bytes()}
     others = {"sp": open_tokenizer("x", train_sentencepiece(stories[500:900], 512)[0]).c_file()}
@@ -555,18 +576,19 @@ def test_a_tokenizer_of_another_model_is_refused(run, confusable, tmp_path, kind
     folder, others = confusable
     path, other = folder / kind / "model.bin", tmp_path / "other.bin"
     other.write_bytes(others[kind])
-    words = ["-n", "9", "-s", "1"]
-    done = run(path, *words)
+    args = ["-n", "9", "-s", "1"]
+    done = run(path, *args)
     assert done.returncode == 0, done.stderr
-    refused_by(run(path, *words, "-z", other), "was trained with another tokenizer than", "(-z)")
+    refusal = f"was trained with another tokenizer than {other}"
+    refused_by(run(path, *args, "-z", other), refusal, "(-z)")
     earlier = tmp_path / "earlier.bin"
     earlier.write_bytes(without_fingerprint(path.read_bytes()))
-    assert run(earlier, *words, "-z", folder / kind / "tokenizer.bin").stdout == done.stdout
-    assert run(earlier, *words, "-z", other).returncode == 0
+    assert run(earlier, *args, "-z", folder / kind / "tokenizer.bin").stdout == done.stdout
+    assert run(earlier, *args, "-z", other).returncode == 0
 
 
-def test_classes_of_characters_do_not_make_another_tokenizer(run, confusable, tmp_path):
-    """They follow Unicode's version, the vocabulary does not."""
+def test_the_fingerprint_ignores_character_classes(run, confusable, tmp_path):
+    """They change with Unicode's version; the vocabulary does not."""
     path = confusable[0] / "bpe" / "model.bin"
     data = bytearray(path.with_name("tokenizer.bin").read_bytes())
     struct.pack_into("<I", data, 32 + 12 + 8, 3)  # the class of the second range
@@ -578,9 +600,9 @@ def test_classes_of_characters_do_not_make_another_tokenizer(run, confusable, tm
 def test_a_context_that_cannot_fit_in_memory_is_refused(run, tmp_path, tokenizers):
     sizes = {"dim": 256, "n_layers": 8, "max_seq_len": 1 << 24, "vocab_size": 105}
     export_model(random_model(**sizes), tmp_path / "model.bin", 3)
-    words = [tmp_path / "model.bin", "-z", bin_of(tokenizers[105])]
-    refused_by(run(*words, "-n", "0", "-b", "9"), "keys and values of 16777216 positions", "(-b)")
-    assert run(*words, "-n", "9").returncode == 0
+    args = [tmp_path / "model.bin", "-z", bin_of(tokenizers[105])]
+    refused_by(run(*args, "-n", "0", "-b", "9"), "keys and values of 16777216 positions", "(-b)")
+    assert run(*args, "-n", "9").returncode == 0
 
 
 @pytest.mark.slow
@@ -615,7 +637,7 @@ def test_sampling_follows_the_probabilities(builds):
         share = np.cumsum(weights[: top_k or None]) / (weights[:top_k].sum() if top_k else 1)
         nucleus = order[: int((share <= top_p).sum()) + 1][: top_k or None]
         assert set(drawn(1.0, top_p, top_k=top_k, logits=many)) == set(nucleus)
-    assert set(drawn(0, 1, 5, penalty=2)) == {2}  # 0 and 3 were told: 3.0 / 2 is less than 2.0
+    assert set(drawn(0, 1, 5, penalty=2)) == {2}  # 0 and 3 came before: 3.0 / 2 is less than 2.0
     for temperature in (0.01, 1e-30, 1e-44):
         assert set(drawn(temperature, 1, 500)) == {0}
     rising_and_falling = [-abs(i - 150) / 50 for i in range(300)]
@@ -639,7 +661,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("size", [105, 512])
-def test_any_prompt_is_taken(run, tmp_path, tokenizers, size, prompt):
+def test_any_prompt_is_accepted(run, tmp_path, tokenizers, size, prompt):
     export_model(random_model(vocab_size=size, max_seq_len=96), tmp_path / "model.bin")
     done = run(tmp_path / "model.bin", "-z", bin_of(tokenizers[size]), "-n", "90", "-i", prompt)
     assert done.returncode == 0, done.stderr
@@ -647,7 +669,7 @@ def test_any_prompt_is_taken(run, tmp_path, tokenizers, size, prompt):
 
 
 def refused_by(done, *parts):
-    """Status 1 and one sentence; a sanitizer's report has another status and many lines."""
+    """Assert status 1 and a one-line error; a sanitizer has another status and many lines."""
     error = done.stderr.decode()
     assert done.returncode == 1, error
     assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -656,9 +678,9 @@ def refused_by(done, *parts):
     assert done.stdout == b""
 
 
-def test_prompts_that_do_not_fit(run, small):
-    refused_by(run(small, "-i", "word " * 200), "the model's context 32", "shorten the prompt")
-    refused_by(run(small, "-n", "4", "-i", "a long, long prompt"), "raise -n", "-n 0")
+def test_prompts_that_do_not_fit_are_refused(run, small):
+    refused_by(run(small, "-i", "word " * 200), "the model's context is 32", "shorten the prompt")
+    refused_by(run(small, "-n", "4", "-i", "a long, long prompt"), "-n is 4: raise -n", "-n 0")
 
 
 def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32):
@@ -669,17 +691,17 @@ def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32)
     "data, part",
     [
         (b"", "is empty"),
-        (b"abc", "has 3 bytes, less than the header"),
-        (b"24ka", "has 4 bytes, less than the header"),
-        (b"24ka" + bytes(300), "version 0 model file, and this engine reads"),
-        (bytes(12), "less than the header"),
+        (b"abc", "has 3 bytes, and a version 0 header has 28"),
+        (b"24ka", "has 4 bytes, and a version 0 header has 28"),
+        (b"24ka" + bytes(300), "is a model.bin of version 0, expected 0 to 3"),
+        (bytes(12), "has 12 bytes, and a version 0 header has 28"),
         (header(), "truncated"),
         (b"0" * 4096, "its header says dim"),
         (bytes(4096), "its header says dim = 0"),
-        (struct.pack("<2I", 0x616B3432, 2) + bytes(300), "version 2 model file"),
-        (b"GGUF" + bytes(300), "GGUF"),
+        (struct.pack("<2I", 0x616B3432, 2) + bytes(300), "version 2 model.bin"),
+        (b"GGUF" + bytes(300), "GGUF file; convert it: python export.py"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run git lfs pull"),
-        (b"PK\3\4" + bytes(300), "export.py"),
+        (b"PK\3\4" + bytes(300), "checkpoint or zip file; convert it: python export.py"),
         (header(dim=-48) + bytes(300), "dim = -48"),
         (header(dim=2**31 - 1) + bytes(300), "dim = 2147483647"),
         (header(heads=5) + bytes(300), "do not fit"),
@@ -691,18 +713,18 @@ def header(dim=48, hidden=128, layers=2, heads=4, kv_heads=4, vocab=105, seq=32)
         (header(seq=2**24) + bytes(300), "truncated"),
     ],
 )
-def test_foreign_model_files(run, small, data, part):
+def test_files_that_are_not_models_are_refused(run, small, data, part):
     small.write_bytes(data)
     refused_by(run(small), str(small), part)
 
 
-def test_truncated_and_padded_model_files(run, small):
+def test_truncated_and_padded_model_files_are_refused(run, small):
     whole = small.read_bytes()
     for size in (1, 27, 28, 29, 1000, len(whole) // 2, len(whole) - 4, len(whole) - 1):
         small.write_bytes(whole[:size])
         refused_by(run(small), "header" if size < 28 else f"has {size} bytes")
     small.write_bytes(whole + b"\0")
-    refused_by(run(small), f"needs {len(whole)}: it is too long")
+    refused_by(run(small), "is too long", f"needs {len(whole)};")
 
 
 @pytest.fixture
@@ -715,13 +737,13 @@ def modded(tmp_path):
 
 @pytest.fixture
 def load(builds, tmp_path):
-    """Run two tokens through a model of these bytes, sanitizers on; returns CompletedProcess."""
+    """Run two tokens through a model of these bytes with sanitizers; return CompletedProcess."""
 
     def call(data):
         path = tmp_path / "changed.bin"
         path.write_bytes(data)
-        words = [builds["harness", "checked"], "logits", "1", path, "1", "7"]
-        return subprocess.run(words, capture_output=True, timeout=PATIENCE_S)
+        command = [builds["harness", "checked"], "logits", "1", path, "1", "7"]
+        return subprocess.run(command, capture_output=True, timeout=PATIENCE_S)
 
     return call
 
@@ -733,7 +755,7 @@ def offset_of(field):
 
 
 def changed(data, **values):
-    """The bytes of a version 3 file with other values in fields of its header."""
+    """Return the bytes of a version 3 file with other values in some header fields."""
     data = bytearray(data)
     for field, value in values.items():
         at, code = offset_of(field)
@@ -741,27 +763,27 @@ def changed(data, **values):
     return bytes(data)
 
 
-def test_truncated_and_padded_version_3_files(modded, load):
+def test_truncated_and_padded_version_3_files_are_refused(modded, load):
     whole = modded.read_bytes()
     assert load(whole).returncode == 0
     sizes = [1, 7, 8, 79, 80, 81, 83, 84, 99, 100, 128, 1000, len(whole) // 2, len(whole) - 1]
     for size in sizes:
         refused_by(load(whole[:size]), f"has {size} bytes", "header" if size < 80 else "truncated")
-        if size >= 80:  # one that says so itself is told from what its tensors need
+        if size >= 80:  # even if file_size is changed as well
             lying = changed(whole[:size], file_size=size)
-            refused_by(load(lying), f"needs {len(whole)}: it is truncated")
-    refused_by(load(whole + b"\0"), f"says {len(whole)}: it is too long")
+            refused_by(load(lying), "is truncated", f"needs {len(whole)};")
+    refused_by(load(whole + b"\0"), "is too long", f"says {len(whole)};")
     longer = changed(whole + b"\0", file_size=len(whole) + 1)
-    refused_by(load(longer), f"needs {len(whole)}: it is too long, or no version 3")
+    refused_by(load(longer), "is too long or not a version 3", f"needs {len(whole)};")
 
 
-@pytest.mark.parametrize("field, code, least, most", V3_HEADER[4:-1])
-def test_every_field_of_version_3_is_checked(modded, load, field, code, least, most):
+@pytest.mark.parametrize("field, code, low, high", V3_HEADER[4:-1])
+def test_every_field_of_version_3_is_checked(modded, load, field, code, low, high):
     whole = modded.read_bytes()
-    wrong = [np.nextafter(np.float32(x), np.float32(d)) for x, d in ((least, -1), (most, 1e30))]
+    wrong = [np.nextafter(np.float32(x), np.float32(d)) for x, d in ((low, -1), (high, 1e30))]
     wrong += [math.nan, math.inf, -math.inf]
     if code != "f":
-        wrong = [most + 1, 2**31 - 1, *([least - 1, -(2**31)] if code == "i" else [2**32 - 1])]
+        wrong = [high + 1, 2**31 - 1, *([low - 1, -(2**31)] if code == "i" else [2**32 - 1])]
     for value in wrong:
         refused_by(load(changed(whole, **{field: value})), f"its header says {field} = ")
 
@@ -769,14 +791,14 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, least, m
 @pytest.mark.parametrize(
     "values, part",
     [
-        ({"version": 4}, "version 4 model file, and this engine reads versions 0 to 3"),
+        ({"version": 4}, "is a model.bin of version 4, expected 0 to 3"),
         ({"header_size": 82}, "header_size = 82, expected 84 to 84"),
         ({"header_size": 88}, "header_size = 88, expected 84 to 84"),
         ({"options": 1 << 6}, "options = 64, expected 0 to 63"),
         ({"dtype": 4}, "dtype = 4, expected 0 to 3"),
         (
             {"activation": 2},
-            "activation = 2, expected 0 to 1; it is something else, damaged, or for",
+            "activation = 2, expected 0 to 1; it is damaged or needs a newer run.c",
         ),
         ({"activation": 0}, "truncated"),
         ({"n_heads": 5}, "do not fit"),
@@ -791,17 +813,17 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, least, m
         ({"bigram_rows": 1 << 28}, "truncated"),
     ],
 )
-def test_version_3_headers_that_do_not_fit(modded, load, values, part):
+def test_inconsistent_version_3_headers_are_refused(modded, load, values, part):
     refused_by(load(changed(modded.read_bytes(), **values)), part)
 
 
-def test_each_option_bit_decides_the_size(modded, load):
+def test_each_option_bit_changes_the_expected_size(modded, load):
     whole = modded.read_bytes()
     on = struct.unpack_from("<I", whole, offset_of("options")[0])[0]
     for bit in range(len(V3_OPTIONS)):
         done = load(changed(whole, options=on ^ (1 << bit)))
         name = V3_OPTIONS[bit]
-        if name in ("qk_norm", "embedding_norm"):  # without gains, which have no tensors
+        if name in ("qk_norm", "embedding_norm"):  # these have no tensors without gains
             assert done.returncode == 0, done.stderr
         else:
             refused_by(done, "truncated" if name == "norm_gains" else "too long")
@@ -816,7 +838,7 @@ def test_windows_of_version_3_are_checked(modded, load):
 
 
 def test_no_header_crashes_the_engine(modded, load):
-    """Bytes, words and single bits of the header at random: it runs, or is refused in a line."""
+    """With random bytes, words and bits in the header, the engine runs or prints one error line."""
     whole, random = modded.read_bytes(), np.random.default_rng(1)
     size = struct.calcsize(V3_STRUCT) + 4 * EVERYTHING["n_layers"]
     refused = 0
@@ -838,24 +860,27 @@ def test_no_header_crashes_the_engine(modded, load):
     assert 150 < refused < 250
 
 
-def test_files_that_cannot_be_read(run, small, tmp_path):
-    refused_by(run(tmp_path / "none.bin"), "cannot open model file")
+def test_files_that_cannot_be_read_are_refused(run, small, tmp_path):
+    none = tmp_path / "none.bin"
+    refused_by(run(none), f"{none} does not exist; make one with train.py or export.py")
     refused_by(run(tmp_path), "not a regular file")
-    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     refused_by(run(tmp_path / "pipe"), "not a regular file")
-    refused_by(run(small, "-z", tmp_path / "none.bin"), "cannot open tokenizer file")
+    refused_by(run(small, "-z", none), f"{none} does not exist; pass the model's tokenizer file")
+    refused_by(run(small, "-z", small / "none"), f"cannot read {small / 'none'}: Not a directory")
+    refused_by(run(small, "-m", "eval", "-i", none), f"{none} does not exist; pass a text file")
     refused_by(run(small, "-z", tmp_path), "not a regular file")
     (tmp_path / "tokenizer.bin").unlink()
     os.mkfifo(tmp_path / "tokenizer.bin")  # found as the default
     refused_by(run(small), "tokenizer.bin is not a regular file")
 
 
-def test_a_model_that_shrinks_while_it_is_mapped_gets_a_sentence(builds, tmp_path, tokenizers):
+def test_a_mapped_model_that_shrinks_ends_in_an_error_message(builds, tmp_path, tokenizers):
     sizes = {"dim": 256, "n_layers": 4, "vocab_size": 512, "max_seq_len": 4096}
     path = tmp_path / "model.bin"
     export_model(random_model(**sizes), path)
-    words = [path, "-z", bin_of(tokenizers[512]), "--bench", "-n", "0"]
-    command = [builds["run", "fast"], *map(str, words)]
+    args = [path, "-z", bin_of(tokenizers[512]), "--bench", "-n", "0"]
+    command = [builds["run", "fast"], *map(str, args)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while str(path) not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.01)
@@ -865,15 +890,15 @@ def test_a_model_that_shrinks_while_it_is_mapped_gets_a_sentence(builds, tmp_pat
     assert error.startswith(b"error: ") and error.count(b"\n") == 1 and b"shrank" in error
 
 
-def test_weights_that_are_no_numbers(run, small):
+def test_nan_weights_do_not_crash_the_engine(run, small):
     whole = small.read_bytes()
     nan = whole[:28] + b"\xff" * (len(whole) - 28)
     small.write_bytes(nan)
-    for words in (["-t", "0"], ["-t", "1", "-p", "0.9"], ["-t", "1", "-p", "1"]):
-        assert run(small, "-n", "5", *words).returncode == 0
+    for args in (["-t", "0"], ["-t", "1", "-p", "0.9"], ["-t", "1", "-p", "1"]):
+        assert run(small, "-n", "5", *args).returncode == 0
 
 
-def test_broken_tokenizer_files(run, small, tokenizers, tmp_path):
+def test_damaged_tokenizer_files_are_refused(run, small, tokenizers, tmp_path):
     path = tmp_path / "tokenizer.bin"
     whole = path.read_bytes()
     for size in (1, 3, 4, 5, 11, 12, 13, 100, len(whole) - 1):
@@ -882,22 +907,22 @@ def test_broken_tokenizer_files(run, small, tokenizers, tmp_path):
     path.write_bytes(b"")
     refused_by(run(small), "is empty")
     path.write_bytes(whole[:8] + b"\xff\xff\xff\xff" + whole[12:])
-    refused_by(run(small), "is truncated, or no tokenizer file")
+    refused_by(run(small), "is truncated or not a tokenizer file")
     path.write_bytes(b"\xff" * len(whole))
-    refused_by(run(small), "is truncated, or no tokenizer file")
+    refused_by(run(small), "is truncated or not a tokenizer file")
     refused_by(run(small, "-z", bin_of(tokenizers[512])), "512 pieces", "has 105")
     path.write_bytes(whole[:4] + struct.pack("<fI", math.nan, 0) * 105)
-    refused_by(run(small), "NaN is the score of piece 0")
-    # pieces of no bytes, or all alike, with scores of infinity: strange, but well-formed
+    refused_by(run(small), "piece 0 has NaN as its score")
+    # empty or identical pieces with infinite scores: strange, but well-formed
     path.write_bytes(whole[:4] + struct.pack("<fI", -math.inf, 0) * 105)
     assert run(small, "-i", "Once upon", "-n", "20").returncode == 0
-    one = struct.pack("<fI", math.inf, 1) + b"a"
-    path.write_bytes(whole[:4] + one * 105)
+    piece = struct.pack("<fI", math.inf, 1) + b"a"
+    path.write_bytes(whole[:4] + piece * 105)
     assert run(small, "-i", "aaaa", "-n", "20").returncode == 0
 
 
 @pytest.mark.parametrize(
-    "words, part",
+    "args, part",
     [
         (["-t", "hot"], "-t hot: expected a number"),
         (["-t", "-1"], "-t -1"),
@@ -909,21 +934,22 @@ def test_broken_tokenizer_files(run, small, tokenizers, tmp_path):
         (["-q", "1"], "unknown option -q"),
         (["--seed", "1"], "unknown option --seed"),
         (["-i"], "-i needs a value"),
-        (["other.bin"], "two model files"),
+        (["other.bin"], "expected one model file, not both"),
     ],
 )
-def test_bad_options(run, small, words, part):
-    refused_by(run(small, *words), part)
+def test_bad_options_are_refused(run, small, args, part):
+    refused_by(run(small, *args), part)
 
 
-def test_help(run):
+def test_usage_goes_to_stdout_on_request_and_else_to_stderr(run):
     done = run("-h")
     assert done.returncode == 0 and b"usage: ./run model.bin" in done.stdout
+    assert max(map(len, done.stdout.decode().splitlines())) <= 100
     done = run()
     assert done.returncode == 1 and b"usage: ./run model.bin" in done.stderr
 
 
-def test_default_tokenizer_is_beside_the_model_or_here(run, small, tmp_path):
+def test_the_default_tokenizer_is_beside_the_model_or_in_this_folder(run, small, tmp_path):
     assert run(small, "-n", "3").returncode == 0
     links = tmp_path / "links"
     links.mkdir()
@@ -932,19 +958,19 @@ def test_default_tokenizer_is_beside_the_model_or_here(run, small, tmp_path):
     for cwd, path in ((tmp_path, "links/again.bin"), (links, "story.bin")):
         assert run(path, "-n", "3", cwd=cwd).returncode == 0
     shutil.copy(tmp_path / "tokenizer.bin", links)
-    refused_by(run(links / "story.bin", "-z", links / "none"), "cannot open")
+    refused_by(run(links / "story.bin", "-z", links / "none"), "none does not exist")
     (links / "tokenizer.bin").write_bytes(b"")
     refused_by(run(links / "story.bin"), "links/tokenizer.bin is empty")  # beside the link first
     other = tmp_path / "other"
     other.mkdir()
     (tmp_path / "tokenizer.bin").rename(other / "tokenizer.bin")
     assert run(small, "-n", "3", cwd=other).returncode == 0
-    refused_by(run(small, "-n", "3", cwd=tmp_path), "cannot open tokenizer file tokenizer.bin")
+    refused_by(run(small, "-n", "3", cwd=tmp_path), "error: tokenizer.bin does not exist; pass")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    "words, what",
+    "args, output",
     [
         (["-n", "20"], "story"),
         (["-n", "20", "-b", "3", "--json"], "story"),
@@ -954,40 +980,40 @@ def test_default_tokenizer_is_beside_the_model_or_here(run, small, tmp_path):
         (["-h"], "help"),
     ],
 )
-def test_a_full_disk_is_reported(builds, small, tmp_path, words, what):
+def test_a_full_disk_is_reported(builds, small, tmp_path, args, output):
     (tmp_path / "text.txt").write_text("Once upon a time.")
     with open("/dev/full", "wb") as full:
-        command = [builds["run", "fast"], small, *words]
+        command = [builds["run", "fast"], small, *args]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path)
     assert done.returncode == 1
-    assert f"cannot write the {what}: No space left on device" in done.stderr.decode()
+    assert f"cannot write the {output}: No space left on device" in done.stderr.decode()
 
 
-def test_texts_that_are_not_utf_8(run, small, tmp_path):
+def test_text_must_be_utf_8_but_a_prompt_need_not(run, small, tmp_path):
     path = tmp_path / "text.txt"
-    words = [small, "-m", "eval", "-i", path]
+    args = [small, "-m", "eval", "-i", path]
     for data, at in ((b"caf\xe9 au lait", 3), (b"\xff\xfe", 0), (b"a\xe2\x82", 1)):
         path.write_bytes(data)
-        refused_by(run(*words), f"is not UTF-8: byte {at} is 0x{data[at]:02X}", "iconv")
+        refused_by(run(*args), f"is not UTF-8: byte {at} is 0x{data[at]:02X}", "iconv")
     path.write_bytes(b"Once upon a time.")
-    plain = run(*words).stdout
+    plain = run(*args).stdout
     path.write_bytes(b"\xef\xbb\xbfOnce upon a time.")
-    assert run(*words).stdout == plain != b""  # without the byte order mark
+    assert run(*args).stdout == plain != b""  # a byte order mark is skipped
     done = run(small, "-n", "30", "-i", os.fsdecode(b"caf\xe9"))
     assert done.returncode == 0 and b"note: the prompt is not UTF-8" in done.stderr
 
 
 def test_a_long_context_costs_only_what_is_used(run, builds, small, tmp_path):
-    """A header of a few bytes can promise a context of 2^24."""
+    """Any header can claim a context of 2^24."""
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a cat. <|endoftext|> Tim and Tom.\n")
     path = tmp_path / "long.bin"
     export_model(random_model(dim=16, n_heads=2, max_seq_len=64, logit_softcap=9.0), path)
-    words = [path, "-z", tmp_path / "tokenizer.bin", "-m", "eval", "-i", text]
-    short = run(*words).stdout
+    args = [path, "-z", tmp_path / "tokenizer.bin", "-m", "eval", "-i", text]
+    short = run(*args).stdout
     path.write_bytes(changed(path.read_bytes(), max_seq_len=1 << 24))
     limit = ["bash", "-c", 'ulimit -v 500000 && exec "$@"', "-"]
-    command = [*limit, builds["run", "fast"], *map(str, words)]
+    command = [*limit, builds["run", "fast"], *map(str, args)]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True)
     assert done.stdout == short != b"" and time.monotonic() - start < 5
@@ -999,7 +1025,7 @@ def test_no_compiler_warns(tmp_path, cc):
     compile_c(REPO / "run.c", tmp_path / "run", "-O1", "-pedantic", cc=cc)  # -Wall -Wextra -Werror
 
 
-def test_big_endian_is_refused_by_name():
+def test_big_endian_is_refused_at_compile_time():
     orders = ["-D__BYTE_ORDER__=4321", "-U__ORDER_BIG_ENDIAN__", "-D__ORDER_BIG_ENDIAN__=4321"]
     command = ["cc", "-fsyntax-only", "-w", *orders, str(REPO / "run.c")]
     done = subprocess.run(command, capture_output=True)
@@ -1008,16 +1034,16 @@ def test_big_endian_is_refused_by_name():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not supports("-fopenmp"), reason="the compiler has no OpenMP")
-def test_openmp_changes_no_bit(tmp_path, tokenizers):
-    """Each row is summed in one order, so one thread and many tell the same story."""
+def test_openmp_changes_no_output(tmp_path, tokenizers):
+    """Each row is summed in one order, so one thread and many generate the same story."""
     compile_c(REPO / "run.c", tmp_path / "run", "-O3", "-fopenmp")
     sizes = {"dim": 512, "n_heads": 8, "n_layers": 1, "vocab_size": 512, "max_seq_len": 160}
     export_model(random_model(**sizes, tie_embeddings=False), tmp_path / "model.bin")
-    command = ["-z", bin_of(tokenizers[512]), "-s", "5", "-n", "160"]  # attention in threads too
+    args = ["-z", bin_of(tokenizers[512]), "-s", "5", "-n", "160"]  # threads share attention too
     texts = set()
     for threads in ("1", "2", "3"):
         done = subprocess.run(
-            [tmp_path / "run", tmp_path / "model.bin", *command],
+            [tmp_path / "run", tmp_path / "model.bin", *args],
             capture_output=True,
             env={"OMP_NUM_THREADS": threads},
             check=True,
@@ -1028,7 +1054,7 @@ def test_openmp_changes_no_bit(tmp_path, tokenizers):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not supports("-fopenmp"), reason="the compiler has no OpenMP")
-def test_threads_that_are_waited_for_are_given_up_for_a_while(tmp_path):
+def test_stalled_threads_are_dropped_for_a_while(tmp_path):
     compile_c(REPO / "tests/harness.c", tmp_path / "harness", "-O1", "-fopenmp")
     passes = [5, -1, 5, 0, 0, 63, 1, 64, 2048, 0, 0, 31, 1]
     command = [tmp_path / "harness", "threads", "8", *map(str, passes)]

@@ -1,4 +1,4 @@
-"""run.c with byte-level BPE: the ids and the text of bpe.py, and no file that crashes it."""
+"""run.c with byte-level BPE: the ids and text of bpe.py, and damaged tokenizer files."""
 
 import random
 import re
@@ -25,7 +25,7 @@ from bpe import BPETokenizer, train_bpe
 from formats.modelbin import export_model, read_bin
 from tokenizer import byte_level_c_file, open_tokenizer
 
-SPECIAL = [END, END * 2, "<|end", "<|", "|>", "日"]  # they overlap, and contain each other
+SPECIAL = [END, END * 2, "<|end", "<|", "|>", "日"]  # they overlap or contain each other
 NASTY = [*" \n\r\t'\"sSſkKaé1²½Ⅷ٣日ªǅ〇.!_\x01\x0b\x1c\x1f\x7f\x85\xa0\u0301\u180e\u2003\u2028"]
 NASTY += [*"\u200d\u3000\ufeff\ufffd\U0001d400😀İ", "👩\u200d🚀", "  ", "\r\n", "\n\n", *SPECIAL]
 NASTY += "22 's 'S 'ſ 'll 'Ll 'l 'vE 'r 're 'T e\u0301".split()
@@ -40,16 +40,16 @@ def size_of(tokenizer):
     return 1 + max(tokenizer.vocab)
 
 
-def harness(builds, kind, test, tokenizer, data, path, *words, **options):
-    """One of the tests of harness.c with a tokenizer whose file, at `path`, has these bytes."""
+def harness(builds, kind, test, tokenizer, data, path, *args, **options):
+    """Run a test of harness.c with a tokenizer, after writing its file, `data`, to `path`."""
     path.write_bytes(data)
-    command = [builds["harness", kind], test, path, str(size_of(tokenizer)), *map(str, words)]
+    command = [builds["harness", kind], test, path, str(size_of(tokenizer)), *map(str, args)]
     return subprocess.run(command, capture_output=True, timeout=PATIENCE_S, **options)
 
 
 @pytest.fixture
 def c_ids(builds, tmp_path):
-    """The ids that run.c gives to each of some texts, str or bytes, BOS left out."""
+    """Return a function: the ids that run.c gives to some texts, str or bytes, without BOS."""
 
     def call(tokenizer, texts, kind="fast"):
         data, bos = byte_level_c_file(tokenizer, 7, 8), 7
@@ -57,22 +57,22 @@ def c_ids(builds, tmp_path):
         path = tmp_path / "tok.bin"
         done = harness(builds, kind, "encode", tokenizer, data, path, input=texts)
         assert done.returncode == 0, done.stderr
-        found = [np.fromstring(line, np.int64, sep=" ") for line in done.stdout.splitlines()]
-        assert all(ids[0] == bos for ids in found)
-        return [ids[1:].tolist() for ids in found]
+        rows = [np.fromstring(line, np.int64, sep=" ") for line in done.stdout.splitlines()]
+        assert all(ids[0] == bos for ids in rows)
+        return [ids[1:].tolist() for ids in rows]
 
     return call
 
 
 @pytest.fixture(scope="module")
 def trained_on(tmp_path_factory):
-    """A tokenizer of a text, by train_bpe()."""
+    """Return a function that trains a tokenizer on a text."""
 
     def call(text, vocab_size, special=SPECIAL, pattern="gpt2"):
         path = tmp_path_factory.mktemp("bpe") / "text"
         path.write_text(text, encoding="utf-8", newline="")
-        found = train_bpe(path, vocab_size, special, 1, pattern)
-        return BPETokenizer(*found, special, pattern)
+        vocab, merges = train_bpe(path, vocab_size, special, 1, pattern)
+        return BPETokenizer(vocab, merges, special, pattern)
 
     return call
 
@@ -83,24 +83,24 @@ def tokenizer(request, trained_on, stories):
 
 
 @pytest.mark.parametrize("kind", ["fast", "checked"])
-def test_ids_are_those_of_python(c_ids, tokenizer, kind):
+def test_ids_match_python(c_ids, tokenizer, kind):
     texts = [*texts_of_all_sorts(), *nasty_texts(4000, seed=1)]
     for text, ids in zip(texts, c_ids(tokenizer, texts, kind), strict=True):
         assert ids == tokenizer.encode(text), text
 
 
 def pieces(tokenizer, text):
-    """The pre-tokens and special tokens of a text."""
-    found, at = [], 0
+    """Return the pre-tokens and special tokens of a text."""
+    matches, at = [], 0
     for match in [*tokenizer.special_pattern.finditer(text), None]:
-        found += tokenizer.pretokens(text[at : match.start()] if match else text[at:])
-        found += [match] if match else []
+        matches += tokenizer.pretokens(text[at : match.start()] if match else text[at:])
+        matches += [match] if match else []
         at = match.end() if match else 0
-    return [match[0].encode() for match in found]
+    return [match[0].encode() for match in matches]
 
 
-def with_all_joined(tokenizer, texts):
-    """A tokenizer with merges of all neighbours behind its own, for a wrong cut to let happen."""
+def with_pretokens_merged(tokenizer, texts):
+    """Add merges of all adjacent pre-tokens to a tokenizer; they happen only after a wrong cut."""
     pairs = {pair for text in texts for pair in pairwise(pieces(tokenizer, text))}
     pairs -= set(tokenizer.merges)
     tokens = [*tokenizer.vocab.values()]
@@ -109,19 +109,19 @@ def with_all_joined(tokenizer, texts):
     return BPETokenizer(dict(enumerate(tokens)), merges, SPECIAL, tokenizer.pattern_name)
 
 
-def test_cuts_are_those_of_the_patterns(c_ids, tokenizer, trained_on):
-    """Where all of a text is merged that can be, its tokens are its pre-tokens."""
+def test_cuts_match_the_patterns(c_ids, tokenizer, trained_on):
+    """With all possible merges, the tokens of a text are its pre-tokens."""
     texts = nasty_texts(2000, seed=2)
     everything = trained_on(END.join(texts), 100_000, SPECIAL, tokenizer.pattern_name)
-    everything = with_all_joined(everything, texts)
+    everything = with_pretokens_merged(everything, texts)
     for text, ids in zip(texts, c_ids(everything, texts, "checked"), strict=True):
         assert [everything.vocab[i] for i in ids] == pieces(everything, text)
 
 
 @pytest.mark.slow
-def test_every_character_has_the_class_of_python(c_ids, tokenizer):
-    """Behind a letter, a digit and a full stop, which join what is in the same pre-token."""
-    for before, end in ("a", 0x38000), ("1", 0x38000), (".", 0x110000):  # few are behind 0x38000
+def test_every_character_has_the_same_class_as_in_python(c_ids, tokenizer):
+    """Merges join a letter, a digit or a full stop with the next character of a pre-token."""
+    for before, end in ("a", 0x38000), ("1", 0x38000), (".", 0x110000):  # few after 0x38000
         planes = [range(i, i + 0x8000) for i in range(0, end, 0x8000)]
         joined = {b: bytes([ord(before), b]) for b in range(1, 256) if b != ord(before)}
         vocab = {i: bytes([i]) for i in range(256)} | {256 + b: two for b, two in joined.items()}
@@ -141,11 +141,11 @@ def test_every_character_has_the_class_of_python(c_ids, tokenizer):
 
 
 NEW = [0x1E4D0, 0x31350, 0x2EBF0, 0x1C89, 0x10D4A, 0x1E5D0, 0x11BF0, 0xA7CE, 0x10940, 0x323B0]
-NEW += [0x378, 0x33480, 0x1FAE8]  # two that are not assigned, and a sign
+NEW += [0x378, 0x33480, 0x1FAE8]  # two that are not assigned, and a symbol
 
 
-def test_letters_that_are_newer_than_python_have_one_class(c_ids, tokenizer, tmp_path):
-    """Letters and numbers of Unicode 15 to 17: the same ids by all encoders and by run.c."""
+def test_letters_newer_than_python_have_the_same_class_everywhere(c_ids, tokenizer, tmp_path):
+    """Letters and numbers of Unicode 15 to 17 get the same ids from all encoders and run.c."""
     bytes_ = [bytes([b]) for b in range(256)]
     pairs = [(start, b) for start in (b"a", b"1") for b in bytes_[128:]]
     vocab = dict(enumerate([*bytes_, *(a + b for a, b in pairs), END.encode()]))
@@ -163,7 +163,7 @@ def test_letters_that_are_newer_than_python_have_one_class(c_ids, tokenizer, tmp
         assert [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] == expected, name
 
 
-def test_special_tokens(c_ids, tokenizer):
+def test_special_tokens_match_python(c_ids, tokenizer):
     rng = random.Random(3)
     words = [*SPECIAL, END[:5], END[3:], "<", ">", "|", "a", " ", "日本", "\n"]
     texts = ["".join(rng.choices(words, k=rng.randrange(9))) for _ in range(2000)]
@@ -179,7 +179,7 @@ def test_special_tokens(c_ids, tokenizer):
     assert c_ids(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_broken_utf_8_is_read_as_python_reads_it(c_ids, tokenizer):
+def test_invalid_utf_8_is_read_as_in_python(c_ids, tokenizer):
     texts = [*broken_bytes(2000, seed=4), b"\xe2\x82", b"\xf0\x9f\x98", b"\xe2\x82\xe2\x82\xac"]
     texts += [
         bytes([a, b, c])
@@ -191,8 +191,8 @@ def test_broken_utf_8_is_read_as_python_reads_it(c_ids, tokenizer):
     assert c_ids(tokenizer, texts, "checked") == expected
 
 
-def merged_in_turn(tokenizer, text):
-    """The ids of one pre-token, each merge everywhere before the next one: the same, and fast."""
+def merge_by_merge(tokenizer, text):
+    """Return the ids of one pre-token by applying each merge everywhere before the next: fast."""
     ids = "".join(chr(tokenizer.byte_ids[b]) for b in text.encode())
     for a, b in tokenizer.merges:
         ids = ids.replace(*("".join(chr(tokenizer.ids[t]) for t in ts) for ts in ([a, b], [a + b])))
@@ -207,30 +207,30 @@ def test_a_megabyte_without_a_space(c_ids, tokenizer, trained_on):
     tokenizer = trained_on(" ".join(some) + "a" * 5000, 900, [], tokenizer.pattern_name)
     texts = ["a" * (1 << 20), letters, "aaab" * (1 << 18)]
     start = time.monotonic()
-    found = c_ids(tokenizer, texts)
+    results = c_ids(tokenizer, texts)
     assert time.monotonic() - start < 20  # n * n steps would take hours
-    for text, ids in zip(texts, found, strict=True):
-        assert len(ids) < len(text) / 2 and ids == merged_in_turn(tokenizer, text)
+    for text, ids in zip(texts, results, strict=True):
+        assert len(ids) < len(text) / 2 and ids == merge_by_merge(tokenizer, text)
     for text in (" " * (1 << 20), "\n " * (1 << 19), "'" * (1 << 20), END[:-1] * (1 << 16)):
         assert tokenizer.decode(c_ids(tokenizer, [text])[0]) == text
 
 
 def one_at_a_time(tokenizer, text):
-    """The ids of one pre-token by the rule: the lowest rank, the leftmost of these, and again."""
+    """Return the ids of one pre-token by the definition: merge the leftmost pair of lowest rank."""
     ids = [tokenizer.byte_ids[b] for b in text.encode()]
     while True:
-        found = [
+        pairs = [
             (tokenizer.ranks[p], i) for i, p in enumerate(pairwise(ids)) if p in tokenizer.ranks
         ]
-        if not found:
+        if not pairs:
             return ids
-        (_, new), i = min(found)
+        (_, new), i = min(pairs)
         ids[i : i + 2] = [new]
 
 
 @pytest.mark.parametrize("n", range(12))
-def test_tokens_that_are_made_in_several_ways(c_ids, n):
-    """As aaa of a, aa and of aa, a, the first learned before what it is made of or after."""
+def test_tokens_made_in_several_ways_match_python(c_ids, n):
+    """Such as aaa from a + aa and from aa + a, learned before or after aa."""
     rng, letters = random.Random(n), [b"a", b"b"][: 1 + n % 2]
     tokens, merges = list(letters), []
     while len(merges) < len(tokens) + 8:
@@ -239,7 +239,7 @@ def test_tokens_that_are_made_in_several_ways(c_ids, n):
             merges.append(pair)
             tokens += [pair[0] + pair[1]] if pair[0] + pair[1] not in tokens else []
     rng.shuffle(merges)
-    merges += merges[:2]  # the last of two counts
+    merges += merges[:2]  # of two equal merges, the last counts
     new = [token for token in tokens if len(token) > 1]
     vocab = dict(enumerate([bytes([i]) for i in range(256)] + new))
     tokenizer = BPETokenizer(vocab, merges)
@@ -250,7 +250,7 @@ def test_tokens_that_are_made_in_several_ways(c_ids, n):
     assert c_ids(tokenizer, texts, "checked") == expected
 
 
-def test_ids_in_any_order_and_with_gaps(c_ids, tokenizer, builds, tmp_path):
+def test_ids_may_be_in_any_order_and_have_gaps(c_ids, tokenizer, builds, tmp_path):
     ids = random.Random(6).sample(range(1000), len(tokenizer.vocab))
     vocab = dict(zip(ids, tokenizer.vocab.values(), strict=True))
     tokenizer = BPETokenizer(vocab, tokenizer.merges, SPECIAL, tokenizer.pattern_name)
@@ -262,7 +262,7 @@ def test_ids_in_any_order_and_with_gaps(c_ids, tokenizer, builds, tmp_path):
     assert done.stdout == b"A" and done.returncode == 0
 
 
-def test_text_is_that_of_python(builds, tokenizer, tmp_path):
+def test_text_matches_python(builds, tokenizer, tmp_path):
     rng, (bos, eos) = random.Random(7), (tokenizer.special[END], 5)
     data, path = byte_level_c_file(tokenizer, bos, eos), tmp_path / "tok.bin"
     for text in [*generated_texts(60, seed=8), " a  b", END * 2, None, None, None]:
@@ -274,7 +274,7 @@ def test_text_is_that_of_python(builds, tokenizer, tmp_path):
 
 @pytest.fixture
 def small(tmp_path, tokenizer):
-    """A random model, its tokenizer beside it, and its greedy story, which nothing ends."""
+    """Write a random model and its tokenizer; return its path, a prompt and its greedy story."""
     model = random_model(vocab_size=size_of(tokenizer), max_seq_len=96, tie_embeddings=False)
     export_model(model, tmp_path / "model.bin")
     end = tokenizer.special[END]
@@ -285,34 +285,34 @@ def small(tmp_path, tokenizer):
     return tmp_path / "model.bin", prompt, story
 
 
-def test_a_story_is_that_of_pytorch(run, small, tokenizer):
+def test_a_story_matches_pytorch(run, small, tokenizer):
     path, prompt, story = small
     text = tokenizer.decode(prompt[1:])
-    words = [path, "-t", "0", "-n", len(prompt) + 39, "-i", text]
-    done = run(*words)
+    args = [path, "-t", "0", "-n", len(prompt) + 39, "-i", text]
+    done = run(*args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == text + tokenizer.decode(story) + "\n"
     path.with_name("tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, prompt[0], story[9]))
     until = story[: story.index(story[9])]
-    assert run(*words).stdout.decode() == text + tokenizer.decode(until) + "\n"
+    assert run(*args).stdout.decode() == text + tokenizer.decode(until) + "\n"
     model = read_bin(path).eval()
-    for bos in range(size_of(tokenizer)):  # one that comes again, which ends it as well
+    for bos in range(size_of(tokenizer)):  # find a BOS that is repeated in its story, and ends it
         story = list(model.generate([bos, *prompt[1:]], 40, temperature=0, stop=()))
         if bos in story:
             break
     path.with_name("tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, bos, prompt[0]))
     until = story[: story.index(bos)]
-    assert run(*words).stdout.decode() == text + tokenizer.decode(until) + "\n"
+    assert run(*args).stdout.decode() == text + tokenizer.decode(until) + "\n"
 
 
-def test_any_prompt_is_taken(run, small):
+def test_any_prompt_is_accepted(run, small):
     for prompt in ["", END, f" {END}x", *PROMPTS]:
         done = run(small[0], "-n", "90", "-i", prompt)
         assert done.returncode == 0, done.stderr
         done.stdout.decode()
 
 
-def test_eval_counts_the_tokens_of_python(run, small, tokenizer, stories, tmp_path):
+def test_eval_counts_as_many_tokens_as_python(run, small, tokenizer, stories, tmp_path):
     texts = [text.strip() for text in stories[:5]]
     (tmp_path / "text.txt").write_text(f" {END}\n".join(texts))
     done = run(small[0], "-m", "eval", "-i", tmp_path / "text.txt")
@@ -322,7 +322,7 @@ def test_eval_counts_the_tokens_of_python(run, small, tokenizer, stories, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_library_takes_it(builds, small, tokenizer, tmp_path):
+def test_the_library_generates_with_byte_level_bpe(builds, small, tokenizer, tmp_path):
     library = compile_c(
         REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"
     )
@@ -337,7 +337,7 @@ from llama2 import Llama
 llama = Llama({str(path)!r}, library={str(library)!r})
 assert llama.stop == {(prompt[0], eos)}
 assert llama.encode({text!r}) == {prompt} and llama.decode({prompt}) == {text!r}
-print(llama.tell({text!r}, temperature=0.0))
+print(llama.generate({text!r}, temperature=0.0))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -352,18 +352,18 @@ HEADER = ["pattern", "bos", "eos", "tokens", "merges", "special", "ranges"]
 
 
 def parts(data):
-    """{name: (offset, numbers)} of a tokenizer file, up to its tokens."""
+    """Return {name: (offset, length in uint32)} of the parts of a tokenizer file."""
     sizes = dict(zip(HEADER, struct.unpack_from("<7I", data, 4), strict=True))
-    found, at = {"header": (4, 7)}, 32
+    result, at = {"header": (4, 7)}, 32
     for name, width in (("ranges", 3), ("special", 1), ("merges", 3)):
-        found[name] = at, width * sizes[name]
+        result[name] = at, width * sizes[name]
         at += 4 * width * sizes[name]
-    return found | {"tokens": (at, 0)}
+    return result | {"tokens": (at, 0)}
 
 
 @pytest.fixture(scope="module")
 def plain():
-    """A small tokenizer, and its file with the ranges of ASCII and no more."""
+    """Return a small tokenizer and its file, with only the ranges of ASCII."""
     vocab = dict(enumerate([*(bytes([i]) for i in range(256)), b"aa", b"aaa", b"<|e|>"]))
     tokenizer = BPETokenizer(vocab, [(b"a", b"a"), (b"aa", b"a"), (b"a", b"aa")], ["<|e|>"])
     data = byte_level_c_file(tokenizer, 258, 258)
@@ -375,7 +375,7 @@ def plain():
 
 @pytest.fixture
 def load(builds, plain, tmp_path):
-    """Encode a text by the tokenizer file of these bytes, sanitizers on."""
+    """Return a function that encodes TEXT with a tokenizer file, under sanitizers."""
 
     def call(data):
         path, text = tmp_path / "tok.bin", TEXT + b"\0"
@@ -393,14 +393,12 @@ def test_truncated_and_padded_files(plain, load):
     for size in sizes:
         done = load(data[:size])
         refused_by(done, "is truncated")
-        at, has = re.search(
-            r"at byte (\d+) it promises \d+ bytes and has (\d+)", str(done)
-        ).groups()
+        at, has = re.search(r"at byte (\d+) it needs \d+ bytes but has (\d+)", str(done)).groups()
         assert int(at) + int(has) == size
-    refused_by(load(data + b"\0"), f"its last token ends before its end, at byte {len(data)}")
+    refused_by(load(data + b"\0"), f"byte {len(data)} follows the last token")
 
 
-WRONG = [  # part, which number of it, value, what the sentence says
+WRONG = [  # part, index of a value in it, the wrong value, expected message
     ("header", 0, 2, "at byte 4 the pattern is 2, expected 0 to 1"),
     ("header", 1, 259, "at byte 8 the bos is 259, expected 0 to 258"),
     ("header", 2, 2**32 - 1, "at byte 12 the eos is 4294967295, expected 0 to 258"),
@@ -421,13 +419,13 @@ WRONG = [  # part, which number of it, value, what the sentence says
     ("ranges", 2, 4, "the class of a range is 4, expected 1 to 3"),
     ("ranges", 3, 13, "the start of a range is 13, expected 14 to 1114111"),
     ("special", 0, 259, "the special token is 259, expected 0 to 258"),
-    ("special", 0, 0x80, "empty or invalid UTF-8 is the special token 128"),
+    ("special", 0, 0x80, "special token 128 is empty or invalid UTF-8"),
     ("merges", 0, 259, "the left token of a merge is 259, expected 0 to 258"),
     ("merges", 4, 2**31, "the right token of a merge is 2147483648, expected 0 to 258"),
     ("merges", 8, 2**32 - 1, "the token of a merge is 4294967295, expected 0 to 258"),
-    ("merges", 3, 97, "its tokens do not join in merge 1"),
-    ("merges", 0, 98, "its tokens do not join in merge 0"),
-    ("merges", 7, 98, "its tokens do not join in merge 2"),
+    ("merges", 3, 97, "merge 1 does not join its tokens"),
+    ("merges", 0, 98, "merge 0 does not join its tokens"),
+    ("merges", 7, 98, "merge 2 does not join its tokens"),
     ("tokens", 0, 2**32 - 1, "is truncated"),
     ("tokens", 0, 6, "is truncated"),
 ]
@@ -445,14 +443,14 @@ def test_every_number_is_checked(plain, load, part, i, value, sentence):
 def test_every_byte_needs_a_token(plain, load):
     data = plain[1]
     at = data.index(b"\1\0\0\0" + b"z")
-    refused_by(load(data[: at + 4] + b"y" + data[at + 5 :]), "no token for the byte 122")
-    refused_by(load(data[:at] + bytes(4) + data[at + 5 :]), "no token for the byte 122")
+    refused_by(load(data[: at + 4] + b"y" + data[at + 5 :]), "the byte 122 has no token")
+    refused_by(load(data[:at] + bytes(4) + data[at + 5 :]), "the byte 122 has no token")
     nothing = data[: -len("<|e|>") - 4] + bytes(4)
-    refused_by(load(nothing), "empty or invalid UTF-8 is the special token 258")
+    refused_by(load(nothing), "special token 258 is empty or invalid UTF-8")
 
 
-def test_odd_ranges_are_taken(plain, load):
-    """White space that the patterns name is white space whatever the file says."""
+def test_odd_ranges_are_accepted(plain, load):
+    """White space that a pattern spells out stays white space whatever the ranges are."""
     data = plain[1]
     at, n = parts(data)["ranges"]
     for kind in (1, 2, 3):

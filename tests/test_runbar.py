@@ -1,4 +1,4 @@
-"""The bar of a run: what it shows, and how it counts down."""
+"""The progress bar of a run: what it shows, and how it counts down."""
 
 import io
 import time
@@ -12,15 +12,15 @@ from training.runbar import RunBar
 
 
 def settings_of(**values):
-    usual = {"max_iters": 100, "max_minutes": 0.0, "eval_interval": 40}
-    return SimpleNamespace(**{**usual, "gradient_accumulation_steps": 2, **values})
+    defaults = {"max_iters": 100, "max_minutes": 0.0, "eval_interval": 40}
+    return SimpleNamespace(**{**defaults, "gradient_accumulation_steps": 2, **values})
 
 
-def test_time_left_has_steps_and_evaluations():
+def test_time_left_includes_steps_and_evaluations():
     state = RunState(iter_num=20)
     bar = RunBar(settings_of(), state, n_valid=6, disable=True)
     bar.measured(1.0, 3.0, 1000)
-    # 80 steps of 3 s; evaluations after 40, 80 and 100, guessed as 6 batches of a sixth of a step
+    # 80 steps of 3 s; evaluations after 40, 80 and 100, estimated as 6 batches of 1/6 step each
     assert bar.seconds_left() == pytest.approx(80 * 3 + 3 * 6 * 3 / 6)
     bar.eval_s = 10.0
     for step, n_evals in ((20, 3), (39, 3), (40, 3), (41, 2), (80, 2), (81, 1), (99, 1), (100, 1)):
@@ -28,17 +28,17 @@ def test_time_left_has_steps_and_evaluations():
         assert bar.seconds_left() == (100 - step) * 3 + n_evals * 10
 
 
-def test_time_left_of_a_run_for_some_minutes():
+def test_time_left_with_max_minutes():
     state = RunState(iter_num=20, train_s=60.0)
     bar = RunBar(settings_of(max_minutes=5.0, max_iters=1), state, n_valid=6, disable=True)
     bar.step_s, bar.eval_s = 3.0, 10.0
-    assert bar.seconds_left() == 240 + 3 * 10  # 80 steps more, evaluated after 40, 80 and 100
+    assert bar.seconds_left() == 240 + 3 * 10  # 80 more steps, evaluations after 40, 80 and 100
     state.train_s = 301.0
     assert bar.seconds_left() == 10
 
 
-def test_it_counts_down_while_a_step_takes_long(monkeypatch):
-    """Lines in a file come at least every 30 s, here every second, whatever the loop does."""
+def test_the_bar_counts_down_during_a_long_step(monkeypatch):
+    """A file gets a line at least every 30 s (here every second), whatever the loop does."""
     monkeypatch.setattr(plainlines, "SECONDS", 1.0)
     monkeypatch.setattr(plainlines, "SHORTEST", 0.0)
     shown = io.StringIO()

@@ -1,4 +1,4 @@
-"""Settings of train.py: each in one group, used only as the run has settled on it."""
+"""Settings of train.py: each is in one group, and train.py reads only the resolved ones."""
 
 import ast
 import json
@@ -13,12 +13,12 @@ from conftest import REPO, refused, script
 from configurator import UserError, comments_of
 from model import ARCHS, ModelArgs
 from training import settings
-from training.checkpoint import OF_RUN, RunState
+from training.checkpoint import RUN_FIELDS, RunState
 from training.settings import USED_IF, resolved, unused
 
 
 def block():
-    """Names of the settings in train.py's block, in order, and what follows the block."""
+    """Return the names in train.py's settings block, in order, and the nodes after the block."""
     body = ast.parse((REPO / "train.py").read_text()).body
     end = next(i for i, node in enumerate(body) if "configure(" in ast.unparse(node))
     assigned = [node for node in body[:end] if isinstance(node, ast.Assign)]
@@ -38,30 +38,30 @@ def test_every_option_of_the_model_is_in_a_group_of_the_model():
     assert {f.name for f in fields(ModelArgs)} - model == {"norm_eps", "rope_theta"}
 
 
-def test_below_the_block_a_setting_is_read_from_what_the_run_settled_on():
-    """A bare name would be what the command line said, which a resumed run does not follow."""
+def test_below_the_block_settings_are_read_from_the_resolved_ones():
+    """A global has the value of the command line, which a resumed run may not use."""
     names, rest = block()
     bound = {n.arg for top in rest for n in ast.walk(top) if isinstance(n, ast.arg)}
     assert not bound & set(names), bound
     used = [n.id for top in rest for n in ast.walk(top) if isinstance(n, ast.Name)]
-    assert [name for name in used if name in names] == ["device"]  # of this start, never resumed
+    assert [name for name in used if name in names] == ["device"]  # never taken from a checkpoint
     source = (REPO / "train.py").read_text()
     assert "global " not in source and "globals().update" not in source
 
 
-def test_what_a_run_has_reached_is_in_every_checkpoint():
-    assert {f.name for f in fields(RunState)} <= OF_RUN.keys()
+def test_the_run_state_is_in_every_checkpoint():
+    assert {f.name for f in fields(RunState)} <= RUN_FIELDS.keys()
 
 
 def test_settings_as_json():
-    words = ["config/story.py", "--dim=64", "--qk_norm=False", "--print-settings"]
+    args = ["config/story.py", "--dim=64", "--qk_norm=False", "--print-settings"]
     done = subprocess.run(
-        [sys.executable, REPO / "train.py", *words], cwd=REPO, capture_output=True, check=True
+        [sys.executable, REPO / "train.py", *args], cwd=REPO, capture_output=True, check=True
     )
     answer = json.loads(done.stdout)
     assert answer["settings"]["dim"] == 64 and {"dim", "qk_norm"} < set(answer["given"])
     assert settings.resolved(("--dim=64", "--qk_norm=False"))["qk_norm"] is False
-    assert settings.resolved()["qk_norm"] is True  # of --arch=modded
+    assert settings.resolved()["qk_norm"] is True  # from --arch=modded
     with pytest.raises(UserError, match=r"unknown setting --dimm: did you mean --dim\?"):
         settings.resolved(("--dimm=64",))
 
@@ -79,21 +79,21 @@ def test_help_has_the_groups_as_headings():
     refused(script("train.py", "--hidden_lr"), "--hidden_lr needs a value")
 
 
-def given_as(word, **settings):
-    return {**resolved(), **settings}, dict.fromkeys(settings, word)
+def given_as(argument, **settings):
+    return {**resolved(), **settings}, dict.fromkeys(settings, argument)
 
 
-def test_help_says_what_the_presets_are():
-    """At each option its values in ARCHS, where they differ from the default; nothing else."""
+def test_help_shows_the_presets():
+    """Each option lists exactly the values in ARCHS that differ from its default."""
     comments, _ = comments_of(REPO / "train.py")
-    told = {
+    shown = {
         (arch, name): value
         for name in settings.OPTIONS
         for archs, value in re.findall(r"; ((?:\w+, )*\w+): (\S+)$", comments[name])
         for arch in archs.split(", ")
         if arch in ARCHS
     }
-    assert told == {
+    assert shown == {
         (arch, name): str(value)
         for arch, options in ARCHS.items()
         for name, value in options.items()
@@ -101,7 +101,7 @@ def test_help_says_what_the_presets_are():
 
 
 @pytest.mark.parametrize(
-    "settings, names, how",
+    "settings, names, flag",
     [
         ({"optimizer": "adamw", "hidden_lr": 0.1, "grad_clip": 2.0}, ["hidden_lr"], "muon"),
         ({"weight_decay": 0.2, "beta2": 0.9}, ["beta2", "weight_decay"], "adamw"),
@@ -110,25 +110,26 @@ def test_help_says_what_the_presets_are():
         ({"wandb_run": "a"}, ["wandb_run"], "wandb_project"),
     ],
 )
-def test_settings_without_effect_are_named(settings, names, how):
-    [(found, words)] = unused(*given_as("config.py", **settings))
-    assert sorted(found) == names and how in words
+def test_settings_without_effect_are_reported(settings, names, flag):
+    [(ignored, needed)] = unused(*given_as("config.py", **settings))
+    assert sorted(ignored) == names and flag in needed
 
 
-def test_the_rate_of_another_optimizer_is_refused_by_hand_and_named_from_a_file():
+def test_base_learning_rate_with_muon_is_an_error_on_the_command_line_but_not_in_a_file():
     settings, given = given_as("--base_learning_rate=1", base_learning_rate=1.0)
-    with pytest.raises(UserError, match=r"--optimizer=adamw .*--hidden_lr"):
+    expected = r"cannot be used with optimizer = muon: use --optimizer=adamw .*--hidden_lr"
+    with pytest.raises(UserError, match=expected):
         unused(settings, given)
     assert unused(settings, {"base_learning_rate": "config/plain_llama2c.py"})
     assert not unused(settings | {"optimizer": "adamw"}, given)
 
 
-def test_every_setting_that_may_be_unused_exists():
+def test_every_setting_in_used_if_exists():
     names = {name for _, _, names in USED_IF for name in names.split()}
     assert len(names) > 25 and names <= resolved().keys()
 
 
-def test_a_run_says_what_it_does_not_use(tmp_path):
+def test_a_run_reports_settings_that_it_ignores():
     done = script("train.py", "--estimate", "--max_minutes=1", "--max_iters=5", "--device=cpu")
     assert done.returncode == 0, done.stderr
-    assert "this run does not use max_iters; with --max_minutes=0 it would" in done.stdout
+    assert "note: this run ignores max_iters (used only with --max_minutes=0)" in done.stdout

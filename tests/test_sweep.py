@@ -1,4 +1,4 @@
-"""sweep.py: what is run, what is kept of it, and what happens when something goes wrong."""
+"""sweep.py: which runs it makes, what it keeps of them, and how it recovers from failures."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from conftest import (
 BASE = " ".join([*TINY, "--arch=llama --optimizer=adamw --base_learning_rate=1e-2 --bigram_rows=0"])
 
 
-def sweep(data_dir, out_dir, *words, **options):
+def sweep(data_dir, out_dir, *args, **options):
     flags = [f"--base={BASE}", f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--evals=2"]
-    return script("sweep.py", *flags, *words, **options)
+    return script("sweep.py", *flags, *args, **options)
 
 
 def results(out_dir):
@@ -30,14 +30,14 @@ def results(out_dir):
 
 
 def test_a_grid_with_seeds_becomes_runs_with_results(practice, tmp_path):
-    words = ("--grid=base_learning_rate=1e-3,1e-2", "--seeds=2", "--equal_tokens=5120", "--jobs=2")
-    done = sweep(practice, tmp_path, *words, "--title=a title")
+    args = ("--grid=base_learning_rate=1e-3,1e-2", "--seeds=2", "--equal_tokens=5120", "--jobs=2")
+    done = sweep(practice, tmp_path, *args, "--title=a title")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = results(tmp_path)
-    assert sorted(found) == [
+    lines = results(tmp_path)
+    assert sorted(lines) == [
         f"base_learning_rate={rate}_seed={seed}" for rate in (0.001, 0.01) for seed in (1337, 1338)
     ]
-    for name, line in found.items():
+    for name, line in lines.items():
         log = read_log(tmp_path / name)
         last = [entry for entry in log if entry["kind"] == "eval"][-1]
         assert line["status"] == "finished" and line["title"] == "a title"
@@ -51,90 +51,90 @@ def test_a_grid_with_seeds_becomes_runs_with_results(practice, tmp_path):
         assert (
             not (tmp_path / name / "ckpt.pt").exists() and (tmp_path / name / "model.bin").exists()
         )
-    # the same command has nothing to do, even where the runs' folders are gone
+    # the same command has nothing to do, even without the logs of the runs
     before = (tmp_path / "results.jsonl").read_bytes()
     (tmp_path / "base_learning_rate=0.01_seed=1337" / "log.jsonl").unlink()
-    done = sweep(practice, tmp_path, *words, "--title=a title")
+    done = sweep(practice, tmp_path, *args, "--title=a title")
     assert done.returncode == 0 and "0 of 4 runs to do" in done.stdout
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_a_failure_does_not_end_the_rest_and_is_tried_again(practice, tmp_path):
+def test_a_failed_run_does_not_stop_the_others_and_is_retried(practice, tmp_path):
     runs = "good: --batch_size=4; bad: --batch_size=200000 ; wild: --base_learning_rate=1e15"
-    words = (f"--runs={runs}", "--seeds=1", "--evals=0")
+    args = (f"--runs={runs}", "--seeds=1", "--evals=0")
     base = f"--base={BASE} --max_iters=12"
-    # its step would take more than the machine has, which the estimate must not find out
-    done = sweep(practice, tmp_path, *words, base)
-    refused(done, "1 runs failed")
-    found = {line["varied"]["run"]: line for line in results(tmp_path).values()}
-    assert found["good"]["status"] == "finished"
-    assert found["bad"]["status"] == "failed" and "sequences" in found["bad"]["error"]
-    assert found["wild"]["status"] == "diverged" and found["wild"]["val_loss"] is None
-    done = sweep(practice, tmp_path, *words, base)
-    refused(done, "1 runs failed")
+    # a step of the bad run needs more memory than the machine has; the estimate must not try it
+    done = sweep(practice, tmp_path, *args, base)
+    refused(done, "1 run failed")
+    lines = {line["varied"]["run"]: line for line in results(tmp_path).values()}
+    assert lines["good"]["status"] == "finished"
+    assert lines["bad"]["status"] == "failed" and "sequences" in lines["bad"]["error"]
+    assert lines["wild"]["status"] == "diverged" and lines["wild"]["val_loss"] is None
+    done = sweep(practice, tmp_path, *args, base)
+    refused(done, "1 run failed")
     assert "1 of 3 runs to do" in done.stdout
 
 
-def running(out_dir):
-    """The steps that the runs of a sweep have logged, by name."""
-    found = {}
+def logged_steps(out_dir):
+    """Return {name: latest step in the log} for the runs of a sweep."""
+    steps = {}
     for log in out_dir.glob("*/log.jsonl"):
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-        found[log.parent.name] = max((line.get("step", 0) for line in lines), default=0)
-    return found
+        steps[log.parent.name] = max((line.get("step", 0) for line in lines), default=0)
+    return steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, how):
-    words = [
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_loses_and_repeats_nothing(practice, tmp_path, signum):
+    args = [
         *(f"--base={BASE} --max_iters=300 --save_interval=20", f"--data_dir={practice}"),
         *("--grid=base_learning_rate=1e-3,3e-3", "--seeds=1", "--evals=3", "--device=cpu"),
     ]
     out = tmp_path / "killed"
-    command = [sys.executable, REPO / "sweep.py", *words, f"--out_dir={out}"]
+    command = [sys.executable, REPO / "sweep.py", *args, f"--out_dir={out}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet)
     first, second = (f"base_learning_rate={rate}_seed=1337" for rate in (0.001, 0.003))
-    wait_until(lambda: running(out).get(second, 0) >= 40)
-    os.kill(process.pid, how)
+    wait_until(lambda: logged_steps(out).get(second, 0) >= 40)
+    os.kill(process.pid, signum)
     process.wait(60)
     assert list(results(out)) == [first]
     kept = (out / "results.jsonl").read_text().splitlines()[0]
     log_of_first = (out / first / "log.jsonl").stat()
-    done = script("sweep.py", *words, f"--out_dir={out}")
+    done = script("sweep.py", *args, f"--out_dir={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 2 runs to do" in done.stdout
-    # the finished run was not touched, the half one went on where it was
+    # the finished run was not touched; the other one continued where it stopped
     assert (out / "results.jsonl").read_text().splitlines()[0] == kept
     assert (out / first / "log.jsonl").stat() == log_of_first
     starts = [line for line in read_log(out / second) if line["kind"] == "start"]
     assert len(starts) == 2
     steps = [line["step"] for line in read_log(out / second) if line["kind"] == "train"]
     assert len(steps) == len(set(steps)) and max(steps) == 300
-    if how != signal.SIGKILL:
+    if signum != signal.SIGKILL:
         return
-    # and came to what an undisturbed run comes to, bit for bit
+    # and reached the same loss as an undisturbed run, bit for bit
     whole = tmp_path / "whole"
-    done = script("sweep.py", *words, "--grid=base_learning_rate=3e-3", f"--out_dir={whole}")
+    done = script("sweep.py", *args, "--grid=base_learning_rate=3e-3", f"--out_dir={whole}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(whole)[second]["val_loss"] == results(out)[second]["val_loss"]
 
 
 @pytest.mark.slow
 def test_results_of_another_sweep_are_neither_lost_nor_mixed_in(practice, tmp_path):
-    words = ("--grid=base_learning_rate=1e-2", "--seeds=1")
-    done = sweep(practice, tmp_path, *words, "--equal_tokens=2560")
+    args = ("--grid=base_learning_rate=1e-2", "--seeds=1")
+    done = sweep(practice, tmp_path, *args, "--equal_tokens=2560")
     assert done.returncode == 0, done.stdout + done.stderr
     before = (tmp_path / "results.jsonl").read_bytes()
-    done = sweep(practice, tmp_path, *words, "--equal_tokens=5120")
-    refused(done, " = 3 and not 5", "another --out_dir")
+    done = sweep(practice, tmp_path, *args, "--equal_tokens=5120")
+    refused(done, " = 3 instead of 5", "another --out_dir")
     done = sweep(practice, tmp_path, "--grid=batch_size=4", "--seeds=1", "--equal_tokens=2560")
-    refused(done, "base_learning_rate=0.01_seed=1337", "does not have", "another --out_dir")
+    refused(done, "base_learning_rate=0.01_seed=1337", "is not in this sweep", "another --out_dir")
     assert (tmp_path / "results.jsonl").read_bytes() == before
-    more = "--grid=base_learning_rate=1e-2,1e-3"  # it can grow
-    done = sweep(practice, tmp_path, more, "--seeds=1", "--equal_tokens=2560")
+    longer = "--grid=base_learning_rate=1e-2,1e-3"  # values can be added
+    done = sweep(practice, tmp_path, longer, "--seeds=1", "--equal_tokens=2560")
     assert done.returncode == 0 and "1 of 2 runs to do" in done.stdout, done.stderr
 
 
@@ -149,12 +149,12 @@ def test_equal_time_gives_the_slower_run_fewer_steps(practice, tmp_path):
         if "seed=1337" in line
     }
     assert steps["small_seed=1337"] > 2 * steps["large_seed=1337"]
-    assert not list(tmp_path.iterdir())  # nothing is written before it is begun
+    assert not list(tmp_path.iterdir())  # a dry run writes nothing
 
 
-def test_an_estimate_needs_no_data_and_says_the_cost(tmp_path):
-    words = ("--grid=base_learning_rate=1e-2", "--seeds=2", "--price=3600", "--dry_run")
-    done = sweep(tmp_path / "nowhere", tmp_path / "out", *words, f"--base={BASE} --max_minutes=1")
+def test_an_estimate_needs_no_data_and_prints_the_cost(tmp_path):
+    args = ("--grid=base_learning_rate=1e-2", "--seeds=2", "--price=3600", "--dry_run")
+    done = sweep(tmp_path / "nowhere", tmp_path / "out", *args, f"--base={BASE} --max_minutes=1")
     assert done.returncode == 0, done.stderr
     assert "2 of 2 runs to do" in done.stdout and "dollars" in done.stdout
     assert "tinystories.py train_vocab" in done.stdout and not (tmp_path / "out").exists()
@@ -162,61 +162,73 @@ def test_an_estimate_needs_no_data_and_says_the_cost(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(p.stem for p in (REPO / "experiments").glob("*.py")))
-def test_the_experiments_are_sweeps_or_what_they_share(name, tmp_path):
+def test_experiments_are_sweeps_or_settings_that_sweeps_share(name, tmp_path):
     text = (REPO / "experiments" / f"{name}.py").read_text()
-    if "base = " not in text:  # settings that sweeps name as their base
+    if "base = " not in text:  # settings that sweeps use as their base
         done = script("train.py", f"experiments/{name}.py", "--estimate", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return
-    words = (f"experiments/{name}.py", "--dry_run", "--rounds=1", "--equal_minutes=0")
-    done = script("sweep.py", *words, "--seeds=1", cwd=tmp_path)
+    args = (f"experiments/{name}.py", "--dry_run", "--rounds=1", "--equal_minutes=0")
+    done = script("sweep.py", *args, "--seeds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "runs to do" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("args", "parts"),
     [
         ([], ["nothing to sweep"]),
         (["--grid=seed"], ["seed", "NAME=VALUE,VALUE"]),
         (["--grid=sed=1,2"], ["sed", "did you mean --seed"]),
         (["--grid=dim=a,b"], ["dim=a", "whole number"]),
-        (["--runs=no colon"], ["no colon", "NAME: arguments"]),
+        (["--runs=no colon"], ["no colon", "NAME: train.py arguments"]),
         (["--runs=a: --dim=32; a: --dim=64"], ["two runs", "a_seed=1337"]),
         (["--grid=dim=32,64", "--jobs=0"], ["jobs = 0", "at least 1"]),
-        (["--grid=dim=32", "--equal_tokens=5", "--equal_minutes=1"], ["exclude"]),
+        (
+            ["--grid=dim=32", "--equal_tokens=5", "--equal_minutes=1"],
+            ["equal_tokens cannot be used with"],
+        ),
         (["--grid=dim=32", "--base=config/none.py"], ["config/none.py", "does not exist"]),
-        (["--grid=dim=32", "--data_dir=nowhere"], ["no shards", "tinystories.py"]),
+        (
+            ["--grid=dim=32", "--data_dir=nowhere"],
+            ["needs shards that do not exist", "tinystories.py"],
+        ),
         (["--grid=n_heads=3"], ["n_heads = 3", "divide"]),
-        (["--grid=dim=32,64", "--base=--on_finish=true"], ["on_finish is not for the runs"]),
-        (["--grid=dim=32'"], ["cannot be split"]),
+        (
+            ["--grid=dim=32,64", "--base=--on_finish=true"],
+            ["on_finish cannot be used with sweep.py"],
+        ),
+        (["--grid=dim=32'"], ["expected words quoted as in a shell"]),
         (["--grid=run=a,b"], ["run=a,b", "setting of train.py"]),
         (["--grid=out_dir=a,b"], ["out_dir=a,b", "setting of train.py"]),
         (["--grid=dim=32,,64"], ["dim=32,,64", "NAME=VALUE,VALUE"]),
-        (["--grid=batch_size=3,8", "--eval_windows=8"], ["not a multiple of batch_size = 3"]),
+        (
+            ["--grid=batch_size=3,8", "--eval_windows=8"],
+            ["eval_windows = 8: expected a multiple of batch_size = 3"],
+        ),
         (["--base=--compile=auto", "--grid=dim=32", "--equal_minutes=1"], ["--compile=True or"]),
-        (["--grid=max_minutes=1", "--equal_tokens=500"], ["max_minutes = 1"]),
+        (["--grid=max_minutes=1", "--equal_tokens=500"], ["max_minutes = 1 cannot be used with"]),
         (["--vocab_size=512"], ["--base='config/speedrun_cpu.py --vocab_size=...'", "--grid="]),
         (["--weather=512"], ["unknown setting --weather"]),
     ],
 )
-def test_bad_words_are_refused_in_a_sentence(words, parts, tmp_path):
-    done = script("sweep.py", *words, f"--out_dir={tmp_path / 'out'}", cwd=tmp_path)
+def test_bad_arguments_are_refused_in_one_sentence(args, parts, tmp_path):
+    done = script("sweep.py", *args, f"--out_dir={tmp_path / 'out'}", cwd=tmp_path)
     refused(done, *parts)
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    "words, folder",
+    "args, folder",
     [
         (["experiments/lr.py"], "lr"),
         (["--base=config/story.py", "--grid=hidden_lr=0.1,0.2 dim=64"], "story-hidden_lr-dim"),
         (["--base=--batch_size=2", "--runs=small one: --dim=64; big: --dim=96"], "small_one-big"),
     ],
 )
-def test_each_sweep_has_a_folder_of_its_own(words, folder):
-    """That of a sweep without a file is named after what it varies."""
-    done = script("sweep.py", *words, "--dry_run", "--seeds=1", "--eval_windows=0", "--device=cpu")
+def test_each_sweep_has_its_own_folder(args, folder):
+    """Without a sweep file, the folder is named after what the sweep varies."""
+    done = script("sweep.py", *args, "--dry_run", "--seeds=1", "--eval_windows=0", "--device=cpu")
     assert done.returncode == 0, done.stderr
     assert f"runs to do in {os.path.join('out', 'sweeps', folder)}, about" in done.stdout
 
@@ -227,5 +239,5 @@ def test_two_sweeps_in_one_folder_are_refused(practice, tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     done = sweep(practice, tmp_path, "--grid=dim=32,64", "--patience=1")
-    refused(done, "another sweep is at work")
+    refused(done, "another sweep is using")
     os.close(folder)

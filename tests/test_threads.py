@@ -1,4 +1,4 @@
-"""The number of threads: chosen by what is fastest, and again when that changes."""
+"""The number of threads: the fastest is chosen, and chosen again when that changes."""
 
 import itertools
 
@@ -13,34 +13,32 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A made-up machine of four cores: seconds by number of threads, and a clock."""
+    """A fake machine with four cores: {number of threads: seconds}, and a clock."""
     state = {"now": 100.0, "threads": 4, "seconds": {4: 1.0, 3: 1.3, 2: 2.0, 1: 4.0}, "probes": 0}
 
-    def made_up_probe(numbers):
+    def fake_probe(numbers):
         state["probes"] += 1
         return {n: state["seconds"][n] for n in numbers}
 
     monkeypatch.delenv("OMP_DYNAMIC", raising=False)
-    monkeypatch.setattr(threads, "probe", made_up_probe)
+    monkeypatch.setattr(threads, "probe", fake_probe)
     monkeypatch.setattr(threads.time, "monotonic", lambda: state["now"])
     monkeypatch.setattr(torch, "get_num_threads", lambda: state["threads"])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: state.update(threads=n))
     return state
 
 
-BUSY = {4: 5.0, 3: 1.3, 2: 2.0, 1: 4.0}  # a program on one of the cores
+BUSY = {4: 5.0, 3: 1.3, 2: 2.0, 1: 4.0}  # another program uses one core
 
 
-def test_the_fastest_number_is_taken_at_the_start(machine, capsys):
+def test_the_fastest_number_is_chosen_at_the_start(machine, capsys):
     Threads(CPU)
     assert machine["threads"] == 4 and not capsys.readouterr().err
     machine["seconds"] = BUSY
     Threads(CPU)
     assert machine["threads"] == 3
-    assert (
-        capsys.readouterr().err
-        == "other programs use the cores: 3 of 4 threads, 3.8 times as fast\n"
-    )
+    expected = "note: other programs use the cores; using 3 of 4 threads (3.8 times as fast)\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_small_gain_changes_nothing(machine):
@@ -49,7 +47,7 @@ def test_a_small_gain_changes_nothing(machine):
     assert machine["threads"] == 4
 
 
-def test_they_are_chosen_again_where_the_work_slows_down(machine, capsys):
+def test_the_number_is_chosen_again_when_the_work_slows_down(machine, capsys):
     chosen = Threads(CPU)
     for _ in range(10):
         chosen.watch(10, 1.0)
@@ -59,20 +57,23 @@ def test_they_are_chosen_again_where_the_work_slows_down(machine, capsys):
     assert machine["probes"] == 1
     chosen.watch(1, 1.0)
     assert machine["threads"] == 3 and machine["probes"] == 2
-    # with fewer than the most, they are chosen again after a while
+    # below the maximum, the number is chosen again after a while
     machine["seconds"] = {4: 1.0, 3: 1.3, 2: 2.0, 1: 4.0}
     chosen.watch(10, 1.0)
     assert machine["probes"] == 2
     machine["now"] += threads.LATER_S + 1
     chosen.watch(10, 1.0)
-    assert machine["threads"] == 4 and "cores are free again: 4 of 4" in capsys.readouterr().err
+    assert (
+        machine["threads"] == 4
+        and "note: cores are free again; using 4 of 4 threads" in capsys.readouterr().err
+    )
     machine["now"] += threads.LATER_S + 1
     chosen.watch(10, 1.0)
     assert machine["probes"] == 3
 
 
-def test_a_number_that_is_slower_at_the_work_is_taken_back(machine, capsys):
-    """The small computation of a probe may be faster where the work is not."""
+def test_a_number_that_makes_the_work_slower_is_undone(machine, capsys):
+    """A probe's small computation may be faster although the work is not."""
     machine["seconds"] = BUSY
     chosen = Threads(CPU)
     chosen.watch(10, 1.0)
@@ -81,10 +82,13 @@ def test_a_number_that_is_slower_at_the_work_is_taken_back(machine, capsys):
     chosen.watch(10, 1.0)
     assert machine["threads"] == 4
     chosen.watch(6, 1.0)
-    assert machine["threads"] == 3 and "back to 3 of 4 threads" in capsys.readouterr().err
+    assert (
+        machine["threads"] == 3
+        and "note: back to 3 of 4 threads, which are faster" in capsys.readouterr().err
+    )
     machine["now"] += threads.LATER_S + 1
     chosen.watch(10, 1.0)
-    assert machine["threads"] == 3  # the next try is later
+    assert machine["threads"] == 3  # waits longer for the next try
     machine["now"] += threads.LATER_S
     chosen.watch(10, 1.0)
     assert machine["threads"] == 4
@@ -93,7 +97,7 @@ def test_a_number_that_is_slower_at_the_work_is_taken_back(machine, capsys):
 
 
 @pytest.mark.parametrize("device, dynamic", [("cpu", "false"), ("meta", "")])
-def test_a_given_number_and_a_gpu_are_left_alone(machine, monkeypatch, device, dynamic):
+def test_a_fixed_number_and_a_gpu_are_left_alone(machine, monkeypatch, device, dynamic):
     monkeypatch.setenv("OMP_DYNAMIC", dynamic)
     machine["seconds"] = BUSY
     chosen = Threads(torch.device(device))
@@ -102,7 +106,7 @@ def test_a_given_number_and_a_gpu_are_left_alone(machine, monkeypatch, device, d
     assert machine["threads"] == 4 and machine["probes"] == 0
 
 
-def test_an_iterator_is_watched_without_what_happens_in_between(machine, monkeypatch):
+def test_only_the_iterator_is_timed_and_not_the_loop_body(machine, monkeypatch):
     chosen, seen = Threads(CPU), []
     clock = itertools.count()
     monkeypatch.setattr(threads.time, "perf_counter", lambda: next(clock))
@@ -113,6 +117,6 @@ def test_an_iterator_is_watched_without_what_happens_in_between(machine, monkeyp
 
 def test_a_probe_measures_each_number():
     before = torch.get_num_threads()
-    found = probe({1, before})
+    times = probe({1, before})
     torch.set_num_threads(before)
-    assert set(found) == {1, before} and all(0 < seconds < 10 for seconds in found.values())
+    assert set(times) == {1, before} and all(0 < seconds < 10 for seconds in times.values())

@@ -1,10 +1,10 @@
 """
-Runs scripts for the tests in forks of one process that has loaded torch already, which is most of
-what a short script does. Each line of its input is a request, each line of its output an answer:
+Runs scripts for the tests in forks of a process that has already loaded torch, because loading it
+takes most of a short script's time. Each input line is a request, each output line its answer:
 
-    {"argv": [script, words...], "cwd": folder, "env": {}, "out": file, "err": file} -> exit status
+    {"argv": [script, args...], "cwd": folder, "env": {}, "out": file, "err": file} -> exit status
 
-argv may also be ["-m", module, words...].
+argv can also be ["-m", module, args...].
 """
 
 import atexit
@@ -25,7 +25,7 @@ import tqdm  # noqa: F401
 
 
 def run(request):
-    """As `python argv...` would, from the beginning of the script to the exit status."""
+    """Do what `python argv...` does, from the start of the script to its exit status."""
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

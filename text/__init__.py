@@ -1,1 +1,1 @@
-"""Text on disk: documents of files, the shards made of them, and the practice corpus."""
+"""Text on disk: the documents in files, their token shards, and the practice corpus."""

@@ -1,5 +1,5 @@
 """
-Text on disk: which files a source has, and how they are cut into parts that each make a shard.
+Text on disk: which files a source has, and how they are cut into parts that each become a shard.
 text/documents.py reads the documents in them.
 """
 
@@ -21,34 +21,34 @@ from text.documents import (
     TEXT,
     border_after,
     cleaned,
-    end_of_paragraph,
     has_separator,
     is_plain,
     is_streamed,
     mark_of,
     not_utf8,
     opened,
+    paragraph_mark,
     read_passages,
     readable,
     shape_of,
     stream_documents,
 )
 
-SIDECAR = "shards.json"  # of token shards, which may lie in the same folder
-# JSON beside data that is not data
+SIDECAR = "shards.json"  # describes token shards, which may be in the same folder
+# JSON files that describe data and are not data
 METADATA = (SIDECAR, "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-BOOK_SHARD = 64 << 10  # bytes, at least, of a part of a file that is cut into passages
-WHOLE = 16 << 10  # bytes up to which a file without separators is one document
-MIN_SHARDS, MAX_SHARDS = 10, 50  # of a text that is cut
+BOOK_SHARD = 64 << 10  # minimum bytes of a shard from a file that is cut into passages
+WHOLE = 16 << 10  # maximum bytes of a file without separators that is one document
+MIN_SHARDS, MAX_SHARDS = 10, 50  # for a text that is cut
 SMALL_SHARD, LARGE_SHARD = 256 << 10, 64 << 20  # bytes; between the two there are MAX_SHARDS
-MTIME = "changed "  # begins the version of a file here, which copies elsewhere need not share
-IN_PASSAGES = " in passages"  # ends the version of a file without separators that is cut
-CHECKED = 1 << 32  # bytes of a source, from its beginning, that are checked before work begins
+MTIME = "changed "  # starts the version of a local file, which copies elsewhere need not share
+IN_PASSAGES = " in passages"  # ends the version of a file that is cut into passages
+CHECKED = 1 << 32  # bytes at the start of a source that are checked before any work
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes start to end of a file, whole documents; is_book: it is cut into passages."""
+    """Bytes start to end of a file, with whole documents; is_book: it is cut into passages."""
 
     path: str
     start: int
@@ -56,14 +56,14 @@ class Span:
     is_book: bool = False
 
     def key(self):
-        """What must stay the same for a shard made from it to stay good."""
+        """Return a string that changes when shards made from this Span become invalid."""
         info = os.stat(self.path)
         name = os.path.basename(self.path)
         key = f"{name} {info.st_size} {info.st_mtime_ns} {self.start}-{self.end}"
         return key + IN_PASSAGES * self.is_book
 
     def data(self):
-        """The bytes of a file that is not compressed, without a byte order mark."""
+        """Return the bytes without a byte order mark; the file must not be compressed."""
         with opened(self.path) as (file, _):
             file.seek(max(self.start, file.tell()))
             data = file.read(max(0, self.end - file.tell()))
@@ -75,8 +75,8 @@ class Span:
 @dataclass(frozen=True)
 class File:
     """
-    A file of text at `path`, once it is downloaded from `url`, which is read from its beginning; or
-    `spans` of files here, which make one shard. is_book: it is cut into passages.
+    A text file at `path`, perhaps still to be downloaded from `url`, which is read from the start;
+    or `spans` of local files that make one shard. is_book: it is cut into passages.
     """
 
     name: str
@@ -97,17 +97,17 @@ class File:
         return (text for text, _ in stream_documents(self.path, self.is_book))
 
     def check_unchanged(self):
-        """Raise UserError if the file was written to, or removed, since this File was made."""
+        """Raise UserError if the file was changed or removed since this File was made."""
         with watched_for_removal(self.path):
             now = file_here(self.path, is_book=self.is_book)
             now = file_of_spans(self.spans) if self.spans else now
-        # a file of the hub has the hub's version
+        # the version of a downloaded file comes from the hub
         if now.size != self.size or (not self.url and now.version != self.version):
             raise changed(self.path)
 
 
 def file_here(path, is_valid=False, is_book=False):
-    """The File of a path."""
+    """Return the File of a local path."""
     info = os.stat(path)
     version = f"{MTIME}{info.st_mtime_ns}" + IN_PASSAGES * is_book
     return File(os.path.basename(path), info.st_size, version, path, "", is_valid, (), is_book)
@@ -120,9 +120,7 @@ def file_of_spans(spans, is_valid=False):
 
 
 def changed(path):
-    return UserError(
-        f"{path} was changed while it was read: run the same command again once it stays as it is"
-    )
+    return UserError(f"{path} was changed while it was being read: run the same command again")
 
 
 @contextlib.contextmanager
@@ -135,7 +133,7 @@ def watched_for_removal(path):
 
 @contextlib.contextmanager
 def unchanged(spans):
-    """Raise UserError at the end of the block if a file of some Spans was written to meanwhile."""
+    """Raise UserError after the block if a file of these Spans has changed."""
     before = {span.path: whole_file(span.path).key() for span in spans}
     yield
     for path, key in before.items():
@@ -144,26 +142,26 @@ def unchanged(spans):
                 raise changed(path)
 
 
-# ---- which files, and where to cut them
+# ---- the files of a source, and where to cut them
 
 
 def text_files(source):
     """
-    The file `source`, or the files of text in that folder, sorted. Raises UserError where there is
-    none, or one is not UTF-8.
+    Return the paths of a source, sorted: a text file, or all text files in a folder. Raises
+    UserError if there are none or one is not UTF-8.
     """
     if not os.path.exists(source):
-        raise UserError(f"{source} does not exist")
+        raise UserError(f"{source} does not exist; pass a text file or a folder of them")
     check_regular(source)
     folder, names = "", [source]
     if os.path.isdir(source):
         folder = source
-        there = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]
-        names = data_files(there, source)
+        names = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]
+        names = data_files(names, source)
     paths = [os.path.join(folder, name) for name in names if name.lower().endswith(READABLE)]
     if not paths:
         raise UserError(
-            f"{source}: expected a file, or a folder of files, ending in {', '.join(READABLE)}"
+            f"{source}: expected a file or a folder of files ending in {', '.join(READABLE)}"
         )
     room = CHECKED
     for path in paths:
@@ -176,8 +174,8 @@ def text_files(source):
 
 def data_files(names, where):
     """
-    The names of files of text, sorted. Prints which are left out: what only describes data, and
-    all but one of the names that differ in the ending alone, which hold the same text again.
+    Return the sorted names of text files. Files that only describe data are skipped. If names
+    differ only in the ending, one is kept, since the files hold the same text. Prints the others.
     """
     names = [name for name in names if name.lower().endswith(READABLE)]
     names = [name for name in names if not os.path.basename(name).startswith(".")]  # macOS's ._x
@@ -187,10 +185,10 @@ def data_files(names, where):
             kept.setdefault(name[: -len(full_ending(name))], name)
     others = set(names) - set(kept.values()) - {SIDECAR}
     if others:
-        print_once(f"{where}: not read: {', '.join(sorted(others))}")
+        print_once(f"note: {where}: not reading {', '.join(sorted(others))}")
     if len({full_ending(name) == ".parquet" for name in kept.values()}) == 2:
         print_once(
-            f"note: {where} has .parquet and other files; if they are the same text, name one"
+            f"note: {where} has .parquet and other files; if they hold the same text, choose one"
         )
     return sorted(kept.values())
 
@@ -206,7 +204,7 @@ def full_ending(name):
 
 @functools.cache
 def check_utf8(path, size, mtime_ns):
-    """Raise UserError unless a file is UTF-8; read once a process for the same size and time."""
+    """Raise UserError unless a file is UTF-8; cached for the same size and time."""
     decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
     with open(path, "rb") as f:
         try:
@@ -221,8 +219,8 @@ def check_utf8(path, size, mtime_ns):
 
 def books_among(paths):
     """
-    Which files of a source, a set of paths, are to be cut into passages: .txt without separators,
-    if it is long or all there is. Prints that.
+    Return the paths of a source that must be cut into passages, a set: .txt files without
+    separators that are long or the only file. Prints a note about them.
     """
     books = [
         path
@@ -232,34 +230,35 @@ def books_among(paths):
         and not has_separator(path)
     ]
     if books:
-        others = f" and {len(books) - 1} other files have" if len(books) > 1 else " has"
+        separator, others = SEPARATOR.decode(), f" and {len(books) - 1} other files"
+        have, are = ("has", "is") if len(books) == 1 else ("have", "are")
         print_once(
-            f"{books[0]}{others} no {SEPARATOR.decode()} between documents: cut at blank lines "
-            f"into passages of 2,000 characters or more, each of which is a document"
+            f"note: {books[0]}{others * (len(books) > 1)} {have} no {separator} between documents "
+            f"and {are} cut at blank lines into documents of at least 2,000 characters"
         )
     return set(books)
 
 
 def plan_shards(source, valid_source=""):
     """
-    Cut a corpus into Files, one a shard; those of valid_source come first. Depends on the files
-    alone.
+    Cut a corpus into Files, one per shard, those of valid_source first. The result depends only on
+    the files.
     """
     paths, valid = text_files(source), []
     if valid_source:
         valid = text_files(valid_source)
         paths = [p for p in paths if not any(os.path.samefile(p, v) for v in valid)]
         if not paths:
-            raise UserError(f"{valid_source} is all of {source}: nothing is left to train on")
+            raise UserError(f"{valid_source} has all files of {source}: none is left to train on")
     books = books_among(paths) | books_among(valid)
-    # a single .json list is read once, for all workers
+    # a single .json list is read once for all workers
     is_list = len(paths) == 1 and shape_of(paths[0]) == ".json"
     streamed = [path for path in paths if is_list or is_streamed(path)]
     paths = [path for path in paths if path not in streamed]
     spans = [whole_file(path, path in books) for path in paths]
     total = sum(span.end for span in spans)
     if not total and not streamed:
-        raise UserError(f"{source} has no text to train on: its files are empty")
+        raise UserError(f"{source} contains no text to train on: its files are empty")
     n = max(min(max(total // SMALL_SHARD, MIN_SHARDS), MAX_SHARDS), -(-total // LARGE_SHARD))
     parts = (cut(span, n_shards(span, n, total)) for span in spans)
     train = grouped(itertools.chain.from_iterable(parts), total // n)
@@ -273,9 +272,9 @@ def plan_shards(source, valid_source=""):
 
 
 def n_shards(span, n, total):
-    """How many of n shards of a corpus of `total` bytes a whole file is worth."""
-    worth = round(n * span.end / max(total, 1))
-    return min(worth, span.end // BOOK_SHARD) if span.is_book else worth
+    """Return a whole file's share of the n shards of a corpus of `total` bytes."""
+    share = round(n * span.end / max(total, 1))
+    return min(share, span.end // BOOK_SHARD) if span.is_book else share
 
 
 def whole_file(path, is_book=False):
@@ -283,7 +282,7 @@ def whole_file(path, is_book=False):
 
 
 def grouped(spans, size):
-    """Spans in lists, neighbours together while they make less than half of `size` bytes."""
+    """Group Spans into lists: consecutive ones together up to about half of `size` bytes."""
     groups, room = [], 0
     for span in spans:
         if room <= 0:
@@ -296,14 +295,14 @@ def grouped(spans, size):
 
 def cut(span, n):
     """
-    Up to n Spans of about equal size that make up a Span, cut between documents. Where those are
-    found by reading alone, it stays whole. A book is cut once, since passages depend on where.
+    Cut a Span into up to n Spans of similar size, between documents. A file that can only be read
+    from its start stays whole. A book is cut only once, because its passages depend on the cuts.
     """
     ends, size = {span.start, span.end}, span.end - span.start
     mark = mark_of(span.path)
     if span.is_book:
         is_whole = span == whole_file(span.path, True)
-        mark = end_of_paragraph(span.path) if is_whole else None
+        mark = paragraph_mark(span.path) if is_whole else None
     if n > 1 and mark:
         with open(span.path, "rb") as f:
             ends |= {border_after(f, span.start + size * i // n, mark) for i in range(1, n)}
@@ -311,11 +310,11 @@ def cut(span, n):
     return [replace(span, start=a, end=b) for a, b in itertools.pairwise(ends)]
 
 
-# ---- what they say
+# ---- the text of Spans
 
 
 def read_documents(spans):
-    """The documents of Spans, one str after another."""
+    """Yield the documents of Spans."""
     for span in spans:
         if is_streamed(span.path) or shape_of(span.path) == ".json":
             yield from (text for text, _ in stream_documents(span.path, span.is_book))
@@ -328,8 +327,8 @@ def read_documents(spans):
 
 def texts_of(span):
     """
-    The texts in a Span: of a .txt file all it says, whatever it is, so that it may be cut anywhere;
-    else its documents.
+    Yield the texts in a Span: for a .txt file its whole content, unchanged, so that it may be cut
+    anywhere; for other files the documents.
     """
     if not is_plain(span.path):
         yield from read_documents([span])

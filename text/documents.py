@@ -1,22 +1,22 @@
 """
-Files of text as documents: where one ends, what a file's text is, and what is refused.
+The documents in text files: which formats can be read, where a document ends, what is refused.
 
-These shapes are read, told apart by the end of the name, and JSON by its first character:
-  .txt            documents with <|endoftext|> between them (TinyStoriesV2-GPT4); a long file
-                  without any, such as a book, is cut into passages at its paragraphs
-  .json, .jsonl   a list of objects with the text under "story" or "text" (TinyStories_all_data),
-                  or one such object a line (C4, and most others)
-  .csv            a table with a heading "story" or "text"
-  .parquet        the same as a table of columns
-All but the last may be compressed with gzip (.txt.gz). Text is UTF-8, and a byte order mark at the
-beginning of a file is skipped. Lines end with a newline, also where Windows ended them. Documents
-lose the white space around them, and empty ones are dropped, as in llama2.c.
+The ending of the name decides the format; .json and .jsonl are told apart by the first character:
+  .txt            documents separated by <|endoftext|> (TinyStoriesV2-GPT4); a long file without
+                  separators, such as a book, is cut into passages at its paragraphs
+  .json, .jsonl   a list of objects with the text in "story" or "text" (TinyStories_all_data), or
+                  one such object per line (C4 and most others)
+  .csv            a table with a column "story" or "text"
+  .parquet        likewise
+All except .parquet may be compressed with gzip (.txt.gz). Text is UTF-8; a byte order mark at the
+start of a file is skipped. \\r\\n and \\r become newlines. White space around documents is removed
+and empty documents are dropped, as in llama2.c.
 
-Files are read in steps: memory depends on the longest document. Its length has a limit, and so has
-the factor by which a compressed file may expand.
+Files are streamed, so memory depends on the longest document. There is a limit on its length, and
+on how far a compressed file may expand.
 
-To add a shape: a reader in READERS, its ending in READABLE, and in MARKS what ends a document if a
-file may be cut there.
+To add a format, add a reader to READERS, its ending to READABLE and, if a file can be cut after a
+document, the end mark of a document to MARKS.
 """
 
 import codecs
@@ -34,29 +34,29 @@ from system.files import parse_json
 
 SEPARATOR = b"<|endoftext|>"
 HOW_TO_CUT = (
-    f"{SEPARATOR.decode()} between documents: sed 's/^$/{SEPARATOR.decode()}/' IN.txt > OUT.txt "
-    f"puts it in place of blank lines"
+    f"{SEPARATOR.decode()} between documents, for example instead of blank lines: "
+    f"sed 's/^$/{SEPARATOR.decode()}/' IN.txt > OUT.txt"
 )
-MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # at the end of a document
-# A passage of a text without separators: 2,000 characters or more, up to the next blank line within
-# 2,000 more; or else the next line or word
+MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # what ends a document
+# A passage of a text without separators: at least 2,000 characters and at most 4,000, up to a blank
+# line, or else to the end of a line or word
 PASSAGE = re.compile(
     r".{2000,4000}?\n[ \t]*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}", re.DOTALL
 )
 FIELDS = ("story", "text")
-OF_OBJECTS = "expected a list of objects, or an object a line"
+EXPECTED_JSON = "expected a list of objects or one object per line"
 JSON, BLANKS, BLANK = json.JSONDecoder(), " \t\r\n", re.compile(r"[ \t\r\n]*")
 TEXT = (".txt", ".json", ".jsonl", ".csv")
 READABLE = (*TEXT, ".parquet", *(f"{ending}.gz" for ending in TEXT))
-LONGEST = 1 << 28  # bytes of one document, which is in memory as a whole
-LONGEST_RECORD = 1 << 25  # bytes of one in JSON or CSV, which takes up to 25 times as much memory
-# a file that unpacks to more than this, and to more than MOST_PACKED times its size, is not text
-LARGE, MOST_PACKED = 1 << 28, 200
-LFS = b"version https://git-lfs.github.com/spec/"  # begins a file that git did not fetch
+MAX_DOCUMENT = 1 << 28  # bytes of a document, which is in memory as a whole
+MAX_RECORD = 1 << 25  # bytes of a document in JSON or CSV, which takes up to 25 times the memory
+# a file that unpacks to more than LARGE bytes and to more than MAX_RATIO times its size is not text
+LARGE, MAX_RATIO = 1 << 28, 200
+LFS = b"version https://git-lfs.github.com/spec/"  # the start of a file that git did not fetch
 
 
-def not_utf8(what):
-    return UserError(f"{what}; convert it, for example with iconv -f LATIN1 -t UTF-8")
+def not_utf8(problem):
+    return UserError(f"{problem}; convert it, for example with iconv -f LATIN1 -t UTF-8")
 
 
 def has_separator(path):
@@ -69,15 +69,15 @@ def has_separator(path):
     return False
 
 
-def end_of_paragraph(path):
-    """A blank line as it is in a file, or, if it has none, a newline."""
+def paragraph_mark(path):
+    """Return what ends a paragraph in a file: a blank line, or a newline if it has none."""
     with open(path, "rb") as f:
         head = f.read(1 << 20)
     return next((mark for mark in (b"\n\n", b"\n\r\n") if mark in head), b"\n")
 
 
 def border_after(f, offset, mark):
-    """Where the first `mark` in an open file, from `offset` on, ends; or the end of the file."""
+    """Return where the first `mark` at or after `offset` ends, or the end of the open file."""
     f.seek(offset)
     tail = b""
     while chunk := f.read(1 << 16):
@@ -89,7 +89,7 @@ def border_after(f, offset, mark):
 
 
 class Unpacked(gzip.GzipFile):
-    """A file of gzip. Reading it raises UserError where it expands too far."""
+    """A gzip file. Reading it raises UserError if it expands too far."""
 
     def read(self, size=-1):
         return self.checked(super().read(size))
@@ -106,35 +106,36 @@ class Unpacked(gzip.GzipFile):
 
 
 def check_ratio(n_bytes, raw):
-    """Raise UserError if `n_bytes` came from an open file that is far too small for them."""
-    if n_bytes > LARGE and n_bytes > MOST_PACKED * os.fstat(raw.fileno()).st_size:
+    """Raise UserError if an open file is too small to unpack to `n_bytes` of text."""
+    if n_bytes > LARGE and n_bytes > MAX_RATIO * os.fstat(raw.fileno()).st_size:
         raise UserError(
-            f"{raw.name} unpacks to more than {MOST_PACKED} times its size: not read, since text "
-            f"does not"
+            f"{raw.name} unpacks to more than {MAX_RATIO} times its size, so it is not text"
         )
 
 
-def too_long(where, limit=LONGEST_RECORD):
-    return UserError(f"{where} is longer than {limit >> 20} MB: expected one document there")
+def too_long(where, limit=MAX_RECORD):
+    return UserError(f"{where} is longer than {limit >> 20} MB: expected one document")
 
 
 @contextlib.contextmanager
 def opened(path):
     """
-    (file, raw): a file's bytes, unpacked, after a byte order mark that Windows may put there; and
-    the file as it is, whose position tells how much is read.
+    Open a file; yield (file, raw): the file unpacked, after a byte order mark if it has one, and
+    the file on disk. The position of raw shows how much has been read.
     """
     with open(path, "rb") as raw:
         file = Unpacked(fileobj=raw) if os.fspath(path).lower().endswith(".gz") else raw
         head = file.read(1 << 6)
         if head.startswith(LFS):
-            raise UserError(f"{path} is a pointer of Git LFS; get the file with: git lfs pull")
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder"
+            )
         file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         yield file, raw
 
 
 def shape_of(path):
-    """The key of READERS for a file: .json is a list, and .jsonl an object a line."""
+    """Return the key of READERS for a file: .json for a list, .jsonl for an object per line."""
     ending = os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]
     if ending not in (".json", ".jsonl"):
         return ending if ending in READERS else ".txt"
@@ -143,19 +144,19 @@ def shape_of(path):
 
 
 def mark_of(path):
-    """What ends a document in a file that may be cut; None for other files."""
+    """Return what ends a document in a file that can be cut, or None."""
     return None if is_streamed(path) else MARKS.get(shape_of(path))
 
 
 def is_streamed(path):
-    """Whether a file can only be read from its beginning."""
+    """Return whether a file can only be read from its start."""
     return os.fspath(path).lower().endswith((".gz", ".csv", ".parquet"))
 
 
 def stream_documents(path, is_book=False):
     """
-    Yield (document, bytes of the file read so far) of a file that need not fit into memory;
-    is_book: passages. Raises UserError if it is damaged.
+    Yield (document, bytes of the file read so far), without holding the file in memory. is_book:
+    the documents are passages. Raises UserError if the file is damaged.
     """
     read = read_passages if is_book else READERS[shape_of(path)]
     with readable(path), opened(path) as (file, raw):
@@ -165,25 +166,22 @@ def stream_documents(path, is_book=False):
 
 @contextlib.contextmanager
 def readable(path):
-    """UserErrors for what goes wrong while a file is read."""
+    """Turn errors of reading a file into UserErrors."""
     try:
         yield
     except UnicodeDecodeError:
         raise not_utf8(f"{path} is not UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path} is damaged or was cut off: {e}") from None
+        raise UserError(f"{path} is damaged: {e}; get the file again") from None
 
 
 def cleaned(texts):
-    """
-    Texts without the white space around them, and without those that are nothing else; lines end
-    with a newline alone.
-    """
+    """Yield texts without white space around them, except empty ones; line ends become newlines."""
     for text in texts:
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         text = text.strip()
-        if text:  # JSON can say half of a surrogate pair, which is no text
+        if text:  # JSON may contain half of a surrogate pair, which cannot be encoded
             yield text.encode("utf-8", "replace").decode()
 
 
@@ -192,12 +190,12 @@ def is_plain(path):
 
 
 def text_field(item, where):
-    """The text of a document; null is an empty one."""
+    """Return the text of a parsed document; null is an empty text."""
     values = [item[field] for field in FIELDS if isinstance(item, dict) and field in item]
     text = next((value for value in values if value is not None), "")
     if item is None or (values and isinstance(text, str)):
         return text
-    raise UserError(f"{where}: expected an object with a text under {' or '.join(FIELDS)}")
+    raise UserError(f"{where}: expected an object with text in a field {' or '.join(FIELDS)}")
 
 
 def read_txt(file, path):
@@ -206,15 +204,15 @@ def read_txt(file, path):
         *whole, tail = (tail + chunk).split(mark)
         for document in whole:
             yield document.decode()
-        if len(tail) > LONGEST:
+        if len(tail) > MAX_DOCUMENT:
             raise UserError(
-                f"{path} has a document of more than {LONGEST >> 20} MB: expected {HOW_TO_CUT}"
+                f"{path} has a document of more than {MAX_DOCUMENT >> 20} MB: expected {HOW_TO_CUT}"
             )
     yield tail.decode()
 
 
 def read_passages(file, path):
-    text = io.TextIOWrapper(file, "utf-8")  # also makes \r\n a newline
+    text = io.TextIOWrapper(file, "utf-8")  # also turns \r\n into a newline
     rest = ""
     while chunk := text.read(1 << 20):
         *whole, rest = PASSAGE.findall(rest + chunk)
@@ -223,9 +221,9 @@ def read_passages(file, path):
 
 
 def read_jsonl(file, path):
-    for i, line in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), b""), 1):
+    for i, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), b""), 1):
         where = f"{path}, line {i:,}"
-        if len(line) > LONGEST_RECORD:
+        if len(line) > MAX_RECORD:
             raise too_long(where)
         if line.strip():
             yield text_field(parsed(line, where), where)
@@ -237,34 +235,35 @@ def read_json(file, path):
 
 
 def items_of(file, path):
-    """Yield the items of a JSON list, each of them once it is read. Raises UserError."""
+    """Yield the items of a JSON list while reading it; raise UserError if it is not one."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     text, at, before, n, is_end = "", 0, "[", 0, False
     while not is_end:
         try:
-            found, at = next_item(text, at, before)
-        except (ValueError, RecursionError) as e:  # perhaps since there is more of it to read
-            if len(text) - at > LONGEST_RECORD:
+            items, at = next_item(text, at, before)
+        except (ValueError, RecursionError) as e:  # perhaps only because there is more to read
+            if len(text) - at > MAX_RECORD:
                 raise too_long(f"item {n:,} of {path}") from None
             chunk = file.read(max(1 << 16, len(text) - at))
             if not chunk:
-                why = getattr(e, "msg", e)
-                raise UserError(f"{path}, item {n:,} is not JSON ({why}): {OF_OBJECTS}") from None
+                problem = f"{path}, item {n:,} is not JSON ({getattr(e, 'msg', e)})"
+                raise UserError(f"{problem}: {EXPECTED_JSON}") from None
             text, at = text[at:] + decode(chunk), 0
             continue
-        yield from found
-        before, n, is_end = ",", n + 1, not found
+        yield from items
+        before, n, is_end = ",", n + 1, not items
     text = text[at:]
     while text or (text := decode(file.read(1 << 20))):
         if text.strip(BLANKS):
-            raise UserError(f"{path} is not JSON (text follows the list): {OF_OBJECTS}")
+            raise UserError(f"{path} is not JSON (text follows the list): {EXPECTED_JSON}")
         text = ""
 
 
 def next_item(text, at, before):
     """
-    ([item], end) of the next item of a JSON list, from `at` on, where `before` comes first; ([],
-    end) at the end of the list. Raises ValueError or RecursionError where `text` ends before that.
+    Parse the next item of a JSON list, which starts at `at` with the character `before`. Return
+    ([item], end), or ([], end) at the end of the list. Raises ValueError or RecursionError if
+    `text` is too short or not JSON.
     """
     at = BLANK.match(text, at).end()
     if before == "," and text[at : at + 1] == "]":
@@ -276,29 +275,29 @@ def next_item(text, at, before):
         return [], at + 1
     item, end = JSON.raw_decode(text, at)
     end = BLANK.match(text, end).end()
-    if text[end : end + 1] not in (",", "]"):  # also within a number that is read in part
+    if text[end : end + 1] not in (",", "]"):  # also inside a number that is not complete yet
         raise ValueError("expected , or ]")
     return [item], end
 
 
-def parsed(data, what):
-    """What JSON, in bytes, says. UserError: `what` is not JSON."""
+def parsed(data, where):
+    """Parse JSON from bytes; the UserError for other data starts with `where`."""
     try:
-        return parse_json(data.decode(), what)
+        return parse_json(data.decode(), where)
     except UserError as e:
-        why = str(e).replace("line 1 column", "column")  # of a .jsonl it would mislead
-        raise UserError(f"{why}: {OF_OBJECTS}") from None
+        problem = str(e).replace("line 1 column", "column")  # line 1 would be wrong for a .jsonl
+        raise UserError(f"{problem}: {EXPECTED_JSON}") from None
 
 
 def read_csv(file, path):
-    csv.field_size_limit(LONGEST_RECORD)
+    csv.field_size_limit(MAX_RECORD)
     text, size = io.TextIOWrapper(file, "utf-8", newline=""), 0
 
     def lines():
         nonlocal size
-        while line := text.readline(LONGEST_RECORD):
+        while line := text.readline(MAX_RECORD):
             size += len(line)  # since the last row
-            if size >= LONGEST_RECORD:
+            if size >= MAX_RECORD:
                 raise too_long(f"a row of {path}")
             yield line
 
@@ -314,36 +313,36 @@ def read_parquet(file, path):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"{path}: reading it needs pyarrow: pip install .[web]") from None
+        raise UserError(f"reading {path} needs the package pyarrow: pip install .[web]") from None
     try:
         table = parquet.ParquetFile(file, buffer_size=1 << 20)
         names = table.schema_arrow.names
         field = next((name for name in FIELDS if name in names), None)
         if field is None:
             raise UserError(
-                f"{path}: expected a column {' or '.join(FIELDS)}; it has {', '.join(names)}"
+                f"{path}: expected a column {' or '.join(FIELDS)}, but it has {', '.join(names)}"
             )
         kind = table.schema_arrow.field(field).type
         kind = getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind
         if "string" not in str(kind) or "<" in str(kind):
-            raise UserError(f"{path}: its column {field} is of type {kind}: expected string")
+            raise UserError(f"{path}: column {field} is of type {kind}: expected string")
         yield from parquet_texts(table, field, file)
     except (ArrowException, OSError) as e:
-        raise UserError(f"{path} is not a parquet file, or is damaged: {e}") from None
+        raise UserError(f"{path} is damaged or not a parquet file: {e}") from None
 
 
 def parquet_texts(table, field, file):
-    """Yield the texts in a column of a ParquetFile. Raises UserError where they expand too far."""
+    """Yield the texts in a column of a ParquetFile; raise UserError if they expand too far."""
     from pyarrow import parquet
 
     groups, n_bytes = range(table.num_row_groups), 0
     check_ratio(sum(table.metadata.row_group(i).total_byte_size for i in groups), file)
     if os.fstat(file.fileno()).st_size < LARGE:
-        # texts that occur often are stored once, and stay so; for others this takes twice as long
+        # keeps repeated texts in memory only once, but takes twice as long for other texts
         table = parquet.ParquetFile(file, buffer_size=1 << 20, read_dictionary=[field])
-    for group in groups:  # all at once they would stay in memory
-        words = {"row_groups": [group], "columns": [field], "use_threads": False}
-        for rows in table.iter_batches(1024, **words):
+    for group in groups:  # one by one, or all of them would stay in memory
+        options = {"row_groups": [group], "columns": [field], "use_threads": False}
+        for rows in table.iter_batches(1024, **options):
             column = rows.column(0)
             if hasattr(column, "dictionary"):
                 values, places = column.dictionary, column.indices.to_pylist()

@@ -1,15 +1,15 @@
 """
-The letters (L), numbers (N) and white space (S) of Unicode 17, by which byte-level BPE cuts text.
+The letters (L), numbers (N) and white space (S) of Unicode 17, for the patterns of byte-level BPE.
 
-Each version of Python, and each library, has the table of another version of Unicode. With one
-table here, which the tokenizer file of run.c carries too, a text has the same ids everywhere.
+Versions of Python and libraries differ in their versions of Unicode. This one table, which is also
+in the tokenizer file of run.c, gives a text the same ids everywhere.
 """
 
 from functools import cache
 from itertools import accumulate
 
-# From U+0000 on: how many characters are not of the class, how many are, how many are not, ... Made
-# from categories L and N and the property White_Space of Unicode's UnicodeData and PropList
+# Run lengths from U+0000: characters outside the class, inside, outside, ... Made from categories L
+# and N and the property White_Space in Unicode's UnicodeData and PropList
 RUNS = {
     "L": """
         65 26 6 26 47 1 10 1 4 1 5 23 1 31 1 458 4 12 14 5 7 1 1 1 129 5 1 2 2 4 1 1 6 1 1 3
@@ -75,9 +75,9 @@ RUNS = {
 
 @cache
 def ranges():
-    """[(first code point, last, class)] of all characters of the three classes, in order."""
-    found = []
+    """Return the ranges of the three classes, sorted: [(first code point, last, class)]."""
+    result = []
     for kind, runs in RUNS.items():
         ends = list(accumulate(map(int, runs.split())))
-        found += [(a, b - 1, kind) for a, b in zip(ends[::2], ends[1::2], strict=True)]
-    return sorted(found)
+        result += [(a, b - 1, kind) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    return sorted(result)

@@ -1,7 +1,7 @@
 """
-The books of the writer, and the pieces that machines share: files of text are cut into pieces, the
-documents of a piece into batches for workers to encode. Each piece becomes an array of ids for
-training and one for validation; the pieces of all machines together make one set of shards.
+Pieces of text, which machines share, and the record of finished pieces. Text files are cut into
+pieces, and the documents of a piece into batches that workers encode. Each piece becomes an array
+of training ids and one of validation ids; the pieces of all machines make one set of shards.
 """
 
 import contextlib
@@ -21,38 +21,38 @@ from system.files import atomic_write, checksum, flush_files, read_json, write_j
 from text.corpus import MTIME, File, cut, read_documents
 from text.documents import HOW_TO_CUT, stream_documents
 
-FORMAT = 2  # of shards.json and of the files in parts
+FORMAT = 2  # version of shards.json and of the files in parts/
 DTYPES = ("uint16", "uint32")  # of ids
-PARTS = "parts"  # the folder, beside the shards, of what each machine has done
-PIECE = 1 << 27  # characters of text, at least, in a shard, except for the last of a file
+PARTS = "parts"  # the folder, beside the shards, that records what each machine has done
+PIECE = 1 << 27  # minimum characters of text in a shard, except the last shard of a file
 BATCH = 1 << 20  # characters that a worker encodes at a time
 SPAN = 1 << 22  # bytes that a worker reads at a time
-SAVE_INTERVAL = 1.0  # seconds between two writes of what is done
+SAVE_INTERVAL = 1.0  # minimum seconds between two writes of these records
 COUNTS = ("documents", "tokens", "bytes", "unk", "held_out")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents of a File: a list of them, or Spans that a worker reads."""
+    """Some documents of a File: a list of texts, or Spans that a worker reads."""
 
     file: File
-    piece: int  # number of the piece of the file that they are in
+    piece: int  # index of their piece in the file
     texts: list = ()
     spans: tuple = ()
-    read: int = 0  # bytes of the file that are read by now
-    n_pieces: int | None = None  # of the file, in its last batch
+    read: int = 0  # bytes of the file that have been read
+    n_pieces: int | None = None  # of the file; None except in its last batch
 
     def documents(self):
         return self.texts or list(read_documents(self.spans))
 
 
 def batches_of(file, wanted):
-    """Yield the Batches of the pieces of a file for which wanted(piece) is true; one at least."""
+    """Yield the Batches, at least one, of a file's pieces for which wanted(piece) is true."""
     return (span_batches if file.spans else stream_batches)(file, wanted)
 
 
 def span_batches(file, wanted):
-    """All of `spans` is one piece."""
+    """Yield the Batches of a file with `spans`, which is one piece."""
     spans, read = [], 0
     for span in file.spans if wanted(0) else ():
         spans += cut(span, (span.end - span.start) // SPAN)
@@ -63,7 +63,7 @@ def span_batches(file, wanted):
 
 
 def stream_batches(file, wanted):
-    """A piece ends once it has PIECE characters."""
+    """Yield the Batches of a file that is streamed; a piece ends when it has PIECE characters."""
     piece, texts, n_batch, n_piece = 0, [], 0, 0
     for text, at in stream_documents(file.path, file.is_book):
         n_piece += len(text)
@@ -80,10 +80,10 @@ def stream_batches(file, wanted):
 
 class Part:
     """
-    What machine i of n has done, in parts/I_of_N.json: the pieces of each file, the arrays of its
-    validation documents beside it, and those for training beside shards.json. A part of another
-    tokenizer or split, {`shared`}, or way to share the work is begun again. by_file: each machine
-    has files of its own, since there are enough; else every n-th piece of each.
+    What machine i of n has done: its pieces of each file, recorded in parts/I_of_N.json. Validation
+    arrays are in parts/, training arrays beside shards.json. If the tokenizer, the split (`shared`)
+    or the division of the work has changed, the part starts from scratch. by_file: there are enough
+    files for each machine to do whole files; else each does every n-th piece of every file.
     """
 
     def __init__(self, folder, i, n, shared, files):
@@ -98,15 +98,15 @@ class Part:
             **shared,
             "files": {str(k): file.key() for k, file in enumerate(files)},
             "pieces": {},  # {file: [{"piece", "train": {...}, "valid": {...}}]}
-            "finished": {},  # {file that this machine has read: how many pieces it has}
+            "finished": {},  # {file that this machine has read: its number of pieces}
             "complete": False,
         }
-        with contextlib.suppress(UserError):  # absent or damaged: all of it is done again
+        with contextlib.suppress(UserError):  # missing or damaged: do all of it again
             self.keep(read_part(self.path), shared, files)
         self.save()
 
     def lock(self):
-        """Until the process ends; UserError if another process writes the same part."""
+        """Lock the part until the process ends; raise UserError if another process has it."""
         os.makedirs(self.parts, exist_ok=True)
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
@@ -116,14 +116,14 @@ class Part:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another process is writing to {self.folder}: wait for it, or choose another "
-                    f"folder"
+                    f"another process is writing to {self.folder}: wait until it ends, or choose "
+                    f"another folder"
                 ) from None
-            except OSError:  # a file system without locks
+            except OSError:  # the file system has no locks
                 pass
 
     def keep(self, old, shared, files):
-        """Take over what an earlier run has done of the same work."""
+        """Keep what an earlier run has done, if it was the same work."""
         if any(old.get(name) != value for name, value in shared.items()):
             return
         for k, file in enumerate(files):
@@ -134,7 +134,7 @@ class Part:
             n_pieces = old["finished"].get(str(k))
             if whole:
                 self.meta["pieces"][str(k)] = whole
-            # n machines have nearly as many pieces each; or this one has all or none
+            # skip an impossible number: machines share pieces evenly, or this one has all or none
             if n_pieces is None or n_pieces > self.n * (len(whole) + 1):
                 continue
             if sum(map(self.is_mine(k), range(n_pieces))) == len(whole):
@@ -146,12 +146,12 @@ class Part:
             self.saved = time.monotonic()
 
     def array(self, k, piece, side):
-        """The path of the ids of a piece: side "train" or "valid"."""
+        """Return the path of the ids of a piece; side: "train" or "valid"."""
         name = f"data_{k:05}_{piece:04}.bin"
         return os.path.join(self.parts if side == "valid" else self.folder, name)
 
     def is_whole(self, k, entry):
-        """Whether the arrays of a piece are on disk as they were written."""
+        """Return whether the arrays of a piece are intact on disk."""
         width = np.dtype(self.dtype).itemsize
         for side in ("train", "valid"):
             path, counts = self.array(k, entry["piece"], side), entry[side]
@@ -161,11 +161,11 @@ class Part:
         return True
 
     def is_mine(self, k):
-        """A function that says whether piece p of file k is this machine's."""
+        """Return a function that tests whether piece p of file k is this machine's."""
         return lambda p: (k if self.by_file else k + p) % self.n == self.i
 
     def todo(self, files):
-        """{file: function that says whether a piece of it is to be done} of this machine."""
+        """Return this machine's unfinished files, {file: function of a piece, see wanted()}."""
         return {
             file: self.wanted(k)
             for k, file in enumerate(files)
@@ -173,13 +173,13 @@ class Part:
         }
 
     def wanted(self, k):
-        """A function that says whether piece p of file k is this machine's and not done."""
+        """Return a function that tests whether this machine must still do piece p of file k."""
         is_mine = self.is_mine(k)
         done = {entry["piece"] for entry in self.meta["pieces"].get(str(k), [])}
         return lambda p: is_mine(p) and p not in done
 
     def add(self, k, piece, results):
-        """Write a piece; results: of each of its batches (ids, counts) for both sides."""
+        """Write a piece; results: for each of its batches, (ids, counts) of both sides."""
         entry = {"piece": piece}
         for side, batches in zip(("train", "valid"), zip(*results, strict=True), strict=True):
             ids = np.concatenate([ids for ids, _ in batches])
@@ -196,7 +196,7 @@ class Part:
         self.save(SAVE_INTERVAL)
 
     def complete(self):
-        """Flush all arrays to disk together, which waits less than one flush an array."""
+        """Flush all arrays to disk together, which is faster than flushing each after writing."""
         flush_files(
             [
                 self.array(int(k), entry["piece"], side)
@@ -212,8 +212,8 @@ class Part:
 # ---- from parts to one set of shards
 
 
-def of_files(check):
-    """A check of objects {number of a file: value that passes `check`}."""
+def keyed_by_file(check):
+    """Return a check for {index of a file: value that passes `check`}."""
     return lambda value: (
         type(value) is dict
         and all(re.fullmatch(r"0|[1-9][0-9]{0,8}", name) for name in value)
@@ -222,7 +222,7 @@ def of_files(check):
 
 
 def is_key(value):
-    """Whether a parsed value is a File.key()."""
+    """Return whether a parsed value is a File.key()."""
     return type(value) is list and fits(dict(enumerate(value)), KEY) and len(value) == len(KEY)
 
 
@@ -235,7 +235,7 @@ def is_piece(value):
 
 
 KEY = {0: is_string, 1: is_count, 2: is_string}
-SHARED = ("tokenizer_hash", "vocab_size", "dtype")  # of a part and the sidecar
+SHARED = ("tokenizer_hash", "vocab_size", "dtype")  # in parts and in the sidecar
 PART = {
     "format": lambda value: is_count(value) and value == FORMAT,
     "vocab_size": is_count,
@@ -244,36 +244,34 @@ PART = {
     "split": lambda value: type(value) is list and value and is_size(value[0]),
     "by_file": is_bool,
     "piece": is_count,
-    "files": of_files(is_key),
-    "pieces": of_files(list_of(is_piece)),
-    "finished": of_files(is_count),
+    "files": keyed_by_file(is_key),
+    "pieces": keyed_by_file(list_of(is_piece)),
+    "finished": keyed_by_file(is_count),
     "complete": is_bool,
 }
 
 
 def read_part(path):
-    """What a part says. Raises UserError if it is damaged, or of another version."""
+    """Read the record of a part; raise UserError if it is damaged or from another version."""
     meta = read_json(path)
     if not fits(meta, PART) or not {*meta["pieces"], *meta["finished"]} <= {*meta["files"]}:
-        raise UserError(f"{path} is damaged, or of another version: prepare that part again")
+        raise UserError(f"{path} is damaged or from another version: prepare that part again")
     return meta
 
 
 def merge(folder, n):
     """
-    Make data00.bin, for validation, of the parts of n machines. Returns what the parts share, a
-    dict, and the entries of the shards. Raises UserError if a part is missing, not finished,
-    damaged, or of other work than the others.
+    Merge the parts of n machines: write data00.bin, for validation. Returns what the parts share, a
+    dict, and the entries of the shards. Raises UserError if a part is missing, unfinished, damaged,
+    or does not fit the others.
     """
     paths = [os.path.join(folder, PARTS, f"{i}_of_{n}.json") for i in range(n)]
     if missing := [path for path in paths if not os.path.exists(path)]:
-        there = sorted(glob.glob(os.path.join(glob.escape(folder), PARTS, "*.json")))
-        raise UserError(
-            f"{missing[0]} does not exist; there {'are' if there else 'is'} "
-            f"{', '.join(map(os.path.basename, there)) or 'no part'}: prepare the missing ones"
-        )
+        existing = sorted(glob.glob(os.path.join(glob.escape(folder), PARTS, "*.json")))
+        names = ", ".join(map(os.path.basename, existing)) or "none"
+        raise UserError(f"{missing[0]} does not exist; prepare the missing parts (found: {names})")
     metas = list(map(read_part, paths))
-    pieces = [  # (number of the file, piece of it, what its part says of it)
+    pieces = [  # (index of the file, index of the piece, its entry)
         (int(k), entry["piece"], entry)
         for meta in metas
         for k, entries in meta["pieces"].items()
@@ -289,38 +287,38 @@ def merge(folder, n):
 
 def check_parts(paths, metas, pieces):
     """
-    Raise UserError unless the parts are finished, of the same work, and together all of it. pieces:
-    (file, piece) of all of them, sorted.
+    Raise UserError unless the parts are finished, belong to the same work, and together are all of
+    it. pieces: (file, piece) of all parts, sorted.
     """
     first = metas[0]
     for path, meta in zip(paths, metas, strict=True):
         if not meta["complete"]:
-            raise UserError(f"{path} is not finished: run its prepare again")
+            raise UserError(f"{path} is not finished: prepare that part again")
         meta["files"] = {k: portable(key) for k, key in meta["files"].items()}
         meta["split"] = [portable(x) if isinstance(x, list) else x for x in meta["split"]]
         for name in (*SHARED, "split", "files", "piece"):
             if meta[name] != first[name]:
                 raise UserError(
-                    f"{path} has another {name} than {paths[0]}: prepare one of them again"
+                    f"{path} and {paths[0]} differ in {name!r}: prepare one of them again"
                 )
     finished = {int(k): n for meta in metas for k, n in meta["finished"].items()}
     is_whole = len(pieces) == sum(finished.values()) and len(finished) == len(first["files"])
     if not is_whole or pieces != [(k, p) for k, n in sorted(finished.items()) for p in range(n)]:
         raise UserError(
-            f"the parts in {os.path.dirname(paths[0])} do not make a whole: delete that folder and "
-            f"prepare all of them again"
+            f"the parts in {os.path.dirname(paths[0])} do not fit together: delete that folder and "
+            f"prepare all parts again"
         )
 
 
 def portable(key):
-    """The key of a File without what copies on other machines need not share."""
+    """Return the key of a File without what its copies on other machines need not share."""
     return [x for x in key if not str(x).startswith(MTIME)]
 
 
 def entries_of(folder, meta, pieces):
     """
-    Entries, of a sidecar, of the arrays of all pieces for training and for validation; meta: what
-    some part says.
+    Return the sidecar's entries for the training arrays and the validation arrays of all pieces.
+    meta: the record of any part.
     """
     sides = {"train": [], "valid": []}
     width = np.dtype(meta["dtype"]).itemsize
@@ -332,14 +330,14 @@ def entries_of(folder, meta, pieces):
             if counts["tokens"]:
                 path = os.path.join(folder, where, name)
                 if not shard_size_fits(path, counts["tokens"], width):
-                    raise UserError(f"{path} is missing or damaged: prepare that part again")
+                    raise UserError(f"{path} is missing or damaged; prepare that part again")
                 sides[side].append({"name": name, "source": source, **counts})
     for side, entries in sides.items():
         if not entries:
+            purpose = "training" if side == "train" else "validation"
             raise UserError(
-                f"there is no document to {'train on' if side == 'train' else 'validate with'}: "
-                f"expected many documents, or another --valid_frac or --valid_source. A .txt file "
-                f"needs {HOW_TO_CUT}"
+                f"no document is for {purpose}: use more documents, another --valid_frac or a "
+                f"--valid_source; a .txt file needs {HOW_TO_CUT}"
             )
     return sides["train"], sides["valid"]
 
@@ -349,7 +347,7 @@ def shard_size_fits(path, n_tokens, width):
 
 
 def write_validation(folder, entries):
-    """Write data00.bin from the validation arrays of the pieces; returns its entry."""
+    """Write data00.bin from the validation arrays of the pieces; return its entry."""
     crc = 0
     with atomic_write(os.path.join(folder, "data00.bin")) as out:
         for entry in entries:
@@ -357,7 +355,9 @@ def write_validation(folder, entries):
             with open(path, "rb") as f:
                 data = f.read()
             if zlib.crc32(data) != entry["crc32"]:
-                raise UserError(f"{path} is damaged: prepare that part again")
+                raise UserError(
+                    f"{path} is damaged: its checksum is wrong; prepare that part again"
+                )
             crc = zlib.crc32(data, crc)
             out.write(data)
     counts = {c: sum(entry[c] for entry in entries) for c in COUNTS}

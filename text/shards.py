@@ -1,13 +1,13 @@
 """
-The one writer of token shards: how text is split, encoded and written, and what is said of it.
+The writer of token shards: how text is split, encoded, written and described.
 
-A shard is a bare array of ids, little-endian uint16 (uint32 if the vocabulary needs it), with a BOS
-before each document. shards.json in the same folder lists the shards; the first, data00.bin, is for
-validation. No document of it is in the others: a document goes to one side by the hash of its text,
-or, if there is a text for validation, training documents that are in that text too are left out.
+A shard is a plain array of ids, little-endian uint16 (uint32 if the vocabulary needs it), with a
+BOS before each document. shards.json in the same folder lists the shards; the first, data00.bin, is
+for validation. The others contain none of its documents: a hash of its text decides on which side a
+document is, or, with a separate validation text, training leaves out documents that are in it.
 
-After an interruption the same command continues at the shard where it stopped; text/pieces.py
-keeps the books. What is in memory depends on the number of workers, not on the size of the text.
+After an interruption, the same command continues at the shard where it stopped; text/pieces.py
+records what is done. Memory depends on the number of workers, not on the size of the text.
 """
 
 import functools
@@ -30,8 +30,8 @@ from text.documents import HOW_TO_CUT, is_plain
 from text.pieces import DTYPES, FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
-TINY = 2_500_000  # bytes of text below which the validation part has as many documents as it should
-# bytes of text from which on a part of the documents is for validation
+TINY = 2_500_000  # bytes of text; a smaller text gets the exact number of validation documents
+# (minimum bytes of text, share of the documents for validation)
 FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
 
 
@@ -39,24 +39,24 @@ FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
 
 
 def document_key(text):
-    """16 bytes, the same for two documents that differ only in ASCII white space."""
+    """Return a 16-byte hash of a document that ignores ASCII white space."""
     return hashlib.blake2b(text.encode().translate(None, WHITE_SPACE), digest_size=16).digest()
 
 
 def place_of(text):
-    """A number from 0 to 2 ** 64 - 1, the hash of a document."""
+    """Return a hash of a document from 0 to 2 ** 64 - 1."""
     return int.from_bytes(document_key(text)[:8], "little")
 
 
 @functools.cache
 def keys_of(files):
-    """The document_key() of all documents of some files, read once a process."""
+    """Return the document_key() of all documents in some files; cached."""
     return frozenset(document_key(text) for file in files for text in file.documents())
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents are for validation: all of the files `valid`, or else a part `frac`."""
+    """Which documents are for validation: those in the files `valid`, or else a share `frac`."""
 
     frac: float
     valid: tuple = ()
@@ -65,7 +65,7 @@ class Split:
         return [self.frac, *(file.key() for file in self.valid)]
 
     def sides(self, texts, is_valid):
-        """Texts of a file as lists for training and for validation; `is_valid`: it is for that."""
+        """Return the texts of a file as (training, validation) lists; is_valid: all validation."""
         train, valid = [], []
         if is_valid:
             valid = list(texts)
@@ -81,39 +81,40 @@ class Split:
 
 def choose_split(files, frac=0.0):
     """
-    The Split of a text in some files: those for validation, if there are any, else a part `frac` of
-    the documents (0: FRACTIONS), and one at least. The latter depends on the text alone. Raises
-    UserError if one side would have no document, unless files have yet to be downloaded.
+    Return the Split of some files: the validation files, if there are any, else a share `frac` of
+    the documents (0: by FRACTIONS), at least one, which depends only on the text. Raises UserError
+    if one side would have no document, unless files are still to be downloaded.
     """
     if not 0 <= frac < 1:
-        raise UserError(f"valid_frac = {frac}: expected from 0 to below 1")
+        raise UserError(f"valid_frac = {frac}: expected a number from 0 to below 1")
     valid = tuple(file for file in files if file.is_valid)
     train = [file for file in files if not file.is_valid]
     texts = itertools.chain.from_iterable(file.documents() for file in train)
     if any(file.url for file in files):
         texts = None
     elif (first := next(texts, None)) is None:
-        raise UserError(f"{train[0].path} has no text to train on: only white space")
+        raise UserError(f"{train[0].path} contains only white space: nothing to train on")
     else:
         texts = itertools.chain([first], texts)
     if valid:
         known = keys_of(valid)
         if not known:
-            raise UserError(f"{valid[0].path} has no text for validation: only white space")
+            raise UserError(f"{valid[0].path} contains only white space: nothing to validate on")
         if texts and all(document_key(text) in known for text in texts):
             raise UserError(
-                "every training document is in the validation text too: give another --valid_source"
+                "all training documents are also in the validation text: use another --valid_source"
             )
         return Split(0.0, valid)
     size = sum(file.size for file in train)
-    frac = frac or next(part for least, part in FRACTIONS if size >= least)
+    frac = frac or next(share for minimum, share in FRACTIONS if size >= minimum)
     return Split(checked_fraction(texts, frac, size, train[0].path) if texts else frac)
 
 
 def checked_fraction(texts, frac, size, path):
     """
-    `frac`, if it leaves documents on both sides; else, and for a text of less than TINY bytes, what
-    holds out that part of the different documents, and one at least.
+    Return `frac` if it leaves documents on both sides. If not, or if the text has fewer than TINY
+    bytes, return the fraction that holds out exactly that share of the different documents, and at
+    least one of them.
     """
     places, sides = set(), set()
     for text in texts:
@@ -123,8 +124,8 @@ def checked_fraction(texts, frac, size, path):
             return frac
     if len(places) < 2:
         raise UserError(
-            f"{path} cannot be split into a training and a validation part: expected several "
-            f"documents, or a validation text as --valid_source. A .txt file needs {HOW_TO_CUT}"
+            f"{path} cannot be split into training and validation text: expected several documents "
+            f"or a --valid_source; a .txt file needs {HOW_TO_CUT}"
         )
     places = sorted(places)
     n = min(max(1, round(frac * len(places))), len(places) - 1)
@@ -133,8 +134,8 @@ def checked_fraction(texts, frac, size, path):
 
 def training_documents(files, split, vocab_mb, fetch=lambda file: None):
     """
-    The first vocab_mb megabytes of the training documents of files, for a vocabulary. fetch(file):
-    called before a file is read.
+    Yield the first vocab_mb megabytes of the training documents in some files, to train a
+    vocabulary. fetch(file) is called before a file is read.
     """
     if vocab_mb < 1:
         raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
@@ -151,7 +152,7 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
                 yield text
                 n_bytes += n
                 if n_bytes >= limit:
-                    print(f"--vocab_mb={vocab_mb}: training on the first {n_bytes / 1e6:.0f} MB")
+                    print(f"training on the first {n_bytes / 1e6:.0f} MB (--vocab_mb={vocab_mb})")
                     return
             file.check_unchanged()
 
@@ -160,12 +161,12 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
 
 
 def id_type(tokenizer):
-    """The smallest number format for the ids of a Tokenizer."""
+    """Return the smallest dtype for the ids of a Tokenizer."""
     return DTYPES[tokenizer.vocab_size > 1 << 16]
 
 
 def encode_batch(batch, tokenizer, encoder, dtype, split):
-    """For training and for validation: the ids of a Batch, and its counts as a dict."""
+    """Return (ids, counts) of a Batch for training and for validation; counts is a dict."""
     encode, texts = tokenizer.encoder(encoder)[1], batch.documents()
     sides = split.sides(texts, batch.file.is_valid)
     n_held_out = len(texts) - sum(map(len, sides))
@@ -192,16 +193,15 @@ def write_shards(
     about,
     encoder="auto",
     machine=(0, 1),
-    bring=iter,
+    fetched=iter,
     done=lambda file, part: None,
 ):
     """
-    Encode Files into the shards of a folder. Shards that are there already, of the same
-    text, tokenizer and split, are kept. Returns the finished sidecar, or None where several
-    machines share the work.
+    Encode Files into the shards of a folder. Existing shards of the same text, tokenizer and split
+    are kept. Returns the finished sidecar, or None if several machines share the work.
 
-    about: {"valid_source", "made_by"} of the sidecar: the text, and the command; machine: (i, n),
-    this one is i of n; bring(files): yields files once they can be read; done(file, part): called
+    about: the sidecar's {"valid_source": the text, "made_by": the command}; machine: (i, n) if this
+    is machine i of n; fetched(files): yields files once they can be read; done(file, part): called
     when all of a file is in shards.
     """
     shared = {
@@ -215,30 +215,30 @@ def write_shards(
     part = Part(folder, *machine, shared, files)
     todo = part.todo(files)
     n_bytes = sum(file.size for file in todo)
-    what = "shards to make" if files[0].spans else "files to read"
-    print(f"{len(todo)} of {len(files)} {what}, {n_bytes / 1e6:,.1f} MB")
+    unit = "shards to make" if files[0].spans else "files to read"
+    print(f"{len(todo)} of {len(files)} {unit}, {n_bytes / 1e6:,.1f} MB")
     if old and todo:
         if not part.meta["pieces"]:
-            of = " and ".join(old.get("valid_source", [])) or "another text"
+            source = " and ".join(old.get("valid_source", [])) or "another text"
             print(
-                f"the shards in {folder} were made of {of}, or with another tokenizer or split: "
-                f"made again"
+                f"note: replacing the shards in {folder}, which were made from {source}, or with "
+                f"another tokenizer or split"
             )
         write_json(os.path.join(folder, SIDECAR), {**old, "complete": False})
-    words = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split
-    write_part(part, files, words, num_workers, bring, done)
+    args = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split
+    write_part(part, files, args, num_workers, fetched, done)
     return finish(folder, 1, about) if machine[1] == 1 else None
 
 
-def write_part(part, files, words, num_workers, bring, done):
-    """Do what is to do of a Part; words: those of encode_batch()."""
+def write_part(part, files, args, num_workers, fetched, done):
+    """Do the unfinished work of a Part; args: of encode_batch(), after the batch."""
     number, todo = {file: k for k, file in enumerate(files)}, part.todo(files)
-    batches = (batch for file in bring(todo) for batch in batches_of(file, todo[file]))
+    batches = (batch for file in fetched(todo) for batch in batches_of(file, todo[file]))
     n_bytes = sum(file.size for file in todo)
     bar = progress(total=n_bytes, unit="B", unit_scale=True, desc="encode", disable=not todo)
     results, at, before = [], None, 0
     try:
-        for batch, result in in_order(encode_batch, batches, words, num_workers):
+        for batch, result in in_order(encode_batch, batches, args, num_workers):
             here = number[batch.file], batch.piece
             if results and at != here:
                 part.add(*at, results)
@@ -262,24 +262,21 @@ def write_part(part, files, words, num_workers, bring, done):
 
 
 def finish(folder, n, about):
-    """
-    Make one set of shards of the parts of n machines: write data00.bin and the sidecar. Returns the
-    sidecar.
-    """
+    """Merge the parts of n machines into one set of shards; return the sidecar."""
     shared, shards = merge(folder, n)
     held_out = sum(shard["held_out"] for shard in shards)
     return write_sidecar(folder, {**shared, **about, "held_out": held_out}, shards)
 
 
 def write_sidecar(folder, about, shards):
-    """Write shards.json, delete shards that it does not list, and print what is there."""
+    """Write shards.json, delete shards that it does not list, and print a summary."""
     meta = {"format": FORMAT, **about, "complete": True, "shards": shards}
     write_json(os.path.join(folder, SIDECAR), meta)
     kept = {shard["name"] for shard in shards}
-    there = map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "data*.bin")))
-    old = [name for name in there if re.fullmatch(r"data(\d+|_\d+_\d+)\.bin", name)]
+    names = map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "data*.bin")))
+    old = [name for name in names if re.fullmatch(r"data(\d+|_\d+_\d+)\.bin", name)]
     if old := [name for name in old if name not in kept]:
-        print(f"{len(old)} earlier shards that are not of this text are deleted")
+        print(f"deleting {len(old)} shards of another text")
     for name in old:
         remove(os.path.join(folder, name))
     report(meta, folder)
@@ -287,31 +284,31 @@ def write_sidecar(folder, about, shards):
 
 
 def report(meta, folder):
-    """Print what is in the shards of a folder."""
+    """Print a summary of the shards of a folder."""
     counts, by_hash = ("documents", "tokens", "bytes", "unk"), meta.get("valid_frac", 0.0) > 0
     total = {k: sum(s[k] for s in meta["shards"]) for k in counts}
     print(
         f"{total['documents']:,} documents, {total['tokens']:,} tokens, "
-        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes a token, "
-        f"in {len(meta['shards'])} shards in {folder}"
+        f"{total['bytes'] / max(total['tokens'], 1):.2f} bytes per token, "
+        f"{len(meta['shards'])} shards in {folder}"
     )
     valid = meta["shards"][0]
     print(
-        f"for validation: {valid['documents']:,} of the documents "
+        f"validation: {valid['documents']:,} documents "
         f"({valid['documents'] / total['documents']:.1%}), {valid['tokens']:,} tokens"
-        + (", chosen by a hash of their text, from all files" if by_hash else "")
+        + (", chosen by a hash of their text from all files" if by_hash else "")
     )
     if meta["held_out"]:
-        print(f"{meta['held_out']:,} training documents are in the validation text too: left out")
+        print(f"left out {meta['held_out']:,} training documents that are in the validation text")
     if total["unk"]:
-        print(f"{total['unk']:,} tokens are <unk>: characters that the vocabulary lacks")
+        print(f"{total['unk']:,} tokens are <unk>, for characters that are not in the vocabulary")
 
 
 # ---- reading the sidecar
 
 
 def is_shard(value):
-    """Whether a parsed value describes a shard in the folder of the sidecar."""
+    """Return whether a parsed value describes a shard in the folder of the sidecar."""
     return fits(value, SHARD, OPTIONAL_COUNTS)
 
 
@@ -324,7 +321,7 @@ SHARD = {
     "source": lambda value: type(value) is list,
     **dict.fromkeys(("documents", "bytes"), is_count),
 }
-# which earlier versions left out
+# earlier versions do not write these
 OPTIONAL_COUNTS = dict.fromkeys(("tokens", "unk", "held_out", "crc32"), is_count)
 SIDECAR_FIELDS = {
     **dict.fromkeys(("format", "vocab_size"), is_count),
@@ -342,18 +339,22 @@ OPTIONAL = {
 
 
 def read_sidecar(folder):
-    """What shards.json of a folder says, or None if there is none."""
+    """Read shards.json of a folder; None if there is none."""
     path = os.path.join(folder, SIDECAR)
     if not os.path.exists(path):
         return None
     try:
         meta = read_json(path)
     except UserError:
-        raise UserError(f"{path} is damaged; delete it and pretokenize again") from None
+        raise UserError(
+            f"{path} is damaged: it is not a JSON object; delete it and pretokenize again"
+        ) from None
     if is_count(meta.get("format")) and meta["format"] > FORMAT:
-        raise UserError(f"{path} was written by a newer version of this program")
+        raise UserError(f"{path} was written by a newer version of this program: update this one")
     if not fits(meta, SIDECAR_FIELDS, OPTIONAL):
-        raise UserError(f"{path} is damaged; delete it and pretokenize again")
+        raise UserError(
+            f"{path} is damaged: a field is missing or wrong; delete it and pretokenize again"
+        )
     return meta
 
 
@@ -361,7 +362,7 @@ def read_sidecar(folder):
 
 
 def encode_span(span, tokenizer, encoder, dtype):
-    """The ids of a Span: of a .txt file those of the text as it stands, else as in a shard."""
+    """Return the ids of a Span: of a .txt file those of the unchanged text, else as in a shard."""
     encode, texts = tokenizer.encoder(encoder)[1], list(texts_of(span))
     ids = encode(texts)[0] if is_plain(span.path) else tokenizer.encode_flat(texts, encode)
     return ids.astype(dtype)
@@ -369,16 +370,15 @@ def encode_span(span, tokenizer, encoder, dtype):
 
 def write_npy(path, tokenizer, spans, num_workers, encoder="auto"):
     """
-    Encode Spans into one NumPy array of ids: .txt as they stand, with the special tokens in them,
-    and the documents of others with a BOS before each. Returns how many ids there are, and their
-    number format.
+    Encode Spans into one NumPy array of ids: .txt files unchanged, with the special tokens in them,
+    and other files with a BOS before each document. Returns the number of ids and their dtype.
     """
     dtype, n = id_type(tokenizer), 0
-    words = tokenizer, tokenizer.encoder(encoder)[0], dtype
+    args = tokenizer, tokenizer.encoder(encoder)[0], dtype
     header = {"descr": np.dtype(dtype).str, "fortran_order": False}
     with atomic_write(path) as f, unchanged(spans):
         np.lib.format.write_array_header_1_0(f, header | {"shape": (0,)})
-        for ids in over_spans(encode_span, spans, words, num_workers, "encode"):
+        for ids in over_spans(encode_span, spans, args, num_workers, "encode"):
             f.write(ids)  # tofile() does not report a full disk
             n += len(ids)
         f.seek(0)

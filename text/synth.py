@@ -1,21 +1,22 @@
 """
-The practice corpus: a story grammar in the manner of TinyStories, for a first run without network.
+The practice corpus: a story grammar in the style of TinyStories, for a first run without a network.
 
-A story draws a hero, a friend, a place and a plot: somebody wishes for something, something is in
-the way, people talk, and it ends. Every sentence has several wordings and the slots are drawn
-independently, so stories hardly ever repeat, and a model has something to generalise.
+Each story has a random hero, friend, place and plot: somebody wants something, something is in the
+way, people talk, and the story ends. Every sentence has several wordings and the slots are drawn
+independently, so stories hardly ever repeat, and a model can learn to generalise.
 
-Words and sentences are in synth.ini. A section with a summary is a plot. `opening` names another
-section to begin with. `features` are those of the dataset. The other settings are slots: where one
-has several lines, a line is drawn, with a part between semicolons for each slot. Where lines have
-one part and there are several slots, each slot gets a line of its own. In `text`, blank lines
-separate the sentences. Of the wordings of a sentence, one a line, one is drawn. Other lines:
+The words and sentences are in synth.ini. A section with a summary is a plot. `opening` is the
+section that starts the story (default: with_friend). `features` are the dataset's. All other
+settings fill slots: one of their lines is drawn, and its parts, separated by semicolons, go to the
+slots in order. If there are several slots but the lines have only one part, each slot gets a
+different line. In `text`, blank lines separate sentences. A sentence has one wording per line, of
+which one is drawn. Other lines:
 
-    ---             ends the paragraph
-    > section       the sentences of that section
-    30% Feature     before wordings: how often there is such a sentence, and the feature it adds
+    ---             start a new paragraph
+    > section       insert the sentences of that section
+    30% Feature     above wordings: the probability of the sentence, and the feature it adds
 
-To add a plot: a section; to add words: in the lists.
+To add a plot, add a section. To add words, extend the lists.
 """
 
 import configparser
@@ -30,7 +31,7 @@ CHANCE = re.compile(r"(\d+)%(?: (\w+))?")
 
 @functools.cache
 def grammar():
-    """The sections of synth.ini, {name: {setting: text}}."""
+    """Return the sections of synth.ini, {name: {setting: text}}."""
     parser = configparser.RawConfigParser(delimiters="=", comment_prefixes="#")
     with open(os.path.join(os.path.dirname(__file__), "synth.ini"), encoding="utf-8") as f:
         parser.read_file(f)
@@ -42,7 +43,7 @@ def words(section, name):
 
 
 def draw_character(rng, taken=""):
-    """(name, kind, he or she) of somebody who has another name than `taken`."""
+    """Draw a character: return (name, kind, "he" or "she"), with a name other than `taken`."""
     number = rng.random()
     if number < 0.7:
         kind, he = ("girl", "she") if number < 0.35 else ("boy", "he")
@@ -56,21 +57,21 @@ def draw_character(rng, taken=""):
 
 
 class Story:
-    """What is drawn for one story, and its paragraphs."""
+    """The slots of one story and its paragraphs."""
 
     def __init__(self, rng):
         self.rng, self.paragraphs, self.features = rng, [[]], {"Dialogue"}
         hero, kind, he = draw_character(rng)
-        friend, friends_kind, friend_is = draw_character(rng, taken=hero)
+        friend, friends_kind, friends_he = draw_character(rng, taken=hero)
         him, his = PRONOUNS[he]
         self.slots = {"hero": hero, "kind": kind, "he": he, "him": him, "his": his}
         self.slots |= {"He": he.capitalize(), "His": his.capitalize()}
-        self.slots |= {"friend": friend, "fkind": friends_kind, "fhe": friend_is}
+        self.slots |= {"friend": friend, "fkind": friends_kind, "fhe": friends_he}
         self.slots |= {name: rng.choice(words("words", name)) for name in grammar()["words"]}
         self.slots["place"] = self.slots["at"].split()[-1]
 
     def draw(self, names, value):
-        """Set slots, their names given as one text, to a setting of a plot; see above."""
+        """Fill slots, their names separated by commas, from a setting of a plot; see above."""
         names, rows = names.split(", "), [line.split("; ") for line in value.split("\n") if line]
         if len(rows) == 1:
             row = rows[0]
@@ -101,7 +102,7 @@ class Story:
 
 
 def make_story(rng):
-    """One story in the dataset's shape: {"story", "instruction", "summary", "source"}."""
+    """Return a story in the dataset's format: {"story", "instruction", "summary", "source"}."""
     s = Story(rng)
     name = rng.choice([name for name, section in grammar().items() if "summary" in section])
     plot = {"opening": "with_friend", "features": "", **grammar()[name]}
@@ -130,6 +131,6 @@ def make_story(rng):
 
 
 def make_stories(n, seed):
-    """n stories, the same ones for the same seed on every platform."""
+    """Yield n stories, the same for the same seed on every platform."""
     rng = random.Random(seed)
     return (make_story(rng) for _ in range(n))

@@ -1,1 +1,1 @@
-"""What a run of train.py consists of, but for the model: checkpoints, processes, its folder."""
+"""Parts of a training run outside the model and the loop: checkpoints, processes, run folders."""

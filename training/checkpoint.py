@@ -1,33 +1,33 @@
 """
-Checkpoints: all that a run needs to go on as if it had never stopped.
+Checkpoints: everything a run needs to continue as if it had never stopped.
 
-In out_dir, ckpt.pt is the latest checkpoint, ckpt_000200.pt one from an earlier step, and best.pt
-that of the lowest validation loss. Each is a dict of plain values and tensors:
+In out_dir, ckpt.pt is the latest checkpoint, ckpt_000200.pt is from an earlier step, and best.pt
+has the lowest validation loss. Each is a dict of plain values and tensors:
 
     model            state dict of the Transformer
     model_args       ModelArgs as a dict
-    optimizer        {"<parameter>.<name>": tensor}, the optimizer's memory
+    optimizer        {"<parameter>.<name>": tensor}, the optimizer state
     iter_num         steps done
-    n_sequences      training sequences seen: the loader's position
-    n_windows        sequences of an epoch
+    n_sequences      training sequences seen: the position of the data loader
+    n_windows        sequences per epoch
     evaluated        step of the last evaluation
-    train_s          seconds of training so far
-    best_val_loss    lowest validation loss so far, nats a token
-    scaler           state of the gradient scaler of float16, empty without
-    tokenizer_hash   of the tokenizer model, "" where it is unknown
+    train_s          seconds of training
+    best_val_loss    lowest validation loss, nats per token
+    scaler           state of the float16 gradient scaler; empty for other dtypes
+    tokenizer_hash   hash of the tokenizer model; "" if unknown
     config           the settings of train.py
-    data_path        data_dir seen from out_dir, to find it again from another folder
-    compute_dtype    of the matrix products
-    versions         of Python and the packages
+    data_path        data_dir relative to out_dir, to find it from another folder
+    compute_dtype    dtype of matrix products
+    versions         versions of Python and the packages
     format           FORMAT
 
-A file is written beside its place and renamed, so it is whole or absent; it is loaded with
-weights_only, so that one from a stranger cannot run code, and its checksums are compared, which
-torch.load does not do. llama2.c's checkpoints have the same names for model, model_args and
-iter_num, and load for export, sampling and fine-tuning.
+A file is written under a temporary name and renamed, so it is complete or absent. It is loaded with
+weights_only, so a stranger's checkpoint cannot run code, and its checksums are verified, which
+torch.load does not do. llama2.c's checkpoints use the same names for model, model_args and
+iter_num; they can be exported, sampled and fine-tuned.
 
-Under FSDP a checkpoint is a folder of the same name: the tensors as torch.distributed.checkpoint
-writes them, each process its part, and run.pt with everything else.
+Under FSDP a checkpoint is a folder with the same name: the tensors as torch.distributed.checkpoint
+writes them, one part per process, and run.pt with everything else.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ import torch
 
 from configurator import UserError
 from model import ModelArgs, Transformer
-from optim import part_for, warmup_steps
+from optim import shard_like, warmup_steps
 from system.fields import each, fits, is_count, is_scalar, is_size, is_string, is_text
 from system.files import (
     atomic_write,
@@ -61,13 +61,12 @@ from training import parallel, torchfile
 from training.runlog import is_config
 
 FORMAT = 2
-MAY_BE_NEW = ".neuron_sizes"  # memory that begins at 0 where the run so far had none
+ZERO_IF_MISSING = ".neuron_sizes"  # optimizer state that starts at 0 if the checkpoint lacks it
 LATEST, BEST = "ckpt.pt", "best.pt"
-RUN_FILE = "run.pt"  # of a sharded checkpoint
+RUN_FILE = "run.pt"  # in a sharded checkpoint
 SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()
 
-
-# what the fields may hold, see fields.fits: where they are present, in every checkpoint
+# checks, for fields.fits, of fields that any checkpoint may have
 FIELDS = {
     "model": torchfile.is_state,
     "model_args": each(is_scalar),
@@ -77,47 +76,47 @@ FIELDS = {
     **dict.fromkeys("format iter_num n_sequences n_windows evaluated".split(), is_count),
     "train_s": is_size,
 }
-# and what a run that can be resumed has as well; llama2.c's are of other types
-OF_RUN = {
+# fields that a run needs to be resumed; in llama2.c's checkpoints some have other types
+RUN_FIELDS = {
     **{name: FIELDS[name] for name in FIELDS if name not in ("model", "files")},
     "config": lambda value: is_config(value) and fits(value, {"data_dir": is_string}),
-    "best_val_loss": lambda value: type(value) is float and value >= 0,  # infinite at first
+    "best_val_loss": lambda value: type(value) is float and value >= 0,  # starts at infinity
     "scaler": lambda value: value == {} or fits(value, dict.fromkeys(SCALER, is_size)),
     "versions": lambda value: fits(value, dict.fromkeys(versions(), is_text)),
     "compute_dtype": lambda value: value in DTYPES,
 }
-# absent from sharded checkpoints, or from those of earlier programs
+# absent from sharded checkpoints, or from those of earlier versions
 OPTIONAL = {"optimizer": torchfile.is_state, "data_path": is_string}
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 @dataclass
 class RunState:
-    """What a run has reached; each field is an entry of its checkpoints."""
+    """The state of a run; each field is an entry of its checkpoints."""
 
     iter_num: int = 0  # steps done
-    n_sequences: int = 0  # training sequences seen: the loader's position
+    n_sequences: int = 0  # training sequences seen: the position of the data loader
     evaluated: int = 0  # step of the last evaluation
-    train_s: float = 0.0  # seconds of training: no start-up, compilation, evaluation or saving
-    best_val_loss: float = math.inf  # lowest validation loss so far, nats a token
+    train_s: float = 0.0  # seconds of training, without start-up, compilation, evaluation, saving
+    best_val_loss: float = math.inf  # lowest validation loss, nats per token
 
     @classmethod
     def of(cls, checkpoint):
         return cls(**{name: checkpoint[name] for name in cls.__dataclass_fields__})
 
     def seconds(self, since):
-        """Seconds of training, as the first rank sees them; since: time of the last log line."""
+        """Return the first rank's seconds of training; since: time of the last log line."""
         now = self.train_s + (time.perf_counter() - since if since else 0.0)
         return parallel.total(now if parallel.FIRST else 0.0)[0]
 
     def is_done(self, settings, since=None):
-        """Whether the last step is done."""
+        """Return whether the last step is done."""
         if settings.max_minutes:
             return self.seconds(since) >= 60 * settings.max_minutes
         return self.iter_num >= settings.max_iters
 
     def part_done(self, settings, since):
-        """How much is done, 0 to 1, of the minutes or of the steps after the warm-up."""
+        """Return the part done, 0 to 1, of the minutes or of the steps after the warm-up."""
         if settings.max_minutes:
             return self.seconds(since) / (60 * settings.max_minutes)
         warmup = warmup_steps(settings)
@@ -125,7 +124,7 @@ class RunState:
 
 
 class Damaged(UserError):
-    """A checkpoint that was changed or never was one; another may be whole."""
+    """A file that is damaged or not a checkpoint; another one may be intact."""
 
 
 # ---- what is saved
@@ -140,19 +139,19 @@ def versions():
 
 
 def optimizer_tensors(model, optimizer):
-    """{"<parameter>.<name>": tensor} of an optimizer's memory; not copies, so writing sets it."""
+    """Return {"<parameter>.<name>": tensor} of an optimizer's state: references, not copies."""
     if not optimizer.state:
         allocate(optimizer)
     names = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[p]}.{key}": tensor
-        for p, memory in optimizer.state.items()
-        for key, tensor in memory.items()
+        for p, state in optimizer.state.items()
+        for key, tensor in state.items()
     }
 
 
 def allocate(optimizer):
-    """Have an optimizer make its memory, which it does in a step: one that changes no parameter."""
+    """Make an optimizer create its state by taking a step that changes no parameter."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -165,23 +164,23 @@ def allocate(optimizer):
 
 
 def tensors_of(model, optimizer):
-    """All tensors of a run under one name each, for a sharded checkpoint."""
+    """Return {name: tensor} of a model and its optimizer (or None), as in sharded checkpoints."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    memory = optimizer_tensors(model, optimizer) if optimizer else {}
-    return tensors | {f"optimizer.{name}": t for name, t in memory.items()}
+    state = optimizer_tensors(model, optimizer) if optimizer else {}
+    return tensors | {f"optimizer.{name}": t for name, t in state.items()}
 
 
 class Snapshot:
     """
-    Copies of a run's tensors in main memory, into the same buffers each time: fresh memory would
-    take longer than the copy.
+    Copies a run's tensors to main memory, into the same buffers each time: allocating new ones
+    would take longer than the copy.
     """
 
     def __init__(self):
         self.buffers = {}
 
     def take(self, value):
-        """A nested dict with every tensor copied; tied tensors stay tied."""
+        """Return a nested dict with every tensor copied; tied tensors stay tied."""
         self.seen = {}
         copy = self.copied(value, ())
         if torch.cuda.is_initialized():
@@ -207,57 +206,56 @@ class Snapshot:
 
 class CheckpointWriter:
     """
-    Writes the checkpoints of one run to `folder`, in the background: training goes on as soon as
-    the tensors are copied. The latest keep_last are kept, and the best. A failure, a full disk for
-    example, costs nothing but this checkpoint: it is said, kept as `error`, and the next save tries
-    again; best_failed says, until it is set to False, that it was the best that is not there.
-    latest_step is the step of the ckpt.pt that is there, None without one. `installed`, where it is
-    set, is called with the path and the step of each that is new.
+    Writes the checkpoints of one run to `folder` in the background: training continues as soon as
+    the tensors are copied. Keeps the latest keep_last checkpoints and the best one. If a save
+    fails, for example because the disk is full, it prints a warning and sets `error` (and
+    best_failed if it was the best model); the next save tries again. latest_step is the step of
+    the existing ckpt.pt, or None. on_saved(path, step) is called for each new checkpoint.
     """
 
-    def __init__(self, folder, keep_last, latest_step=None, installed=None):
+    def __init__(self, folder, keep_last, latest_step=None, on_saved=None):
         self.folder, self.keep_last, self.latest_step = folder, keep_last, latest_step
-        self.installed = installed
+        self.on_saved = on_saved
         self.latest = os.path.join(folder, LATEST)
         self.snapshot, self.thread = Snapshot(), None
         self.error, self.best_failed = None, False
 
     def save(self, checkpoint, is_best=False):
-        """Begin to save; waits first for an earlier save that is not done yet."""
+        """Start saving, after waiting for an earlier save to finish."""
         self.wait()
-        with self.reporting(is_best):
+        with self.warn_on_failure(is_best):
             copy = self.snapshot.take(checkpoint)
             self.thread = threading.Thread(
-                target=self.write, args=(copy, is_best), name=parallel.WAITED_FOR
+                target=self.write, args=(copy, is_best), name=parallel.CHECKPOINT_THREAD
             )
             self.thread.start()
 
     def lost_best(self):
-        """Whether the best model could not be written in some rank; says so once."""
+        """Return whether any rank failed to write the best model since the last call."""
         lost = parallel.any_rank(self.best_failed)
         self.best_failed = False
         return lost
 
     def wait(self):
-        """Return when nothing is being written any more."""
+        """Wait until nothing is being written."""
         if self.thread:
             self.thread.join()
             self.thread = None
 
     def write(self, checkpoint, is_best):
         part, self.error = f"{self.latest}.{os.getpid()}.part", None
-        with self.reporting(is_best, part):
+        with self.warn_on_failure(is_best, part):
             save_file(part, checkpoint)
             self.install(part, checkpoint["iter_num"], is_best)
 
     def save_sharded(self, checkpoint, model, optimizer, is_best=False):
         """
-        The same for parameters that are spread over the ranks; all of them call this, and it
-        returns when everything is written.
+        Save parameters that are sharded over the ranks. Every rank must call this; it returns when
+        everything is written.
         """
         part, step = f"{self.latest}.sharded.part", checkpoint["iter_num"]
 
-        def begin():
+        def prepare():
             if parallel.FIRST:
                 remove(part)
                 os.makedirs(part)
@@ -274,8 +272,8 @@ class CheckpointWriter:
                 self.install(part, step, is_best)
 
         self.error = None
-        for job in (begin, write_tensors, finish):
-            with self.reporting(is_best, part):
+        for job in (prepare, write_tensors, finish):
+            with self.warn_on_failure(is_best, part):
                 job()
             if parallel.any_rank(self.error is not None):
                 self.error = self.error or "another rank cannot write its part of the checkpoint"
@@ -283,39 +281,38 @@ class CheckpointWriter:
         self.latest_step = step
 
     @contextlib.contextmanager
-    def reporting(self, is_best, part=None):
+    def warn_on_failure(self, is_best, part=None):
         try:
             yield
-        except Exception as e:  # torch reports a full disk as a RuntimeError, dcp in one of its own
+        except Exception as e:  # for a full disk, torch and dcp raise errors of different types
             if part:
                 remove(part)
             self.best_failed = self.best_failed or is_best
             self.error = f"cannot write {self.latest}: {reason(e)}"
-            kept = f"; that of step {self.latest_step} is untouched" if self.latest_step else ""
-            advice = "the next save tries again: make room meanwhile"
-            print_line(f"warning: {self.error}{kept}; {advice}", sys.stderr)
+            latest = f"the checkpoint of step {self.latest_step} is kept; " * bool(self.latest_step)
+            print_line(f"warning: {self.error}; {latest}the next save will try again", sys.stderr)
 
     def install(self, part, step, is_best):
-        """Make `part` the latest checkpoint; the one before gets its step into its name."""
-        if is_best:  # first: a run killed in between comes here again, and not if it were last
+        """Rename `part` to ckpt.pt, and the earlier ckpt.pt to the name with its step."""
+        if is_best:  # first: if killed before the rename below, the resumed run repeats this
             best = os.path.join(self.folder, BEST)
             link_or_copy(part, f"{best}.part")
             replace(f"{best}.part", best)
         if os.path.exists(self.latest) and self.latest_step is not None:
-            older = os.path.join(self.folder, numbered(self.latest_step))
+            older = os.path.join(self.folder, checkpoint_name(self.latest_step))
             remove(older)
             link_or_move(self.latest, older)
         replace(part, self.latest)
         self.latest_step = step
         flush_folder(self.folder)
-        if self.installed:
-            self.installed(self.latest, step)
-        for path in numbered_in(self.folder)[self.keep_last - 1 :]:
+        if self.on_saved:
+            self.on_saved(self.latest, step)
+        for path in earlier_checkpoints(self.folder)[self.keep_last - 1 :]:
             remove(path)
 
 
 def save_file(path, value):
-    """torch.save to `path` and from there to the disk; UserError says what keeps it from that."""
+    """Write `value` with torch.save and flush it to disk. Raises UserError with the reason."""
     try:
         with atomic_write(path) as f:
             torch.save(value, f)
@@ -324,8 +321,8 @@ def save_file(path, value):
 
 
 def reason(error):
-    """Why writing failed, in a few words."""
-    while error.__cause__ or error.__context__:  # torch wraps what the system said
+    """Return why writing failed, in a few words."""
+    while error.__cause__ or error.__context__:  # torch wraps the system's error
         error = error.__cause__ or error.__context__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -333,25 +330,25 @@ def reason(error):
 
 
 def link_or_move(path, target):
-    """Give a file its second name; where that is impossible (folders), its only one."""
+    """Hard-link a file to `target`; if that is impossible (a folder), rename it."""
     try:
         os.link(path, target)
     except OSError:
         os.replace(path, target)
 
 
-def numbered(step):
+def checkpoint_name(step):
     return f"ckpt_{step:06}.pt"
 
 
-def numbered_in(folder):
-    """Paths of the earlier checkpoints of a folder, the latest first."""
-    found = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
-    return sorted(filter(step_of, found), key=step_of, reverse=True)
+def earlier_checkpoints(folder):
+    """Return the paths of the checkpoints with a step in their name, latest first."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
+    return sorted(filter(step_of, paths), key=step_of, reverse=True)
 
 
 def step_of(path):
-    """The step in an earlier checkpoint's name; 0 where it is none."""
+    """Return the step in a checkpoint's name, or 0 if there is none."""
     match = re.fullmatch(r"ckpt_(\d+)\.pt", os.path.basename(path))
     return int(match[1]) if match else 0
 
@@ -361,191 +358,190 @@ def step_of(path):
 
 def load_checkpoint(path, device="cpu"):
     """
-    Read a checkpoint; of a sharded one all but its tensors. Raises UserError, in one sentence, for
-    one that is damaged or none at all; it offers the one before where there is one.
+    Read a checkpoint, or everything but the tensors of a sharded one. Raises UserError if it is
+    damaged or not a checkpoint, and suggests an earlier one if there is one.
     """
     try:
-        return load_whole(path, device)
+        return read_checkpoint(path, device)
     except UserError as e:
-        older = numbered_in(os.path.dirname(path))
+        earlier = earlier_checkpoints(os.path.dirname(path))
         is_newest = os.path.basename(path) in (LATEST, BEST)
-        offer = f"; an earlier one is {older[0]}" if older and is_newest else ""
-        raise UserError(f"{e}{offer}") from None
+        hint = f"; an earlier checkpoint is {earlier[0]}" if earlier and is_newest else ""
+        raise UserError(f"{e}{hint}") from None
 
 
-def load_whole(path, device="cpu"):
-    """load_checkpoint without the offer."""
+def read_checkpoint(path, device="cpu"):
+    """load_checkpoint() without the hint."""
     if os.path.isdir(path):
         file = os.path.join(path, RUN_FILE)
         if not os.path.exists(file) and os.path.exists(os.path.join(path, LATEST)):
             best = next(n for n in (BEST, LATEST) if os.path.exists(os.path.join(path, n)))
-            raise UserError(f"{path} is the folder of a run: name {os.path.join(path, best)}")
+            best = os.path.join(path, best)
+            raise UserError(f"{path} is not a checkpoint: it is the folder of a run; use {best}")
         if os.path.exists(os.path.join(path, "config.json")):
             raise UserError(
-                f"{path} is a Hugging Face folder: make a checkpoint of it first, with "
+                f"{path} is not a checkpoint: it is a Hugging Face folder; convert it with: "
                 f"python export.py imported/ckpt.pt --from-hf={path}"
             )
         if not os.path.exists(file):
-            raise Damaged(f"{path} is a folder, and no sharded checkpoint: it has no {RUN_FILE}")
+            raise Damaged(f"{path} is not a sharded checkpoint: the folder has no {RUN_FILE}")
         checkpoint, needed = load_file(file, device), ("files", "model_args")
     else:
         checkpoint, needed = load_file(path, device), ("model", "model_args")
     if not isinstance(checkpoint, dict) or any(name not in checkpoint for name in needed):
-        raise Damaged(f"{path} is no checkpoint: it has no {' and '.join(needed)}")
+        raise Damaged(f"{path} is not a checkpoint: expected the fields {' and '.join(needed)}")
     check_fields(checkpoint, path)
     for name, expected in checkpoint.get("files", {}).items() if os.path.isdir(path) else ():
         name = os.path.join(path, os.path.basename(str(name)))
         if not os.path.isfile(name) or checksum(name) != expected:
-            raise Damaged(f"{path} is damaged: {name} is not as it was written")
+            raise Damaged(f"{path} is damaged: {name} is missing or has changed")
     return checkpoint
 
 
 def check_fields(checkpoint, path):
-    """Raise UserError for a field that no run would have saved."""
+    """Raise UserError for a field that a run could not have saved."""
     fields = FIELDS
     if is_count(checkpoint.get("format")) and checkpoint["format"] == FORMAT:
-        fields = FIELDS | OPTIONAL | {n: OF_RUN[n] for n in OF_RUN if n in checkpoint}
+        fields = FIELDS | OPTIONAL | {n: RUN_FIELDS[n] for n in RUN_FIELDS if n in checkpoint}
     for name, check in fields.items():
         if name in checkpoint and not check(checkpoint[name]):
-            raise Damaged(
-                f"{path} is no checkpoint of this program: its {name} is not what a run saves"
-            )
+            raise Damaged(f"{path} is not a checkpoint of this program: its {name} is invalid")
     try:
         ModelArgs.from_dict(checkpoint["model_args"])
     except ValueError as e:
-        raise UserError(f"{path} does not fit this program: {e}") from None
+        raise UserError(f"the model in {path} is not supported: {e}") from None
     if checkpoint.get("evaluated", 0) > checkpoint.get("iter_num", math.inf):
-        raise Damaged(f"{path} is no checkpoint of this program: evaluated is after iter_num")
+        raise Damaged(f"{path} is not a checkpoint of this program: evaluated exceeds iter_num")
 
 
 def check_size(args, checkpoint, path):
     """
-    Raise UserError where a model of ModelArgs has more numbers than the checkpoint from `path` can
-    hold, before memory is taken for them.
+    Raise UserError if a model of ModelArgs has more parameters than the checkpoint from `path` can
+    hold. Call this before allocating memory for the model.
     """
     if "model" in checkpoint:
         storages = [tensor.untyped_storage() for tensor in checkpoint["model"].values()]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
     else:
         sizes = [os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)]
-    most = sum(sizes) // 2  # a number takes two bytes at least
-    n_params = 2 * args.n_layers * args.dim**2  # of wq and wo
-    if n_params <= most:
+    limit = sum(sizes) // 2  # at least two bytes per parameter
+    n_params = 2 * args.n_layers * args.dim**2  # wq and wo alone
+    if n_params <= limit:
         with torch.device("meta"):
             n_params = Transformer(args).n_params()
-    if n_params > most:
+    if n_params > limit:
         raise UserError(
-            f"{path} does not fit this model, which has {n_params:,} numbers or more: it is "
-            f"too short"
+            f"{path} does not fit this model: it is too short for {n_params:,} parameters"
         )
 
 
 def load_file(path, device):
     if not os.path.exists(path):
         earlier = os.path.join(os.path.dirname(path), "previous")
-        also = f"; the run before it is in {earlier}" if os.path.isdir(earlier) else ""
-        raise UserError(f"checkpoint {path} does not exist; train one with: python train.py{also}")
+        hint = f"; an earlier run is in {earlier}" if os.path.isdir(earlier) else ""
+        raise UserError(f"{path} does not exist; train a model with: python train.py{hint}")
     try:
         return torchfile.load(path, device)
     except UserError:
         raise
-    except OSError as e:  # the file may be whole, and readable another time
+    except OSError as e:  # the file may be intact and readable later
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except pickle.UnpicklingError:
         raise Damaged(
-            f"{path} holds more than numbers and was not loaded, since that could run code or "
-            f"exhaust the memory"
+            f"{path} was not loaded: it holds more than tensors and plain values, and could run "
+            f"code or exhaust the memory"
         ) from None
-    except Exception as e:  # what foreign bytes lead to is open-ended
+    except Exception as e:  # arbitrary bytes can cause any error
         if isinstance(e, MemoryError) or "allocate" in str(e):
-            raise UserError(f"there is not enough memory to read {path}") from None
-        raise Damaged(f"{path} is damaged or no checkpoint of this program") from None
+            raise UserError(f"not enough memory for {path}: free some and try again") from None
+        raise Damaged(f"{path} is damaged or not a checkpoint of this program") from None
 
 
 def has_checkpoint(folder):
-    """Whether a run's folder has any checkpoint, damaged or whole."""
+    """Return whether a folder has any checkpoint, intact or damaged."""
     return any(os.path.exists(os.path.join(folder, n)) for n in (LATEST, BEST)) or bool(
-        numbered_in(folder)
+        earlier_checkpoints(folder)
     )
 
 
 def load_latest(folder):
     """
-    The latest checkpoint of a run that can be resumed, as (checkpoint, path, damaged): where
-    ckpt.pt is damaged, the latest of those that are not, with a printed line, and the paths of
-    those that are. (None, None, []) where there is none at all. Raises UserError where all are
-    damaged, or one cannot be read, which says nothing of what is in it.
+    Return (checkpoint, path, damaged): the latest intact checkpoint of a run, and the paths of
+    damaged ones. If ckpt.pt is damaged, print which one is used instead. Return (None, None, [])
+    if there is no checkpoint. Raises UserError if all are damaged, or if one cannot be read, since
+    it may still be intact.
     """
     latest, best = os.path.join(folder, LATEST), os.path.join(folder, BEST)
-    paths = [path for path in (latest, best, *numbered_in(folder)) if os.path.exists(path)]
-    whole, damaged, why = [], [], f"{latest} does not exist"
+    paths = [path for path in (latest, best, *earlier_checkpoints(folder)) if os.path.exists(path)]
+    intact, damaged, cause = [], [], f"{latest} does not exist"
     for path in paths:
         try:
-            whole.append((load_whole(path), path))
+            intact.append((read_checkpoint(path), path))
         except Damaged as e:
-            why = str(e) if not damaged else f"{why}; so is {path}"
+            cause = str(e) if not damaged else f"{cause}; so is {path}"
             damaged.append(path)
-        if whole and path != best:  # of the numbered ones the first is the latest
+        if intact and path != best:  # later paths have earlier steps
             break
-    if damaged and not whole:
+    if damaged and not intact:
         raise UserError(
-            f"{why}; no other checkpoint in {folder} is whole: to begin anew give another --out_dir"
+            f"{cause}; no other checkpoint in {folder} is intact: to start from scratch, use "
+            f"another --out_dir"
         )
-    if not whole:
+    if not intact:
         return None, None, []
-    checkpoint, path = max(whole, key=lambda one: one[0].get("iter_num", 0))
-    if OF_RUN.keys() - checkpoint.keys():
+    checkpoint, path = max(intact, key=lambda pair: pair[0].get("iter_num", 0))
+    if RUN_FIELDS.keys() - checkpoint.keys():
         raise UserError(
-            f"{path} holds weights but no run that can be resumed; to train on from the "
-            f"weights: --init_from={path} and another --out_dir"
+            f"{path} has weights but no run to resume: to start from the weights, use "
+            f"--init_from={path} and another --out_dir"
         )
     if checkpoint["format"] != FORMAT:
-        raise UserError(f"{path} is of another version of this program and cannot be resumed")
+        raise UserError(f"{path} is from another version of this program and cannot be resumed")
     if path != latest:
-        parallel.say(f"{why}; going on from {path}, step {checkpoint['iter_num']}")
+        parallel.say(f"{cause}; resuming from {path}, step {checkpoint['iter_num']}")
     return checkpoint, path, damaged
 
 
-def put_aside(folder, damaged, step):
+def set_aside(folder, damaged, step):
     """
-    Rename checkpoints that rotation would otherwise move or delete: damaged ones and, where a run
-    resumes from an earlier step, those of later steps.
+    Rename checkpoints that rotation would otherwise move or delete: damaged ones and, when resuming
+    from an earlier step, those of later steps.
     """
     for path in damaged:
         replace(path, f"{path}.damaged")
-        print(f"{path} is now called {path}.damaged")
-    for path in numbered_in(folder):
+        print(f"renamed {path} to {path}.damaged")
+    for path in earlier_checkpoints(folder):
         if step_of(path) > step:
             replace(path, f"{path}.later")
-            print(f"{path} is of a later step and now called {path}.later")
+            print(f"renamed {path}, which is from a later step, to {path}.later")
 
 
 def restore(model, optimizer, checkpoint, path):
     """
-    Set a model's parameters, and an optimizer's memory unless it is None, from a checkpoint of any
-    number of processes; `path` is where it came from.
+    Set a model's parameters, and an optimizer's state unless it is None, from a checkpoint written
+    by any number of processes; `path` is its file or folder.
     """
     try:
         targets = tensors_of(model, optimizer)
         if os.path.isdir(path):
             from training import sharded
 
-            sharded.read(path, targets, MAY_BE_NEW)
+            sharded.read(path, targets, ZERO_IF_MISSING)
             return
         source = {f"model.{name}": t for name, t in plain_state(checkpoint).items()}
         if optimizer:
             source |= {f"optimizer.{k}": t for k, t in checkpoint["optimizer"].items()}
         with torch.no_grad():
             for name, target in targets.items():
-                if name not in source and name.endswith(MAY_BE_NEW):
+                if name not in source and name.endswith(ZERO_IF_MISSING):
                     continue
                 value = source[name].to(target.device)
                 if value.shape != target.shape:
                     raise ValueError(
                         f"{name} is {tuple(value.shape)}, expected {tuple(target.shape)}"
                     )
-                if hasattr(target, "full_tensor"):  # spread over the ranks
-                    value = part_for(target, value)
+                if hasattr(target, "full_tensor"):  # sharded over the ranks
+                    value = shard_like(target, value)
                 target.copy_(value)
     except KeyError as e:
         raise UserError(f"{path} does not fit this model: it has no {e.args[0]}") from None
@@ -554,13 +550,13 @@ def restore(model, optimizer, checkpoint, path):
 
 
 def plain_state(checkpoint):
-    """The state dict of the model, without the prefixes of torch.compile and DDP."""
+    """Return the model's state dict without the name prefixes of torch.compile and DDP."""
     state = checkpoint["model"].items()
     return {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor for name, tensor in state}
 
 
 def load_model(checkpoint, path):
-    """The Transformer of a loaded checkpoint, on the CPU; `path` is where it came from."""
+    """Return the Transformer of a checkpoint that was loaded from `path`, on the CPU."""
     try:
         args = ModelArgs.from_dict(checkpoint["model_args"])
         check_size(args, checkpoint, path)
@@ -568,7 +564,7 @@ def load_model(checkpoint, path):
         if "model" in checkpoint:
             model.load_state_dict(plain_state(checkpoint))
     except (ValueError, TypeError, RuntimeError, AttributeError) as e:
-        cause = str(e).splitlines()[:2][-1].strip()  # torch names the tensors in its second line
+        cause = str(e).splitlines()[:2][-1].strip()  # torch's second line names the tensors
         raise UserError(f"{path} does not fit this model: {cause[:300]}") from None
     if "model" not in checkpoint:
         restore(model, None, checkpoint, path)

@@ -1,9 +1,9 @@
 """
-What a run will need, before anything is spent on it: `python train.py ... --estimate`.
+Estimate the memory, time and cost of a run: `python train.py ... --estimate`.
 
-The model is built without memory (on PyTorch's meta device) and one forward pass is traced, so
-every option of the architecture is counted: a layer keeps for the backward pass what autograd asks
-to keep. Not counted: memory lost to fragmentation, and what torch.compile saves by fusing.
+The model is built on PyTorch's meta device, without memory, and one forward pass is traced to see
+which tensors autograd keeps for the backward pass. This covers every option of the architecture,
+but not memory lost to fragmentation or saved by torch.compile.
 """
 
 import torch
@@ -19,7 +19,7 @@ GB = 1e9
 
 
 class Flash(torch.autograd.Function):
-    """What fused attention keeps: q, k, v, the result, and one float32 per query."""
+    """Keeps what fused attention keeps: q, k, v, the result, and one float32 per query."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -29,7 +29,7 @@ class Flash(torch.autograd.Function):
 
 
 class Products(TorchDispatchMode):
-    """Adds up the bytes of the results of products, which selective checkpointing keeps."""
+    """Counts the bytes of the results of products, which selective checkpointing keeps."""
 
     def __init__(self):
         super().__init__()
@@ -44,19 +44,19 @@ class Products(TorchDispatchMode):
 
 def kept_bytes(model, batch_size, recompute):
     """
-    Bytes that a forward pass keeps for the backward pass. model: on the meta device; batch_size: in
-    sequences; recompute: a key of ACTIVATION_CHECKPOINTING.
+    Return the bytes that a forward pass keeps for the backward pass. model: on the meta device;
+    batch_size: in sequences; recompute: a key of ACTIVATION_CHECKPOINTING.
     """
     for block in model.layers:
         block.recompute = ACTIVATION_CHECKPOINTING[recompute]
         block.attention.attend = lambda q, k, v, *_: Flash.apply(q, k, v)
-    ours = {p.untyped_storage()._cdata for p in model.parameters()}
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in ours:
-            kept[storage._cdata] = storage  # kept alive, so that its address is not used again
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage  # keep it alive, so its address is not reused
         return tensor
 
     products = Products()
@@ -69,8 +69,8 @@ def kept_bytes(model, batch_size, recompute):
 
 def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
     """
-    (bytes that a GPU needs for any micro-batch, bytes that each sequence of it adds). Weights,
-    gradients and the optimizer's state are float32; FSDP (is_sharded) divides them among n_gpus.
+    Return (bytes per GPU without a micro-batch, bytes per sequence of one). Weights, gradients and
+    optimizer state are float32; FSDP (is_sharded) divides them among n_gpus.
     """
     roles = by_role(model)
     n_params = model.n_params()
@@ -78,33 +78,33 @@ def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
     state = 8 * n_params if optimizer == "adamw" else 8 * (n_params - n_hidden) + 4 * n_hidden
     state = (state + 8 * n_params) / (n_gpus if is_sharded else 1)
     one, two = (kept_bytes(model, n, recompute) for n in (1, 2))
-    if recompute != "none":  # while a layer is recomputed, all of it is in memory
+    if recompute != "none":  # a layer is entirely in memory while it is recomputed
         whole = [kept_bytes(model, n, "none") / model.args.n_layers for n in (1, 2)]
         one, two = one + whole[0], two + whole[1]
-    logits = min(1 << 27, (two - one) * model.args.vocab_rows) * 6  # a piece, bfloat16 and float32
+    logits = min(1 << 27, (two - one) * model.args.vocab_rows) * 6  # one chunk: bfloat16, float32
     return state + logits + 2 * one - two, two - one
 
 
-def estimate_lines(model_args, settings, tokens_a_step):
-    """The lines that --estimate prints. settings: of train.py; tokens_a_step: of all GPUs."""
+def estimate_lines(model_args, settings, tokens_per_step):
+    """Yield the lines that --estimate prints. tokens_per_step: over all GPUs."""
     with torch.device("meta"):
         model = Transformer(model_args)
     model.dtype = torch.bfloat16
     n_steps, mfu, price = settings["max_iters"], settings["mfu"], settings["price"]
     recompute, optimizer = settings["activation_checkpointing"], settings["optimizer"]
     flops = model.flops_per_token()
-    tokens, n_sequences = n_steps * tokens_a_step, tokens_a_step // model_args.max_seq_len
+    tokens, n_sequences = n_steps * tokens_per_step, tokens_per_step // model_args.max_seq_len
     total = flops * tokens
     tables = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
     yield f"{model.n_params():,} parameters, {tables:,} of them in tables"
     yield (
-        f"{tokens:,} tokens: {n_steps:,} steps of {tokens_a_step:,}; "
-        f"{tokens / model.n_params():.1f} tokens a parameter"
+        f"{tokens:,} tokens: {n_steps:,} steps of {tokens_per_step:,}; "
+        f"{tokens / model.n_params():.1f} tokens per parameter"
     )
-    yield f"{flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all"
+    yield f"{flops / 1e9:.3f} GFLOP per token, {total:.3g} FLOP in total"
     yield ""
     yield (
-        f"at {mfu:.0%} of the peak in bfloat16 (--mfu), ${price:g} an hour for any GPU (--price), "
+        f"at {mfu:.0%} of peak bfloat16 FLOP/s (--mfu), ${price:g} per GPU-hour (--price), "
         f"--activation_checkpointing={recompute}"
     )
     yield ""
@@ -114,7 +114,7 @@ def estimate_lines(model_args, settings, tokens_a_step):
     for name in SHOWN:
         tflops, memory = GPUS[name]
         room = min((USABLE * memory * GB - fixed) / each, settings["batch_size"])
-        # as train.py's largest_that_fits()
+        # like largest_that_fits() in a real run
         micro = max((n for n in range(1, int(room) + 1) if n_sequences % n == 0), default=0)
         used = f"{(fixed + micro * each) / GB:.0f}" if micro > 0 else "-"
         speed = mfu * tflops * 1e12 / flops
@@ -126,10 +126,10 @@ def estimate_lines(model_args, settings, tokens_a_step):
     sharded, _ = memory_of(model, optimizer, recompute, 8, True)
     yield ""
     yield (
-        f"whatever the micro-batch: {fixed / GB:.1f} GB (on each of 8 GPUs with --fsdp "
-        f"{sharded / GB:.1f} GB); each sequence of it: {each / GB:.2f} GB"
+        f"memory per GPU: {fixed / GB:.1f} GB ({sharded / GB:.1f} GB on each of 8 with --fsdp), "
+        f"plus {each / GB:.2f} GB per sequence of the micro-batch"
     )
     yield (
-        "Hours on 8 are without communication, and small models reach far less of the peak. The "
-        "memory is that of a run that is not compiled."
+        "Hours on 8 GPUs ignore communication, and small models reach far less of the peak. Memory "
+        "is without torch.compile."
     )

@@ -1,12 +1,12 @@
 """
-Many processes: what torchrun started, how they share a model and a step, and how they agree.
+Training with several processes: how they share a model and a step, and how they agree.
 
     torchrun --nproc_per_node=4 train.py --fsdp --key=value ...
 
-Without torchrun there is one process, and every function here does nothing or next to nothing.
-Each process ("rank") computes a part of every step. With DDP each holds the whole model and the
-gradients are averaged; with FSDP2 each holds a part of every matrix and gathers the rest when it
-is needed. Rank 0 alone prints and writes, but for the sharded checkpoints of FSDP.
+Without torchrun there is one process, and the functions here do next to nothing. Each process
+("rank") computes a part of every step. With DDP, each holds the whole model and gradients are
+averaged; with FSDP2, each holds a part of every matrix and gathers the rest when needed. Only
+rank 0 prints and writes files, except for FSDP's sharded checkpoints.
 """
 
 import atexit
@@ -28,76 +28,76 @@ from system.hardware import pick_device
 from system.progress import print_line
 
 RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # rank on this machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0
-LOST = re.compile("gloo|Connection (closed|reset)|Broken pipe|NCCL", re.IGNORECASE)
-WAITED_FOR = "checkpoint"  # name of the threads that have to end before a process does
-GRACE_S = 2  # in which the first rank of a machine may say what all of them have to say
+CONNECTION_LOST = re.compile("gloo|Connection (closed|reset)|Broken pipe|NCCL", re.IGNORECASE)
+CHECKPOINT_THREAD = "checkpoint"  # name of the threads that a failing process waits for
+GRACE_S = 2  # seconds for the first rank on a machine to print an error that all ranks share
 
 
-def errors_of_ranks():
-    """Errors name their rank, and an error common to all ranks of a machine is printed once."""
+def install_error_hook():
+    """Prefix errors with their rank, and print an error shared by a machine's ranks only once."""
     if WORLD_SIZE == 1:
         return
-    one_sentence = sys.excepthook
+    print_error = sys.excepthook
 
     def hook(kind, error, traceback):
         if issubclass(kind, UserError):
             if LOCAL_RANK:
-                time.sleep(GRACE_S)  # torchrun ends this process once the first rank has ended
-        elif issubclass(kind, dist.DistError) or LOST.search(str(error)):
+                time.sleep(GRACE_S)  # torchrun ends this process after the first rank has ended
+        elif issubclass(kind, dist.DistError) or CONNECTION_LOST.search(str(error)):
             time.sleep(GRACE_S)
             kind = UserError
             error = UserError(
-                "another process is gone; if it could say why, it did. The latest checkpoint is "
-                f"whole: --init_from=resume goes on from there ({str(error).partition(chr(10))[0]})"
+                f"another process has ended ({str(error).partition(chr(10))[0]}): see its error "
+                f"above, if any; use --init_from=resume to continue from the latest checkpoint"
             )
-        sys.stderr = sys.__stderr__  # torch has put a buffer in its place
+        sys.stderr = sys.__stderr__  # torch has replaced it with a buffer
         print(f"[rank{RANK}]: ", end="", file=sys.stderr)
-        one_sentence(kind, error, traceback)
+        print_error(kind, error, traceback)
         for thread in threading.enumerate():
-            if thread.name == WAITED_FOR:
+            if thread.name == CHECKPOINT_THREAD:
                 thread.join()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # the usual end would wait for ranks that wait for this one
+        os._exit(1)  # a normal exit would wait for ranks that wait for this one
 
     sys.excepthook = hook
 
 
 def start(device):
     """
-    Join the processes that torchrun started; returns the torch device of this one: of the name
-    "auto" or "cuda" each rank takes the GPU with its local number.
+    Join the processes that torchrun started and return this one's torch device. With "auto" or
+    "cuda", each rank uses the GPU with its local rank.
     """
     if WORLD_SIZE > 1 and device.startswith(("cuda:", "mps")):
-        raise UserError(f"device = {device!r}: expected auto, cuda or cpu for several processes")
+        raise UserError(f"device = {device}: expected one of auto, cuda, cpu under torchrun")
     if WORLD_SIZE > 1 and device == "auto" and not torch.cuda.is_available():
         device = "cpu"
     if WORLD_SIZE > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         if torch.cuda.device_count() <= LOCAL_RANK:
             raise UserError(
-                f"{LOCAL_RANK + 1} processes or more share {torch.cuda.device_count()} GPUs: "
-                f"give torchrun --nproc_per_node={torch.cuda.device_count()}"
+                f"this machine has {torch.cuda.device_count()} GPUs, but at least {LOCAL_RANK + 1} "
+                f"processes: use torchrun --nproc_per_node={torch.cuda.device_count()}"
             )
         device = f"cuda:{LOCAL_RANK}"
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
-        # gloo beside NCCL: flags are agreed on without waiting for the GPU
+        # gloo beside NCCL, to exchange flags without waiting for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(leave)
+        atexit.register(exit_together)
     return device
 
 
-def leave():
+def exit_together():
     """
-    End this process once all ranks have come here. The interpreter's own end races with gloo's
-    threads: on a busy machine it aborts now and then, and with it the whole job.
+    End this process once all ranks get here. A normal interpreter exit races with gloo's threads:
+    on a busy machine it occasionally aborts, and torchrun then fails the whole job.
     """
-    with contextlib.suppress(RuntimeError):  # a rank that failed has said so
+    with contextlib.suppress(RuntimeError):  # a rank that failed has printed its error
         wait_for_all()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -106,8 +106,8 @@ def leave():
 
 def share_of_step(batch_size, micro_batches):
     """
-    How a step of `micro_batches` of up to batch_size sequences is shared by the ranks: (sequences
-    of a micro-batch, micro-batches of each rank). The step has the same sequences in any case.
+    Divide a step of `micro_batches` times batch_size sequences among the ranks. Return (sequences
+    per micro-batch, micro-batches per rank). A step always has the same sequences.
     """
     total = batch_size * micro_batches
     if total % WORLD_SIZE:
@@ -124,9 +124,9 @@ def share_of_step(batch_size, micro_batches):
 
 def largest_that_fits(size, n, fits):
     """
-    (sequences of a micro-batch, micro-batches of each rank) with the product of `size` and `n`: the
-    largest first part up to `size` for which fits(sequences) is true in all ranks; None where not
-    even one sequence fits.
+    Return (sequences per micro-batch, micro-batches per rank) with the product size * n and the
+    largest micro-batch, up to `size`, for which fits(sequences) is true in all ranks. Return None
+    if not even one sequence fits.
     """
     total = size * n
     while any_rank(not fits(size)):
@@ -138,7 +138,7 @@ def largest_that_fits(size, n, fits):
 
 
 def shard(model, device):
-    """Cut the parameters of a Transformer, in place, into a part for each rank (FSDP2)."""
+    """Shard the parameters of a Transformer over the ranks, in place (FSDP2)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -149,7 +149,7 @@ def shard(model, device):
 
 
 def replicate(model, device):
-    """A module to call instead of `model`, which averages its gradients over the ranks (DDP)."""
+    """Return a module to call instead of `model` that averages gradients over the ranks (DDP)."""
     if WORLD_SIZE == 1:
         return model
     device_ids = [device] if device.type == "cuda" else None
@@ -161,25 +161,25 @@ def replicate(model, device):
     )
 
 
-def sync_gradients(net, wanted):
-    """Whether the next backward pass averages gradients; only a step's last one has to."""
+def sync_gradients(net, enabled):
+    """Set whether the next backward pass averages gradients; only a step's last one must."""
     if isinstance(net, DistributedDataParallel):
-        net.require_backward_grad_sync = wanted
+        net.require_backward_grad_sync = enabled
     elif hasattr(net, "set_requires_gradient_sync"):  # FSDP2
-        net.set_requires_gradient_sync(wanted)
+        net.set_requires_gradient_sync(enabled)
 
 
-def total(*numbers):
-    """The sums of some numbers over the ranks, float64."""
+def total(*values):
+    """Return the sum of each value over the ranks, computed in float64."""
     if WORLD_SIZE == 1:
-        return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
 
 def from_first(value):
-    """The first rank's value, in all of them."""
+    """Return the first rank's value in all ranks."""
     if WORLD_SIZE == 1:
         return value
     box = [value]
@@ -188,12 +188,12 @@ def from_first(value):
 
 
 def any_rank(flag):
-    """Whether the flag is set in any rank."""
+    """Return whether the flag is set in any rank."""
     return total(float(flag))[0] > 0
 
 
-def whole(tensor):
-    """A tensor of which each rank may hold a part, in full; all ranks have to ask."""
+def full_tensor(tensor):
+    """Return a tensor that may be sharded as a whole one; all ranks must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -202,51 +202,52 @@ def wait_for_all():
 
 
 def say(text):
+    """Print from the first rank only."""
     if FIRST:
         print(text, flush=WORLD_SIZE > 1)
 
 
 class StopRequest:
     """
-    Whether this rank was told to stop. The first Ctrl-C, SIGTERM or SIGHUP asks for a stop after
-    the current step. A second one ends the process at once, except under torchrun, which passes on
-    to each process what the system may have sent it already.
+    Records whether to stop. The first Ctrl-C, SIGTERM or SIGHUP requests a stop after the current
+    step. A second one ends the process immediately, except under torchrun: it forwards signals that
+    the processes may have received already.
     """
 
     def __init__(self):
-        self.made = False
-        self.replaced = {}  # {signal: its handler before}
+        self.requested = False
+        self.replaced = {}  # {signal: its previous handler}
 
     def listen(self):
-        """A signal that this process was started to ignore stays ignored, as under nohup."""
+        """Install the handlers; a signal that this process ignores (nohup) stays ignored."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)  # Windows has no SIGHUP
             if signum and signal.getsignal(signum) is not signal.SIG_IGN:
                 self.replaced[signum] = signal.signal(signum, self.handle)
 
     def restore(self):
-        """Have signals do what they did before listen()."""
+        """Restore the handlers from before listen()."""
         for signum, handler in self.replaced.items():
             signal.signal(signum, handler)
 
     def handle(self, signum, frame):
-        is_first, self.made = not self.made, True
+        is_first, self.requested = not self.requested, True
         if signum == getattr(signal, "SIGHUP", None):
             leave_terminal()
         if is_first and FIRST:
-            more = "; once more ends at once, without a checkpoint" if WORLD_SIZE == 1 else ""
-            with contextlib.suppress(RuntimeError):  # it came in the middle of another line
-                print_line(f"stopping after this step{more}")
+            hint = "; repeat to stop immediately, without a checkpoint" if WORLD_SIZE == 1 else ""
+            with contextlib.suppress(RuntimeError):  # the signal interrupted another print
+                print_line(f"stopping after this step{hint}")
         elif not is_first and WORLD_SIZE == 1:
             self.restore()
             os.kill(os.getpid(), signum)
 
     def in_any_rank(self):
-        return any_rank(self.made)
+        return any_rank(self.requested)
 
 
 def leave_terminal():
-    """Send output to nowhere unless it goes to a file: writing to a closed terminal would fail."""
+    """Discard output that does not go to a file: writing to a closed terminal would fail."""
     for fd in (1, 2):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
@@ -254,13 +255,13 @@ def leave_terminal():
 
 def micro_batch(batches, first, size, n, device, k):
     """
-    This rank's k-th micro-batch from sequence `first` on: inputs and targets (size, T) of a
-    TrainBatches, where a step has n such micro-batches in each rank.
+    Return this rank's k-th micro-batch after sequence `first` of a TrainBatches: inputs and targets
+    (size, T). A step has n micro-batches per rank.
     """
     step, i = divmod(k, n)
     position = first + (step * n + i) * size * WORLD_SIZE + RANK
     x, y = batches.at(position, size, stride=WORLD_SIZE)
     if device.type == "cuda":  # pinned memory is copied while the GPU computes
-        torch.cuda.set_device(device)  # of this thread, which would pin for the first GPU
+        torch.cuda.set_device(device)  # this is a new thread; its default is the first GPU
         x, y = x.pin_memory(), y.pin_memory()
     return x, y

@@ -1,6 +1,6 @@
 """
-What a run begins from: nothing, the weights of a checkpoint, or the run it belongs to; and
-the settings that follow.
+Starting points of a run: nothing, the weights of a checkpoint, or an earlier run to resume; and the
+settings that follow from it.
 """
 
 import math
@@ -23,81 +23,81 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, WORLD_SIZE, say
 from training.rundir import RunDir
-from training.settings import FIXED, OF_ONE_START, OPTIONS, args_of, check, unused, with_arch
+from training.settings import FIXED, NOT_RESUMED, OPTIONS, args_of, check, unused, with_arch
 
 
 @dataclass
-class Beginning:
-    """What a run begins from."""
+class Start:
+    """The starting point of a run."""
 
     settings: dict  # the settings to train with
-    checkpoint: dict | None = None  # its weights, and with is_resumed all that the run has reached
-    path: str | None = None  # of the checkpoint
+    checkpoint: dict | None = None  # only its weights are used unless is_resumed
+    path: str | None = None  # path of the checkpoint
     is_resumed: bool = False
-    damaged: list = field(default_factory=list)  # paths of checkpoints that could not be read
-    run: RunDir | None = None  # the run's folder, where it is locked already (first rank)
+    damaged: list = field(default_factory=list)  # paths of damaged checkpoints
+    run: RunDir | None = None  # the run's folder, if it is already locked (first rank)
 
 
-def begin(settings, given):
+def find_start(settings, given):
     """
-    The Beginning that train.py's settings ask for. `given`: {name: the word of the command line}.
-    Raises UserError where a checkpoint is missing or does not fit, or a setting is out of range.
+    Return the Start for train.py's settings. given: {name: command-line argument that set it}.
+    Raises UserError if a checkpoint is missing or does not fit, or a setting is out of range.
     """
     init_from, out_dir = settings["init_from"], settings["out_dir"]
-    start = Beginning(settings)
+    start = Start(settings)
     if init_from == "resume" or settings["resume"] == "auto":
-        start = latest_of(settings, given)
+        start = find_latest(settings, given)
     if not start.is_resumed and init_from == "resume":
         raise UserError(
-            f"{os.path.join(out_dir, 'ckpt.pt')} does not exist: name the --out_dir of an earlier "
+            f"{os.path.join(out_dir, 'ckpt.pt')} does not exist; use the --out_dir of an earlier "
             f"run, or start one without --init_from=resume"
         )
     if not start.is_resumed and init_from != "scratch":
         if not os.path.exists(init_from):
             raise UserError(
-                f"init_from = {init_from!r}: expected scratch, resume, or the path of a checkpoint"
+                f"init_from = {init_from}: expected scratch, resume, or the path of a checkpoint"
             )
         start.checkpoint, start.path = load_checkpoint(init_from), init_from
-        start.settings = adopted(settings, start.checkpoint["model_args"], given)
+        start.settings = settings_for(start.checkpoint["model_args"], settings, given)
     if not start.checkpoint:
         if settings["eval_only"]:
             raise UserError(
-                "eval_only needs a model to evaluate: give --init_from=resume or a checkpoint"
+                "eval_only needs a model to evaluate: use --init_from=resume or a checkpoint"
             )
         start.settings = with_arch(settings, given)
     check(start.settings)
     if start.checkpoint:
         args = args_of(start.settings, start.checkpoint["model_args"])
         check_size(args, start.checkpoint, start.path)
-    for names, how in unused(start.settings, given):
-        say(f"this run does not use {', '.join(names)}; with {how} it would")
+    for names, condition in unused(start.settings, given):
+        say(f"note: this run ignores {', '.join(names)} (used only with {condition})")
     return start
 
 
-def latest_of(settings, given):
-    """The Beginning from the latest checkpoint in out_dir or on the hub, where there is one."""
+def find_latest(settings, given):
+    """Return the Start from the latest checkpoint in out_dir or on the hub, if there is one."""
     out_dir, run = settings["out_dir"], None
     will_train = not settings["eval_only"] and not settings["estimate"]
     from_hub = settings["hub_repo"] and will_train
     if FIRST and will_train and (from_hub or os.path.isdir(out_dir)):
-        run = RunDir(out_dir)  # before anything is read: another run may still be writing here
+        run = RunDir(out_dir)  # lock before reading: another run may still be writing
     if FIRST and from_hub and not has_checkpoint(out_dir):
         fetch_latest(settings["hub_repo"], out_dir)
     parallel.wait_for_all()
     checkpoint, path, damaged = load_latest(out_dir)
     if checkpoint is None:
-        return Beginning(settings, run=run)
-    resumed_settings = resumed(settings, checkpoint, given)
+        return Start(settings, run=run)
+    resumed = resumed_settings(settings, checkpoint, given)
     if settings["init_from"] not in ("scratch", "resume"):
-        say(f"resuming the run in {out_dir}; init_from = {settings['init_from']} was for its start")
+        say(f"note: resuming the run in {out_dir} and ignoring init_from = {settings['init_from']}")
     for name, version in versions().items():
         if (old := checkpoint["versions"][name]) != version:
-            say(f"the checkpoint is of {name} {old}, this is {version}: last digits may differ")
-    return Beginning(resumed_settings, checkpoint, path, True, damaged, run)
+            say(f"note: {name} is {version}, was {old}: results may differ in the last digits")
+    return Start(resumed, checkpoint, path, True, damaged, run)
 
 
 def fits(name, value, model_args):
-    """Whether a setting of the architecture, such as -1 for all layers, means what a model has."""
+    """Return whether an architecture setting, such as -1 for all layers, fits a model."""
     old = getattr(ModelArgs.from_dict(model_args), name)
     if value == old:
         return True
@@ -107,11 +107,11 @@ def fits(name, value, model_args):
         return False
 
 
-def resumed(settings, checkpoint, given):
-    """Settings to resume with: those of the checkpoint, except for what was given now."""
+def resumed_settings(settings, checkpoint, given):
+    """Return the settings to resume with: those of the checkpoint, except the ones given now."""
     settings, old = dict(settings), checkpoint["config"]
     changed = []
-    for name in settings.keys() & old.keys() - OF_ONE_START:
+    for name in settings.keys() & old.keys() - NOT_RESUMED:
         kind = type(settings[name])
         if type(old[name]) is not kind and (kind, type(old[name])) != (float, int):
             raise UserError(
@@ -128,8 +128,8 @@ def resumed(settings, checkpoint, given):
     for name in FIXED.intersection(changed):
         raise UserError(
             f"cannot resume with {name} = {settings[name]}: the checkpoint's model has "
-            f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or begin a new run "
-            f"with another --out_dir"
+            f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or start a new run "
+            f"in another --out_dir"
         )
     if "data_dir" not in given:
         settings["data_dir"] = data_dir_of(checkpoint, settings["out_dir"])
@@ -139,27 +139,27 @@ def resumed(settings, checkpoint, given):
 
 
 def data_dir_of(checkpoint, out_dir):
-    """A checkpoint's data_dir; a relative one is looked for where it lies from out_dir first."""
+    """Return a checkpoint's data_dir; a relative one is first looked up relative to out_dir."""
     data_dir, from_out = checkpoint["config"]["data_dir"], checkpoint.get("data_path")
     if os.path.isabs(data_dir) or not isinstance(from_out, str):
         return data_dir
-    there = os.path.normpath(os.path.join(os.path.abspath(out_dir), from_out))
-    is_here = os.path.isdir(data_dir) and os.path.realpath(data_dir) == os.path.realpath(there)
-    if is_here or not os.path.isdir(there):
+    path = os.path.normpath(os.path.join(os.path.abspath(out_dir), from_out))
+    is_same = os.path.isdir(data_dir) and os.path.realpath(data_dir) == os.path.realpath(path)
+    if is_same or not os.path.isdir(path):
         return data_dir
-    say(f"data_dir = {data_dir} of the run is {there}")
-    return there
+    say(f"note: the run's data_dir = {data_dir} is {path}")
+    return path
 
 
-def adopted(settings, model_args, given):
-    """Settings to train the weights of a checkpoint with: the architecture is that of the model."""
-    settings, named = dict(settings), settings
+def settings_for(model_args, settings, given):
+    """Return the settings to train a checkpoint's weights with: the architecture is the model's."""
+    vocab_source, settings = settings["vocab_source"], dict(settings)
     for name in settings.keys() & model_args.keys() - {"dropout"}:
-        if model_args[name] is None:  # llama2.c's way to leave it to the default
+        if model_args[name] is None:  # in llama2.c: the default
             continue
         if name == "max_seq_len" and name in given:  # no weight depends on it
             continue
-        if name == "vocab_size" and DataPaths("", named["vocab_source"], settings[name]).is_llama2:
+        if name == "vocab_size" and DataPaths("", vocab_source, settings[name]).is_llama2:
             continue
         is_derived = settings[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")
         if name in given and not is_derived and not fits(name, settings[name], model_args):
@@ -171,35 +171,35 @@ def adopted(settings, model_args, given):
     return settings
 
 
-def check_machines(start, out_dir):
-    """Raise UserError where the ranks of a run do not see the same checkpoint."""
+def check_same_checkpoint(start, out_dir):
+    """Raise UserError if the ranks of a run do not see the same checkpoint."""
     step = start.checkpoint["iter_num"] if start.is_resumed else 0
     if parallel.total(step) != [step * WORLD_SIZE]:
         raise UserError(
-            f"the machines find different checkpoints in {out_dir}: "
-            f"put --out_dir on a disk that all of them share"
+            f"out_dir = {out_dir} has different checkpoints on different machines: use a folder on "
+            f"a shared disk"
         )
 
 
 def restore_run(start, model, optimizer, scaler, dtype, n_windows):
     """
-    Set a resumed run's weights and optimizer; returns its RunState. Says what is different from the
-    run so far: dtype, of the products, and n_windows, sequences of an epoch.
+    Restore a resumed run's weights and optimizer, and return its RunState. Prints a note if the
+    dtype of matrix products or n_windows, the sequences per epoch, differs from the checkpoint's.
     """
     checkpoint = start.checkpoint
     restore(model, optimizer, checkpoint, start.path)
     state = RunState.of(checkpoint)
     if not os.path.exists(os.path.join(start.settings["out_dir"], "model.bin")):
-        state.best_val_loss = math.inf  # the run came from the hub, say
+        state.best_val_loss = math.inf  # for example, the run was fetched from the hub
     if checkpoint["compute_dtype"] != str(dtype):
-        say(f"computing in {dtype} from now on, so far in {checkpoint['compute_dtype']}")
+        say(f"note: resuming in {dtype} instead of {checkpoint['compute_dtype']}")
     if checkpoint["n_windows"] != n_windows:
         say(
-            f"the shards are not those of the run so far: {n_windows:,} sequences instead of "
-            f"{checkpoint['n_windows']:,}; resuming at the same place of another order, and the "
-            f"best model so far does not count"
+            f"note: the shards have changed ({n_windows:,} sequences instead of "
+            f"{checkpoint['n_windows']:,}): the data continues in another order, and the next "
+            f"evaluation replaces the best model"
         )
         state.best_val_loss = math.inf
-    if checkpoint["scaler"]:  # empty where the run so far was not in float16
+    if checkpoint["scaler"]:  # empty unless the run used float16
         scaler.load_state_dict(checkpoint["scaler"])
     return state

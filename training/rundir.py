@@ -1,7 +1,7 @@
 """
-The folder of a training run: one run at a time, its log, and what an earlier run left.
+The folder of a training run: its lock, its log, and the files of earlier runs.
 
-log.jsonl has one JSON object a line; doc/log-fields.md explains them.
+log.jsonl has one JSON object per line; doc/log-fields.md explains the fields.
 """
 
 import contextlib
@@ -25,30 +25,28 @@ COMPANIONS = (
 
 
 class FolderInUse(UserError):
-    """Another process writes there."""
+    """Another process is writing to the folder."""
 
 
 class RunDir:
-    """out_dir of one run, made where it is absent, and locked until the process ends."""
+    """The out_dir of one run: created if missing, and locked until the process ends."""
 
     def __init__(self, path):
         self.path, self.tokenizer = path, None
         if os.path.isfile(path):
-            raise UserError(f"out_dir = {path} is a file: name a folder")
+            raise UserError(f"out_dir = {path} is a file: use a folder")
         self.claim()
 
     def claim(self):
-        """Make the folder, lock it and tidy it."""
+        """Create the folder, lock it and delete incomplete files."""
         try:
             os.makedirs(self.path, exist_ok=True)
         except OSError as e:
-            raise UserError(
-                f"out_dir = {self.path} cannot be made ({e.strerror}): name a folder"
-            ) from None
+            raise UserError(f"cannot write out_dir = {self.path}: {e.strerror}") from None
         self.lock()
         self.identity = os.stat(self.path)
         for part in self.find(f"{name}*.part" for name in (*WORTH_KEEPING, *COMPANIONS)):
-            remove(part)  # of a run that was killed while it wrote
+            remove(part)  # left by a run that was killed while writing
 
     def find(self, patterns):
         folder = glob.escape(self.path)
@@ -58,51 +56,51 @@ class RunDir:
         return os.path.join(self.path, name)
 
     def lock(self):
-        """Raise FolderInUse where another run writes here: each would replace the other's files."""
+        """Raise FolderInUse if another run writes here: they would replace each other's files."""
         try:
             import fcntl
         except ImportError:  # Windows
             return
-        # open, and so locked, until the process ends
+        # stays open, and so locked, until the process ends
         self.lock_file = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.lock_file)
             raise FolderInUse(
-                f"another run is writing to {self.path}: wait for it, or give another --out_dir"
+                f"another run is writing to {self.path}: wait for it, or use another --out_dir"
             ) from None
         except OSError:  # a file system without locks
             pass
 
     def add_tokenizer(self, tokenizer, path):
-        """Write a tokenizer, of the file `path`: ./run and sample.py need it beside the model."""
+        """Write a tokenizer, loaded from `path`, next to the model for ./run and sample.py."""
         self.tokenizer = tokenizer, path
         tokenizer.export(self.file("tokenizer.bin"))
         copy_local(path, self.file("tokenizer.model"))
 
     def is_lost(self):
-        """Whether the folder was moved or deleted since it was locked."""
+        """Return whether the folder was moved or deleted since it was locked."""
         try:
             return not os.path.samestat(os.stat(self.path), self.identity)
         except FileNotFoundError:
             return True
 
-    def begin_again(self):
+    def recreate(self):
         """
-        Make and lock the folder again after it was moved or deleted, with the log so far. Raises
-        FolderInUse where another run writes there by now.
+        Create and lock the folder again after it was moved or deleted, and restore the log. Raises
+        FolderInUse if another run is writing there now.
         """
-        what = f"{self.path} was moved or deleted"
+        cause = f"{self.path} was moved or deleted"
         try:
             self.claim()
         except FolderInUse:
             raise FolderInUse(
-                f"{what}, and another run writes there now: this run ends; what it saved is where "
-                f"the folder was moved to"
+                f"{cause}, and another run is writing there now: this run stops; its checkpoints "
+                f"are in the moved folder"
             ) from None
-        print_line(f"warning: {what}; the run goes on in a new {self.path}", sys.stderr)
-        if os.path.exists(self.file(LOG)):  # of another run
+        print_line(f"warning: {cause}; the run continues in a new {self.path}", sys.stderr)
+        if os.path.exists(self.file(LOG)):  # from another run
             self.set_aside_earlier_run()
         self.log_file.seek(0)
         lines = self.log_file.read()
@@ -113,29 +111,29 @@ class RunDir:
 
     def set_aside_earlier_run(self):
         """
-        Move what an earlier run left to `previous`, or previous_2 and so on where there is one from
-        before; a run without a checkpoint or a model is not kept. The next call completes one that
-        was interrupted.
+        Move the files of an earlier run to previous/, or previous_2/ and so on if that exists. A
+        run without a checkpoint or a model is not kept. If a call is interrupted, the next one
+        completes it.
         """
         moving = self.file("moving")
-        names = self.find(WORTH_KEEPING)
-        is_worth = names or os.path.exists(self.file("model.bin"))
-        if not is_worth and not os.path.isdir(moving):
-            for name in ("wandb_id", "uploads"):  # which a new run must not go on with
+        checkpoints = self.find(WORTH_KEEPING)
+        has_model = checkpoints or os.path.exists(self.file("model.bin"))
+        if not has_model and not os.path.isdir(moving):
+            for name in ("wandb_id", "uploads"):  # a new run must not continue these
                 remove(self.file(name))
             return
         os.makedirs(moving, exist_ok=True)
-        for name in (*filter(os.path.exists, map(self.file, COMPANIONS)), *names):
-            os.replace(name, os.path.join(moving, os.path.basename(name)))
+        for path in (*filter(os.path.exists, map(self.file, COMPANIONS)), *checkpoints):
+            os.replace(path, os.path.join(moving, os.path.basename(path)))
         names = (f"previous_{i}" if i > 1 else "previous" for i in itertools.count(1))
         previous = next(path for path in map(self.file, names) if not os.path.exists(path))
         os.replace(moving, previous)
-        print(f"a new run begins; the earlier one in {self.path} is moved to {previous}")
+        print(f"note: moved the earlier run in {self.path} to {previous}")
 
     def open_log(self, step, evaluated):
         """
-        Begin the log at step 0, or go on with it: lines of later steps and evaluations, which are
-        done again, and a last one that was cut off are dropped.
+        Start the log at step 0, or continue it: drop lines of later steps and evaluations, which
+        will be repeated, and an incomplete last line.
         """
         path, kept = self.file(LOG), []
         if step and os.path.exists(path):
@@ -153,7 +151,7 @@ class RunDir:
         self.log_file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
 
     def log(self, kind, **values):
-        """Append one line; floats get eight digits, and null where they are no number."""
+        """Append one line; floats are rounded to eight digits, and NaN and infinity become null."""
         for key, value in values.items():
             if isinstance(value, float):
                 values[key] = float(f"{value:.8g}") if math.isfinite(value) else None
@@ -164,5 +162,5 @@ class RunDir:
                 flush=True,
             )
         except OSError as e:
-            warning = f"warning: cannot write {self.file(LOG)} ({e.strerror}); training goes on"
-            print_line(warning, sys.stderr)
+            error = f"cannot write {self.file(LOG)}: {e.strerror}"
+            print_line(f"warning: {error}; training continues", sys.stderr)

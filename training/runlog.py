@@ -1,8 +1,8 @@
 """
-The log of a training run, log.jsonl: read whole, or again and again while the run writes it.
+The log of a training run, log.jsonl: read at once, or incrementally while the run writes it.
 
-A log may come from a stranger or a damaged disk. FIELDS describes what a line may hold, and
-parse_line() drops every other line before anything else sees it.
+A log may come from a stranger or a damaged disk. FIELDS describes valid lines, and parse_line()
+drops all others before other code sees them.
 """
 
 import json
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from system.fields import each, fits, is_count, is_number, is_scalar, is_size, is_text, optional
 
 LOG = "log.jsonl"
-LONGEST_LINE = 1 << 20  # bytes; train.py's are shorter than 10,000
-MOST_LINES = 50_000  # of a kind that are kept; of more, every second, then every fourth ...
+MAX_LINE_BYTES = 1 << 20  # train.py's lines are shorter than 10,000 bytes
+MAX_LINES = 50_000  # lines kept per kind; beyond that every second, every fourth ...
 
-# ---- the lines of a log; doc/log-fields.md says what the fields mean
+# ---- the lines of a log; doc/log-fields.md explains the fields
 
-# settings that readers of a log compute with
+# settings that readers of a log use
 SETTINGS = {
     **dict.fromkeys(("max_iters", "max_seq_len", "batch_size", "vocab_size"), is_count),
     **dict.fromkeys(("data_dir", "vocab_source"), lambda value: type(value) is str),
@@ -29,14 +29,14 @@ def is_config(value):
     return each(is_scalar)(value) and fits(value, {k: v for k, v in SETTINGS.items() if k in value})
 
 
-NOW = {"step": is_count, "tokens": is_count, "time_s": is_size, "train_s": is_size}
+PROGRESS = {"step": is_count, "tokens": is_count, "time_s": is_size, "train_s": is_size}
 FIELDS = {
     "start": {"config": is_config},
-    "train": {**NOW, "loss": optional(is_number)},
-    "eval": {**NOW, "val_loss": optional(is_number), "val_bpb": optional(is_number)},
-    "end": {**NOW, "reason": is_text},
+    "train": {**PROGRESS, "loss": optional(is_number)},
+    "eval": {**PROGRESS, "val_loss": optional(is_number), "val_bpb": optional(is_number)},
+    "end": {**PROGRESS, "reason": is_text},
 }
-# absent where something is unknown, or in logs of other versions
+# absent if unknown, or in logs of other versions
 OPTIONAL = {
     **dict.fromkeys(("n_params", "train_tokens", "valid_tokens", "processes", "threads"), is_count),
     **dict.fromkeys(("commit", "compute_dtype", "device", "device_name"), is_text),
@@ -50,7 +50,7 @@ OPTIONAL = {
 
 
 def parse_line(text):
-    """A line of a log as {name: value of a known field}; None if it is not one of train.py's."""
+    """Return a log line as {known field: value}, or None if train.py could not have written it."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -64,18 +64,18 @@ def parse_line(text):
 
 @dataclass(eq=False)
 class RunLog:
-    """The lines of a run's log by kind. `read` continues where it stopped."""
+    """The lines of a run's log by kind. `read` continues from where it stopped."""
 
     folder: str
     start: dict = field(default_factory=dict)
     train: list = field(default_factory=list)  # lines of kind "train"
     evals: list = field(default_factory=list)  # lines of kind "eval"
     end: dict = field(default_factory=dict)
-    best: dict = field(default_factory=dict)  # the evaluation with the lowest loss, if there is one
-    n_skipped: int = 0  # lines that are not train.py's
-    stride: int = 1  # one of so many lines of training is kept
-    n_passed: int = 0  # lines of training since the last one that is kept
-    offset: int = 0  # bytes read so far
+    best: dict = field(default_factory=dict)  # the evaluation with the lowest loss, if any
+    n_skipped: int = 0  # invalid lines
+    stride: int = 1  # every stride-th training line is kept
+    n_passed: int = 0  # training lines since the last one kept
+    offset: int = 0  # bytes read
     inode: int = 0
 
     @property
@@ -84,8 +84,8 @@ class RunLog:
 
     def read(self):
         """
-        Add the lines written since the last call, and return the log. A resumed or restarted run
-        replaces its log; that one is read from its first line. A pipe in its place is not opened.
+        Add the lines written since the last call and return the log. If a resumed or restarted run
+        has replaced the file, read it from the start. Only a regular file is opened.
         """
         if not os.path.isfile(self.path):
             return self
@@ -97,16 +97,16 @@ class RunLog:
                 self.offset, self.inode = 0, now.st_ino
             f.seek(self.offset)
             passed = b""
-            while text := f.readline(LONGEST_LINE):
+            while text := f.readline(MAX_LINE_BYTES):
                 is_whole = text.endswith(b"\n")
-                if not is_whole and len(text) < LONGEST_LINE:
-                    break  # half written
+                if not is_whole and len(text) < MAX_LINE_BYTES:
+                    break  # incomplete
                 self.offset += len(text)
                 self.n_passed += 1
                 is_train = text.startswith(b'{"kind": "train"')
                 if is_train and self.n_passed < self.stride:
-                    passed = text  # not worth the time to parse
-                elif is_whole:  # of a line that is too long only the end is parsed, and skipped
+                    passed = text  # saves the time to parse it
+                elif is_whole:  # only the end of an overlong line gets here, and is skipped
                     if passed and not is_train:  # the last step before an evaluation or the end
                         self.add(passed)
                     passed = b""
@@ -125,7 +125,7 @@ class RunLog:
         elif kind == "train":
             self.train.append(line)
             self.end, self.n_passed = {}, 0  # the run continued
-            if len(self.train) > MOST_LINES:
+            if len(self.train) > MAX_LINES:
                 self.train, self.stride = self.train[::-2][::-1], 2 * self.stride
         elif kind == "eval":
             self.evals.append(line)
@@ -134,7 +134,7 @@ class RunLog:
                 not self.best or line["val_loss"] < self.best["val_loss"]
             ):
                 self.best = line
-            if len(self.evals) > MOST_LINES:
+            if len(self.evals) > MAX_LINES:
                 self.evals = self.evals[::-2][::-1]
         elif text.strip():
             self.n_skipped += 1

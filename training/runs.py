@@ -1,9 +1,8 @@
 """
-Runs of train.py in processes of their own, and how fast their steps would be: what sweep.py and
-bench/ share.
+Separate runs of train.py, and the speed of their steps: shared by sweep.py and bench/.
 
-A run is given by train.py's command-line arguments. It is done if its log has ended and holds the
-settings that they stand for.
+A run is identified by train.py's command-line arguments. It is done if its log has ended and has
+the same settings.
 """
 
 import json
@@ -25,8 +24,8 @@ REPO = os.path.dirname(TRAIN)
 
 def changed_settings(config, other):
     """
-    The names of the settings that make two runs of train.py different ones, wherever they write;
-    config, other: their settings. One that is absent, because a run is older, has its default.
+    Return the names of the settings that make two runs of train.py differ, wherever they write.
+    config, other: their settings; one that an older run lacks has its default.
     """
     config, other = ({**resolved(), **settings} for settings in (config, other))
     return [n for n in config if n not in SAME_RESULT and config[n] != other.get(n)]
@@ -37,53 +36,53 @@ def same_run(config, other):
 
 
 def shards_hint(settings, data_dir):
-    """The commands that make the shards of these settings, in one line; "" if they exist."""
+    """Return the commands that create the shards of these settings; "" if they exist."""
     paths = DataPaths(data_dir, settings["vocab_source"], settings["vocab_size"])
     if os.path.isdir(paths.shards) and any(n.endswith(".bin") for n in os.listdir(paths.shards)):
         return ""
     stages = ["pretokenize"] if paths.is_llama2 else ["train_vocab", "pretokenize"]
-    return " && ".join(f"python tinystories.py {stage} {paths.make_hint()}" for stage in stages)
+    return " && ".join(f"python tinystories.py {stage} {paths.flags()}" for stage in stages)
 
 
 # ---- speed of steps
 
 
-def tokens_of_step(settings):
+def tokens_per_step(settings):
     return (
         settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["max_seq_len"]
     )
 
 
 def model_of(settings):
-    """The model that `settings` of train.py describe. UserError for numbers that do not fit."""
+    """Return the Transformer for settings of train.py. Raises UserError if they do not fit."""
     return Transformer(args_of(settings))
 
 
 def work_of(settings, threads):
-    """A key of the settings that decide the speed of a run's steps."""
+    """Return a key of everything that decides the speed of a run's steps."""
     kept = {name: value for name, value in settings.items() if name not in SAME_WORK}
     return json.dumps([kept, threads], sort_keys=True)
 
 
 def flops_of_step(settings):
     with torch.device("meta"):
-        return model_of(settings).flops_per_token() * tokens_of_step(settings)
+        return model_of(settings).flops_per_token() * tokens_per_step(settings)
 
 
 def tokens_per_second(settings, device, budget_s):
-    """The speed of training steps of random tokens, measured for about budget_s seconds."""
-    torch._dynamo.reset()  # it stops compiling after a few different models
+    """Return the speed of training steps on random tokens, measured for about budget_s seconds."""
+    torch._dynamo.reset()  # it would stop compiling after a few different models
     torch.manual_seed(1)
     step, _, _ = stepper(settings, device)
-    seconds_of(step, 1, device)  # with compilation
+    seconds_of(step, 1, device)  # compiles
     n = min(50, max(1, round(budget_s / seconds_of(step, 1, device))))
-    return n * tokens_of_step(settings) / seconds_of(step, n, device)
+    return n * tokens_per_step(settings) / seconds_of(step, n, device)
 
 
 def stepper(settings, device):
     """
-    (a function that takes one step of the training that `settings` of train.py describe, its model,
-    its optimizer).
+    Return (step, model, optimizer) for settings of train.py; step() takes one training step on
+    random tokens.
     """
     use_private_compile_cache()
     model = model_of(settings).to(device)
@@ -109,7 +108,7 @@ def stepper(settings, device):
 
 
 def seconds_of(step, n, device):
-    """Seconds of n calls of `step`."""
+    """Return the seconds that n calls of `step` take."""
     start = time.perf_counter()
     for _ in range(n):
         step()

@@ -1,7 +1,7 @@
 """
-The settings of train.py in groups, what follows from a setting's group, and their checks.
+The settings of train.py: their groups, what each group implies, and checks.
 
-Every setting of train.py stands in exactly one group, in the order of its settings block.
+Every setting is in exactly one group, in the order of train.py's settings block.
 """
 
 import functools
@@ -21,11 +21,8 @@ from optim import DECAYS, OPTIMIZERS, SHAPES
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 
 GROUPS = {
-    # where the run lives
     "folder": "out_dir resume picture",
-    # what it begins from, and whether it trains at all
     "start": "init_from eval_only",
-    # how often it evaluates, logs and saves
     "intervals": (
         "eval_interval eval_iters log_interval always_save_checkpoint save_interval keep_last"
     ),
@@ -35,7 +32,6 @@ GROUPS = {
         "tie_embeddings qk_norm norm_gains activation logit_softcap sliding_window window_pattern "
         "embedding_norm residual_scalars value_embeddings bigram_rows smear vocab_multiple dropout"
     ),
-    # how the weights begin
     "initialization": "zero_init embedding_std head_std",
     "length": "max_iters max_minutes",
     "optimizer": "optimizer neuron_beta grad_clip",
@@ -43,49 +39,48 @@ GROUPS = {
     "moments": "momentum muon_beta1 muon_beta2 beta1 beta2",
     "decay": "muon_weight_decay weight_decay decay_shape",
     "schedule": "warmup_iters momentum_warmup cooldown_frac cooldown_shape final_lr_frac",
-    # what changes the last digits
-    "numbers": "seed dtype fp8_head activation_checkpointing",
-    # what changes only the speed
+    # changes the last digits of results
+    "numerics": "seed dtype fp8_head activation_checkpointing",
+    # changes only the speed
     "machine": "device attention compile fsdp",
-    # what leaves this machine
-    "away": "hub_repo hub_private hub_keep_local wandb_project wandb_run on_finish",
+    "uploads": "hub_repo hub_private hub_keep_local wandb_project wandb_run on_finish",
     "estimate": "estimate mfu price",
 }
 GROUPS = {group: tuple(names.split()) for group, names in GROUPS.items()}
 
 
 def names_of(*groups):
-    """The settings of some groups, as a set."""
+    """Return the set of settings in some groups."""
     return {name for group in groups for name in GROUPS[group]}
 
 
 OPTIONS = tuple(f.name for f in fields(ModelArgs) if f.name in set().union(*GROUPS.values()))
-# a resumed run takes these from its own command line, all others from its checkpoint
-OF_ONE_START = names_of("folder", "start", "machine", "away", "estimate")
+# not taken from the checkpoint when a run is resumed
+NOT_RESUMED = names_of("folder", "start", "machine", "uploads", "estimate")
 # a resumed run cannot change these
 FIXED = {*OPTIONS, "arch", "vocab_source", "optimizer"} - {"dropout"}
 # two finished runs that differ only in these have computed the same
-SAME_RESULT = names_of("folder", "away", "estimate")
-# a step takes the same time whatever these are
+SAME_RESULT = names_of("folder", "uploads", "estimate")
+# the time per step does not depend on these
 SAME_WORK = {"data_dir", "seed"} | names_of(
     *("folder", "start", "intervals", "initialization", "length"),
-    *("rates", "moments", "decay", "schedule", "away", "estimate"),
+    *("rates", "moments", "decay", "schedule", "uploads", "estimate"),
 )
 ADAMW = "base_learning_rate beta1 beta2 weight_decay"
 MUON = (
     "hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum muon_beta1 muon_beta2 "
     "muon_weight_decay neuron_beta momentum_warmup"
 )
-SECRET = {"on_finish"}  # which may hold a token, and checkpoints and logs are shown around
+SECRET = {"on_finish"}  # may hold an access token: never written to checkpoints or logs
 
 
 @functools.cache
-def resolved(words=()):
+def resolved(args=()):
     """
-    {name: value} of every setting of train.py as a tuple of its command-line words leaves them,
-    those that --arch sets included. Raises UserError for words that train.py would refuse.
+    Return {name: value} of every setting of train.py after applying a tuple of command-line
+    arguments and the preset of --arch. Raises UserError for arguments that train.py would refuse.
     """
-    command = [sys.executable, TRAIN, *words, PRINT_SETTINGS]
+    command = [sys.executable, TRAIN, *args, PRINT_SETTINGS]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip().removeprefix("error: "))
@@ -95,8 +90,9 @@ def resolved(words=()):
 
 def args_of(settings, inherited=None):
     """
-    The ModelArgs that settings of train.py describe. `inherited`: those of the checkpoint that a
-    run begins from, for what is not a setting, such as norm_eps. UserError where they do not fit.
+    Return the ModelArgs for settings of train.py. inherited: the model_args of the checkpoint that
+    the run starts from, for values that are not settings, such as norm_eps. Raises UserError if
+    the values do not fit together.
     """
     options = (inherited or {}) | {name: settings[name] for name in OPTIONS}
     paths = DataPaths("", settings["vocab_source"], settings["vocab_size"])
@@ -107,11 +103,11 @@ def args_of(settings, inherited=None):
 
 
 def with_arch(settings, given):
-    """Settings with those options of their architecture (--arch) that were not given."""
+    """Return the settings with the --arch preset applied to options that were not given."""
     return settings | {k: v for k, v in ARCHS.get(settings["arch"], {}).items() if k not in given}
 
 
-# (what has to be so for a run to use some settings, how to make it so, these settings)
+# (condition for a run to use some settings, a flag that meets it, the settings)
 USED_IF = (
     (lambda s: s["optimizer"] == "adamw", "optimizer=adamw", ADAMW),
     (lambda s: s["optimizer"] == "muon", "optimizer=muon", MUON),
@@ -129,23 +125,22 @@ USED_IF = (
 
 def unused(settings, given):
     """
-    [(names, the words that would have them used)] of the settings that were given without effect.
-    given: {name: the word that gave it}. Raises UserError for base_learning_rate by hand under
-    Muon: it would be taken for the rate of the run.
+    Return [(names, flag)] of given settings without effect, and the flag with which they have one.
+    given: {name: argument that set it}. Raises UserError for --base_learning_rate with Muon, which
+    looks like the learning rate of the run but would have no effect.
     """
-    found = []
-    for is_so, how, names in USED_IF:
+    ignored = []
+    for is_used, flag, names in USED_IF:
         names = [name for name in names.split() if name in given]
-        if names and not is_so(settings):
-            found.append((names, f"--{how}"))
+        if names and not is_used(settings):
+            ignored.append((names, f"--{flag}"))
     by_hand = given.get("base_learning_rate", "").startswith("--")
-    if by_hand and any("base_learning_rate" in names for names, _ in found):
+    if by_hand and any("base_learning_rate" in names for names, _ in ignored):
         raise UserError(
-            "base_learning_rate is the rate of --optimizer=adamw, and this run uses Muon: add "
-            "--optimizer=adamw (config/plain_llama2c.py is llama2.c's whole recipe), or leave it "
-            "out and set Muon's --hidden_lr"
+            "base_learning_rate cannot be used with optimizer = muon: use --optimizer=adamw "
+            "(config/plain_llama2c.py has llama2.c's full recipe), or set --hidden_lr instead"
         )
-    return found
+    return ignored
 
 
 CHOICES = {
@@ -158,13 +153,13 @@ CHOICES = {
     "compile": ("auto", "True", "False"),
     "resume": ("auto", "no"),
 }
-# name: (smallest, largest, how a message says it). Where 0 is not allowed the smallest is a normal
-# number: train.py takes denormal ones as 0
+# name: (minimum, maximum, text for the error). If 0 is not allowed, the minimum is the smallest
+# normal float, because train.py flushes denormals to 0
 INTEGERS = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval keep_last"
 NOT_NEGATIVE = "save_interval warmup_iters momentum_warmup weight_decay muon_weight_decay price"
 RANGES = {
     **dict.fromkeys(INTEGERS.split(), (1, math.inf, "at least 1")),
-    **dict.fromkeys(NOT_NEGATIVE.split(), (0, sys.float_info.max, "a number 0 or above")),
+    **dict.fromkeys(NOT_NEGATIVE.split(), (0, sys.float_info.max, "a finite number, 0 or more")),
     **dict.fromkeys(("cooldown_frac", "final_lr_frac"), (0, 1, "a number from 0 to 1")),
     "max_iters": (1, 10**12, "a number from 1 to 10 ** 12"),
     "max_minutes": (0, 1e7, "a number from 0 (no limit) to 1e7"),
@@ -172,22 +167,23 @@ RANGES = {
     **dict.fromkeys(
         [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "a number from 0 to below 1")
     ),
-    "grad_clip": (0, sys.float_info.max, "a number 0 (no limit) or above"),
+    "grad_clip": (0, sys.float_info.max, "a finite number, 0 (no limit) or more"),
     "mfu": (sys.float_info.min, 1, "a number above 0, at most 1"),
     "seed": (0, 2**63 - 1, "a number from 0 to 2 ** 63 - 1"),
 }
 
 
 def check(settings):
-    """Raise UserError, in one sentence, for a setting out of its range."""
+    """Raise UserError for a setting that is out of range."""
     if os.path.realpath(settings["out_dir"]) == os.path.realpath(settings["data_dir"]):
         raise UserError(
-            f"out_dir = {settings['out_dir']} is the data_dir too: name another folder, since a "
-            f"run would replace its tokenizer.model"
+            f"out_dir = {settings['out_dir']} is also the data_dir, and the run would replace its "
+            f"tokenizer.model: use another folder"
         )
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
-            raise UserError(f"{name} = {settings[name]!r}: expected one of {', '.join(choices)}")
-    for name, (least, most, expected) in RANGES.items():
-        if not least <= settings[name] <= most:
+            expected = " or ".join(choices) if len(choices) == 2 else "one of " + ", ".join(choices)
+            raise UserError(f"{name} = {settings[name]}: expected {expected}")
+    for name, (minimum, maximum, expected) in RANGES.items():
+        if not minimum <= settings[name] <= maximum:
             raise UserError(f"{name} = {settings[name]}: expected {expected}")

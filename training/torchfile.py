@@ -1,10 +1,10 @@
 """
-Files of torch.save from strangers, read without running code and without more memory than the
-files are long.
+Read torch.save files from strangers without running code, and without using more memory than the
+size of the file.
 
-torch.load(weights_only=True) runs no code, but it inflates, and a pickle of a few bytes can ask for
-gigabytes, for hours, or for more stack than there is. What torch.save writes needs none of that, so
-everything else is refused before torch reads it.
+torch.load(weights_only=True) runs no code, but it decompresses, and a pickle of a few bytes can
+take gigabytes, hours, or overflow the stack. torch.save writes nothing of that kind, so everything
+else is refused before torch reads it.
 """
 
 import io
@@ -18,9 +18,9 @@ import torch
 from system.files import check_file, check_not_pointer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LONGEST_PICKLE = 16 << 20  # bytes; each tensor takes about 200
-DEEPEST_TUPLE = 8  # Python hashes tuples recursively
-N_LEGACY_PICKLES = 5  # of the format before PyTorch 1.6: magic, version, machine, values, keys
+MAX_PICKLE_BYTES = 16 << 20  # each tensor takes about 200
+MAX_TUPLE_DEPTH = 8  # Python hashes tuples recursively
+N_LEGACY_PICKLES = 5  # the format before PyTorch 1.6: magic, version, machine, values, keys
 
 OPCODES = frozenset(
     "PROTO GLOBAL REDUCE BUILD MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT "
@@ -41,7 +41,7 @@ class Suspicious(pickle.UnpicklingError):
 
 
 def is_tensor(value):
-    """Whether a value is a tensor of floats that has all of its numbers in memory."""
+    """Return whether a value is a tensor of floats with all of its elements in memory."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided
@@ -52,7 +52,7 @@ def is_tensor(value):
 
 
 def is_state(value):
-    """Whether a value is {name: tensor}."""
+    """Return whether a value is {name: tensor}."""
     return isinstance(value, dict) and all(
         type(name) is str and is_tensor(tensor) for name, tensor in value.items()
     )
@@ -60,26 +60,26 @@ def is_state(value):
 
 def load(path, device="cpu", mmap=False, legacy=False):
     """
-    What torch.save wrote to a file; the checksums in it are compared, which torch does not do.
-    mmap: read numbers when they are used; legacy: take the format before PyTorch 1.6 as well, which
-    has no checksums. Raises UserError for what is not a regular file, UnpicklingError for values
-    that torch.save would not write for a checkpoint, and any other error for a damaged file.
+    Load a torch.save file and verify its checksums, which torch does not do. mmap: read data when
+    it is used; legacy: also accept the format before PyTorch 1.6, which has no checksums. Raises
+    UserError if it is not a regular file, UnpicklingError for values that torch.save would not
+    write for a checkpoint, and other errors if it is damaged.
     """
     check_file(path)
     check_not_pointer(path)
-    is_zip = zipfile.is_zipfile(path)  # the legacy format is not, and cannot be mapped
+    is_zip = zipfile.is_zipfile(path)  # the legacy format is not a zip and cannot be mapped
     with open(path, "rb") as f:
         if is_zip or not legacy:
             check_archive(f)
         else:
-            check_pickles(f.read(LONGEST_PICKLE), N_LEGACY_PICKLES)
+            check_pickles(f.read(MAX_PICKLE_BYTES), N_LEGACY_PICKLES)
     return torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zip)
 
 
 def check_archive(f):
     """
-    Raise unless an open archive is as torch.save writes it: no entry is compressed, all together
-    are not longer than the file, and their checksums are right.
+    Raise unless an open archive is like torch.save's: no entry is compressed, the entries are not
+    longer than the file, and their checksums are right.
     """
     size = f.seek(0, os.SEEK_END)
     with zipfile.ZipFile(f) as archive:
@@ -90,7 +90,7 @@ def check_archive(f):
             raise zipfile.BadZipFile("its entries are longer than the file")
         for entry in entries:
             if entry.filename.endswith(".pkl"):
-                if entry.file_size > LONGEST_PICKLE:
+                if entry.file_size > MAX_PICKLE_BYTES:
                     raise zipfile.BadZipFile("its pickle is too long")
                 check_pickles(archive.read(entry))
         if archive.testzip():
@@ -99,7 +99,7 @@ def check_archive(f):
 
 
 def check_pickles(data, n=1):
-    """Raise unless data begins with n pickles that torch.save could have written."""
+    """Raise unless data starts with n pickles that torch.save could have written."""
     stream = io.BytesIO(data)
     for _ in range(n):
         check_pickle(stream)
@@ -107,8 +107,8 @@ def check_pickles(data, n=1):
 
 def check_pickle(stream):
     """
-    Follow one pickle without making its values. On the stack a value is the name of a global, the
-    depth of a tuple, or None. Containers may only be filled, and CALLS be called.
+    Check one pickle without building its values. On the simulated stack, a value is the name of a
+    global, the depth of a tuple, or None. Only filling containers and calling CALLS is allowed.
     """
     stack, memo = [], {}
     for op, argument, _ in pickletools.genops(stream):
@@ -118,22 +118,22 @@ def check_pickle(stream):
             memo[argument] = stack[-1]
             continue
         before, after = list(op.stack_before), op.stack_after
-        taken = []
+        popped = []
         if pickletools.stackslice in before:  # everything after the latest mark
             at = len(stack) - 1 - stack[::-1].index(MARK)
-            taken, stack[at:] = stack[at + 1 :], []
+            popped, stack[at:] = stack[at + 1 :], []
             before = before[: before.index(pickletools.markobject)]
         if before:
-            taken, stack[-len(before) :] = stack[-len(before) :] + taken, []
+            popped, stack[-len(before) :] = stack[-len(before) :] + popped, []
         if op.name == "REDUCE":
-            function, arguments = taken
-            # a copy of a long dict for every few bytes would be endless
+            function, arguments = popped
+            # copying a long dict every few bytes would take hours
             if function not in CALLS or (function == DICT and arguments != 0):
                 raise Suspicious(f"a call of {function}")
         value = None
         if "TUPLE" in op.name:
-            value = 1 + max((t for t in taken if type(t) is int), default=0) if taken else 0
-            if value > DEEPEST_TUPLE:
+            value = 1 + max((t for t in popped if type(t) is int), default=0) if popped else 0
+            if value > MAX_TUPLE_DEPTH:
                 raise Suspicious("nested tuples")
         elif op.name == "GLOBAL":
             value = argument
@@ -145,6 +145,7 @@ def check_pickle(stream):
 
 
 def is_known(name):
-    """Whether a global, "module name", is a storage, a number format, or one of CALLS."""
-    module, _, what = name.partition(" ")
-    return name in NAMES or (module == "torch" and isinstance(getattr(torch, what, 0), torch.dtype))
+    """Return whether a global, "module name", is a storage, a dtype, or one of CALLS."""
+    module, _, attribute = name.partition(" ")
+    is_dtype = module == "torch" and isinstance(getattr(torch, attribute, 0), torch.dtype)
+    return name in NAMES or is_dtype
