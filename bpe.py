@@ -439,7 +439,7 @@ class BPETokenizer:
             merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in value["merges"]]
             return cls(vocab, merges, value["special_tokens"], value["pattern"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as e:
-            raise UserError(f"{path} is not a tokenizer of bpe.py: {e}") from None
+            raise UserError(f"{path} is not a tokenizer written by bpe.py: {e}") from None
 
     def save(self, path):
         """Write the tokenizer, and beside it a readable list of its tokens, ending in .vocab."""

@@ -218,11 +218,11 @@ class TokenData:
 
     def check_unchanged(self, train=None):
         """
-        Raise UserError if the size or time of a shard's file has changed since it was opened, and
-        its contents too. train: indices of the training shards to check; None: all shards.
+        Raise UserError if a shard has changed since it was opened: if the size or time of its file
+        differs, and its contents do too. train: indices of the training shards to check; None: all.
 
         This misses a change that keeps size and time, and a change between the check and the next
-        read. A file that is truncated in that moment still ends the process with SIGBUS, because it
+        read. A file that is truncated at that moment still ends the process with SIGBUS, because it
         is mapped into memory.
         """
         numbers = range(len(self.shards)) if train is None else {1 + int(i) for i in train}
@@ -276,8 +276,8 @@ def check_sidecar(meta, folder, vocab_size, tokenizer, command):
     """Raise UserError unless the shards are finished and have this vocab_size and tokenizer."""
     if meta["vocab_size"] != vocab_size:
         raise UserError(
-            f"vocab_size = {vocab_size}: expected {meta['vocab_size']}, as for the shards in "
-            f"{folder}"
+            f"vocab_size = {vocab_size}: expected {meta['vocab_size']}, which the shards in "
+            f"{folder} have"
         )
     if not meta["complete"]:
         raise UserError(f"{folder} is not finished yet; run: {command}")
@@ -346,8 +346,8 @@ class TrainBatches:
 
     def places(self, position, n, stride=1):
         """
-        Return the shard indices and first tokens, two int64 arrays (n,), of the windows at
-        position, position + stride, ... of the stream.
+        Return the shards and the offsets in them, two int64 arrays (n,), at which the windows at
+        position, position + stride, ... of the stream start.
         """
         epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
         for epoch in np.unique(epochs):
@@ -379,8 +379,8 @@ def prefetch(make, depth=4):
 
 def valid_windows(shards, seq_len):
     """
-    Return the shard index and first token of all validation windows in order, an int64 array
-    (n, 2). The last window of a shard may be shorter than seq_len.
+    Return the shard and the offset in it at which each validation window starts, in order: an int64
+    array (n, 2). The last window of a shard may be shorter than seq_len.
     """
     return np.array(
         [
@@ -406,7 +406,7 @@ def gather(shards, places, n, seq_len):
 class ValidBatches:
     """
     The fixed validation batches: all windows of the text in order, or evenly spaced ones if
-    max_batches are too few for all. Yields inputs and targets (up to batch_size, seq_len) of every
+    max_batches is too small for all. Yields inputs and targets (up to batch_size, seq_len) of every
     world_size-th batch, starting at `rank`. A rank with one batch fewer than the others also yields
     a batch without targets.
     """

@@ -40,12 +40,12 @@ SETTINGS = {
         "tokenizer": ("PATH", "if it is not beside the model; none: export without a tokenizer"),
     },
     "the format to write": {
-        "format": ("FORMAT", "one of those below; if not set: by PATH's ending, else bin"),
+        "format": ("FORMAT", "one of those below; if not set: from PATH's extension, else bin"),
         "dtype": ("fp32", "dtype of the weights; the list below shows the choices"),
         "version": ("auto", "of model.bin: 0 (plain Llama only) or 3; auto: 0 if possible"),
     },
     "the model card (hf) and metadata (gguf)": {
-        "title": ("TEXT", "name of the model; if not set: by USER/NAME or PATH"),
+        "title": ("TEXT", "name of the model; if not set: USER/NAME or PATH"),
         "language": ("en", "code of the language that the model writes"),
         "license": ("unknown", "license of the model, such as mit"),
     },
@@ -58,7 +58,7 @@ SETTINGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the help and errors of the other scripts; see configurator.py."""
+    """A parser whose help and errors look like those of the other scripts."""
 
     def print_help(self, file=None):
         print(__doc__.strip() + "\n")
@@ -116,9 +116,7 @@ if flags.version != "auto" and to != "bin":
 if flags.push_to_hub and to != "hf":
     raise UserError(f"--push-to-hub cannot be used with --format={to}: use --format=hf")
 if (flags.dry_run or flags.private) and not flags.push_to_hub:
-    raise UserError(
-        "--push-to-hub=USER/NAME is missing: pass the repository for --dry-run and --private"
-    )
+    raise UserError("--push-to-hub=USER/NAME is missing: --dry-run and --private need a repository")
 about = {name: getattr(flags, name) for name in ("title", "language", "license")}
 for name, value in about.items():
     if value != parser.get_default(name) and to not in ("hf", "gguf"):

@@ -1,29 +1,58 @@
 // The kernels of run.c: its inner loops, written once for all instruction sets.
 //
 // run.c includes this file once for each instruction set. All of them compute sixteen values at a
-// time, in the same order of operations, so that their results are equal to the last bit.
+// time, in the same order of operations, so that their results are equal to the last bit. The
+// sixteen are PARTS vectors as wide as a register. With wider vectors, gcc 12 keeps them in memory,
+// and its AVX2 code is ten times slower.
 //
 // needs:   run.c's types from Format to Kernels; KERNEL(name), which appends the set's suffix to a
-//          name; for intrinsics, KERNEL_AVX2, KERNEL_AVX512 or KERNEL_DOTPROD
+//          name; for intrinsics, KERNEL_AVX2, KERNEL_AVX512, KERNEL_DOTPROD or KERNEL_SIMD128
 // defines: kernels_<suffix>, the table of functions that run.c calls; undefines the macros at the
 //          end, ready for the next set
 
-// for each set: its name, how many inputs its products process at a time, and whether its int8
-// products use signed weights
+// for each set: its name; the floats in a register (WIDTH); how many inputs int8 and int4 products
+// process at a time (TILE); how many rows and inputs float products do; how many parts of sixteen
+// values attention does; whether activations are multiplied as high and low bytes instead of 16-bit
+// integers (IN_BYTES), and then, whether by signed int8 weights
 #if defined(KERNEL_AVX512)
-enum { KERNEL(TILE) = 8, KERNEL(IS_SIGNED) = 0 };
 #define NAME "AVX-512"
+#define WIDTH 16
+enum { KERNEL(TILE) = 8, KERNEL(ROWS) = 8, KERNEL(INPUTS) = 4, KERNEL(AT_ONCE) = 1 };
+#define IN_BYTES 1
+enum { KERNEL(IS_SIGNED) = 0 };
 #elif defined(KERNEL_AVX2)
-enum { KERNEL(TILE) = 2, KERNEL(IS_SIGNED) = 1 };
 #define NAME "AVX2"
+#define WIDTH 8
+enum { KERNEL(TILE) = 2, KERNEL(ROWS) = 4, KERNEL(INPUTS) = 2, KERNEL(AT_ONCE) = 2 };
+#define IN_BYTES 0
 #elif defined(KERNEL_DOTPROD)
-enum { KERNEL(TILE) = 2, KERNEL(IS_SIGNED) = 1 };
 #define NAME "NEON dotprod"
+#define WIDTH 4
+enum { KERNEL(TILE) = 2, KERNEL(ROWS) = 4, KERNEL(INPUTS) = 2, KERNEL(AT_ONCE) = 4 };
+#define IN_BYTES 1
+enum { KERNEL(IS_SIGNED) = 1 };
 #else
-enum { KERNEL(TILE) = 1, KERNEL(IS_SIGNED) = 0 };
+#if defined(KERNEL_SIMD128)
+#define NAME "SIMD128"
+#else
 #define NAME "portable"
 #endif
+#define WIDTH 4
+enum { KERNEL(TILE) = 1, KERNEL(ROWS) = 2, KERNEL(INPUTS) = 1, KERNEL(AT_ONCE) = 2 };
+#define IN_BYTES 0
+#endif
+#define PARTS (LANES / WIDTH)
 #define INLINE static inline __attribute__((always_inline))
+
+typedef float KERNEL(Floats) __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t KERNEL(Ints) __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t KERNEL(Words) __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t KERNEL(Halves) __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t KERNEL(Bytes) __attribute__((vector_size(WIDTH)));
+#define Floats KERNEL(Floats)
+#define Ints KERNEL(Ints)
+#define Words KERNEL(Words)
+#define Halves KERNEL(Halves)
 
 INLINE Floats KERNEL(splat)(float x) { return (Floats){0} + x; }
 
@@ -35,13 +64,19 @@ INLINE Floats KERNEL(load)(const float *p) {
 
 INLINE void KERNEL(store)(float *p, Floats v) { memcpy(p, &v, sizeof v); }
 
-// Load sixteen bfloat16 values, the upper halves of float32.
+// Load bfloat16 values, the upper halves of float32.
 INLINE Floats KERNEL(widen)(const uint16_t *p) {
+#if defined(KERNEL_AVX512)
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return (Floats)_mm512_slli_epi32(words, 16);
+#elif defined(KERNEL_AVX2)
+    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    return (Floats)_mm256_slli_epi32(words, 16);
+#elif defined(KERNEL_SIMD128)
+    return (Floats)wasm_i32x4_shl(wasm_u32x4_load16x4(p), 16);
+#else
     Halves h;
     memcpy(&h, p, sizeof h);
-#if defined(KERNEL_AVX512)
-    return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)h) << 16);
-#else
     return (Floats)(__builtin_convertvector(h, Words) << 16);
 #endif
 }
@@ -50,71 +85,84 @@ INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
     return is_bf16 ? KERNEL(widen)((const uint16_t *)p + at) : KERNEL(load)((const float *)p + at);
 }
 
-// Load the first n of sixteen values, followed by zeros.
+// Load the first n values of a vector, followed by zeros.
 INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
+    if (n >= WIDTH) return KERNEL(load_as)(p, at, is_bf16);
 #if defined(KERNEL_AVX512)
     __mmask16 mask = (__mmask16)((1u << n) - 1);
     if (is_bf16) {
         __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at);
-        return (Floats)((Words)_mm512_cvtepu16_epi32(half) << 16);
+        return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
     }
     return (Floats)_mm512_maskz_loadu_ps(mask, (const float *)p + at);
 #else
-    float whole[LANES] = {0};
-    uint16_t half[LANES] = {0};
+    float all[WIDTH] = {0};
+    uint16_t half[WIDTH] = {0};
     if (is_bf16) memcpy(half, (const uint16_t *)p + at, n * sizeof *half);
-    else memcpy(whole, (const float *)p + at, n * sizeof *whole);
-    return is_bf16 ? KERNEL(widen)(half) : KERNEL(load)(whole);
+    else memcpy(all, (const float *)p + at, n * sizeof *all);
+    return is_bf16 ? KERNEL(widen)(half) : KERNEL(load)(all);
 #endif
 }
 
-// Load values i to i + 15 of a float32 row (n), with zeros after its end.
+// Load values from i on of a row (n) of float32, zeros after its end.
 INLINE Floats KERNEL(load_row)(const float *row, size_t i, size_t n) {
-    return i + LANES <= n ? KERNEL(load)(row + i) : KERNEL(load_part)(row, i, n - i, false);
-}
-
-// The sum of sixteen values: add one half to the other until one value is left.
-INLINE float KERNEL(sum)(Floats v) {
-#if defined(KERNEL_AVX512)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float x[LANES];
-    KERNEL(store)(x, v);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-#endif
-}
-
-// The sums of four vectors, each in the same order as in sum().
-INLINE void KERNEL(sum_four)(float *out, Floats a, Floats b, Floats c, Floats d) {
-#if defined(KERNEL_AVX512)
-    __m512 v[] = {(__m512)a, (__m512)b, (__m512)c, (__m512)d};
-    for (int i = 0; i < 4; i += 2)
-        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 1], 0x44),
-                             _mm512_shuffle_f32x4(v[i], v[i + 1], 0xEE));
-    v[0] = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[2], 0x88),
-                         _mm512_shuffle_f32x4(v[0], v[2], 0xDD));
-    v[0] = _mm512_add_ps(v[0], _mm512_shuffle_ps(v[0], v[0], 0x4E));
-    v[0] = _mm512_add_ps(v[0], _mm512_shuffle_ps(v[0], v[0], 0xB1));
-    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v[0])));
-#else
-    Floats v[] = {a, b, c, d};
-    for (int i = 0; i < 4; i++) out[i] = KERNEL(sum)(v[i]);
-#endif
+    return KERNEL(load_part)(row, i, i < n ? n - i : 0, false);
 }
 
 INLINE Floats KERNEL(choose)(Ints mask, Floats a, Floats b) {
     return (Floats)((mask & (Ints)a) | (~mask & (Ints)b));
 }
 
+// The sum of sixteen values (PARTS): add one half to the other until one value is left.
+INLINE float KERNEL(sum)(const Floats *v) {
+#if defined(KERNEL_AVX512)
+    return _mm512_reduce_add_ps((__m512)*v);
+#else
+    Floats part[PARTS];
+    float x[WIDTH];
+    memcpy(part, v, sizeof part);
+    for (int n = PARTS / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) part[i] += part[i + n];
+    KERNEL(store)(x, part[0]);
+    for (int n = WIDTH / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+#endif
+}
+
+// The sums of four times sixteen values (4, PARTS), each in the same order as in sum().
+INLINE void KERNEL(sum_four)(float *out, const Floats *v) {
+#if defined(KERNEL_AVX512)
+    __m512 s[] = {(__m512)v[0], (__m512)v[1], (__m512)v[2], (__m512)v[3]};
+    for (int i = 0; i < 4; i += 2)
+        s[i] = _mm512_add_ps(_mm512_shuffle_f32x4(s[i], s[i + 1], 0x44),
+                             _mm512_shuffle_f32x4(s[i], s[i + 1], 0xEE));
+    s[0] = _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[2], 0x88),
+                         _mm512_shuffle_f32x4(s[0], s[2], 0xDD));
+    s[0] = _mm512_add_ps(s[0], _mm512_shuffle_ps(s[0], s[0], 0x4E));
+    s[0] = _mm512_add_ps(s[0], _mm512_shuffle_ps(s[0], s[0], 0xB1));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s[0])));
+#elif defined(KERNEL_AVX2)
+    __m128 s[4];
+    for (int i = 0; i < 4; i++) {
+        __m256 all = _mm256_add_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+        s[i] = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    }
+    __m128 ab = _mm_add_ps(_mm_unpacklo_ps(s[0], s[1]), _mm_unpackhi_ps(s[0], s[1]));
+    __m128 cd = _mm_add_ps(_mm_unpacklo_ps(s[2], s[3]), _mm_unpackhi_ps(s[2], s[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+#else
+    for (int i = 0; i < 4; i++) out[i] = KERNEL(sum)(v + i * PARTS);
+#endif
+}
+
 INLINE float KERNEL(largest)(Floats v) {
 #if defined(KERNEL_AVX512)
     return _mm512_reduce_max_ps((__m512)v);
 #else
-    float x[LANES];
+    float x[WIDTH];
     KERNEL(store)(x, v);
-    for (int n = LANES / 2; n; n /= 2)
+    for (int n = WIDTH / 2; n; n /= 2)
         for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
     return x[0];
 #endif
@@ -141,11 +189,12 @@ INLINE Floats KERNEL(exp)(Floats x) {
 
 // out = x / rms(x) * gain (n); NULL: no gain.
 static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps) {
-    Floats squares = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        Floats v = KERNEL(load_row)(x, i, n);
-        squares += v * v;
-    }
+    Floats squares[PARTS] = {{0}};
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t j = 0; j < PARTS; j++) {
+            Floats v = KERNEL(load_row)(x, i + j * WIDTH, n);
+            squares[j] += v * v;
+        }
     float scale = 1.0f / sqrtf(KERNEL(sum)(squares) / (float)n + eps);
     if (gain) {
         for (size_t i = 0; i < n; i++) out[i] = gain[i] * (scale * x[i]);
@@ -154,9 +203,9 @@ static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_
     }
 }
 
-// h (n) = silu(h) * gate, or relu(h)^2. h and gate have room for whole vectors.
+// h (n) = silu(h) * gate, or relu(h)^2. h and gate have room for sixteen values at a time.
 static void KERNEL(activate)(Activation kind, float *h, const float *gate, size_t n) {
-    for (size_t i = 0; i < n; i += LANES) {
+    for (size_t i = 0; i < ROUND_UP(n, LANES); i += WIDTH) {
         Floats v = KERNEL(load)(h + i);
         if (kind == SWIGLU) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(gate + i);
         else v = KERNEL(choose)(v > 0.0f, v * v, KERNEL(splat)(0.0f));
@@ -164,19 +213,21 @@ static void KERNEL(activate)(Activation kind, float *h, const float *gate, size_
     }
 }
 
-// The index of the largest of x (n), the first one on ties.
+// The index of the largest of x (n), the first if several are equal.
 static size_t KERNEL(argmax)(const float *x, size_t n) {
     Floats maxima = KERNEL(splat)(-INFINITY);
-    Ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = index;
-    size_t whole = n / LANES * LANES, best = 0;
-    for (size_t i = 0; i < whole; i += LANES, index += LANES) {
+    Ints here = {0}, places;
+    for (int i = 0; i < WIDTH; i++) here[i] = i;
+    places = here;
+    size_t whole = n / WIDTH * WIDTH, best = 0;
+    for (size_t i = 0; i < whole; i += WIDTH, here += WIDTH) {
         Floats v = KERNEL(load)(x + i);
         Ints is_larger = v > maxima;
         maxima = KERNEL(choose)(is_larger, v, maxima);
-        places = (is_larger & index) | (~is_larger & places);
+        places = (is_larger & here) | (~is_larger & places);
     }
     float max = -INFINITY;
-    for (size_t i = 0; i < LANES && whole; i++) {
+    for (size_t i = 0; i < WIDTH && whole; i++) {
         size_t place = (size_t)places[i];
         if (maxima[i] > max || (maxima[i] == max && place < best)) best = place;
         max = maxima[i] > max ? maxima[i] : max;
@@ -192,19 +243,20 @@ static size_t KERNEL(argmax)(const float *x, size_t n) {
 static void KERNEL(softmax)(float *x, size_t n, float temperature) {
     float max = x[KERNEL(argmax)(x, n)], inverse = 1.0f / temperature;
     inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 * infinity would be NaN
-    Floats sums = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
-        if (i + LANES <= n) KERNEL(store)(x + i, v), sums += v;
-        else memcpy(x + i, &v, (n - i) * sizeof *x), sums += KERNEL(load_row)(x, i, n);
-    }
+    Floats sums[PARTS] = {{0}};
+    for (size_t first = 0; first < n; first += LANES)
+        for (size_t j = 0, i = first; j < PARTS && i < n; j++, i += WIDTH) {
+            Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
+            if (i + WIDTH <= n) KERNEL(store)(x + i, v), sums[j] += v;
+            else memcpy(x + i, &v, (n - i) * sizeof *x), sums[j] += KERNEL(load_row)(x, i, n);
+        }
     float share = 1.0f / KERNEL(sum)(sums);
     for (size_t i = 0; i < n; i++) x[i] *= share;
 }
 
-// x = cap * tanh(x / cap) (n), with room for whole vectors
+// x = cap * tanh(x / cap) (n), with room for sixteen values at a time
 static void KERNEL(softcap)(float *x, size_t n, float cap) {
-    for (size_t i = 0; i < n; i += LANES) {
+    for (size_t i = 0; i < ROUND_UP(n, LANES); i += WIDTH) {
         Floats v = KERNEL(load)(x + i) * (2.0f / cap);
         v = KERNEL(choose)(v < -80.0f, KERNEL(splat)(-80.0f), v);
         KERNEL(store)(x + i, cap - 2.0f * cap / (KERNEL(exp)(v) + 1.0f));
@@ -213,101 +265,102 @@ static void KERNEL(softcap)(float *x, size_t n, float cap) {
 
 // sigmoid(a . b), both (n)
 static float KERNEL(gate)(const float *a, const float *b, size_t n) {
-    Floats sum = {0};
+    Floats sums[PARTS] = {{0}};
     for (size_t i = 0; i < n; i += LANES)
-        sum += KERNEL(load_row)(a, i, n) * KERNEL(load_row)(b, i, n);
-    return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sum)))[0]);
+        for (size_t j = 0; j < PARTS; j++) {
+            size_t at = i + j * WIDTH;
+            sums[j] += KERNEL(load_row)(a, at, n) * KERNEL(load_row)(b, at, n);
+        }
+    return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sums)))[0]);
 }
 
-// Read n bytes, to measure memory bandwidth.
+// Read n bytes, to measure the speed of the memory.
 static void KERNEL(read)(const uint8_t *data, size_t n) {
-    Words sums[4] = {{0}};
+    Words sums[8] = {{0}};
     for (size_t i = 0; i + sizeof sums <= n; i += sizeof sums) {
-        Words w[4];
+        Words w[8];
         memcpy(w, data + i, sizeof w);
-        for (int j = 0; j < 4; j++) sums[j] += w[j];
+        for (int j = 0; j < 8; j++) sums[j] += w[j];
     }
-    volatile uint32_t kept = (sums[0] + sums[1] + sums[2] + sums[3])[0];
+    for (int j = 1; j < 8; j++) sums[0] += sums[j];
+    volatile uint32_t kept = sums[0][0];
     (void)kept;
 }
 
+// Write the integers of a vector to a row of an input, `step` bytes after every four: as 16-bit
+// integers, or as four high and four low bytes. Returns where the next ones go.
+INLINE int8_t *KERNEL(store_codes)(int8_t *at, Ints v, size_t step) {
+#if IN_BYTES
+    KERNEL(Bytes) high = __builtin_convertvector((v + 128) >> 8, KERNEL(Bytes));
+    KERNEL(Bytes) low = __builtin_convertvector(v, KERNEL(Bytes));
+    for (size_t quad = 0; quad < WIDTH / 4; quad++, at += step) {
+        memcpy(at, (char *)&high + 4 * quad, 4);
+        memcpy(at + 4, (char *)&low + 4 * quad, 4);
+    }
+    return at;
+#elif defined(KERNEL_AVX2)
+    __m256i codes = _mm256_packs_epi32((__m256i)v, (__m256i)v);
+    _mm_storel_epi64((void *)at, _mm256_castsi256_si128(codes));
+    _mm_storel_epi64((void *)(at + step), _mm256_extracti128_si256(codes, 1));
+    return at + 2 * step;
+#elif defined(KERNEL_SIMD128)
+    wasm_v128_store64_lane(at, wasm_i16x8_narrow_i32x4((v128_t)v, (v128_t)v), 0);
+    return at + step;
+#else
+    int16_t codes[4] = {(int16_t)v[0], (int16_t)v[1], (int16_t)v[2], (int16_t)v[3]};
+    memcpy(at, codes, sizeof codes);
+    return at + step;
+#endif
+}
+
 // Quantize a row of an input to 16-bit integers; a group of columns shares a scale. Zeros follow
-// the last column up to a whole vector. NaN becomes 0.
+// the last column, up to sixteen. NaN becomes 0.
 static void KERNEL(quantize)(Input *in, size_t row, size_t n, size_t group, int zero) {
     const float magic = 12582912.0f, *x = in->x + row * in->stride;
     const size_t step = 8 * in->tile;
     const bool is_8bit = in->is_8bit;
     int8_t *at = codes_at(in, row, 0);
     for (size_t g = 0; g * group < n; g++) {
-        size_t end = (g + 1) * group < n ? (g + 1) * group : n;
+        size_t first = g * group, end = first + group < n ? first + group : ROUND_UP(n, LANES);
         Floats maxima = {0};
-        for (size_t i = g * group; i < end; i += LANES) {
+        for (size_t i = first; i < end; i += WIDTH) {
             Floats v = (Floats)((Ints)KERNEL(load)(x + i) & 0x7FFFFFFF);
             maxima = KERNEL(choose)(v > maxima, v, maxima);
         }
         float scale = KERNEL(largest)(maxima) / (127 * 256);
         float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;  // finite
         Words sum = {0};
-        for (size_t i = g * group; i < end; i += LANES) {
+        for (size_t i = first; i < end; i += WIDTH) {
             Floats scaled = KERNEL(load)(x + i) * inverse;
             Ints is_number = (scaled > -32768.0f) & (scaled < 32768.0f);
             scaled = KERNEL(choose)(is_number, scaled, KERNEL(splat)(0.0f));
             Ints v = (Ints)(scaled + magic) - (Ints)KERNEL(splat)(magic);
             if (is_8bit) v = (v + 128) & -256;
-            Bytes high = __builtin_convertvector((v + 128) >> 8, Bytes);
-            Bytes low = __builtin_convertvector(v, Bytes);
-            for (size_t quad = 0; quad < LANES / 4; quad++, at += step) {
-                memcpy(at, (char *)&high + 4 * quad, 4);
-                memcpy(at + 4, (char *)&low + 4 * quad, 4);
-            }
+            at = KERNEL(store_codes)(at, v, step);
             sum += (Words)v;
         }
         uint32_t total = 0;
-        for (int i = 0; i < LANES; i++) total += sum[i];
+        for (int i = 0; i < WIDTH; i++) total += sum[i];
         in->scales[row * in->max_groups + g] = scale;
         in->offsets[row * in->max_groups + g] = (int32_t)(total * (uint32_t)-zero);
     }
 }
 
+// ---- products of int8 and int4: sums of `group` columns are integers and exact
+
+#if IN_BYTES
+
 // sums[lane] += w[lane] . x, four products per lane: w has weights from 0 to 255, x the same four
 // values for all lanes.
-INLINE Ints KERNEL(dot4)(Ints sums, Codes w, const int8_t *quad, bool is_4bit) {
+INLINE Ints KERNEL(dot4)(Ints sums, Words w, const int8_t *quad, bool is_4bit) {
     int32_t x;
     memcpy(&x, quad, sizeof x);
 #if defined(KERNEL_AVX512)
     (void)is_4bit;
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(KERNEL_AVX2)
-    // sums of two products must stay below 2^15: 15 * 128 * 2, or 127 * 128 * 2 with signed weights
-    __m256i part[2], all[2], xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
-    memcpy(part, &w, sizeof part);
-    memcpy(all, &sums, sizeof all);
-    for (int i = 0; i < 2; i++) {
-        __m256i pairs;
-        if (is_4bit) {
-            pairs = _mm256_maddubs_epi16(part[i], xs);
-        } else {
-            __m256i with_sign = _mm256_xor_si256(part[i], _mm256_set1_epi8(-128));
-            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(xs), _mm256_sign_epi8(with_sign, xs));
-        }
-        all[i] = _mm256_add_epi32(all[i], _mm256_madd_epi16(pairs, ones));
-    }
-    memcpy(&sums, all, sizeof sums);
-    return sums;
-#elif defined(KERNEL_DOTPROD)
-    int8x16_t part[4], xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    int32x4_t all[4];
-    memcpy(part, &w, sizeof part);
-    memcpy(all, &sums, sizeof all);
-    for (int i = 0; i < 4; i++)
-        all[i] = vdotq_s32(all[i], is_4bit ? part[i] : veorq_s8(part[i], vdupq_n_s8(-128)), xs);
-    memcpy(&sums, all, sizeof sums);
-    return sums;
 #else
-    (void)is_4bit;
-    Ints quads = (Ints)w;
-    for (int i = 0; i < 4; i++) sums += (quads >> 8 * i & 255) * (int8_t)((uint32_t)x >> 8 * i);
-    return sums;
+    int8x16_t codes = is_4bit ? (int8x16_t)w : veorq_s8((int8x16_t)w, vdupq_n_s8(-128));
+    return (Ints)vdotq_s32((int32x4_t)sums, codes, vreinterpretq_s8_s32(vdupq_n_s32(x)));
 #endif
 }
 
@@ -318,130 +371,299 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     const Tensor *w = p->w;
     const Input *in = p->in;
     const size_t group = w->group, groups = (w->cols + group - 1) / group;
-    const size_t per_vector = is_4bit ? 8 : 4;  // columns of sixteen rows in 64 bytes
+    const size_t per_vector = is_4bit ? 8 : 4;  // columns of sixteen rows in CODES bytes
     const size_t vectors = (w->cols + per_vector - 1) / per_vector;
-    const uint8_t *codes = w->data + block * vectors * sizeof(Codes);
+    const uint8_t *codes = w->data + block * vectors * CODES;
     const int8_t *x = codes_at(in, t, 0);
-    const size_t step = 8 * in->tile, next_block = vectors * sizeof(Codes);
+    const size_t step = 8 * in->tile, next_block = vectors * CODES;
     // prefetch the next two blocks: tiles of inputs alternate between them; a single tile fetches
     // both
     const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
     const bool is_only = in->n < 2 * n;
-    Floats out[2][TILE];
+    Floats out[2][TILE][PARTS];
     for (size_t b = 0; b < n_blocks; b++)
-        for (size_t i = 0; i < n; i++) out[b][i] = KERNEL(splat)(0.0f);
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < PARTS; j++) out[b][i][j] = KERNEL(splat)(0.0f);
     size_t v = 0;
     for (size_t g = 0; g < groups; g++) {
-        Ints high[2][TILE], low[2][TILE];
+        Ints high[2][TILE][PARTS], low[2][TILE][PARTS];
         for (size_t i = 0; i < n; i++) {
-            // signed weights need no offset
             int32_t offset = in->offsets[(t + i) * in->max_groups + g];
-            for (size_t b = 0; b < n_blocks; b++) {
-                low[b][i] = (Ints){0} + (!is_4bit && KERNEL(IS_SIGNED) ? 0 : offset);
-                high[b][i] = (Ints){0};
-            }
+            if (!is_4bit && KERNEL(IS_SIGNED)) offset = 0;
+            for (size_t b = 0; b < n_blocks; b++)
+                for (size_t j = 0; j < PARTS; j++) {
+                    low[b][i][j] = (Ints){0} + offset;
+                    high[b][i][j] = (Ints){0};
+                }
         }
         size_t end = (g + 1) * group / per_vector;
         if (end > vectors) end = vectors;
-        for (; v < end; v++, codes += sizeof(Codes)) {
-            Codes c[2], weights[2];
+        for (; v < end; v++, codes += CODES) {
+            Words c[2][PARTS];
             for (size_t b = 0; b < n_blocks; b++) {
-                memcpy(&c[b], codes + b * next_block, sizeof *c);
+                memcpy(c[b], codes + b * next_block, sizeof c[b]);
                 if (b == 0 || is_only) __builtin_prefetch(codes + b * next_block + ahead);
             }
-            for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
-                for (size_t b = 0; b < n_blocks; b++) {
-                    weights[b] = half ? (Codes)((Words)c[b] >> 4) : c[b];
-                    if (is_4bit) weights[b] &= 15;
-                }
-                for (size_t i = 0; i < n; i++) {
-                    const int8_t *at = x + 8 * i;
-                    for (size_t b = 0; b < n_blocks; b++) {
-                        high[b][i] = KERNEL(dot4)(high[b][i], weights[b], at, is_4bit);
-                        if (has_low)
-                            low[b][i] = KERNEL(dot4)(low[b][i], weights[b], at + 4, is_4bit);
+            for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step)
+                for (size_t b = 0; b < n_blocks; b++)
+                    for (size_t j = 0; j < PARTS; j++) {
+                        Words four = half ? c[b][j] >> 4 : c[b][j];
+                        if (is_4bit) four &= 0x0F0F0F0F;
+                        for (size_t i = 0; i < n; i++) {
+                            const int8_t *at = x + 8 * i;
+                            high[b][i][j] = KERNEL(dot4)(high[b][i][j], four, at, is_4bit);
+                            if (has_low)
+                                low[b][i][j] = KERNEL(dot4)(low[b][i][j], four, at + 4, is_4bit);
+                        }
                     }
+        }
+        for (size_t b = 0; b < n_blocks; b++)
+            for (size_t j = 0; j < PARTS; j++) {
+                size_t scale_at = ((block + b) * groups + g) * LANES + j * WIDTH;
+                Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
+                for (size_t i = 0; i < n; i++) {
+                    float x_scale = in->scales[(t + i) * in->max_groups + g];
+                    Ints sum = (Ints)((Words)high[b][i][j] * 256 + (Words)low[b][i][j]);
+                    out[b][i][j] += __builtin_convertvector(sum, Floats) * (scale * x_scale);
                 }
             }
-        }
-        for (size_t b = 0; b < n_blocks; b++) {
-            size_t scale_at = ((block + b) * groups + g) * LANES;
-            Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
-            for (size_t i = 0; i < n; i++) {
-                float x_scale = in->scales[(t + i) * in->max_groups + g];
-                Ints sum = (Ints)((Words)high[b][i] * 256 + (Words)low[b][i]);
-                out[b][i] += __builtin_convertvector(sum, Floats) * (scale * x_scale);
-            }
-        }
     }
     for (size_t b = 0; b < n_blocks; b++)
         for (size_t i = 0; i < n; i++)
-            KERNEL(store)(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i]);
+            memcpy(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i], sizeof out[b][i]);
 }
 
-// Multiply n_rows rows of float32 or bfloat16 by n inputs from t on. Callers pass constants as
-// n_rows and n.
+#else
+
+// Products of weights and 16-bit activations. AVX2 and SIMD128 widen the weights to 16 bits and add
+// up neighbouring columns, so that each row of a block has two sums. The portable kernels keep the
+// weights of four columns in each lane. N_SUMS vectors hold the sums of a block.
+#if defined(KERNEL_AVX2)
+enum { KERNEL(N_SUMS) = 2 * PARTS };
+typedef Words KERNEL(Quad);
+
+INLINE Words KERNEL(load_codes)(const uint8_t *p) {
+    return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
+}
+
+INLINE Words KERNEL(low_codes)(Words w) { return w & 0x000F000F; }
+
+INLINE Words KERNEL(high_codes)(Words w) { return (Words)_mm256_srli_epi16((__m256i)w, 4); }
+
+INLINE KERNEL(Quad) KERNEL(load_quad)(const int8_t *p) {
+    int64_t x;
+    memcpy(&x, p, sizeof x);
+    return (Words)_mm256_set1_epi64x(x);
+}
+
+INLINE Words KERNEL(dot)(Words sums, Words w, KERNEL(Quad) x) {
+    return sums + (Words)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+}
+
+// Add the two sums of each row.
+INLINE void KERNEL(sums_of_rows)(Words *rows, const Words *sums) {
+    for (int j = 0; j < PARTS; j++) {
+        __m256i pairs = _mm256_hadd_epi32((__m256i)sums[2 * j], (__m256i)sums[2 * j + 1]);
+        rows[j] = (Words)_mm256_permute4x64_epi64(pairs, 0xD8);
+    }
+}
+#elif defined(KERNEL_SIMD128)
+enum { KERNEL(N_SUMS) = 2 * PARTS };
+typedef Words KERNEL(Quad);
+
+INLINE Words KERNEL(load_codes)(const uint8_t *p) { return (Words)wasm_u16x8_load8x8(p); }
+
+INLINE Words KERNEL(low_codes)(Words w) { return w & 0x000F000F; }
+
+INLINE Words KERNEL(high_codes)(Words w) { return (Words)wasm_u16x8_shr((v128_t)w, 4); }
+
+INLINE KERNEL(Quad) KERNEL(load_quad)(const int8_t *p) { return (Words)wasm_v128_load64_splat(p); }
+
+INLINE Words KERNEL(dot)(Words sums, Words w, KERNEL(Quad) x) {
+    return sums + (Words)wasm_i32x4_dot_i16x8((v128_t)w, (v128_t)x);
+}
+
+INLINE void KERNEL(sums_of_rows)(Words *rows, const Words *sums) {
+    for (int j = 0; j < PARTS; j++) {
+        v128_t a = (v128_t)sums[2 * j], b = (v128_t)sums[2 * j + 1];
+        rows[j] = (Words)wasm_i32x4_shuffle(a, b, 0, 2, 4, 6) +
+                  (Words)wasm_i32x4_shuffle(a, b, 1, 3, 5, 7);
+    }
+}
+#else
+enum { KERNEL(N_SUMS) = PARTS };
+typedef struct { uint32_t x[4]; } KERNEL(Quad);
+
+INLINE Words KERNEL(load_codes)(const uint8_t *p) {
+    Words w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+
+INLINE Words KERNEL(low_codes)(Words w) { return w & 0x0F0F0F0F; }
+
+INLINE Words KERNEL(high_codes)(Words w) { return w >> 4 & 0x0F0F0F0F; }
+
+INLINE KERNEL(Quad) KERNEL(load_quad)(const int8_t *p) {
+    int16_t x[4];
+    memcpy(x, p, sizeof x);
+    return (KERNEL(Quad)){{(uint32_t)x[0], (uint32_t)x[1], (uint32_t)x[2], (uint32_t)x[3]}};
+}
+
+INLINE Words KERNEL(dot)(Words sums, Words w, KERNEL(Quad) x) {
+    for (int i = 0; i < 4; i++) sums += (w >> 8 * i & 255) * x.x[i];
+    return sums;
+}
+
+INLINE void KERNEL(sums_of_rows)(Words *rows, const Words *sums) {
+    memcpy(rows, sums, PARTS * sizeof *rows);
+}
+#endif
+
+// Multiply a block of sixteen rows of int8 or int4 by n inputs from t on. Callers pass a constant
+// as n, so that the sums stay in registers after inlining.
+INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n,
+                                  const bool is_4bit) {
+    enum { N_SUMS = KERNEL(N_SUMS), N = KERNEL(TILE) };
+    const Tensor *w = p->w;
+    const Input *in = p->in;
+    const size_t group = w->group, groups = (w->cols + group - 1) / group;
+    const size_t per_vector = is_4bit ? 8 : 4;  // columns of sixteen rows in CODES bytes
+    const size_t vectors = (w->cols + per_vector - 1) / per_vector, step = 8 * in->tile;
+    const uint8_t *codes = w->data + block * vectors * CODES;
+    const int8_t *x = codes_at(in, t, 0);
+    Floats out[N][PARTS];
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < PARTS; j++) out[i][j] = KERNEL(splat)(0.0f);
+    size_t v = 0;
+    for (size_t g = 0; g < groups; g++) {
+        Words sums[N][N_SUMS];
+        for (size_t i = 0; i < n; i++)
+            for (size_t k = 0; k < N_SUMS; k++) sums[i][k] = (Words){0};
+        size_t end = (g + 1) * group / per_vector;
+        if (end > vectors) end = vectors;
+        for (; v < end; v++, codes += CODES, x += (is_4bit ? 2 : 1) * step) {
+            KERNEL(Quad) first[N], second[N];
+            for (size_t i = 0; i < n; i++) {
+                first[i] = KERNEL(load_quad)(x + 8 * i);
+                if (is_4bit) second[i] = KERNEL(load_quad)(x + step + 8 * i);
+            }
+            __builtin_prefetch(codes + 4096);
+            for (size_t k = 0; k < N_SUMS; k++) {
+                Words c = KERNEL(load_codes)(codes + k * CODES / N_SUMS);
+                Words low = is_4bit ? KERNEL(low_codes)(c) : c, high = KERNEL(high_codes)(c);
+                for (size_t i = 0; i < n; i++) {
+                    sums[i][k] = KERNEL(dot)(sums[i][k], low, first[i]);
+                    if (is_4bit) sums[i][k] = KERNEL(dot)(sums[i][k], high, second[i]);
+                }
+            }
+        }
+        for (size_t i = 0; i < n; i++) {
+            Words rows[PARTS];
+            KERNEL(sums_of_rows)(rows, sums[i]);
+            size_t at = (t + i) * in->max_groups + g;
+            for (size_t j = 0; j < PARTS; j++) {
+                size_t scale_at = (block * groups + g) * LANES + j * WIDTH;
+                Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
+                Ints sum = (Ints)(rows[j] + (uint32_t)in->offsets[at]);
+                out[i][j] += __builtin_convertvector(sum, Floats) * (scale * in->scales[at]);
+            }
+        }
+    }
+    for (size_t i = 0; i < n; i++)
+        memcpy(p->out + (t + i) * p->stride + block * LANES, out[i], sizeof out[i]);
+}
+
+#endif
+
+// Multiply blocks first to last (exclusive) of int8 or int4 by all inputs.
+INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
+                          const bool has_low) {
+    enum { N = KERNEL(TILE) };
+    const size_t n = p->in->n;
+    size_t block = first;
+#if IN_BYTES
+    // with enough registers, two blocks share each load of an input; with a single input, the
+    // weights are read in the order of memory instead
+    const bool in_pairs = N > 2 && n > 1;
+    const size_t tile = has_low ? N / 2 : N;
+    for (; in_pairs && block + 2 <= last; block += 2) {
+        size_t t = 0;
+        for (; t + tile <= n; t += tile)
+            KERNEL(tile_of_codes)(p, block, t, 2, tile, is_4bit, has_low);
+        for (; t + 2 <= n; t += 2) KERNEL(tile_of_codes)(p, block, t, 2, 2, is_4bit, has_low);
+        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 2, 1, is_4bit, has_low);
+    }
+    for (; block < last; block++) {
+        size_t t = 0;
+        for (; t + N <= n; t += N) KERNEL(tile_of_codes)(p, block, t, 1, N, is_4bit, has_low);
+        for (; N > 2 && t + 2 <= n; t += 2)
+            KERNEL(tile_of_codes)(p, block, t, 1, 2, is_4bit, has_low);
+        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 1, 1, is_4bit, has_low);
+    }
+#else
+    (void)has_low;  // 8-bit activations have a low half of 0
+    for (; block < last; block++) {
+        size_t t = 0;
+        for (; t + N <= n; t += N) KERNEL(tile_of_codes)(p, block, t, N, is_4bit);
+        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 1, is_4bit);
+    }
+#endif
+}
+
+// ---- products of float32 and bfloat16
+
+// Multiply n_rows rows by n inputs from t on. Callers pass constants as n_rows and n.
 INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const size_t n_rows,
                                    const size_t n, const bool is_bf16) {
     const Tensor *w = p->w;
     const size_t cols = w->cols, whole = cols / LANES * LANES, stride = p->in->stride;
     const float *x = p->in->x + t * stride;
-    Floats sums[ROWS_AT_ONCE][TILE];
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t i = 0; i < n; i++) sums[r][i] = KERNEL(splat)(0.0f);
-    for (size_t c = 0; c < cols; c += LANES) {
-        for (size_t r = 0; r < n_rows; r++) {
-            size_t at = (row + r) * cols + c;
-            Floats v = c < whole ? KERNEL(load_as)(w->data, at, is_bf16)
-                                 : KERNEL(load_part)(w->data, at, cols - whole, is_bf16);
-            for (size_t i = 0; i < n; i++) sums[r][i] += v * KERNEL(load)(x + i * stride + c);
+    Floats sums[KERNEL(INPUTS)][KERNEL(ROWS)][PARTS];
+    for (size_t i = 0; i < n; i++)
+        for (size_t r = 0; r < n_rows; r++)
+            for (size_t j = 0; j < PARTS; j++) sums[i][r][j] = KERNEL(splat)(0.0f);
+    for (size_t c = 0; c < whole; c += LANES)
+        for (size_t j = 0; j < PARTS; j++) {
+            Floats v[KERNEL(INPUTS)];
+            size_t at = row * cols + c + j * WIDTH;
+            for (size_t i = 0; i < n; i++) v[i] = KERNEL(load)(x + i * stride + c + j * WIDTH);
+            for (size_t r = 0; r < n_rows; r++, at += cols) {
+                Floats weights = KERNEL(load_as)(w->data, at, is_bf16);
+                for (size_t i = 0; i < n; i++) sums[i][r][j] += weights * v[i];
+            }
         }
-    }
+    for (size_t r = 0; whole < cols && r < n_rows; r++)
+        for (size_t j = 0, c = whole; j < PARTS && c < cols; j++, c += WIDTH) {
+            size_t at = (row + r) * cols + c;
+            Floats weights = KERNEL(load_part)(w->data, at, cols - c, is_bf16);
+            for (size_t i = 0; i < n; i++)
+                sums[i][r][j] += weights * KERNEL(load)(x + i * stride + c);
+        }
     for (size_t i = 0; i < n; i++) {
         float *out = p->out + (t + i) * p->stride + row;
-        for (size_t r = 0; r + 4 <= n_rows; r += 4)
-            KERNEL(sum_four)(out + r, sums[r][i], sums[r + 1][i], sums[r + 2][i], sums[r + 3][i]);
-        if (n_rows == 1) *out = KERNEL(sum)(sums[0][i]);
+        size_t r = 0;
+        for (; r + 4 <= n_rows; r += 4) KERNEL(sum_four)(out + r, sums[i][r]);
+        for (; r < n_rows; r++) out[r] = KERNEL(sum)(sums[i][r]);
     }
 }
 
 // Multiply rows `row` to end (exclusive) of float32 or bfloat16 by all inputs.
 INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, const bool is_bf16) {
+    enum { ROWS = KERNEL(ROWS), INPUTS = KERNEL(INPUTS), FEWER = ROWS / 2 };
     const size_t n = p->in->n;
     size_t t = 0;
-    for (; t + 4 <= n; t += 4) {
+    for (; INPUTS > 1 && t + INPUTS <= n; t += INPUTS) {
         size_t r = row;
-        for (; r + 4 <= end; r += 4) KERNEL(rows_of_floats)(p, r, t, 4, 4, is_bf16);
-        for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 4, is_bf16);
+        for (; r + FEWER <= end; r += FEWER)
+            KERNEL(rows_of_floats)(p, r, t, FEWER, INPUTS, is_bf16);
+        for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, INPUTS, is_bf16);
     }
     for (; t < n; t++) {
         size_t r = row;
-        for (; r + 8 <= end; r += 8) KERNEL(rows_of_floats)(p, r, t, 8, 1, is_bf16);
+        for (; r + ROWS <= end; r += ROWS) KERNEL(rows_of_floats)(p, r, t, ROWS, 1, is_bf16);
         for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 1, is_bf16);
     }
-}
-
-// Multiply n_blocks blocks of int8 or int4 by all inputs.
-INLINE void KERNEL(blocks_of_codes)(const Product *p, size_t block, const size_t n_blocks,
-                                    const bool is_4bit, const bool has_low) {
-    const size_t n = p->in->n, tile = n_blocks == 2 && has_low ? KERNEL(TILE) / 2 : KERNEL(TILE);
-    size_t t = 0;
-    for (; t + tile <= n; t += tile)
-        KERNEL(tile_of_codes)(p, block, t, n_blocks, tile, is_4bit, has_low);
-    for (; KERNEL(TILE) > 2 && t + 2 <= n; t += 2)
-        KERNEL(tile_of_codes)(p, block, t, n_blocks, 2, is_4bit, has_low);
-    for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, n_blocks, 1, is_4bit, has_low);
-}
-
-// Multiply blocks first to last (exclusive) of int8 or int4 by all inputs. With enough registers,
-// two blocks share each load of an input; with a single input, weights are read in memory order.
-INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const bool is_4bit,
-                          const bool has_low) {
-    const bool in_pairs = KERNEL(TILE) > 2 && p->in->n > 1;
-    size_t block = first;
-    for (; in_pairs && block + 2 <= last; block += 2)
-        KERNEL(blocks_of_codes)(p, block, 2, is_4bit, has_low);
-    for (; block < last; block++) KERNEL(blocks_of_codes)(p, block, 1, is_4bit, has_low);
 }
 
 // Compute blocks first to last (exclusive) of sixteen rows of a product, for all its inputs.
@@ -460,56 +682,67 @@ static void KERNEL(matmul)(const Product *p, size_t first, size_t last) {
 }
 
 // Attention of one query head q (head_dim) over the cached positions first to last (inclusive).
-// out (head_dim) has room for whole vectors. The softmax is online (Milakov & Gimelshein 2018), one
-// chunk of positions at a time: a new largest score scales down the sums.
+// out (head_dim) has room for sixteen values at a time. The softmax is online (Milakov & Gimelshein
+// 2018), one chunk of positions at a time: a new largest score scales down the sums.
 static void KERNEL(attend)(float *out, const float *q, const void *keys, const void *values,
                            size_t head_dim, size_t first, size_t last, bool is_bf16) {
-    enum { CHUNK = 8 };  // vectors of positions
+    enum { CHUNK = 8, AT_ONCE = KERNEL(AT_ONCE) };  // CHUNK: sixteens of positions
     const size_t width = ROUND_UP(head_dim, LANES), end = last / LANES + 1;
     const float scale = 1.0f / sqrtf((float)head_dim);
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Floats masked = KERNEL(splat)(-INFINITY);
+    Ints lanes = {0};
+    for (int i = 0; i < WIDTH; i++) lanes[i] = i;
     float max = -INFINITY, weights[CHUNK * LANES];
-    Floats sums = {0}, scores[CHUNK];
+    Floats sums[PARTS] = {{0}}, scores[CHUNK][PARTS];
     memset(out, 0, width * sizeof *out);
     for (size_t start = first / LANES, n; start < end; start += n) {
         n = end - start < CHUNK ? end - start : CHUNK;
         Floats maxima = masked;
-        for (size_t b = 0; b < n; b++) {
-            const size_t block = start + b;
-            Floats parts[4] = {{0}};
-            size_t d = 0;
-            for (; d + 4 <= head_dim; d += 4)
-                for (size_t i = 0; i < 4; i++)
-                    parts[i] += q[d + i] *
-                                KERNEL(load_as)(keys, (block * head_dim + d + i) * LANES, is_bf16);
-            for (; d < head_dim; d++)
-                parts[0] += q[d] * KERNEL(load_as)(keys, (block * head_dim + d) * LANES, is_bf16);
-            Floats s = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * scale;
-            Ints places = lanes + (int32_t)(block * LANES);
-            s = KERNEL(choose)((places >= (int32_t)first) & (places <= (int32_t)last), s, masked);
-            maxima = KERNEL(choose)(s > maxima, s, maxima);
-            scores[b] = s;
-        }
+        for (size_t b = 0; b < n; b++)
+            for (size_t part = 0; part < PARTS; part += AT_ONCE) {
+                Floats s[AT_ONCE][4] = {{{0}}};
+                size_t at = (start + b) * head_dim * LANES + part * WIDTH, d = 0;
+                for (; d + 4 <= head_dim; d += 4)
+                    for (size_t i = 0; i < 4; i++, at += LANES)
+                        for (size_t j = 0; j < AT_ONCE; j++)
+                            s[j][i] += q[d + i] * KERNEL(load_as)(keys, at + j * WIDTH, is_bf16);
+                for (; d < head_dim; d++, at += LANES)
+                    for (size_t j = 0; j < AT_ONCE; j++)
+                        s[j][0] += q[d] * KERNEL(load_as)(keys, at + j * WIDTH, is_bf16);
+                for (size_t j = 0; j < AT_ONCE; j++) {
+                    Floats score = ((s[j][0] + s[j][1]) + (s[j][2] + s[j][3])) * scale;
+                    Ints place = lanes + (int32_t)((start + b) * LANES + (part + j) * WIDTH);
+                    Ints is_in = (place >= (int32_t)first) & (place <= (int32_t)last);
+                    score = KERNEL(choose)(is_in, score, masked);
+                    maxima = KERNEL(choose)(score > maxima, score, maxima);
+                    scores[b][part + j] = score;
+                }
+            }
         float new_max = KERNEL(largest)(maxima);
         if (new_max > max) {
             float factor = KERNEL(exp)(KERNEL(splat)(max - new_max))[0];
             for (size_t d = 0; d < width; d++) out[d] *= factor;
-            sums *= factor;
+            for (size_t j = 0; j < PARTS; j++) sums[j] *= factor;
             max = new_max;
         }
-        for (size_t b = 0; b < n; b++) {
-            Floats p = KERNEL(exp)(scores[b] - max);
-            KERNEL(store)(weights + b * LANES, p);
-            sums += p;
-        }
-        for (size_t d = 0; d < width; d += LANES) {  // masked positions have weight 0
-            Floats y[4] = {{0}};
+        for (size_t b = 0; b < n; b++)
+            for (size_t j = 0; j < PARTS; j++) {
+                Floats e = KERNEL(exp)(scores[b][j] - max);
+                KERNEL(store)(weights + b * LANES + j * WIDTH, e);
+                sums[j] += e;
+            }
+        for (size_t d = 0; d < width; d += AT_ONCE * WIDTH) {  // masked positions have weight 0
+            Floats y[AT_ONCE][4] = {{{0}}};
             size_t at = start * LANES * width + d;
-            for (size_t i = 0; i < n * LANES; i += 4, at += 4 * width)
-                for (size_t j = 0; j < 4; j++)
-                    y[j] += weights[i + j] * KERNEL(load_as)(values, at + j * width, is_bf16);
-            KERNEL(store)(out + d, KERNEL(load)(out + d) + ((y[0] + y[1]) + (y[2] + y[3])));
+            for (size_t i = 0; i < n * LANES; i += 4)
+                for (size_t k = 0; k < 4; k++, at += width)
+                    for (size_t j = 0; j < AT_ONCE; j++)
+                        y[j][k] += weights[i + k] *
+                                   KERNEL(load_as)(values, at + j * WIDTH, is_bf16);
+            for (size_t j = 0; j < AT_ONCE; j++) {
+                float *o = out + d + j * WIDTH;
+                KERNEL(store)(o, KERNEL(load)(o) + ((y[j][0] + y[j][1]) + (y[j][2] + y[j][3])));
+            }
         }
     }
     float sum = KERNEL(sum)(sums);
@@ -524,9 +757,17 @@ static const Kernels KERNEL(kernels) = {
     .quantize = KERNEL(quantize), .matmul = KERNEL(matmul), .attend = KERNEL(attend),
 };
 
+#undef Floats
+#undef Ints
+#undef Words
+#undef Halves
+#undef PARTS
+#undef WIDTH
+#undef IN_BYTES
+#undef NAME
+#undef INLINE
 #undef KERNEL
 #undef KERNEL_AVX2
 #undef KERNEL_AVX512
 #undef KERNEL_DOTPROD
-#undef NAME
-#undef INLINE
+#undef KERNEL_SIMD128

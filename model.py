@@ -6,15 +6,16 @@ embeddings and a SwiGLU feed-forward, RMSNorm, no biases. Each option is a field
 `if` where it applies; ARCHS lists three useful presets. Checkpoints store all of ModelArgs,
 model.bin only what run.c needs. Parameters are named as in llama2.c and Meta's release.
 
-To add an activation, add a row to ACTIVATIONS, then in run.c the same position in `enum Activation`
-and a case in is_gated() if it has a gate, its formula in activate() of kernels.h, class MLP in
-formats/modeling_modded_llama.py, and the row `activation` of doc/format.md. Test it with cases in
-OPTIONS of tests/test_options.py, PARITY of tests/test_run.py and CASES of tests/test_formats.py.
+To add an activation, add a row to ACTIVATIONS. In run.c, add its name at the same position of
+`enum Activation`, and a case in is_gated() if it has a gate; in kernels.h, add its formula to
+activate(). Extend class MLP in formats/modeling_modded_llama.py and the row `activation` in
+doc/format.md. Test it with cases in OPTIONS of tests/test_options.py, PARITY of tests/test_run.py
+and CASES of tests/test_formats.py.
 
 To add an option, add a field to ModelArgs whose default is plain Llama, a setting to train.py, and
-its `if` below; the initial std of its parameters in init_std and their role in optim.py; then
+its `if` below. Give its parameters an initial std in init_std and a role in optim.py. Extend
 formats/modelbin.py, doc/format.md and run.c; formats/huggingface.py and modeling_modded_llama.py;
-cases in the three tests above; and a row in experiments/ablations.py.
+the three tests above; and experiments/ablations.py.
 """
 
 import math
@@ -69,7 +70,7 @@ class ModelArgs:
     # ---- for training only, never exported
     embedding_std: float = 0.0  # initial std of the embedding; 0: automatic, see init_std
     head_std: float = 0.0  # initial std of an untied head; 0: automatic
-    vocab_multiple: int = 1  # in memory, round the rows of embedding and head up to a multiple
+    vocab_multiple: int = 1  # in memory, round embedding and head rows up to a multiple of this
 
     def __post_init__(self):
         for field in fields(self):
@@ -103,9 +104,9 @@ class ModelArgs:
         if self.n_heads % self.n_kv_heads:
             yield f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}"
         if self.head_dim % 2:
-            yield f"dim / n_heads = {self.head_dim}: expected an even number, as RoPE turns pairs"
+            yield f"dim / n_heads = {self.head_dim}: expected an even number, as RoPE rotates pairs"
         if self.dropout == 1:
-            yield "dropout = 1.0: expected a number from 0 to below 1"
+            yield "dropout = 1.0: expected at least 0 and less than 1"
         if self.activation not in ACTIVATIONS:
             yield f"activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
@@ -195,8 +196,8 @@ ARCHS = {
 
 def linear(x, *weights):
     """
-    Multiply x (..., n) with the transpose of each matrix (rows, n), in x's dtype -> (..., total
-    rows). Several matrices are multiplied as one.
+    Multiply x (..., n) by the transpose of each matrix (rows, n), in x's dtype, and return (...,
+    total rows). Several matrices are concatenated first.
     """
     weights = [w.to(x.dtype) for w in weights]
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
@@ -297,7 +298,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(activation(w1 x) * w3 x) as in SwiGLU, or without a gate w2(activation(w1 x))."""
+    """w2(activation(w1 x) * w3 x) as in SwiGLU, or w2(activation(w1 x)) without a gate."""
 
     def __init__(self, args):
         super().__init__()
@@ -319,7 +320,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: x (B, T, dim) -> (B, T, dim)."""
 
-    recompute = None  # training may set a function of ACTIVATION_CHECKPOINTING
+    recompute = None  # training may set a function from ACTIVATION_CHECKPOINTING
 
     def __init__(self, args, layer):
         super().__init__()
@@ -342,8 +343,9 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """
-    The model. Training sets `dtype`, in which matrices are multiplied; `fp8_head`, to multiply with
-    the head in 8 bits in training steps; and `fast_layers`, see compile_layers.
+    The model. Training sets three attributes: `dtype`, in which matrices are multiplied;
+    `fp8_head`, whether training steps compute the head's product in 8 bits; and `fast_layers`, see
+    compile_layers.
     """
 
     def __init__(self, args):
@@ -471,8 +473,8 @@ class Transformer(nn.Module):
 
     def compile_layers(self):
         """
-        Compile the layers for training steps. Layers with the same shapes and window share a graph,
-        which takes two thirds of the time of compiling the whole model and runs as fast.
+        Compile the layers for training steps. Layers with the same shapes and window share a graph.
+        That takes two thirds of the time of compiling the whole model, and runs as fast.
         """
         self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
 
@@ -480,8 +482,8 @@ class Transformer(nn.Module):
         """
         Return the floating-point operations of training on one token: 6 per matrix element (2
         forward, 4 backward), and in each layer 12 * dim per key that an average position of a full
-        sequence sees (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which also counts
-        the keys after a position). Lookups, norms and the softmax are not counted.
+        sequence sees (as in PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, except that
+        PaLM also counts the keys after a position). Lookups, norms and the softmax are not counted.
         """
         args, T = self.args, self.args.max_seq_len
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

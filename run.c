@@ -41,7 +41,6 @@
 #include <limits.h>
 #include <math.h>
 #include <setjmp.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -58,8 +57,12 @@
 #define fileno _fileno
 #define realpath(path, out) NULL
 #else
-#include <sys/mman.h>
 #include <unistd.h>
+#endif
+#if !defined(_WIN32) && !defined(__wasm__)
+#define IS_POSIX
+#include <signal.h>
+#include <sys/mman.h>
 #endif
 #define DO_PRAGMA(x) _Pragma(#x)
 #if defined(_OPENMP)
@@ -75,6 +78,8 @@ static int omp_get_max_threads(void) { return 1; }
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -136,7 +141,7 @@ static void release_to(const Block *kept) {
     while (blocks != kept) {
         Block *b = blocks;
         blocks = b->next;
-#if !defined(_WIN32)
+#if defined(IS_POSIX)
         if (b->map) munmap(b->map, b->map_size);
 #endif
         free(b);
@@ -174,13 +179,19 @@ static File open_file(const char *path, const char *hint) {
     if (!S_ISREG(info.st_mode)) die("%s is not a regular file", path);
     if ((uintmax_t)info.st_size > SIZE_MAX) die("%s is too large for this machine", path);
     f.size = (size_t)info.st_size;
+#if defined(IS_POSIX)
     bool is_copied = on_error.caller;
+#else
+    bool is_copied = true;
+#endif
 #endif
     if (!f.size) die("%s is empty", path);
     uint8_t *data = alloc(is_copied ? f.size : 0, 1);  // its Block records the mapping
 #if !defined(_WIN32)
     FILE *stream = fopen(path, "rb");
     if (!stream) die_unopened(path, hint);
+#endif
+#if defined(IS_POSIX)
     void *map = is_copied ? data : mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fileno(stream), 0);
     if (map == MAP_FAILED) die("cannot read %s: %s", path, strerror(errno));
     if (!is_copied) blocks->map = data = map, blocks->map_size = f.size;
@@ -205,7 +216,7 @@ static double seconds(void) {
 // Wait briefly: spin, or sleep to give up the core.
 static void wait_briefly(bool may_sleep) {
     (void)may_sleep;  // unused on some platforms
-#if !defined(_WIN32)
+#if defined(IS_POSIX)
     if (may_sleep) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 #endif
 #if defined(__x86_64__)
@@ -218,15 +229,9 @@ static void wait_briefly(bool may_sleep) {
 // ------------------------------------------------------------------------------------------------
 // Weight formats, and the interface of the kernels that multiply them
 
-enum { LANES = 16, TILE = 8, ROWS_AT_ONCE = 8 };
-
-// Vectors of sixteen lanes, whatever the register size of the machine
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint8_t Codes __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+// LANES: the values that kernels compute together, whatever the register size of the machine;
+// CODES: the bytes of a block's first columns; TILE: the maximum of inputs processed at a time
+enum { LANES = 16, CODES = 64, TILE = 8 };
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
 
@@ -312,6 +317,9 @@ typedef struct {  // the functions of kernels.h for one instruction set
 
 // The kernels, compiled once for each instruction set: kernels_portable, kernels_avx2, ...
 #define KERNEL(name) name##_portable
+#if defined(__wasm_simd128__)  // WebAssembly has no choice at run time
+#define KERNEL_SIMD128
+#endif
 #include "kernels.h"
 #if defined(__x86_64__)
 #define KERNEL(name) name##_avx2
@@ -342,17 +350,20 @@ static const Kernels *pick_kernels(void) {
 #elif defined(__ARM_FEATURE_DOTPROD)
     best = all[1] = &kernels_dotprod;
 #endif
+#if !defined(__wasm__)
     const char *wanted = getenv("RUN_KERNELS");
     for (size_t i = 0; wanted && i < 3; i++)
         if (all[i] && !strcmp(all[i]->name, wanted)) best = all[i];
+#endif
     return best;
 }
 
 // ------------------------------------------------------------------------------------------------
 // The model file: a header and the weights, see doc/format.md
 
-// The header of version 3; the windows follow it, int32 (n_layers). Versions 0 to 2 have fewer
-// fields; the rest get Llama 2's values, with the options NORM_GAINS and, if tied, TIE_EMBEDDINGS.
+// The header of version 3; the window of each layer follows it, int32 (n_layers). Versions 0 to 2
+// have fewer fields; the rest get Llama 2's values, with the options NORM_GAINS and, if tied,
+// TIE_EMBEDDINGS.
 typedef struct {
     uint32_t magic;
     int32_t version;
@@ -675,8 +686,8 @@ typedef struct {
     size_t n_positions;  // room for each story, up to seq_len
     size_t n_stories;    // generated at once
     size_t max_batch;    // tokens in a batch
-    // buffers for the tokens of a batch; rows are padded to whole vectors: width for dim, hidden
-    // for hidden_dim
+    size_t max_wanted;   // tokens of a batch whose logits are wanted
+    // buffers for the tokens of a batch; width is dim rounded up to LANES, hidden is hidden_dim
     size_t width, hidden;
     float *x;         // (max_batch, width) the residual stream
     float *x0;        // (max_batch, width) the embedding, for RESIDUAL_SCALARS
@@ -685,13 +696,13 @@ typedef struct {
     float *k, *v;     // (max_batch, width)
     float *gate;      // (max_batch, hidden) normed @ w3^T of SwiGLU
     float *scratch;   // (n_threads, width)
-    float *logits;    // (max_batch, vocab_size padded)
+    float *logits;    // (max_wanted, vocab_size padded)
     Input normed;     // (max_batch, width) rmsnorm(x), the input of a block
     Input mixed;      // (max_batch, width) the heads' outputs, the input of wo
     Input inner;      // (max_batch, hidden) the input of w2
     Input wanted;     // (max_batch, width) the output head's input: only tokens that want logits
     bool is_fast;     // int8 and int4: 8-bit activations instead of 16-bit
-    // the key/value cache, fp32 or bf16; positions, and head_dim of values, fill whole vectors
+    // the key/value cache, fp32 or bf16, with n_positions and values' head_dim rounded up to LANES
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
@@ -1148,7 +1159,7 @@ static void load_weights(Model *m) {
 // Bytes of memory that this process may use: the machine's, or its container's if that is less.
 static double memory_limit(void) {
     double limit = HUGE_VAL, group;
-#if !defined(_WIN32)
+#if defined(IS_POSIX)
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
     if (pages > 0 && size > 0) limit = (double)pages * (double)size;
     FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
@@ -1182,7 +1193,7 @@ static void alloc_buffers(Model *m) {
     m->wanted = new_input(m, m->width);
     m->mixed = new_input(m, m->width);
     m->inner = new_input(m, m->hidden);
-    m->logits = alloc(m->max_batch, logits_stride(m) * sizeof(float));
+    m->logits = alloc(m->max_wanted, logits_stride(m) * sizeof(float));
     uint64_t heads = (uint64_t)m->n_stories * c->n_layers * c->n_kv_heads;
     uint64_t rows = heads * ROUND_UP(m->n_positions, LANES);
     size_t size = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
@@ -1192,8 +1203,9 @@ static void alloc_buffers(Model *m) {
     m->rope_sin = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
 }
 
-// Load a model, with room for n_stories of n_positions each (0: the whole context).
-static Model load_model(File file, int n_positions, int n_stories, int n_threads,
+// Load a model, with room for n_stories of n_positions each (0: the whole context), and for the
+// logits of all tokens of a batch, or of one per story.
+static Model load_model(File file, int n_positions, int n_stories, bool wants_all, int n_threads,
                         bool bf16_cache, bool is_fast) {
     Model m = {.file = file, .config = read_header(&file), .kernels = pick_kernels(),
                .bf16_cache = bf16_cache, .is_fast = is_fast, .n_stories = (size_t)n_stories};
@@ -1203,6 +1215,7 @@ static Model load_model(File file, int n_positions, int n_stories, int n_threads
     m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
     m.max_batch = m.n_positions < MAX_BATCH ? m.n_positions : MAX_BATCH;
     if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
+    m.max_wanted = wants_all ? m.max_batch : m.n_stories;
     m.width = ROUND_UP((size_t)c->dim, LANES);
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
     m.n_threads = m.n_active = pick_threads(c, n_threads);
@@ -1375,7 +1388,7 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         memset(t->kinds + first, 1 << take_number(c, "class of a range", 1, 3), last - first + 1);
         next = last + 1;
     }
-    t->kinds[' '] = BLANK;  // the patterns name these
+    t->kinds[' '] = BLANK;  // which the patterns treat in their own way
     t->kinds['\n'] = t->kinds['\r'] = NEWLINE;
 
     Cursor special = *c, merges = *c;  // read after the tokens
@@ -1445,7 +1458,7 @@ static uint32_t fingerprint(const Tokenizer *t) {
 // Refuse a tokenizer that the model was not trained with.
 static void check_tokenizer(const Tokenizer *t, const Config *c, const char *model_path) {
     if (c->tokenizer && c->tokenizer != fingerprint(t))
-        die("%s was trained with another tokenizer than %s: use the model's own tokenizer (-z)",
+        die("%s was trained with a tokenizer other than %s: use the model's own tokenizer (-z)",
             model_path, t->file.path);
 }
 
@@ -1470,7 +1483,7 @@ typedef struct {
     const Piece *merged;  // the result of merging it with the next one, or NULL
 } Symbol;
 
-// Prepare a text to be cut into symbols. Invalid UTF-8 becomes U+FFFD: one per longest broken start
+// Prepare a text to be cut into symbols. Invalid UTF-8 becomes U+FFFD: one per incomplete character
 // as in Python, or one per byte as in SentencePiece, which also adds a space in front and reads
 // U+2581 as a space. Returns the bytes and sets *n to their number.
 static uint8_t *normalize(const Tokenizer *t, const char *text, size_t left, size_t *n) {
@@ -1673,7 +1686,7 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
 }
 
 // Collects bytes and prints whole UTF-8 characters. Invalid bytes are printed as U+FFFD, one per
-// longest broken start, as with errors="replace" in Python. On a terminal, control characters other
+// incomplete character, as with errors="replace" in Python. On a terminal, control characters other
 // than newline and tab are dropped, so that no model can send it commands.
 typedef struct {
     FILE *out;            // NULL: write to text instead
@@ -1763,8 +1776,8 @@ static uint64_t random_state(uint64_t seed) {
 }
 
 // Move the likeliest of n candidates to the front: up to max_kept, each only if the likelier ones
-// sum to no more than `mass`. Returns their number, the least likely last, and sets *sum to their
-// total. Quickselect (Hoare 1961): only the part with the border is split again.
+// sum to no more than `mass`. Returns how many, of which the last is the least likely, and sets
+// *sum to their total. Quickselect (Hoare 1961): only the part with the boundary is split again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass, float *sum) {
     size_t kept = 0;
     uint32_t state = 1;
@@ -1866,9 +1879,9 @@ typedef struct {
     bool is_done;
 } Story;
 
-// Run the next batch of the first story's n tokens, from position `first` on, as large as possible.
-// The logits are computed after every token, or only after token n - 1. Returns the number of
-// tokens in the batch.
+// Run as many of the first story's n tokens as fit in a batch, starting at position `first`.
+// Computes the logits after every token, or only after token n - 1. Returns the number of tokens
+// in the batch.
 static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wants_all) {
     BatchToken batch[MAX_BATCH];
     size_t count = n - first < m->max_batch ? n - first : m->max_batch;
@@ -2074,7 +2087,7 @@ static int compare_doubles(const void *a, const void *b) {
 enum { PREFILL, DECODE, READ, ROUNDS = 7, BENCH_TOKENS = 128 };
 
 // Alternate three measurements and print medians: prefill of n_positions tokens; decode of as many,
-// for all stories at once; and all threads only reading as many bytes as the matrices have.
+// for all stories at once; and reading as many bytes as the matrices take, by all threads.
 static void bench(Model *m) {
     uint64_t bytes = m->matrix_bytes;
     int n = (int)m->n_positions, n_reads = 1 + (int)(200000000 / bytes);
@@ -2139,10 +2152,11 @@ static void print_usage(FILE *out) {
         "  -s INT    seed; the same seed gives the same story (default: the time)\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
-        "  -m MODE   generate (default), or eval: bits per byte of the text file -i\n"
+        "  -m MODE   generate (default), or eval: bits per byte of the text in the file -i\n"
         "  --bench   measure the speed of prefill and decode (-n tokens, default 128) and memory\n"
         "  -j INT    number of threads (default: automatic)\n"
-        "  --fast    int8, int4: 8-bit instead of 16-bit activations; for long prompts and -b\n"
+        "  --fast    int8, int4: 8-bit instead of 16-bit activations, faster for long prompts\n"
+        "            and -b with AVX-512 or NEON\n"
         "  --kv FORMAT  format of the key/value cache: fp32 (default) or bf16\n"
         "  -h        print this help\n"
         "\n"
@@ -2261,17 +2275,17 @@ static Options parse_options(int argc, char **argv) {
     return o;
 }
 
-#if !defined(_WIN32)
+#if defined(IS_POSIX)
 static void on_bus_error(int signal_number) {
-    static const char text[] = "error: the model, tokenizer or text file shrank while it was read, "
-                               "or its disk failed: restore the file and run again\n";
+    static const char text[] = "error: the model, tokenizer or text file shrank while it was being "
+                               "read, or its disk failed: restore the file and run again\n";
     (void)signal_number;
     _exit(write(STDERR_FILENO, text, sizeof text - 1) < 0 ? 2 : EXIT_FAILURE);
 }
 #endif
 
 int main(int argc, char **argv) {
-#if !defined(_WIN32)
+#if defined(IS_POSIX)
     signal(SIGBUS, on_bus_error);  // raised by a mapped file that shrank
 #endif
     Options o = parse_options(argc, argv);
@@ -2292,7 +2306,7 @@ int main(int argc, char **argv) {
             o.n_positions = (int)max_tokens;
     }
     Model model = load_model(open_file(o.model, MODEL_HINT), o.n_positions, o.n_stories,
-                             o.n_threads, o.bf16_cache, o.is_fast);
+                             o.is_eval, o.n_threads, o.bf16_cache, o.is_fast);
     if (o.is_bench) {
         bench(&model);
     } else {

@@ -12,7 +12,7 @@ object per line, see doc/log-fields.md) and, at the end, loss.png. Ctrl-C saves 
 stops; see doc/long-runs.md.
 
 This file follows a run in order: settings, starting point, data, model, optimizer, output folder,
-the loop, the end. Everything that would only distract from a step is in training/.
+the loop, the end. Whatever would distract from that is in training/.
 """
 
 import math
@@ -76,7 +76,7 @@ vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of thi
 dropout = 0.0  # dropout probability
 # weight initialization
 zero_init = False  # start residual projections and an untied head at zero
-embedding_std = 0.0  # std of the embedding; 0: automatic; see optim.role_of
+embedding_std = 0.0  # std of the embedding; 0: automatic, see init_std in model.py
 head_std = 0.0  # std of an untied head; 0: the default, 0.02
 # training length
 max_iters = 1000  # steps
@@ -110,13 +110,13 @@ cooldown_shape = "linear"  # linear or cosine
 final_lr_frac = 0.0  # final learning rate, as a fraction of the full rate
 # seed, precision and memory
 seed = 1337  # seed for initial weights and data order
-dtype = "auto"  # for matmuls: float32, bfloat16, float16, or auto (a fast one)
+dtype = "auto"  # for matmuls: float32, bfloat16, float16, or auto (the fastest here)
 fp8_head = False  # compute the output head in FP8 (RTX 40, H100 and newer)
-activation_checkpointing = "none"  # trade speed for memory: none, selective or block (most)
+activation_checkpointing = "none"  # trade speed for memory: none, selective, or block (less memory)
 # hardware and speed
 device = "auto"  # cpu, cuda, cuda:1, mps, or auto (first of cuda, mps, cpu)
 attention = "sdpa"  # GPU kernel: sdpa, flex (FlexAttention) or flash (flash-attn)
-compile = "auto"  # use torch.compile: True, False, or auto (for longer runs)
+compile = "auto"  # use torch.compile: True, False, or auto (only for longer runs)
 fsdp = False  # torchrun: shard the model (FSDP2) instead of copying it (DDP)
 # uploads; access tokens are read from the environment or .env
 hub_repo = ""  # Hugging Face user/name for checkpoints; resuming looks there too
@@ -182,7 +182,7 @@ def evaluate(model, batches, to_device, stop):
         n = int((y >= 0).sum())
         x, y = to_device(x, y)
         loss = model(x, y)
-        if n:  # some ranks may have one batch less than others
+        if n:  # some ranks may have one batch fewer
             total, n_targets = total + loss.item() * n, n_targets + n
     model.train()
     total, n_targets = parallel.total(total, n_targets)
@@ -247,8 +247,8 @@ data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RA
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
     raise UserError(
-        f"{start.path} was trained with another tokenizer than {paths.tokenizer_model}: copy the "
-        f"tokenizer.model next to the checkpoint to another --data_dir and pretokenize there"
+        f"{start.path} was trained with a tokenizer other than {paths.tokenizer_model}: copy the "
+        f"checkpoint's own tokenizer.model to another --data_dir, and pretokenize there"
     )
 batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data)
 if batches.n_windows < step_size:
@@ -283,7 +283,9 @@ threads = Threads(this_device)
 dtype_name = settings.dtype
 if settings.dtype == "auto" and start.is_resumed:  # keep the run's dtype
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")
-compute_dtype = parallel.from_first(pick_dtype(dtype_name, this_device))  # auto may measure
+compute_dtype = parallel.from_first(
+    pick_dtype(dtype_name, this_device)
+)  # auto measures, which ranks must not do apart
 is_sharded = settings.fsdp and WORLD_SIZE > 1
 if settings.fsdp and not is_sharded:
     print("warning: fsdp has no effect in a single process: start several with torchrun")
@@ -394,7 +396,7 @@ facts = {  # saved in every checkpoint, with `state`
 
 
 def check_folder():
-    """Create a new out_dir if it was moved or deleted during training."""
+    """Recreate out_dir if it was moved or deleted during training."""
     if parallel.any_rank(FIRST and run.is_lost()):
         writer.wait()
         if FIRST:
@@ -472,7 +474,7 @@ while True:
 
     # ---- evaluate, export the best model, save
     if time_to_eval or time_to_save or stopping:
-        data.check_unchanged()  # before a model trained on changed shards replaces a checkpoint
+        data.check_unchanged()  # no model trained on changed shards may replace a checkpoint
     is_best, has_evaluated = False, False
     if time_to_eval and state.evaluated != state.iter_num and not stopping:
         val_loss = evaluate(model, bar.evaluating(validation), to_device, stop)
@@ -483,7 +485,7 @@ while True:
             break
         state.evaluated, has_evaluated = state.iter_num, True
         log("eval", val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
-    if writer.lost_best():  # writing it failed: the next one only has to beat the one before
+    if writer.lost_best():  # best.pt was not written: the next best has to beat the previous one
         state.best_val_loss = best_before
     if has_evaluated:
         is_best = val_loss < state.best_val_loss
@@ -531,7 +533,7 @@ while True:
         state.train_s += elapsed
         if not math.isfinite(loss):
             diverged = f"loss is {loss}"
-        elif not math.isfinite(grad_norm) and not scaler.is_enabled():  # the scaler skips them
+        elif not math.isfinite(grad_norm) and not scaler.is_enabled():  # a scaler skips such steps
             diverged = f"gradient norm is {grad_norm}"
         if diverged:
             break
@@ -569,7 +571,7 @@ if diverged:  # the last good checkpoint is untouched
     rates = ["base_learning_rate"] if settings.optimizer == "adamw" else rates
     raise UserError(
         f"training diverged at step {state.iter_num} ({diverged}): use smaller learning rates "
-        f"(now {' '.join(f'--{name}={vars(settings)[name]:g}' for name in rates)}) or a longer "
+        f"(now {' '.join(f'--{name}={vars(settings)[name]:g}' for name in rates)}) or a larger "
         f"--warmup_iters"
     )
 if writer.error:
@@ -589,5 +591,5 @@ else:
     flags = f"--init_from=resume --out_dir={shlex.quote(settings.out_dir)}"
     say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
     if state.best_val_loss == math.inf:
-        say(f"note: {model_path} is the model of this step, since none was evaluated yet")
+        say(f"note: {model_path} is the model at this step; nothing has been evaluated yet")
 uploader.wrap_up(all_arrived, finished)

@@ -341,8 +341,8 @@ def prepare_tokenized():
     """
     if shard != "0/1" or n_files or folder or valid_source:
         raise UserError(
-            f"{source} is ready-made and cannot be used with --shard, --n_files, --folder or "
-            f"--valid_source: use it without them"
+            f"{source} is already tokenized and cannot be used with --shard, --n_files, "
+            f"--folder or --valid_source: use it without them"
         )
     repo, train_name, valid_name, preset = TOKENIZED[source]
     check_folder()

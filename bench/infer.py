@@ -171,7 +171,7 @@ rows = cases.split(",") if cases else all_rows
 if not os.path.exists(engine):
     raise UserError(f"engine = {engine!r} does not exist; run: make run")
 if not set(rows) <= set(all_rows):
-    raise UserError(f"cases = {cases!r}: expected some of {','.join(all_rows)}")
+    raise UserError(f"cases = {cases!r}: expected one or more of {','.join(all_rows)}")
 check_range(1, infer_rounds=infer_rounds)
 os.makedirs(models, exist_ok=True)
 open_device()

@@ -129,7 +129,7 @@ def bench_shape(shape, way_names, torch_device, torch_dtype):
 way_names, shape_names = ways.split(","), shapes.split(",")
 for setting, names, known in (("ways", way_names, WAYS), ("shapes", shape_names, SHAPES)):
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{setting} = {unknown[0]!r}: expected some of {', '.join(known)}")
+        raise UserError(f"{setting} = {unknown[0]!r}: expected one or more of {', '.join(known)}")
 check_range(1, train_rounds=train_rounds, train_steps=train_steps)
 if llama2c:
     if not os.path.exists(os.path.join(llama2c, "model.py")):

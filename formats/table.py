@@ -257,7 +257,7 @@ def load(path, kind=None, tokenizer=""):
             its_tokenizer = find_tokenizer()
         if its_tokenizer and not fits(its_tokenizer):
             raise UserError(
-                f"{path} was trained with another tokenizer than {its_tokenizer.model_path}: pass "
+                f"{path} was trained with a tokenizer other than {its_tokenizer.model_path}: pass "
                 f"the right one with --tokenizer=PATH"
             )
         if its_tokenizer:

@@ -5,7 +5,7 @@
 
 #include "llama2.h"
 
-#if defined(_WIN32)
+#if !defined(IS_POSIX)
 #define getpid() 1
 #endif
 
@@ -87,26 +87,27 @@ static int leave_with(Llama *l, int result, const char *reason) {
 
 const char *llama_error(void) { return last_error; }
 
-Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
-                  char *error, size_t size) {
-    jmp_buf caller;
-    on_error.caller = &caller;
+// Send errors to last_error and jump to `caller`.
+static void catch_errors(jmp_buf *caller) {
+    on_error.caller = caller;
     on_error.text = last_error;
     on_error.size = sizeof last_error;
-    if (setjmp(caller)) {
-        release_to(NULL);
-        on_error.caller = NULL;
-        if (error) snprintf(error, size, "%s", last_error);
-        return NULL;
-    }
-    if (!lock_models()) longjmp(caller, 1);
-    unlock_models();
+}
+
+// After an error: free what the failed call allocated.
+static void clean_up(void) {
+    release_to(NULL);
+    on_error.caller = NULL;
+}
+
+// Load a model from open files. Errors jump to the caller.
+static Llama *load(File model, File tokenizer, int n_positions, int n_threads) {
     Llama *l = alloc(1, sizeof *l);
-    l->model = load_model(open_file(model, MODEL_HINT), n_positions > 0 ? n_positions : 0, 1,
+    l->model = load_model(model, n_positions > 0 ? n_positions : 0, 1, false,
                           n_threads > 0 ? n_threads : 0, false, false);
     int vocab_size = l->model.config.vocab_size;
-    l->tokenizer = load_tokenizer(open_file(tokenizer, TOKENIZER_HINT), vocab_size);
-    check_tokenizer(&l->tokenizer, &l->model.config, model);
+    l->tokenizer = load_tokenizer(tokenizer, vocab_size);
+    check_tokenizer(&l->tokenizer, &l->model.config, model.path);
     l->sampler.kernels = l->model.kernels;
     l->sampler.candidates = alloc(vocab_size, sizeof(Candidate));
     l->tokens = alloc(l->model.n_positions, sizeof(int));
@@ -120,6 +121,36 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
     loaded.first = l;
     unlock_models();
     return l;
+}
+
+Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int n_threads,
+                  char *error, size_t size) {
+    jmp_buf caller;
+    catch_errors(&caller);
+    if (setjmp(caller)) {
+        clean_up();
+        if (error) snprintf(error, size, "%s", last_error);
+        return NULL;
+    }
+    if (!lock_models()) longjmp(caller, 1);
+    unlock_models();
+    File file = open_file(model, MODEL_HINT);
+    return load(file, open_file(tokenizer, TOKENIZER_HINT), n_positions, n_threads);
+}
+
+Llama *llama_load_bytes(const void *model, size_t n_model, const void *tokenizer,
+                        size_t n_tokenizer, int n_positions, int n_threads) {
+    jmp_buf caller;
+    catch_errors(&caller);
+    if (setjmp(caller)) {
+        clean_up();
+        return NULL;
+    }
+    if (!lock_models()) longjmp(caller, 1);
+    unlock_models();
+    if (!n_model || !n_tokenizer) die("the model or its tokenizer has no bytes");
+    File file = {"the model", model, n_model};
+    return load(file, (File){"the tokenizer", tokenizer, n_tokenizer}, n_positions, n_threads);
 }
 
 // One of four constants of a model, for any thread; -1 if the model was freed.
@@ -144,12 +175,9 @@ int llama_eos(const Llama *l) { return constant_of(l, 3); }
 int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
     if (!enter(l, true)) return -1;
     jmp_buf caller;
-    on_error.caller = &caller;
-    on_error.text = last_error;
-    on_error.size = sizeof last_error;
+    catch_errors(&caller);
     if (setjmp(caller)) {
-        release_to(NULL);
-        on_error.caller = NULL;
+        clean_up();
         leave(l);
         return -1;
     }

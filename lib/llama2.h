@@ -41,6 +41,11 @@ typedef struct {
 LLAMA2_API Llama *llama_load(const char *model, const char *tokenizer, int n_positions,
                              int n_threads, char *error, size_t size);
 
+// The same from memory, where the bytes must stay unchanged until llama_free(). They should be
+// aligned to 64 bytes. Returns NULL on failure; llama_error() has the reason.
+LLAMA2_API Llama *llama_load_bytes(const void *model, size_t n_model, const void *tokenizer,
+                                   size_t n_tokenizer, int n_positions, int n_threads);
+
 // The reason why the last failed call in this thread failed, in one sentence.
 LLAMA2_API const char *llama_error(void);
 

@@ -7,7 +7,7 @@
 // raw; BATCH tokens go through the model at a time.
 static void write_logits(char **args, int n_args) {
     int batch_size = atoi(args[0]), n = n_args - 2;
-    Model m = load_model(open_file(args[1], MODEL_HINT), n, 1, 1, false, false);
+    Model m = load_model(open_file(args[1], MODEL_HINT), n, 1, true, 1, false, false);
     BatchToken *batch = alloc(n, sizeof(BatchToken));
     for (int i = 0; i < n; i++) {
         int id = atoi(args[i + 2]), previous = i ? atoi(args[i + 1]) : -1;

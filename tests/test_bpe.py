@@ -320,11 +320,11 @@ def test_files_round_trip_and_damaged_ones_are_refused(tokenizer, tmp_path):
         {"merges": [["zq", "qz"]]},
     ):
         (tmp_path / "bad.json").write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match=r"bad.json is not a tokenizer of bpe.py: "):
+        with pytest.raises(UserError, match=r"bad.json is not a tokenizer written by bpe.py: "):
             BPETokenizer.load(tmp_path / "bad.json")
     for text in ("", "[]", "{}", "3", "null", "[" * 100_000):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match=r"bad.json is not a tokenizer of bpe.py: "):
+        with pytest.raises(UserError, match=r"bad.json is not a tokenizer written by bpe.py: "):
             BPETokenizer.load(tmp_path / "bad.json")
     for ids in ({"a": -5}, {"a": 1.5}, {"a": None}, {"a": 2**40}, {"\u1234": 3}, []):
         (tmp_path / "v.json").write_text(json.dumps(ids))
@@ -465,7 +465,10 @@ def test_the_script_refuses_bad_arguments(corpus, tmp_path):
         (["encode", model, f"--source={corpus}"], "--out=PATH is missing: pass a folder"),
         (["encode", model, f"--source={corpus}", "--out=a.npz"], "or a .npy file"),
         (["train", model, f"--source={empty}"], "contains no text to train on"),
-        (["train", f"--model={empty}", f"--source={corpus}"], "is not a tokenizer of bpe.py"),
+        (
+            ["train", f"--model={empty}", f"--source={corpus}"],
+            "is not a tokenizer written by bpe.py",
+        ),
         (["encode", "--num_workers=-1", model, f"--source={corpus}"], "--out=PATH is missing"),
     ):
         refused(script("bpe.py", *args, cwd=tmp_path), part)

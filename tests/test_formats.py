@@ -958,7 +958,7 @@ def test_the_tokenizer_is_written_with_the_model(tmp_path, tokenizers):
         assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert (tmp_path / "tokenizer.bin").read_bytes() == bin_of(tokenizer).read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(other.proto)
-    with pytest.raises(UserError, match="was trained with another tokenizer than"):
+    with pytest.raises(UserError, match="was trained with a tokenizer other than"):
         load(str(tmp_path / "a.pt"))
     assert load(str(tmp_path / "a.pt"), tokenizer=tokenizer.model_path).tokenizer.vocab_size == 512
 

@@ -510,7 +510,7 @@ model = {str(confusable[0] / "sp" / "model.bin")!r}
 other = {str(tmp_path / "other.bin")!r}
 Llama(model, library=LIBRARY)
 refusal = outcome(lambda: Llama(model, other, library=LIBRARY))
-assert f"was trained with another tokenizer than {{other}}" in refusal
+assert f"was trained with a tokenizer other than {{other}}" in refusal
 """)
 
 
@@ -579,7 +579,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, confusable, tmp_path, kind
     args = ["-n", "9", "-s", "1"]
     done = run(path, *args)
     assert done.returncode == 0, done.stderr
-    refusal = f"was trained with another tokenizer than {other}"
+    refusal = f"was trained with a tokenizer other than {other}"
     refused_by(run(path, *args, "-z", other), refusal, "(-z)")
     earlier = tmp_path / "earlier.bin"
     earlier.write_bytes(without_fingerprint(path.read_bytes()))

@@ -69,7 +69,7 @@ def test_settings_as_json():
 @pytest.mark.parametrize("name", ["momentum", "neuron_beta", "beta1"])
 def test_decay_rates_of_moments_are_below_1(name):
     settings.check(settings.resolved((f"--{name}=0.999999",)))
-    with pytest.raises(UserError, match=f"{name} = 1.0: expected a number from 0 to below 1"):
+    with pytest.raises(UserError, match=f"{name} = 1.0: expected at least 0 and less than 1"):
         settings.check(settings.resolved((f"--{name}=1",)))
 
 

@@ -307,7 +307,7 @@ def test_another_tokenizer_is_noticed(trained, practice, tmp_path):
         assert script("tinystories.py", *args, *flags).returncode == 0
     args = ["--init_from=resume", "--max_iters=70", f"--data_dir={data}"]
     done = script("train.py", f"--out_dir={out}", *args)
-    refused(done, "was trained with another tokenizer than")
+    refused(done, "was trained with a tokenizer other than")
 
 
 def test_accumulated_batches_equal_one_batch(practice, tmp_path):
@@ -399,7 +399,7 @@ def test_activation_checkpointing_changes_no_loss(practice, tmp_path, args):
         (["--window_pattern=SLX"], ["window_pattern = 'SLX': expected letters S"]),
         (["--value_embeddings=3"], ["value_embeddings = 3: expected 0 to n_layers = 2"]),
         (["--bigram_rows=1"], ["bigram_rows = 1: expected 0 (none), or 2 or more"]),
-        (["--beta1=2"], ["beta1 = 2.0: expected a number from 0 to below 1"]),
+        (["--beta1=2"], ["beta1 = 2.0: expected at least 0 and less than 1"]),
         (["--head_lr=1e300"], ["at most 1e30"]),
         (["--seed=-1"], ["seed = -1"]),
         (["--dim=2e9"], ["dim = 2000000000: expected at most 65536"]),
@@ -426,7 +426,7 @@ def test_shards_of_another_vocabulary(practice, tmp_path):
     data.mkdir()
     shutil.copytree(practice / "tok300", data / "tok400")
     done = train(data, tmp_path / "out", "--vocab_size=400")
-    refused(done, "vocab_size = 400: expected 300, as for the shards in")
+    refused(done, "vocab_size = 400: expected 300, which the shards in")
 
 
 def test_a_missing_device_falls_back_to_the_cpu(practice, tmp_path):

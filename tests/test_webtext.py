@@ -481,7 +481,7 @@ def test_bad_input_is_refused_with_one_sentence(tmp_path, data, hub):
         (["--shard=3/3"], "i from 0 to n - 1"),
         (["--shard=x"], "i from 0 to n - 1"),
         (["--shards=4"], "--shards cannot be used with prepare: use it with merge"),
-        (["--valid_frac=1.5"], "valid_frac = 1.5: expected a number from 0 to below 1"),
+        (["--valid_frac=1.5"], "valid_frac = 1.5: expected at least 0 and less than 1"),
         (["--n_files=-1"], "0 (all) or more"),
         (["--encoder=fast"], "encoder = 'fast': expected one of auto"),
         (["--vocab_size=999"], "or run: python webtext.py train_vocab"),

@@ -86,7 +86,7 @@ def choose_split(files, frac=0.0):
     if one side would have no document, unless files are still to be downloaded.
     """
     if not 0 <= frac < 1:
-        raise UserError(f"valid_frac = {frac}: expected a number from 0 to below 1")
+        raise UserError(f"valid_frac = {frac}: expected at least 0 and less than 1")
     valid = tuple(file for file in files if file.is_valid)
     train = [file for file in files if not file.is_valid]
     texts = itertools.chain.from_iterable(file.documents() for file in train)

@@ -165,7 +165,7 @@ RANGES = {
     "max_minutes": (0, 1e7, "a number from 0 (no limit) to 1e7"),
     **dict.fromkeys(GROUPS["rates"], (sys.float_info.min, 1e30, "a number above 0, at most 1e30")),
     **dict.fromkeys(
-        [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "a number from 0 to below 1")
+        [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "at least 0 and less than 1")
     ),
     "grad_clip": (0, sys.float_info.max, "a finite number, 0 (no limit) or more"),
     "mfu": (sys.float_info.min, 1, "a number above 0, at most 1"),
