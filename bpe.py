@@ -466,8 +466,8 @@ class BPETokenizer:
         names = {i: special.get(i) or as_visible(token) for i, token in self.vocab.items()}
         if len(set(names.values())) < len(names):
             raise UserError(
-                "a special token is spelled like another token in the files of Hugging Face and "
-                "llama.cpp: train with other --special_tokens"
+                "a special token would be spelled like another token in the files of Hugging Face "
+                "and llama.cpp: train with different --special_tokens"
             )
         return names
 

@@ -276,8 +276,8 @@ def check_sidecar(meta, folder, vocab_size, tokenizer, command):
     """Raise UserError unless the shards are finished and have this vocab_size and tokenizer."""
     if meta["vocab_size"] != vocab_size:
         raise UserError(
-            f"vocab_size = {vocab_size}: expected {meta['vocab_size']}, which the shards in "
-            f"{folder} have"
+            f"vocab_size = {vocab_size}: expected {meta['vocab_size']}, as in the shards of "
+            f"{folder}"
         )
     if not meta["complete"]:
         raise UserError(f"{folder} is not finished yet; run: {command}")
@@ -346,8 +346,8 @@ class TrainBatches:
 
     def places(self, position, n, stride=1):
         """
-        Return the shards and the offsets in them, two int64 arrays (n,), at which the windows at
-        position, position + stride, ... of the stream start.
+        Return where the windows at position, position + stride, ... of the stream start: their
+        shards and the offsets in them, two int64 arrays (n,).
         """
         epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
         for epoch in np.unique(epochs):

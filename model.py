@@ -259,7 +259,7 @@ class HeadNorm(RMSNorm):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary embeddings."""
 
-    kernel = "sdpa"  # training may set another name in attention.KERNELS
+    kernel = "sdpa"  # training may replace it with another name from attention.KERNELS
     attend = staticmethod(attend)  # training/estimate.py sets one that only counts memory
 
     def __init__(self, args, layer):
@@ -388,8 +388,8 @@ class Transformer(nn.Module):
         does not grow with depth (GPT-2).
 
         With zero_init, these projections and an untied head start at zero: each layer passes its
-        input on, and all tokens are equally likely. The embedding then starts at 1, see
-        wide_embedding.
+        input on, and all tokens are equally likely. The embedding then starts with std 1, unless
+        it is tied; see wide_embedding.
         """
         args = self.args
         writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
@@ -502,9 +502,9 @@ class Transformer(nn.Module):
         yielded), max_new_tokens, or the end of the context.
 
         temperature = 0 picks the most likely token. top_k > 0 samples from the k most likely
-        tokens, top_p < 1 from the fewest most likely tokens with a total probability of at least p
-        (Holtzman et al. 2020, arXiv:1904.09751). `generator` (a torch.Generator on the CPU) makes
-        the result repeatable. Raises ValueError if the tokens do not fit the context.
+        tokens, top_p < 1 from the smallest set of likely tokens with a total probability of top_p
+        or more (Holtzman et al. 2020, arXiv:1904.09751). `generator` (a torch.Generator on the
+        CPU) makes the result repeatable. Raises ValueError if the tokens do not fit the context.
         """
         device = self.output.weight.device
         limit = min(max_new_tokens, self.room_after(tokens))

@@ -229,8 +229,9 @@ static void wait_briefly(bool may_sleep) {
 // ------------------------------------------------------------------------------------------------
 // Weight formats, and the interface of the kernels that multiply them
 
-// LANES: the values that kernels compute together, whatever the register size of the machine;
-// CODES: the bytes of a block's first columns; TILE: the maximum of inputs processed at a time
+// LANES: how many values kernels compute together, whatever the register size of the machine;
+// CODES: how many bytes the first 4 (int4: 8) columns of a block take; TILE: the maximum number of
+// inputs processed at a time
 enum { LANES = 16, CODES = 64, TILE = 8 };
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
@@ -392,7 +393,7 @@ enum {  // bits of Config.options
     QK_NORM = 2,            // RMSNorm of each query and key head, before RoPE
     NORM_GAINS = 4,         // RMSNorm has gains
     EMBEDDING_NORM = 8,     // RMSNorm after the embedding
-    RESIDUAL_SCALARS = 16,  // a layer starts from a x + b x0; x0 is the embedding
+    RESIDUAL_SCALARS = 16,  // a layer starts from a * x + b * x0; x0 is the embedding
     SMEAR = 32,             // a gate adds the embedding of the previous token
     KNOWN_OPTIONS = 63,
 };
@@ -531,7 +532,7 @@ static float bf16_at(const void *p, size_t i) {
     return x;
 }
 
-// out = row r of a tensor of any format; out has room for whole vectors
+// out = row r of a tensor of any format; out has room for cols rounded up to LANES
 static void read_row(float *out, const Tensor *t, size_t r) {
     if (t->format == FP32) memcpy(out, t->data + r * t->cols * sizeof *out, t->cols * sizeof *out);
     if (t->format == BF16)
@@ -702,7 +703,7 @@ typedef struct {
     Input inner;      // (max_batch, hidden) the input of w2
     Input wanted;     // (max_batch, width) the output head's input: only tokens that want logits
     bool is_fast;     // int8 and int4: 8-bit activations instead of 16-bit
-    // the key/value cache, fp32 or bf16, with n_positions and values' head_dim rounded up to LANES
+    // the key/value cache, fp32 or bf16; n_positions, and head_dim of values, are padded to LANES
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
@@ -1176,9 +1177,10 @@ static void check_memory(const Model *m) {
     double values = 2.0 * m->n_stories * c->n_layers * c->n_kv_heads * (c->dim / c->n_heads);
     double bytes = values * (m->bf16_cache ? 2 : 4) * (double)m->n_positions;
     if (bytes > memory_limit())
-        die("not enough memory for the keys and values of %zu positions%s (%.1f GB of %.1f GB): "
-            "use fewer positions (-n)%s", m->n_positions, m->n_stories > 1 ? " per story" : "",
-            bytes / 1e9, memory_limit() / 1e9, m->n_stories > 1 ? " or stories (-b)" : "");
+        die("not enough memory for the keys and values of %zu positions%s: they need %.1f GB, and "
+            "there are %.1f GB; use fewer positions (-n)%s", m->n_positions,
+            m->n_stories > 1 ? " per story" : "", bytes / 1e9, memory_limit() / 1e9,
+            m->n_stories > 1 ? " or stories (-b)" : "");
 }
 
 static void alloc_buffers(Model *m) {
@@ -1388,7 +1390,7 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
         memset(t->kinds + first, 1 << take_number(c, "class of a range", 1, 3), last - first + 1);
         next = last + 1;
     }
-    t->kinds[' '] = BLANK;  // which the patterns treat in their own way
+    t->kinds[' '] = BLANK;  // the patterns treat these specially
     t->kinds['\n'] = t->kinds['\r'] = NEWLINE;
 
     Cursor special = *c, merges = *c;  // read after the tokens
@@ -1776,8 +1778,9 @@ static uint64_t random_state(uint64_t seed) {
 }
 
 // Move the likeliest of n candidates to the front: up to max_kept, each only if the likelier ones
-// sum to no more than `mass`. Returns how many, of which the last is the least likely, and sets
-// *sum to their total. Quickselect (Hoare 1961): only the part with the boundary is split again.
+// sum to no more than `mass`. Returns how many were moved and sets *sum to their total; the last of
+// them is the least likely. Quickselect (Hoare 1961): only the part with the boundary is split
+// again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass, float *sum) {
     size_t kept = 0;
     uint32_t state = 1;
@@ -2152,11 +2155,11 @@ static void print_usage(FILE *out) {
         "  -s INT    seed; the same seed gives the same story (default: the time)\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
-        "  -m MODE   generate (default), or eval: bits per byte of the text in the file -i\n"
+        "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"
         "  --bench   measure the speed of prefill and decode (-n tokens, default 128) and memory\n"
         "  -j INT    number of threads (default: automatic)\n"
-        "  --fast    int8, int4: 8-bit instead of 16-bit activations, faster for long prompts\n"
-        "            and -b with AVX-512 or NEON\n"
+        "  --fast    int8, int4: 8-bit activations instead of 16-bit ones; with AVX-512 or\n"
+        "            NEON, long prompts and -b get faster\n"
         "  --kv FORMAT  format of the key/value cache: fp32 (default) or bf16\n"
         "  -h        print this help\n"
         "\n"

@@ -285,7 +285,7 @@ if settings.dtype == "auto" and start.is_resumed:  # keep the run's dtype
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")
 compute_dtype = parallel.from_first(
     pick_dtype(dtype_name, this_device)
-)  # auto measures, which ranks must not do apart
+)  # the first rank chooses for all
 is_sharded = settings.fsdp and WORLD_SIZE > 1
 if settings.fsdp and not is_sharded:
     print("warning: fsdp has no effect in a single process: start several with torchrun")
@@ -485,7 +485,7 @@ while True:
             break
         state.evaluated, has_evaluated = state.iter_num, True
         log("eval", val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
-    if writer.lost_best():  # best.pt was not written: the next best has to beat the previous one
+    if writer.lost_best():  # best.pt could not be written: go back to the best loss before it
         state.best_val_loss = best_before
     if has_evaluated:
         is_best = val_loss < state.best_val_loss

@@ -419,7 +419,7 @@ def counted(path, name, source_key, tokenizer):
             if (top := int(ids.max())) >= tokenizer.vocab_size:
                 raise UserError(
                     f"{path} has token {top}, but the tokenizer has only {tokenizer.vocab_size} "
-                    f"tokens: delete it and prepare again"
+                    f"tokens: delete that file and prepare again"
                 )
             shard["documents"] += int((ids == tokenizer.bos_id).sum())
             shard["tokens"] += len(ids)

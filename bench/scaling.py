@@ -67,7 +67,7 @@ def speed_of(n, kind, flags, work_dir):
     for i, process in enumerate(runs):
         errors = process.communicate()[1]
         if process.returncode:
-            raise UserError(f"{n} processes {kind} failed: {errors.strip()[-300:]}")
+            raise UserError(f"a run of {n} ({kind or 'together'}) failed: {errors.strip()[-300:]}")
         steps = RunLog(f"{work_dir}/run{i}").read().train
         total += statistics.median(line["tok_s"] for line in steps[3:])
         shutil.rmtree(f"{work_dir}/run{i}")

@@ -685,7 +685,7 @@ def test_sidecars_that_do_not_fit_are_refused(folder, tokenizers):
     paths, sidecar = DataPaths(folder, "custom", 512), folder / "tok512" / "shards.json"
     meta = json.loads(sidecar.read_text())
     TokenData(paths, 16, tokenizers[512])
-    with pytest.raises(UserError, match="vocab_size = 300: expected 512, which the shards in"):
+    with pytest.raises(UserError, match="vocab_size = 300: expected 512, as in the shards of"):
         other = DataPaths(folder, "custom", 300)
         other.shards = paths.shards
         TokenData(other, 16)

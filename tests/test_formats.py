@@ -972,7 +972,7 @@ def test_a_model_file_accepts_only_its_own_tokenizer(tmp_path, tokenizers, stori
     FORMATS["bin"].write(model, path, "fp32", tokenizer, {})
     assert read_fingerprint(path) == tokenizer.fingerprint == zlib.crc32(tokenizer.c_file())
     assert load(path, tokenizer=tokenizer.model_path).tokenizer.hash == tokenizer.hash
-    with pytest.raises(UserError, match=r"a\.bin was trained with another .*other"):
+    with pytest.raises(UserError, match=r"a\.bin was trained with a tokenizer other than .*other"):
         load(path, tokenizer=str(other))
     shutil.copy(other, tmp_path / "tokenizer.model")
     with pytest.raises(UserError, match="pass the right one with --tokenizer=PATH"):
@@ -982,7 +982,7 @@ def test_a_model_file_accepts_only_its_own_tokenizer(tmp_path, tokenizers, stori
     checkpoint = str(tmp_path / "a.pt")
     os.remove(tmp_path / "tokenizer.model")
     FORMATS["checkpoint"].write(model, checkpoint, "fp32", tokenizer, {})
-    with pytest.raises(UserError, match=r"a\.pt was trained with another .*other"):
+    with pytest.raises(UserError, match=r"a\.pt was trained with a tokenizer other than .*other"):
         load(checkpoint, tokenizer=str(other))
 
 

@@ -118,7 +118,7 @@ def interrupted(practice, out, *args):
 
 def test_a_run_that_stops_before_its_first_evaluation_leaves_a_model(practice, tmp_path, run):
     text = interrupted(practice, tmp_path, "--max_iters=100000", "--eval_interval=100000")
-    assert f"note: {tmp_path / 'model.bin'} is the model of this step" in text
+    assert f"note: {tmp_path / 'model.bin'} is the model at this step" in text
     done = run(tmp_path / "model.bin", "-n", "5", "-i", "Once")
     assert done.returncode == 0 and done.stdout.startswith(b"Once")
 
@@ -426,7 +426,7 @@ def test_shards_of_another_vocabulary(practice, tmp_path):
     data.mkdir()
     shutil.copytree(practice / "tok300", data / "tok400")
     done = train(data, tmp_path / "out", "--vocab_size=400")
-    refused(done, "vocab_size = 400: expected 300, which the shards in")
+    refused(done, "vocab_size = 400: expected 300, as in the shards of")
 
 
 def test_a_missing_device_falls_back_to_the_cpu(practice, tmp_path):
