@@ -141,8 +141,9 @@ class TokenData:
     `valid_bytes` is the size of the validation text in bytes (0 if unknown).
 
     Raises UserError if the shards are missing, unfinished, damaged, made with another vocab_size or
-    tokenizer (a Tokenizer or None), or shorter than a window of seq_len + 1 tokens. To check them,
-    all shards are read once, unless `check` is False because another process does it.
+    tokenizer, or shorter than a window of seq_len + 1 tokens. tokenizer: a Tokenizer; None: do not
+    compare it. To check them, all shards are read once, unless `check` is False because another
+    process does it.
     """
 
     def __init__(self, paths, seq_len, tokenizer=None, check=True):
@@ -346,8 +347,8 @@ class TrainBatches:
 
     def places(self, position, n, stride=1):
         """
-        Return where the windows at position, position + stride, ... of the stream start: their
-        shards and the offsets in them, two int64 arrays (n,).
+        Return the start of each window at positions `position`, position + stride, ... of the
+        stream: its shard and its offset there, two int64 arrays (n,).
         """
         epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
         for epoch in np.unique(epochs):

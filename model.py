@@ -47,7 +47,7 @@ class ModelArgs:
     n_heads: int = 6
     n_kv_heads: int = 0  # 0: n_heads (no grouping)
     vocab_size: int = 4096
-    hidden_dim: int = 0  # 0: automatic, 4 * dim, or two thirds of that if gated (SwiGLU)
+    hidden_dim: int = 0  # 0: 4 * dim, or two thirds of that if gated (SwiGLU)
     multiple_of: int = 32  # an automatic hidden_dim is rounded up to a multiple of this
     max_seq_len: int = 256
     norm_eps: float = 1e-5
@@ -56,7 +56,7 @@ class ModelArgs:
     dropout: float = 0.0
     # ---- options; the defaults are plain Llama 2
     qk_norm: bool = False  # RMSNorm of each query and key head, before RoPE (Qwen3)
-    norm_gains: bool = True  # learned gains in RMSNorm; False: it only normalises
+    norm_gains: bool = True  # learned gains in RMSNorm; False: it only normalizes
     zero_init: bool = False  # projections into the residual stream, and an untied head, start at 0
     activation: str = "swiglu"  # of the feed-forward: swiglu, or relu2 (two matrices, not three)
     logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: no cap
@@ -177,7 +177,7 @@ LIMITS = {
 # The presets of --arch: the options that differ from the defaults of ModelArgs
 ARCHS = {
     "llama": {},
-    # can be stored exactly as a Qwen3 model for transformers and llama.cpp
+    # can be stored without loss as a Qwen3 model for transformers and llama.cpp
     "portable": {"qk_norm": True},
     # the lowest loss in a given time, however complex the model
     "modded": {
@@ -474,7 +474,7 @@ class Transformer(nn.Module):
     def compile_layers(self):
         """
         Compile the layers for training steps. Layers with the same shapes and window share a graph.
-        That takes two thirds of the time of compiling the whole model, and runs as fast.
+        Compiling them takes two thirds as long as compiling the whole model; they run as fast.
         """
         self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
 
@@ -556,8 +556,9 @@ class Transformer(nn.Module):
 
 def bigram_hash(before, tokens, rows):
     """
-    Return the row of the bigram table for each token and the token before it, int64 tensors of the
-    same shape. Row 0 is for the first token, where `before` is -1. run.c computes the same rows.
+    Return the row of the bigram table for each pair (previous token, token); all three are int64
+    tensors of one shape. Row 0 is for the first token, where `before` is -1. run.c computes the
+    same rows.
     """
     mixed = (before * 36313) ^ (tokens * 27191)
     return torch.where(before < 0, 0, 1 + mixed % (rows - 1))
@@ -605,7 +606,7 @@ class KVCache:
         self.token = torch.full((batch_size, 1), -1, device=device)  # the last token; -1: none
 
     def append(self, layer, k, v):
-        """Append k and v (B, n_kv_heads, T, head_dim) to a layer's; return all positions."""
+        """Append k and v (B, n_kv_heads, T, head_dim) to those of a layer; return all of them."""
         end, room = self.n + k.shape[2], self.k.shape[3]
         if end > room:
             more = 0, 0, 0, max(end, 2 * room) - room

@@ -720,7 +720,7 @@ typedef struct {
 } Model;
 
 static Input new_input(const Model *m, size_t stride) {
-    size_t groups = stride / LANES + 1;  // a group has one vector or more
+    size_t groups = stride / LANES + 1;  // a group has at least LANES columns
     return (Input){
         .x = alloc(m->max_batch * stride, sizeof(float)),
         .codes = alloc(ROUND_UP(m->max_batch, TILE) * stride, 2),
@@ -920,7 +920,7 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
     }
 }
 
-// Compute mixed from q, k and v, for this thread's share of the heads of each story.
+// Compute the buffer `mixed` from q, k and v, for this thread's share of the heads of each story.
 static void attention(Pass *p, size_t layer) {
     Model *m = p->m;
     size_t kv_heads = m->config.n_kv_heads, item = 0;
@@ -1404,7 +1404,7 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
     }
     if (c->at < t->file.size) die_damaged(t, "byte", c->at, "follows the last token");
     for (size_t b = 0; b < 256; b++)
-        if (t->byte_id[b] < 0) die_damaged(t, "the byte", b, "has no token");
+        if (t->byte_id[b] < 0) die_damaged(t, "byte value", b, "has no token");
 
     t->special = alloc(t->n_special, sizeof *t->special);
     for (size_t i = 0; i < t->n_special; i++) {
@@ -1823,8 +1823,8 @@ static float lower_bound(const Sampler *s, const float *probs, int n, float top_
 }
 
 // Sample from the tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024), then
-// only the top_k likeliest, then only the likeliest that reach a share of top_p (Holtzman et al.
-// 2020).
+// only the top_k likeliest, then only the likeliest whose total probability reaches top_p (Holtzman
+// et al. 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
     size_t likeliest = s->kernels->argmax(probs, n), left = 0;
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
@@ -2128,7 +2128,7 @@ static void bench(Model *m) {
            "matrices: %.1f MB of a %.1f MB file\n"
            "prefill: %.1f tok/s\n"
            "decode: %.1f tok/s\n"
-           "memory: %.1f GB/s read, %.1f GB/s by decode, %.0f %%\n",
+           "memory: %.1f GB/s by plain reads, %.1f GB/s by decode (%.0f %%)\n",
            m->kernels->name, m->n_threads, FORMATS[m->config.format].name, (double)bytes / 1e6,
            (double)m->file.size / 1e6, rates[PREFILL][ROUNDS / 2], decode, read / 1e9,
            by_decode / 1e9, 100 * by_decode / read);

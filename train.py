@@ -112,7 +112,7 @@ final_lr_frac = 0.0  # final learning rate, as a fraction of the full rate
 seed = 1337  # seed for initial weights and data order
 dtype = "auto"  # for matmuls: float32, bfloat16, float16, or auto (the fastest here)
 fp8_head = False  # compute the output head in FP8 (RTX 40, H100 and newer)
-activation_checkpointing = "none"  # trade speed for memory: none, selective, or block (less memory)
+activation_checkpointing = "none"  # trade speed for memory: none, selective, or block (saves most)
 # hardware and speed
 device = "auto"  # cpu, cuda, cuda:1, mps, or auto (first of cuda, mps, cpu)
 attention = "sdpa"  # GPU kernel: sdpa, flex (FlexAttention) or flash (flash-attn)

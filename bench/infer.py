@@ -118,7 +118,7 @@ def our_speed(name, kind, task, n):
     text = run(binary, model_file(name, kind), "--bench", "-n", str(n), "-b", stories)
     line = "prefill" if task == "prefill" else "decode"
     speed = number_in(rf"{line}: ([0-9.]+) tok/s", text, engine)
-    return speed, number_in(r"decode, ([0-9.]+) %", text, engine)
+    return speed, number_in(r"decode \(([0-9.]+) %\)", text, engine)
 
 
 def llama_cpp_speed(name, kind, task, n):

@@ -67,7 +67,8 @@ def speed_of(n, kind, flags, work_dir):
     for i, process in enumerate(runs):
         errors = process.communicate()[1]
         if process.returncode:
-            raise UserError(f"a run of {n} ({kind or 'together'}) failed: {errors.strip()[-300:]}")
+            failed = f"process {i + 1} of {n}" if kind == "apart" else f"{kind} with {n} processes"
+            raise UserError(f"{failed if kind else 'one process'} failed: {errors.strip()[-300:]}")
         steps = RunLog(f"{work_dir}/run{i}").read().train
         total += statistics.median(line["tok_s"] for line in steps[3:])
         shutil.rmtree(f"{work_dir}/run{i}")

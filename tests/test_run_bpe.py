@@ -443,8 +443,8 @@ def test_every_number_is_checked(plain, load, part, i, value, sentence):
 def test_every_byte_needs_a_token(plain, load):
     data = plain[1]
     at = data.index(b"\1\0\0\0" + b"z")
-    refused_by(load(data[: at + 4] + b"y" + data[at + 5 :]), "the byte 122 has no token")
-    refused_by(load(data[:at] + bytes(4) + data[at + 5 :]), "the byte 122 has no token")
+    refused_by(load(data[: at + 4] + b"y" + data[at + 5 :]), "byte value 122 has no token")
+    refused_by(load(data[:at] + bytes(4) + data[at + 5 :]), "byte value 122 has no token")
     nothing = data[: -len("<|e|>") - 4] + bytes(4)
     refused_by(load(nothing), "special token 258 is empty or invalid UTF-8")
 
