@@ -474,16 +474,18 @@ class Transformer(nn.Module):
     def compile_layers(self):
         """
         Compile the layers for training steps. Layers with the same shapes and window share a graph.
-        Compiling them takes two thirds as long as compiling the whole model; they run as fast.
+        Compiling them takes two thirds as long as compiling the whole model, and the result is just
+        as fast.
         """
         self.fast_layers = [torch.compile(block, dynamic=False) for block in self.layers]
 
     def flops_per_token(self):
         """
         Return the floating-point operations of training on one token: 6 per matrix element (2
-        forward, 4 backward), and in each layer 12 * dim per key that an average position of a full
-        sequence sees (as in PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, except that
-        PaLM also counts the keys after a position). Lookups, norms and the softmax are not counted.
+        forward, 4 backward), and in each layer 12 * dim times the number of keys that a position
+        sees, averaged over a full sequence (as in PaLM, Chowdhery et al. 2022, arXiv:2204.02311,
+        appendix B, except that PaLM also counts the keys after a position). Lookups, norms and the
+        softmax are not counted.
         """
         args, T = self.args, self.args.max_seq_len
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

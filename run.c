@@ -5,7 +5,7 @@
 // From prompt to logits:
 //
 //   main()         parses the options, calls load_model() and load_tokenizer()
-//   load_model()   maps the file: read_header(), check_config(), lay_out() finds the tensors
+//   load_model()   reads the header, checks it, and finds the tensors with lay_out()
 //   generate()     turns the prompt into tokens with encode() and passes them to prefill()
 //   prefill()      runs them in batches of up to MAX_BATCH tokens, which feed() builds
 //   run_batch()    starts the threads, which all run forward()
@@ -230,8 +230,8 @@ static void wait_briefly(bool may_sleep) {
 // Weight formats, and the interface of the kernels that multiply them
 
 // LANES: how many values kernels compute together, whatever the register size of the machine;
-// CODES: how many bytes the first 4 (int4: 8) columns of a block take; TILE: the maximum number of
-// inputs processed at a time
+// CODES: how many bytes the first 4 (int4: 8) columns of a block of 16 rows take, see Tensor; TILE:
+// the maximum number of inputs processed at a time
 enum { LANES = 16, CODES = 64, TILE = 8 };
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
@@ -899,7 +899,7 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
         size_t at = i * m->width + head * head_dim;
         float *k = m->k + at, *v = m->v + at;
         norm_and_rotate(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
-        if (pos % LANES == 0) {  // writing before reading saves a page fault
+        if (pos % LANES == 0) {  // already zero, but writing before reading saves a page fault
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
             memset(values + pos * padded_dim * size, 0, LANES * padded_dim * size);
         }
@@ -1777,8 +1777,8 @@ static uint64_t random_state(uint64_t seed) {
     return seed ? seed : 1;  // xorshift never leaves the state 0
 }
 
-// Move the likeliest of n candidates to the front: up to max_kept, each only if the likelier ones
-// sum to no more than `mass`. Returns how many were moved and sets *sum to their total; the last of
+// Move the likeliest of n candidates to the front: at most max_kept, and no more once those moved
+// sum to more than `mass`. Returns how many were moved and sets *sum to their total; the last of
 // them is the least likely. Quickselect (Hoare 1961): only the part with the boundary is split
 // again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass, float *sum) {
@@ -1806,9 +1806,9 @@ static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass
     return kept;
 }
 
-// A probability below which no token is kept, so that few tokens need sorting. top_p: the tokens
-// below it sum to less than 1 - top_p. top_k: deal the tokens out to columns; the bound is the
-// top_k-th largest of the columns' maxima.
+// A probability below which no token is kept, so that few tokens need sorting. With top_p, the
+// tokens below it sum to less than 1 - top_p. With top_k, the tokens are split into COLUMNS groups;
+// at least top_k tokens reach the top_k-th largest of the groups' maxima.
 static float lower_bound(const Sampler *s, const float *probs, int n, float top_p) {
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;

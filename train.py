@@ -485,7 +485,7 @@ while True:
             break
         state.evaluated, has_evaluated = state.iter_num, True
         log("eval", val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
-    if writer.lost_best():  # best.pt could not be written: go back to the best loss before it
+    if writer.lost_best():  # best.pt could not be written: restore the previous best loss
         state.best_val_loss = best_before
     if has_evaluated:
         is_best = val_loss < state.best_val_loss

@@ -74,7 +74,7 @@ def check_memo(data):
     """Raise UnpicklingError for a memo longer than the pickle: Python would allocate it."""
     for op, place, _ in pickletools.genops(data):
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(place) > len(data):
-            raise pickle.UnpicklingError("it asks for more memory than it needs")
+            raise pickle.UnpicklingError("its pickle declares a memo larger than the file")
 
 
 def write(folder, tensors):
