@@ -331,9 +331,9 @@ def round_keys(seed, epoch):
 class TrainBatches:
     """
     An endless stream of training sequences. Each epoch has every window of every shard once, in an
-    order that depends on (seed, epoch). The window at a position of the stream depends on nothing
-    else, so processes can share the stream by reading different positions, and a resumed run sees
-    the same data. data: the TokenData of the shards, which checks them at each use.
+    order that depends only on (seed, epoch). So processes can share the stream by reading different
+    positions, and a resumed run sees the same data. data: the TokenData of the shards, which checks
+    them at each use.
     """
 
     def __init__(self, shards, seq_len, seed, data=None):

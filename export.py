@@ -144,7 +144,7 @@ if os.path.exists(target) and (
 
 model, tokenizer, facts = load(source, kind, flags.tokenizer)
 if isinstance(tokenizer, FastTokenizer):
-    print(f"note: {tokenizer.model_path} is not exported; only a tokenizer.model can be")
+    print(f"note: {tokenizer.model_path} is not exported, because it is not a tokenizer.model")
     tokenizer = None
 if to == "hf" and tokenizer is None and flags.tokenizer != "none":
     raise UserError(

@@ -241,9 +241,9 @@ def pairs_to_halves(weight, head_dim):
     Reorder the rows of each head to 0, 2, 4, ..., 1, 3, 5, ..., in a projection
     (n_heads * head_dim, ...) or in gains (head_dim,).
 
-    Llama rotates pairs of neighbouring elements, which processors cannot load as two vectors. In
-    this order, one element of each pair is in the first half of the head and one in the second.
-    Queries and keys are reordered alike, so their dot products do not change.
+    Llama rotates pairs of neighbouring elements. In this order, one element of each pair is in the
+    first half of the head and the other in the second half, so that all pairs are rotated by a few
+    vector operations. Queries and keys are reordered alike, so their dot products do not change.
     """
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 

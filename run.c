@@ -230,8 +230,8 @@ static void wait_briefly(bool may_sleep) {
 // Weight formats, and the interface of the kernels that multiply them
 
 // LANES: how many values kernels compute together, whatever the register size of the machine;
-// CODES: how many bytes the first 4 (int4: 8) columns of a block of 16 rows take, see Tensor; TILE:
-// the maximum number of inputs processed at a time
+// CODES: bytes of 4 (int4: 8) columns of 16 rows in a Tensor; TILE: the maximum number of inputs
+// processed at a time
 enum { LANES = 16, CODES = 64, TILE = 8 };
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
@@ -264,8 +264,8 @@ typedef struct {
 // n rows of activations, the input of a product.
 typedef struct {
     float *x;          // (n, stride)
-    // for int8 and int4 matrices: x is about (256 * high + low) * scale of its group
-    int8_t *codes;     // (n / tile, stride / 4, tile, 2, 4): high and low of four columns each
+    // for int8 and int4 matrices: x is about code * scale of its group, with codes of 16 bits
+    int8_t *codes;     // (n / tile, stride / 4, tile, 8): four codes, or their high and low bytes
     float *scales;     // (n, max_groups)
     int32_t *offsets;  // (n, max_groups): -zero * the group's sum
     size_t stride, max_groups, n;
@@ -703,7 +703,7 @@ typedef struct {
     Input inner;      // (max_batch, hidden) the input of w2
     Input wanted;     // (max_batch, width) the output head's input: only tokens that want logits
     bool is_fast;     // int8 and int4: 8-bit activations instead of 16-bit
-    // the key/value cache, fp32 or bf16; n_positions, and head_dim of values, are padded to LANES
+    // the key/value cache, fp32 or bf16; n_positions is padded to LANES; in values, head_dim is too
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
@@ -739,8 +739,8 @@ static size_t logits_stride(const Model *m) {
     return ROUND_UP((size_t)m->config.vocab_size, LANES);
 }
 
-// The logits (vocab_size) after the i-th token of the last batch that wants them. The caller may
-// overwrite them.
+// The logits (vocab_size) after the i-th of the tokens that want logits in the last batch. The
+// caller may overwrite them.
 static float *logits_of(const Model *m, size_t i) { return m->logits + i * logits_stride(m); }
 
 // ---- Threads. All of them run forward(). They split the rows of a product, or the tokens of the
@@ -1378,7 +1378,7 @@ static void load_byte_level(Tokenizer *t, Cursor *c) {
     check_n_pieces(t, take_number(c, "number of tokens", 0, UINT32_MAX));
     t->bos = (int)take_number(&ends, "bos", 0, top);
     t->eos = (int)take_number(&ends, "eos", 0, top);
-    size_t n_merges = take_number(c, "number of merges", 0, 1 << 24);  // exact as a float
+    size_t n_merges = take_number(c, "number of merges", 0, 1 << 24);  // ranks are floats
     t->n_special = take_number(c, "number of special tokens", 0, top + 1);
     size_t n_ranges = take_number(c, "number of ranges", 0, CODE_POINTS);
 
@@ -1521,7 +1521,7 @@ static size_t cut_characters(const Tokenizer *t, const uint8_t *p, size_t n_byte
     return n;
 }
 
-// Length in bytes of the run at p of characters of these kinds, up to max_chars characters.
+// How many bytes at p belong to characters of these kinds, up to max_chars characters.
 static size_t span(const Tokenizer *t, const uint8_t *p, size_t n, int kinds, size_t max_chars) {
     size_t at = 0;
     for (size_t size; at < n && max_chars > 0; at += size, max_chars--) {
@@ -1548,7 +1548,8 @@ static size_t contraction(const uint8_t *p, size_t n, bool any_case) {
 }
 
 // Length in bytes of the pre-token at p: the first alternative in PATTERNS of bpe.py that matches.
-// Each run is as long as possible; only white space backtracks, to a newline or for the lookahead.
+// Runs are as long as possible, except that white space ends at its last newline (GPT-4) or leaves
+// its last character to the next pre-token.
 static size_t pretoken(const Tokenizer *t, const uint8_t *p, size_t n) {
     size_t space = *p == ' ', length = contraction(p, n, t->is_gpt4);
     if (length) return length;
@@ -1777,10 +1778,9 @@ static uint64_t random_state(uint64_t seed) {
     return seed ? seed : 1;  // xorshift never leaves the state 0
 }
 
-// Move the likeliest of n candidates to the front: at most max_kept, and no more once those moved
-// sum to more than `mass`. Returns how many were moved and sets *sum to their total; the last of
-// them is the least likely. Quickselect (Hoare 1961): only the part with the boundary is split
-// again.
+// Move the likeliest of n candidates to the front, until max_kept were moved or their sum exceeds
+// `mass`. Returns how many were moved, and sets *sum to their sum; the last of them is the least
+// likely. Quickselect (Hoare 1961): only the part with the boundary is split again.
 static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass, float *sum) {
     size_t kept = 0;
     uint32_t state = 1;
@@ -1807,8 +1807,8 @@ static size_t keep_likeliest(Candidate *c, size_t n, size_t max_kept, float mass
 }
 
 // A probability below which no token is kept, so that few tokens need sorting. With top_p, the
-// tokens below it sum to less than 1 - top_p. With top_k, the tokens are split into COLUMNS groups;
-// at least top_k tokens reach the top_k-th largest of the groups' maxima.
+// tokens below it sum to less than 1 - top_p. With top_k, the tokens are split into COLUMNS groups,
+// and the bound is the top_k-th largest of the groups' maxima, which at least top_k tokens reach.
 static float lower_bound(const Sampler *s, const float *probs, int n, float top_p) {
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;
@@ -2156,7 +2156,8 @@ static void print_usage(FILE *out) {
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"
-        "  --bench   measure the speed of prefill and decode (-n tokens, default 128) and memory\n"
+        "  --bench   measure tokens/s of prefill and decode (-n INT of each, default 128), and the\n"
+        "            memory bandwidth\n"
         "  -j INT    number of threads (default: automatic)\n"
         "  --fast    int8, int4: 8-bit activations instead of 16-bit ones; with AVX-512 or\n"
         "            NEON, long prompts and -b get faster\n"

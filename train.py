@@ -51,7 +51,7 @@ vocab_source = "custom"  # custom, bpe or llama2
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model
-arch = "modded"  # preset for options you do not set: llama, portable or modded
+arch = "modded"  # llama, portable or modded: changes the defaults marked below
 vocab_size = 4096  # vocabulary size of the shards; 0: Llama 2's 32,000
 max_seq_len = 1024  # context length in tokens
 dim = 256  # width of the residual stream

@@ -159,8 +159,8 @@ def skeleton(args):
         model = Transformer(args)
     if args.max_seq_len * args.head_dim > max(1 << 24, model.n_params()):
         raise UserError(
-            f"max_seq_len = {args.max_seq_len}: too long for a model with only "
-            f"{model.n_params():,} parameters"
+            f"max_seq_len = {args.max_seq_len}: its RoPE tables would be larger than the model "
+            f"({model.n_params():,} parameters)"
         )
     return model
 
