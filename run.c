@@ -230,8 +230,8 @@ static void wait_briefly(bool may_sleep) {
 // Weight formats, and the interface of the kernels that multiply them
 
 // LANES: how many values kernels compute together, whatever the register size of the machine;
-// CODES: bytes of 4 (int4: 8) columns of 16 rows in a Tensor; TILE: the maximum number of inputs
-// processed at a time
+// CODES: how many bytes of a Tensor hold 4 (int4: 8) columns of 16 rows; TILE: the maximum number of
+// inputs processed at a time
 enum { LANES = 16, CODES = 64, TILE = 8 };
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
@@ -265,12 +265,13 @@ typedef struct {
 typedef struct {
     float *x;          // (n, stride)
     // for int8 and int4 matrices: x is about code * scale of its group, with codes of 16 bits
-    int8_t *codes;     // (n / tile, stride / 4, tile, 8): four codes, or their high and low bytes
+    int8_t *codes;     // (n / tile, stride / 4, tile, 8): four 16-bit codes or, if the kernels want
+                       // that, their four high bytes and then their four low bytes
     float *scales;     // (n, max_groups)
     int32_t *offsets;  // (n, max_groups): -zero * the group's sum
     size_t stride, max_groups, n;
     size_t tile;       // rows multiplied at a time: TILE, or n if n is smaller
-    bool is_8bit;      // low is 0
+    bool is_8bit;      // the low byte of every code is 0
 } Input;
 
 // Where a row's codes of columns 4 * quad to 4 * quad + 3 start.
@@ -2156,8 +2157,8 @@ static void print_usage(FILE *out) {
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"
-        "  --bench   measure tokens/s of prefill and decode (-n INT of each, default 128), and the\n"
-        "            memory bandwidth\n"
+        "  --bench   measure tokens/s of prefill and decode (-n INT of each, default 128),\n"
+        "            and the memory bandwidth\n"
         "  -j INT    number of threads (default: automatic)\n"
         "  --fast    int8, int4: 8-bit activations instead of 16-bit ones; with AVX-512 or\n"
         "            NEON, long prompts and -b get faster\n"
