@@ -230,8 +230,8 @@ static void wait_briefly(bool may_sleep) {
 // Weight formats, and the interface of the kernels that multiply them
 
 // LANES: how many values kernels compute together, whatever the register size of the machine;
-// CODES: how many bytes of a Tensor hold 4 (int4: 8) columns of 16 rows; TILE: the maximum number of
-// inputs processed at a time
+// CODES: how many bytes of a Tensor hold 4 (int4: 8) columns of 16 rows;
+// TILE: the maximum number of inputs processed at a time
 enum { LANES = 16, CODES = 64, TILE = 8 };
 
 typedef enum { FP32, BF16, INT8, INT4, N_FORMATS } Format;
