@@ -11,12 +11,14 @@ written. See doc/formats.md.
 """
 
 import argparse
+import difflib
 import os
 import re
 import sys
 from functools import partial
 
 from configurator import UserError, expand_home, one_sentence_errors, print_setting, printable
+from formats import huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import VERSIONS
 from formats.table import FORMATS, SOURCES, format_of, load, model_in, recognize
@@ -94,7 +96,13 @@ for heading, group in SETTINGS.items():
         else:
             target = source_flags if heading == SOURCE_HEADING else parser
             target.add_argument(*spellings, default=None if default.isupper() else default)
-flags = parser.parse_args(list(map(expand_home, sys.argv[1:])))
+flags, unknown = parser.parse_known_args(list(map(expand_home, sys.argv[1:])))
+if unknown:
+    name = unknown[0].partition("=")[0]
+    names = [f"--{name}" for group in SETTINGS.values() for name in group]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}?" if near else "--help lists all settings"
+    parser.error(f"unknown setting {name}: {hint}")
 
 sources = {name: getattr(flags, f"from_{name}", None) for name in SOURCES}
 kind = next((name for name, path in sources.items() if path is not None), None)
@@ -128,7 +136,16 @@ if flags.push_to_hub:
 if not flags.path:
     raise UserError("PATH is empty: pass the file or folder to write")
 is_tokenizer = re.fullmatch(r"(tokenizer|tok\d+|bpe\d+)\.bin", os.path.basename(flags.path))
-if os.path.isfile(flags.path) and to != "hf" and (is_tokenizer or recognize(flags.path) != to):
+is_model = {"bin": modelbin.is_model_bin, "safetensors": huggingface.is_safetensors}
+if (
+    os.path.isfile(flags.path)
+    and to != "hf"
+    and (
+        is_tokenizer
+        or recognize(flags.path) != to
+        or not is_model.get(to, lambda path: True)(flags.path)
+    )
+):
     is_checkpoint = recognize(flags.path) == "checkpoint"
     content = "a checkpoint" if is_checkpoint else f"not a model of --format={to}"
     raise UserError(f"{flags.path} already exists and is {content}; choose another file")

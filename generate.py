@@ -248,6 +248,8 @@ for text_path in dict.fromkeys(text_paths.values()):
             bar.update(amount)
     seconds = time.perf_counter() - started
     print(f"training text: {overlap.n_words:,} words, {overlap.n_words / seconds:,.0f} words/s")
+    if not overlap.n_words:
+        raise UserError(f"{text_path} contains no text: choose another --source=PATH")
     owners = f" of {', '.join(compared)}" if len(set(text_paths.values())) > 1 else ""
     notes.append(f"The training text{owners}, {text_path}, has {overlap.n_words:,} words.")
     overlaps |= dict.fromkeys(compared, overlap)

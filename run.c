@@ -2000,6 +2000,9 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     if (is_cut && wants_note)
         fprintf(stderr, "note: %s story stops at the model's context of %d tokens\n",
                 n_stories > 1 ? "a" : "the", m->config.seq_len);
+    if (n_stories == 1 && stories[0].n == n_prompt && n_prompt < m->n_positions && !as_json)
+        fputs("note: the model ended the story at once; try another seed (-s) or prompt (-i)\n",
+              stderr);
     fprintf(stderr, "prompt: %zu tokens, %.1f tok/s\n", n_prompt,
             (double)n_prompt / (prefilled - start));
     if (n_generated)
@@ -2025,6 +2028,18 @@ static const char *next_document(const File *f, size_t *at, size_t *n) {
         if (*n) return start;
     }
     return NULL;
+}
+
+// Copy a text (n bytes) with \r\n and \r as newlines, which is how training reads it. Returns the
+// number of bytes written.
+static size_t copy_lines(char *out, const char *text, size_t n) {
+    size_t size = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool is_return = text[i] == '\r';
+        out[size++] = is_return ? '\n' : text[i];
+        i += is_return && i + 1 < n && text[i + 1] == '\n';
+    }
+    return size;
 }
 
 // Mean loss over tokens 1 to n - 1, in nats per token. As in train.py, the tokens are read in
@@ -2062,7 +2077,9 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, File f, bool as_json)
     const Block *kept = blocks;
     for (const char *text; (text = next_document(&f, &at, &length)); n_documents++) {
         size_t count;
-        int *ids = encode(tokenizer, text, length, &count);
+        char *lines = alloc(length, 1);
+        length = copy_lines(lines, text, length);
+        int *ids = encode(tokenizer, lines, length, &count);
         memcpy(tokens + n, ids, count * sizeof(int));
         release_to(kept);
         n += count;

@@ -61,5 +61,9 @@ for i in range(num_samples):
     if i:
         print("\n---\n")
     tokens = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
-    text = tokenizer.decode([*prompt, *threads.watched(tokens)])
+    ids = list(threads.watched(tokens))
+    text = tokenizer.decode([*prompt, *ids])
     print(printable(text) if on_terminal else text)
+    if len(ids) == model.room_after(prompt) < max_new_tokens:
+        context = model.args.max_seq_len
+        print(f"note: this story stops at the model's context of {context} tokens", file=sys.stderr)

@@ -475,6 +475,13 @@ def check_replaceable(folder):
 # ---- a single safetensors file, with our names
 
 
+def is_safetensors(path):
+    """Whether a file starts like a safetensors file: the length of its JSON, then the JSON."""
+    with open(path, "rb") as f:
+        start = f.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
+
+
 def write_file(model, path, dtype):
     """Write a Transformer as a safetensors file with its ModelArgs as JSON in the metadata."""
     save = need("safetensors.torch").save

@@ -305,6 +305,16 @@ class Bytes:
         raise UserError(f"{self.path} is damaged or not a model.bin: {reason}")
 
 
+def is_model_bin(path):
+    """Whether a file starts like a model.bin of any version."""
+    with open(path, "rb") as f:
+        start = f.read(struct.calcsize("<7i"))
+    if start[:4] == struct.pack("<I", MAGIC):
+        return True
+    sizes = map(abs, struct.unpack("<7i", start)) if len(start) == 28 else [0]
+    return all(0 < size <= 1 << 24 for size in sizes)
+
+
 def read_bin(path):
     """
     Return the Transformer of a model file of any version, float32, on the CPU. Raises UserError for

@@ -340,6 +340,7 @@ def with_tokenizer(path, name, tokenizer):
     if tokenizer and not os.path.exists(file):
         with atomic_write(file) as f:
             f.write(tokenizer.proto if name.endswith(".model") else tokenizer.c_file())
+        print(f"wrote {file}")
 
 
 def write_bin(model, path, dtype, tokenizer, facts, version=None):

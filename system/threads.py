@@ -51,7 +51,7 @@ class Threads:
         torch.set_num_threads(fastest)
         if fastest != before:
             reason = "other programs use the cores" if fastest < before else "cores are free again"
-            threads = f"{fastest} of {self.maximum} threads ({ratio:.1f} times as fast)"
+            threads = f"{fastest} of {self.maximum} threads ({ratio:.1f} times as fast as {before})"
             print_line(f"note: {reason}; using {threads}", sys.stderr)  # stdout may hold a story
         # more threads must prove faster at the work too, or choose_by_work() goes back
         self.earlier = (before, self.latest) if fastest > before else None

@@ -546,8 +546,9 @@ def test_commands_that_make_no_sense_are_refused(tmp_path, tokenizers, finished)
     bin_ = tmp_path / "a" / "model.bin"
     mine = tmp_path / "a" / "z"
     mine.mkdir()
-    for name in ("README.md", "tokenizer.model", "tok128.bin"):
-        (mine / name).write_text("mine")
+    mine_too = ("notes.bin", "notes.safetensors")
+    for name in ("README.md", "tokenizer.model", "tok128.bin", *mine_too):
+        (mine / name).write_text("mine, and long enough for a header " * 3)
     before = {name: (finished / name).read_bytes() for name in ("best.pt", "ckpt.pt", "log.jsonl")}
     for args, part in (
         (
@@ -590,6 +591,11 @@ def test_commands_that_make_no_sense_are_refused(tmp_path, tokenizers, finished)
             for name in ("README.md", "tokenizer.model")
         ),
         ([mine / "tok128.bin", best], "exists and is not a model of --format=bin"),
+        ([mine / "notes.bin", best], "exists and is not a model of --format=bin"),
+        (
+            [mine / "notes.safetensors", best],
+            "exists and is not a model of --format=safetensors",
+        ),
         ([f"{out}/", best], "is a folder or the tokenizer"),
         ([tmp_path / "tokenizer.bin", best], "is a folder or the tokenizer"),
         ([out, best, "--format=hf", "--push-to-hub=a b/c", "--dry-run"], "cannot upload to a b/c"),

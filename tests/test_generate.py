@@ -394,6 +394,13 @@ def test_generate_refuses(trained, tmp_path, args, part):
     assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
+def test_copies_from_an_empty_text_are_refused(trained, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    args = [trained, f"--source={tmp_path / 'empty.txt'}", "--num_samples=1", "--max_new_tokens=2"]
+    refused(script("generate.py", *args, f"--out={tmp_path / 'a.html'}"), "contains no text")
+    assert not (tmp_path / "a.html").exists()
+
+
 def test_a_model_that_diverged_is_refused(trained, tmp_path):
     for name in ("ckpt.pt", "tokenizer.model"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())

@@ -287,7 +287,7 @@ def test_a_note_reports_a_story_that_the_context_cuts(run, small, tmp_path):
     text.write_text("Once upon a time there was a cat.")
     lines = run(small, "-s", "0", "-n", "33", "-b", "30", "--json").stdout.splitlines()
     lengths = [json.loads(line)["tokens"] for line in lines]
-    cut, ended = lengths.index(32), lengths.index(min(lengths))
+    cut, ended = lengths.index(32), lengths.index(min(filter(None, lengths)))
     assert lengths[ended] < 31
     for n, b in ((33, 1), (1000, 1), (33, 30)):
         done = run(small, "-s", cut, "-n", n, "-b", b)
@@ -376,6 +376,30 @@ def test_eval_matches_pytorch(run, tmp_path, tokenizers, stories, dtype):
     result = json.loads(run(tmp_path / "model.bin", *args, "--json").stdout)
     assert abs(result["bits_per_byte"] - bits) < 2e-4 and result["documents"] == 5
     refused_by(run(tmp_path / "model.bin", *args[:4]), "-i FILE is missing", "needs a text file")
+
+
+def test_eval_reads_line_ends_as_training_does(run, small, tmp_path):
+    """Training turns CRLF and CR into newlines."""
+    text = "Once upon a time\nthere was a cat.\n<|endoftext|>\n\nIt sat\n\non a mat.\n"
+    results = []
+    for ends in ("\n", "\r\n", "\r"):
+        (tmp_path / "text.txt").write_bytes(text.replace("\n", ends).encode())
+        results.append(run(small, "-m", "eval", "-i", tmp_path / "text.txt").stdout)
+    assert results[0] == results[1] == results[2] and b"bits per byte" in results[0]
+
+
+def test_a_note_reports_a_story_that_ends_at_once(run, tokenizers, tmp_path):
+    model = random_model(vocab_size=512, tie_embeddings=False)
+    with torch.no_grad():  # one of BOS and EOS has the largest logit, and both end a story
+        model.output.weight.zero_()
+        model.output.weight[tokenizers[512].bos_id] = 1.0
+        model.output.weight[tokenizers[512].eos_id] = -1.0
+    export_model(model, tmp_path / "model.bin")
+    args = [tmp_path / "model.bin", "-z", bin_of(tokenizers[512]), "-t", "0", "-i", "Once"]
+    done = run(*args)
+    assert done.returncode == 0 and done.stdout == b"Once\n"
+    assert b"note: the model ended the story at once; try another seed" in done.stderr
+    assert b"note" not in run(*args, "--json").stderr
 
 
 def test_bench_prints_its_figures(run, small):

@@ -37,7 +37,7 @@ def test_the_fastest_number_is_chosen_at_the_start(machine, capsys):
     machine["seconds"] = BUSY
     Threads(CPU)
     assert machine["threads"] == 3
-    expected = "note: other programs use the cores; using 3 of 4 threads (3.8 times as fast)\n"
+    expected = "note: other programs use the cores; using 3 of 4 threads (3.8 times as fast as 4)\n"
     assert capsys.readouterr().err == expected
 
 

@@ -35,7 +35,7 @@ from system.files import parse_json
 SEPARATOR = b"<|endoftext|>"
 HOW_TO_CUT = (
     f"{SEPARATOR.decode()} between documents, for example instead of blank lines: "
-    f"sed 's/^$/{SEPARATOR.decode()}/' IN.txt > OUT.txt"
+    f"tr -d '\\r' < IN.txt | sed 's/^$/{SEPARATOR.decode()}/' > OUT.txt"
 )
 MARKS = {".txt": SEPARATOR, ".jsonl": b"\n"}  # what ends a document
 # A passage of a text without separators: at least 2,000 characters and at most 4,000, up to a blank
