@@ -1,7 +1,7 @@
 """
 Web text, billions of tokens of it, as token shards for training.
 
-    python webtext.py prepare --source=fineweb-6b     # 6 billion tokens of FineWeb, already tokenized
+    python webtext.py prepare --source=fineweb-6b     # 6 billion tokens of FineWeb, as tokens
 
     python webtext.py train_vocab --source=fineweb    # or from text: byte-level BPE of 49,152 ...
     python webtext.py prepare --source=fineweb        # ... and the shards, file by file
@@ -313,7 +313,7 @@ def drop(file, part):
 
 def merge_stage():
     if source in TOKENIZED:
-        raise UserError(f"merge cannot be used with {source}, which is already tokenized: use prepare")
+        raise UserError(f"{source} is already tokenized and cannot be merged: use prepare")
     if shards < 1:
         raise UserError(f"shards = {shards}: expected the number of machines, 1 or more")
     finish(data_paths().shards, shards, about())
