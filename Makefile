@@ -2,6 +2,8 @@
 # make test    the quick tests; make test-slow: all others
 # make run     the C engine; make debug: run_debug, with sanitizers; make libllama2: the engine as
 #              a shared library, see lib/llama2.h and examples/llama2.py
+# make page    out/story/story.html, the model of make story as a web page; make llama2.wasm: the
+#              engine for browsers and Node, see lib/llama2.mjs and examples/llama2.mjs
 # make test-peers   run the GGUF files of export.py with llama.cpp (llama-cpp-python)
 # make fuzz    random model files, tokenizer files and texts for the engine, with clang;
 #              FUZZ_SECONDS=60 for each
@@ -28,7 +30,8 @@ CFLAGS ?= $(STRICT) -O3 $(if $(filter x86_64,$(shell uname -m)),,$(call has,-mcp
 SANITIZE = $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
 
-.PHONY: story test test-slow test-arm test-peers bench fuzz lint clean debug libllama2 dev
+.PHONY: story test test-slow test-arm test-peers bench fuzz lint clean debug libllama2 dev page \
+        llama2.wasm
 
 run: run.c kernels.h
 	$(CC) $(CFLAGS) run.c -o run -lm
@@ -40,6 +43,13 @@ run_debug: run.c kernels.h
 libllama2: libllama2.so
 libllama2.so: lib/libllama2.c lib/llama2.h run.c kernels.h
 	$(CC) $(CFLAGS) -shared -fPIC -fvisibility=hidden lib/libllama2.c -o libllama2.so -lm
+
+llama2.wasm: dev
+	@.venv/bin/python -c "from system.wasm import build_engine; build_engine()"
+	@echo "lib/llama2.wasm is up to date"
+
+page: dev
+	.venv/bin/python export.py out/story/story.html --checkpoint=out/story --title="A storyteller"
 
 story:
 	@$(PYTHON) system/bootstrap.py story
@@ -83,4 +93,4 @@ lint: dev
 	.venv/bin/ruff format --check .
 
 clean:
-	rm -rf run run_debug libllama2.so .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf run run_debug libllama2.so lib/llama2.wasm .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -1,10 +1,11 @@
 """
-Convert a model to another format: model.bin, Hugging Face, GGUF, safetensors or a checkpoint.
+Convert a model to model.bin, a Hugging Face folder, GGUF, safetensors, a checkpoint or a web page.
 
     python export.py out/model.bin --dtype=int8                     # for ./run
     python export.py out/hf --format=hf --push-to-hub=user/name     # for transformers and the hub
     python export.py out/story.gguf --dtype=q8_0                    # for llama.cpp and Ollama
     python export.py imported/ckpt.pt --from-hf=PATH                # to sample or train further
+    python export.py out/story.html --dtype=int4                    # a page that tells stories
 
 If the format cannot store an option of the model, the error names the option and nothing is
 written. See doc/formats.md.
@@ -43,10 +44,13 @@ SETTINGS = {
     },
     "the format to write": {
         "format": ("FORMAT", "one of those below; if not set: from PATH's extension, else bin"),
-        "dtype": ("fp32", "dtype of the weights; the list below shows the choices"),
+        "dtype": ("DTYPE", "dtype of the weights; if not set: the first one in the list below"),
         "version": ("auto", "of model.bin: 0 (plain Llama only) or 3; auto: 0 if possible"),
     },
-    "the model card (hf) and metadata (gguf)": {
+    "the web page (html)": {
+        "beside": ("PATH", "a second model, to tell the same story beside the first"),
+    },
+    "the model card (hf), metadata (gguf) and page (html)": {
         "title": ("TEXT", "name of the model; if not set: USER/NAME or PATH"),
         "language": ("en", "code of the language that the model writes"),
         "license": ("unknown", "license of the model, such as mit"),
@@ -115,7 +119,7 @@ if flags.version == "2":
 versions = ["auto", *map(str, VERSIONS)]
 if flags.version not in versions:
     parser.error(f"version = {flags.version}: expected one of {', '.join(versions)}")
-dtype = flags.dtype.lower()
+dtype = (flags.dtype or next(iter(FORMATS[to].dtypes))).lower()
 if dtype not in FORMATS[to].dtypes:
     choices = ", ".join(FORMATS[to].dtypes)
     raise UserError(f"dtype = {flags.dtype}: expected one of {choices} for --format={to}")
@@ -123,12 +127,15 @@ if flags.version != "auto" and to != "bin":
     raise UserError(f"--version cannot be used with --format={to}: use --format=bin")
 if flags.push_to_hub and to != "hf":
     raise UserError(f"--push-to-hub cannot be used with --format={to}: use --format=hf")
+if flags.beside and to != "html":
+    raise UserError(f"--beside cannot be used with --format={to}: use --format=html")
 if (flags.dry_run or flags.private) and not flags.push_to_hub:
     raise UserError("--push-to-hub=USER/NAME is missing: --dry-run and --private need a repository")
 about = {name: getattr(flags, name) for name in ("title", "language", "license")}
 for name, value in about.items():
-    if value != parser.get_default(name) and to not in ("hf", "gguf"):
-        raise UserError(f"{to} cannot store the {name}: use --format=hf or gguf")
+    carriers = ["hf", "gguf"] if name == "license" else ["hf", "gguf", "html"]
+    if value != parser.get_default(name) and to not in carriers:
+        raise UserError(f"{to} cannot store the {name}: use --format={' or '.join(carriers)}")
     if name != "title" and not re.fullmatch(r"[\w.+-]{2,40}", value):
         raise UserError(f"{name} = {value!r}: expected a short code, such as en or mit")
 if flags.push_to_hub:
@@ -170,13 +177,18 @@ if to == "hf" and tokenizer is None and flags.tokenizer != "none":
     )
 if tokenizer is None and flags.tokenizer != "none":
     print(f"note: no tokenizer.model found for {source}; the model is exported without one")
-name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path)).removesuffix(".gguf")
+name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
+name = re.sub(r"[.](gguf|html)$", "", name)
 if name in ("hf", "gguf", "model", "out", "export"):
     name = f"Storyteller with {model.n_params():,} parameters"
 facts = {**about, "repository": flags.push_to_hub or ".", **facts}
 facts["title"] = " ".join((flags.title or "").split()) or name
 if to == "hf" and flags.license == "unknown":
     print("note: the model card says license: unknown; set it with --license=mit or similar")
+if flags.beside:
+    beside = model_in(flags.beside)
+    beside_name = "/".join(os.path.abspath(flags.beside).split(os.sep)[-2:])
+    facts["beside"] = beside_name, *load(beside, tokenizer=flags.tokenizer)[:2]
 write = FORMATS[to].write
 if to == "bin":
     write = partial(write, version=None if flags.version == "auto" else int(flags.version))

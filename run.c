@@ -55,11 +55,14 @@
 #include <io.h>
 #define isatty _isatty
 #define fileno _fileno
-#define realpath(path, out) NULL
+#define fseeko _fseeki64
+#define ftello _ftelli64
 #else
 #include <unistd.h>
 #endif
-#if !defined(_WIN32) && !defined(__wasm__)
+#if defined(_WIN32) || defined(__wasm__)
+#define realpath(path, out) NULL
+#else
 #define IS_POSIX
 #include <signal.h>
 #include <sys/mman.h>
@@ -166,31 +169,22 @@ _Noreturn static void die_unopened(const char *path, const char *hint) {
 
 // Open a file; `hint` says what to do if it does not exist.
 static File open_file(const char *path, const char *hint) {
-    File f = {.path = path};
-#if defined(_WIN32)
-    FILE *stream = fopen(path, "rb");
-    if (!stream || _fseeki64(stream, 0, SEEK_END)) die_unopened(path, hint);
-    f.size = (size_t)_ftelli64(stream);
-    rewind(stream);
     bool is_copied = true;
-#else
+#if defined(IS_POSIX)
     struct stat info;
     if (stat(path, &info)) die_unopened(path, hint);
     if (!S_ISREG(info.st_mode)) die("%s is not a regular file", path);
-    if ((uintmax_t)info.st_size > SIZE_MAX) die("%s is too large for this machine", path);
-    f.size = (size_t)info.st_size;
-#if defined(IS_POSIX)
-    bool is_copied = on_error.caller;
-#else
-    bool is_copied = true;
+    is_copied = on_error.caller;
 #endif
-#endif
-    if (!f.size) die("%s is empty", path);
-    uint8_t *data = alloc(is_copied ? f.size : 0, 1);  // its Block records the mapping
-#if !defined(_WIN32)
     FILE *stream = fopen(path, "rb");
-    if (!stream) die_unopened(path, hint);
-#endif
+    if (!stream || fseeko(stream, 0, SEEK_END)) die_unopened(path, hint);
+    int64_t size = ftello(stream);
+    rewind(stream);
+    if (size <= 0) fclose(stream);
+    if (!size) die("%s is empty", path);
+    if (size < 0 || (uint64_t)size > SIZE_MAX) die("%s is too large for this machine", path);
+    File f = {.path = path, .size = (size_t)size};
+    uint8_t *data = alloc(is_copied ? f.size : 0, 1);  // its Block records the mapping
 #if defined(IS_POSIX)
     void *map = is_copied ? data : mmap(NULL, f.size, PROT_READ, MAP_PRIVATE, fileno(stream), 0);
     if (map == MAP_FAILED) die("cannot read %s: %s", path, strerror(errno));
@@ -352,11 +346,13 @@ static const Kernels *pick_kernels(void) {
 #elif defined(__ARM_FEATURE_DOTPROD)
     best = all[1] = &kernels_dotprod;
 #endif
-#if !defined(__wasm__)
+#if defined(__wasm__)
+    const char *wanted = NULL;  // there is no environment
+#else
     const char *wanted = getenv("RUN_KERNELS");
+#endif
     for (size_t i = 0; wanted && i < 3; i++)
         if (all[i] && !strcmp(all[i]->name, wanted)) best = all[i];
-#endif
     return best;
 }
 
@@ -1160,8 +1156,9 @@ static void load_weights(Model *m) {
 
 // Bytes of memory that this process may use: the machine's, or its container's if that is less.
 static double memory_limit(void) {
-    double limit = HUGE_VAL, group;
+    double limit = HUGE_VAL;
 #if defined(IS_POSIX)
+    double group;
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
     if (pages > 0 && size > 0) limit = (double)pages * (double)size;
     FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");

@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError
 from dataset import DataPaths
-from formats import gguf, huggingface, modelbin
+from formats import gguf, huggingface, modelbin, webpage
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
 from formats.tensors import PADDED, build_model, check_tensor_sizes, skeleton
@@ -219,6 +219,8 @@ def recognize(path):
         start = f.read(4)
     if start in (b"PK\3\4", b"GGUF"):
         return "gguf" if start == b"GGUF" else "checkpoint"
+    if os.path.splitext(path)[1] == ".html":
+        return "html" if webpage.is_page(path) else None
     endings = {".safetensors": "safetensors", ".bin": "bin"}
     return endings.get(os.path.splitext(path)[1])
 
@@ -385,6 +387,7 @@ FORMATS = {
         ".safetensors", TORCH_DTYPES, write_safetensors, "one file with our tensor names"
     ),
     "checkpoint": Format(".pt", ("fp32",), write_checkpoint, "to sample or train further"),
+    "html": Format(".html", webpage.DTYPES, webpage.write_page, "a page that tells stories"),
 }
 
 

@@ -150,7 +150,7 @@ def complete(shards):
 
 def step(number, title, done, action, *args):
     """Call action(*args) and print how long it took, unless its result `done` already exists."""
-    print(f"[{number}/7] {title}", flush=True)
+    print(f"[{number}/8] {title}", flush=True)
     if done:
         print(f"   already exists ({done})")
         return
@@ -180,6 +180,18 @@ def train_model(model, flags):
         raise StepFailed("training was stopped; run the same command to continue")
 
 
+def write_page(model):
+    """Write the model's web page and return its path; print why, and return "", if that fails."""
+    page = os.path.join(OUT, "story.html")
+    command = [venv_python(), "export.py", page, f"--checkpoint={model}", "--title=A storyteller"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = ["", *done.stderr.splitlines()][-1].removeprefix("error: ")
+        print(f"   note: {page} was not written: {reason}")
+        return ""
+    return page
+
+
 def story():
     flags = [f"--data_dir={DATA}", f"--vocab_size={VOCAB_SIZE}"]
     stories = os.path.join(DATA, "TinyStories_all_data")
@@ -200,6 +212,10 @@ def story():
     is_done = finished(OUT) and os.path.exists(model)
     step(6, title, is_done and model, train_model, model, flags)
     step(7, "a story", "", call, "./run", model, "-t", "0.7", "-i", PROMPT)
+    print("[8/8] the model as a web page", flush=True)
+    page = write_page(model)
+    if page:
+        print(f"   wrote {page}: open it in a browser")
     print(
         f"""
 Three commands to try next:

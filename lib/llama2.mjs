@@ -1,0 +1,156 @@
+// run.c as a module for Node and the browser: make llama2.wasm builds the engine that it loads.
+// examples/llama2.mjs uses it from Node; the page of export.py --format=html has it inside.
+//
+//     const llama = await load(wasm, model, tokenizer);      // three Uint8Arrays
+//     for (const { text } of llama.tell("Once upon a time", { seed: 1 })) write(text);
+//
+// tell() gives the same story as ./run with the same options and seed, byte for byte.
+
+const OUT_OF_MEMORY = "not enough memory: use a smaller model or a smaller number format";
+
+// Load a model.bin and its tokenizer.bin with the engine; all three are Uint8Arrays. positions: room
+// for a story, in tokens (0: the whole context). Throws an Error with one sentence if they do not fit
+// together or are damaged.
+export async function load(wasm, model, tokenizer, { positions = 0 } = {}) {
+  let exports;
+  const fail = () => { throw new Error(text_at(exports, exports.llama_error())); };
+  // the clock is never asked with one thread, and nothing is printed
+  const system = new Proxy({}, { get: () => () => 52 });  // ENOSYS
+  const { instance } = await WebAssembly.instantiate(
+    wasm, { llama2: { fail }, wasi_snapshot_preview1: system });
+  exports = instance.exports;
+  exports._initialize?.();
+  const place = (bytes) => {
+    const at = exports.aligned_alloc(64, Math.ceil((bytes.length + 1) / 64) * 64);
+    if (!at) throw new Error(OUT_OF_MEMORY);
+    new Uint8Array(exports.memory.buffer).set(bytes, at);
+    return at;
+  };
+  const model_at = place(model), tokenizer_at = place(tokenizer);
+  const at = exports.llama_load_bytes(model_at, model.length, tokenizer_at, tokenizer.length,
+                                      positions, 1);
+  if (!at) fail();
+  return new Llama(exports, at);
+}
+
+// The text that ends at a NUL in the memory of the engine.
+function text_at(exports, at) {
+  const bytes = new Uint8Array(exports.memory.buffer, at);
+  return new TextDecoder().decode(bytes.slice(0, bytes.indexOf(0)));
+}
+
+export class Llama {
+  #c; #at; #scratch;  // the engine's functions, the model, room for tokens and settings
+  #ran = [];          // the tokens that were run
+
+  constructor(exports, at) {
+    this.#c = exports;
+    this.#at = at;
+    this.vocab_size = exports.llama_vocab_size(at);
+    this.positions = exports.llama_n_positions(at);
+    this.bos = exports.llama_bos(at);
+    this.eos = exports.llama_eos(at);
+    this.#scratch = exports.malloc(4 * this.positions + 32);
+    if (!this.#scratch) throw new Error(OUT_OF_MEMORY);
+  }
+
+  // The result of a call of the engine; -1 and NULL are errors.
+  #check(result, failure = -1) {
+    if (result === failure) throw new Error(text_at(this.#c, this.#c.llama_error()));
+    return result;
+  }
+
+  #view(Type, at, n) { return new Type(this.#c.memory.buffer, at, n); }
+
+  // The tokens of a text, after a BOS: an Array.
+  encode(text) {
+    const bytes = new TextEncoder().encode(text);
+    const room = bytes.length + 8, at = this.#c.malloc(bytes.length + 1 + 4 * room + 4);
+    if (!at) throw new Error(OUT_OF_MEMORY);
+    const tokens_at = Math.ceil((at + bytes.length) / 4) * 4;
+    try {
+      this.#view(Uint8Array, at, bytes.length).set(bytes);
+      const n = this.#check(this.#c.llama_encode(this.#at, at, bytes.length, tokens_at, room));
+      return Array.from(this.#view(Int32Array, tokens_at, n));
+    } finally {
+      this.#c.free(at);
+    }
+  }
+
+  // The text of tokens (an Array), which may start with a BOS.
+  decode(tokens) {
+    const tokens_at = this.#c.malloc(4 * tokens.length + 4);
+    let at = 0;
+    try {
+      this.#view(Int32Array, tokens_at, tokens.length).set(tokens);
+      const n = this.#check(this.#c.llama_decode(this.#at, tokens_at, tokens.length, 0, 0));
+      at = this.#c.malloc(n + 1);
+      this.#check(this.#c.llama_decode(this.#at, tokens_at, tokens.length, at, n));
+      return new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.#view(Uint8Array, at, n));
+    } finally {
+      this.#c.free(tokens_at);
+      this.#c.free(at);
+    }
+  }
+
+  // Run tokens (an Array that starts with a BOS) from position `start` on; those before it must
+  // have been run. Returns the logits (vocab_size) for the next token, valid until the next call.
+  forward(tokens, start = 0) {
+    const n = tokens.length - start;
+    if (!(n > 0 && tokens.length <= this.positions))
+      throw new Error(`the text has ${tokens.length} tokens, and the model's context ` +
+                      `${this.positions}: shorten it`);
+    this.#view(Int32Array, this.#scratch, n).set(tokens.slice(start));
+    const logits = this.#check(this.#c.llama_forward(this.#at, this.#scratch, n, start), 0);
+    this.#ran = tokens.slice();
+    return this.#view(Float32Array, logits, this.vocab_size);
+  }
+
+  // The probabilities (vocab_size) of the token after these, at temperature 1. Runs only what has
+  // changed since the last call.
+  probabilities(tokens) {
+    let start = 0;
+    while (start < tokens.length - 1 && tokens[start] === this.#ran[start]) start++;
+    const logits = Float64Array.from(this.forward(tokens, start));
+    const max = logits.reduce((a, b) => Math.max(a, b));
+    const sum = logits.reduce((total, x, i) => total + (logits[i] = Math.exp(x - max)), 0);
+    return logits.map((x) => x / sum);
+  }
+
+  // Tell a story: yields {token, text} for the prompt and each token after it; the texts joined are
+  // the story. Options as those of ./run: seed is a BigInt or a whole number.
+  *tell(prompt = "", { temperature = 1, topP = 0.9, topK = 0, minP = 0, repeatPenalty = 1,
+                       seed = 0, length = 256 } = {}) {
+    const tokens = this.encode(prompt);
+    const end = Math.min(length || this.positions, this.positions);  // tokens that are run
+    if (tokens.length > end)
+      throw new Error(`the prompt has ${tokens.length} tokens, and the story ends at ${end}: ` +
+                      `shorten the prompt or make the story longer`);
+    let logits = this.forward(tokens), shown = [];
+    this.#check(this.#c.llama_seed(this.#at, BigInt.asUintN(64, BigInt(seed))));
+    const settings = this.#scratch;
+    const text_of = (token, is_last) => {  // characters may be made of several tokens
+      shown.push(token);
+      const text = this.decode(shown);
+      if (text.endsWith("\uFFFD") && !is_last) return "";
+      shown = [];
+      return text;
+    };
+    for (let i = 1; i < tokens.length; i++) {
+      if (i === 1) shown = [tokens[0]];
+      yield { token: tokens[i], text: text_of(tokens[i]), isPrompt: true };
+    }
+    if (tokens.length === 1) shown = [tokens[0]];
+    for (;;) {
+      this.#view(Float32Array, settings, 4).set([temperature, topP, minP, repeatPenalty]);
+      this.#view(Int32Array, settings + 16, 1)[0] = topK;
+      const token = this.#check(this.#c.llama_sample(this.#at, settings));
+      if (token === this.bos || token === this.eos) break;
+      tokens.push(token);
+      yield { token, text: text_of(token), isPrompt: false };
+      if (tokens.length > end) break;
+      this.forward(tokens, tokens.length - 1);
+    }
+    if (shown.length) yield { token: -1, text: this.decode(shown), isPrompt: false };
+  }
+}
