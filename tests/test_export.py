@@ -269,12 +269,12 @@ def test_help_shows_every_setting_in_a_group_with_its_default():
     head, _, settings = done.stdout.partition("\nusage: python export.py PATH [--key=value ...]\n")
     assert head.count("    python export.py ") >= 2
     groups = settings.split("\n\n")[1:]
-    assert len(groups) == 6
+    assert len(groups) == 7
     rows = [line for group in groups for line in group.splitlines()[1:]]
     assert all(group.splitlines()[0].endswith(":") for group in groups)
     assert all(re.fullmatch(r"  \S.*  +\S.*", row) for row in rows), "one line for each setting"
     shown = {row.split()[0] for row in rows}
-    assert shown >= {"--checkpoint=out/ckpt.pt", "--dtype=fp32", "--version=auto", "--language=en"}
+    assert shown >= {"--checkpoint=out/ckpt.pt", "--dtype=DTYPE", "--version=auto", "--language=en"}
     assert shown >= {"--license=unknown", "--push-to-hub=USER/NAME", "--private", "--dry-run"}
     assert shown >= {f"--from-{name}=PATH" for name in SOURCES if name != "checkpoint"}
     assert shown >= {"--tokenizer=PATH", "--format=FORMAT", "--title=TEXT", *FORMATS}

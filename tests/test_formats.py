@@ -30,6 +30,8 @@ from tokenizer import byte_level_json, open_tokenizer, train_sentencepiece
 from training.checkpoint import load_checkpoint, save_file
 
 # name: options, and the class of transformers that loads the model
+READABLE = [name for name in FORMATS if name != "html"]  # the others can be read back
+
 CASES = {
     "plain": ({}, "LlamaForCausalLM"),
     "gqa": ({"n_kv_heads": 2, "hidden_dim": 88}, "LlamaForCausalLM"),
@@ -89,7 +91,7 @@ def close(actual, expected):
 
 ROUND_TRIPS = [
     (to, name)
-    for to in FORMATS
+    for to in READABLE
     for name, (options, kind) in CASES.items()
     if to != "gguf" or (kind in IN_GGUF and "sliding_window" not in options)
 ]
@@ -116,7 +118,7 @@ def test_round_trips_are_exact(tmp_path, tokenizers, to, name):
 
 
 @pytest.mark.parametrize("which", ["gpt2", "gpt4"])
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", READABLE)
 def test_byte_level_tokenizers_are_exported_too(tmp_path, tokenizers, to, which, run):
     tokenizer = tokenizers[which]
     model = sized(tokenizer, qk_norm=True)
@@ -1095,7 +1097,7 @@ def test_tensors_that_share_their_bytes_are_refused(tmp_path, tokenizers):
         load(str(tmp_path / "hf"))
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", READABLE)
 def test_weights_that_are_not_finite_are_refused(tmp_path, tokenizers, to):
     model, path = sized(tokenizers[512]), str(tmp_path / f"m{FORMATS[to].ending}")
     with torch.no_grad():
