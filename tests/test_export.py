@@ -344,3 +344,26 @@ def test_prefixes_of_wrapped_models_are_removed(tmp_path, prefix):
     state["net.norm.weight"] = state.pop(f"{prefix}norm.weight")
     with pytest.raises(UserError, match=r'x.pt does not fit this model: Missing .*"norm.weight"'):
         load_model({"model": state, "model_args": model.args.to_dict()}, "x.pt")
+
+
+def test_export_suggests_the_nearest_setting_and_names_what_it_wrote(tmp_path, tokenizers):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tokenizer.model").write_bytes(tokenizers[512].proto)
+    export_model(random_model(vocab_size=512), tmp_path / "a" / "model.bin")
+    source, out = tmp_path / "a" / "model.bin", tmp_path / "model.bin"
+    done = script("export.py", out, f"--checkpont={source}")
+    assert done.returncode == 2 and "did you mean --checkpoint?" in done.stderr
+    done = script("export.py", out, f"--checkpoint={source}")
+    assert done.stdout == f"wrote {tmp_path / 'tokenizer.bin'}\nwrote {out}\n"
+
+
+def test_sample_notes_a_story_that_the_context_cuts(tmp_path, tokenizers):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizers[512].proto)
+    model = random_model(vocab_size=512, tie_embeddings=False, max_seq_len=16)
+    with torch.no_grad():  # at a low temperature no story ends
+        model.output.weight[1:3] = 0
+    export_model(model, tmp_path / "model.bin")
+    args = [f"--checkpoint={tmp_path / 'model.bin'}", "--temperature=0"]
+    note = "note: this story stops at the model's context of 16 tokens"
+    assert note in script("sample.py", *args, "--max_new_tokens=100").stderr
+    assert note not in script("sample.py", *args, "--max_new_tokens=5").stderr
