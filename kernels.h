@@ -3,7 +3,7 @@
 // run.c includes this file once for each instruction set. All of them compute sixteen values at a
 // time, in the same order of operations, so that their results are equal to the last bit. The
 // sixteen are PARTS vectors as wide as a register. With wider vectors, gcc 12 keeps them in memory,
-// and its AVX2 code is ten times slower.
+// and its AVX2 code is up to ten times slower.
 //
 // needs:   run.c's types from Format to Kernels; KERNEL(name), which appends the set's suffix to a
 //          name; for intrinsics, KERNEL_AVX2, KERNEL_AVX512, KERNEL_DOTPROD or KERNEL_SIMD128

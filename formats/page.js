@@ -15,7 +15,7 @@ class Column {
     this.heading.textContent = model.name;
     this.heading.hidden = models.length === 1;
     $("columns").append(root);
-    this.pieces = [];  // [token, text, is of the prompt, probability once known]
+    this.pieces = [];  // [token, text, whether it is part of the prompt]
     this.chosen = -1;
     this.status.textContent = "Loading the model …";
     const source = [$("llama2").textContent.replace(/^export /gm, ""), $("worker").textContent];

@@ -102,6 +102,8 @@ static void clean_up(void) {
 
 // Load a model from open files. Errors jump to the caller.
 static Llama *load(File model, File tokenizer, int n_positions, int n_threads) {
+    if (!lock_models()) longjmp(*on_error.caller, 1);
+    unlock_models();
     Llama *l = alloc(1, sizeof *l);
     l->model = load_model(model, n_positions > 0 ? n_positions : 0, 1, false,
                           n_threads > 0 ? n_threads : 0, false, false);
@@ -132,8 +134,6 @@ Llama *llama_load(const char *model, const char *tokenizer, int n_positions, int
         if (error) snprintf(error, size, "%s", last_error);
         return NULL;
     }
-    if (!lock_models()) longjmp(caller, 1);
-    unlock_models();
     File file = open_file(model, MODEL_HINT);
     return load(file, open_file(tokenizer, TOKENIZER_HINT), n_positions, n_threads);
 }
@@ -146,8 +146,6 @@ Llama *llama_load_bytes(const void *model, size_t n_model, const void *tokenizer
         clean_up();
         return NULL;
     }
-    if (!lock_models()) longjmp(caller, 1);
-    unlock_models();
     if (!n_model || !n_tokenizer) die("the model or its tokenizer has no bytes");
     File file = {"the model", model, n_model};
     return load(file, (File){"the tokenizer", tokenizer, n_tokenizer}, n_positions, n_threads);
