@@ -23,7 +23,7 @@ enum { KERNEL(IS_SIGNED) = 0 };
 #elif defined(KERNEL_AVX2)
 #define NAME "AVX2"
 #define WIDTH 8
-enum { KERNEL(TILE) = 2, KERNEL(ROWS) = 4, KERNEL(INPUTS) = 2, KERNEL(AT_ONCE) = 2 };
+enum { KERNEL(TILE) = 4, KERNEL(ROWS) = 4, KERNEL(INPUTS) = 2, KERNEL(AT_ONCE) = 2 };
 #define IN_BYTES 0
 #elif defined(KERNEL_DOTPROD)
 #define NAME "NEON dotprod"
@@ -48,6 +48,7 @@ typedef float KERNEL(Floats) __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t KERNEL(Ints) __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t KERNEL(Words) __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t KERNEL(Halves) __attribute__((vector_size(2 * WIDTH)));
+typedef uint16_t KERNEL(Shorts) __attribute__((vector_size(4 * WIDTH)));
 typedef int8_t KERNEL(Bytes) __attribute__((vector_size(WIDTH)));
 #define Floats KERNEL(Floats)
 #define Ints KERNEL(Ints)
@@ -85,28 +86,15 @@ INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
     return is_bf16 ? KERNEL(widen)((const uint16_t *)p + at) : KERNEL(load)((const float *)p + at);
 }
 
-// Load the first n values of a vector, followed by zeros.
-INLINE Floats KERNEL(load_part)(const void *p, size_t at, size_t n, bool is_bf16) {
-    if (n >= WIDTH) return KERNEL(load_as)(p, at, is_bf16);
-#if defined(KERNEL_AVX512)
-    __mmask16 mask = (__mmask16)((1u << n) - 1);
-    if (is_bf16) {
-        __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at);
-        return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+// Load sixteen values into v (PARTS): the first n of p, and zeros if n is less than sixteen.
+INLINE void KERNEL(load_sixteen)(Floats *v, const void *p, size_t n, bool is_bf16) {
+    float padded[LANES] = {0};
+    uint16_t halves[LANES] = {0};
+    if (n < LANES) {
+        memcpy(is_bf16 ? (void *)halves : padded, p, n * (is_bf16 ? 2 : 4));
+        p = is_bf16 ? (void *)halves : padded;
     }
-    return (Floats)_mm512_maskz_loadu_ps(mask, (const float *)p + at);
-#else
-    float all[WIDTH] = {0};
-    uint16_t half[WIDTH] = {0};
-    if (is_bf16) memcpy(half, (const uint16_t *)p + at, n * sizeof *half);
-    else memcpy(all, (const float *)p + at, n * sizeof *all);
-    return is_bf16 ? KERNEL(widen)(half) : KERNEL(load)(all);
-#endif
-}
-
-// Load values from i on of a row (n) of float32, zeros after its end.
-INLINE Floats KERNEL(load_row)(const float *row, size_t i, size_t n) {
-    return KERNEL(load_part)(row, i, i < n ? n - i : 0, false);
+    for (size_t j = 0; j < PARTS; j++) v[j] = KERNEL(load_as)(p, j * WIDTH, is_bf16);
 }
 
 INLINE Floats KERNEL(choose)(Ints mask, Floats a, Floats b) {
@@ -190,11 +178,11 @@ INLINE Floats KERNEL(exp)(Floats x) {
 // out = x / rms(x) * gain (n); NULL: no gain.
 static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps) {
     Floats squares[PARTS] = {{0}};
-    for (size_t i = 0; i < n; i += LANES)
-        for (size_t j = 0; j < PARTS; j++) {
-            Floats v = KERNEL(load_row)(x, i + j * WIDTH, n);
-            squares[j] += v * v;
-        }
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats v[PARTS];
+        KERNEL(load_sixteen)(v, x + i, n - i, false);
+        for (size_t j = 0; j < PARTS; j++) squares[j] += v[j] * v[j];
+    }
     float scale = 1.0f / sqrtf(KERNEL(sum)(squares) / (float)n + eps);
     if (gain) {
         for (size_t i = 0; i < n; i++) out[i] = gain[i] * (scale * x[i]);
@@ -244,12 +232,19 @@ static void KERNEL(softmax)(float *x, size_t n, float temperature) {
     float max = x[KERNEL(argmax)(x, n)], inverse = 1.0f / temperature;
     inverse = inverse < 1e38f ? inverse : 1e38f;  // 0 * infinity would be NaN
     Floats sums[PARTS] = {{0}};
-    for (size_t first = 0; first < n; first += LANES)
-        for (size_t j = 0, i = first; j < PARTS && i < n; j++, i += WIDTH) {
-            Floats v = KERNEL(exp)((KERNEL(load_row)(x, i, n) - max) * inverse);
-            if (i + WIDTH <= n) KERNEL(store)(x + i, v), sums[j] += v;
-            else memcpy(x + i, &v, (n - i) * sizeof *x), sums[j] += KERNEL(load_row)(x, i, n);
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats v[PARTS];
+        KERNEL(load_sixteen)(v, x + i, n - i, false);
+        for (size_t j = 0; j < PARTS; j++) v[j] = KERNEL(exp)((v[j] - max) * inverse);
+        if (n - i < LANES) {  // only zeros follow the last value
+            memcpy(x + i, v, (n - i) * sizeof *x);
+            KERNEL(load_sixteen)(v, x + i, n - i, false);
         }
+        for (size_t j = 0; j < PARTS; j++) {
+            if (n - i >= LANES) KERNEL(store)(x + i + j * WIDTH, v[j]);
+            sums[j] += v[j];
+        }
+    }
     float share = 1.0f / KERNEL(sum)(sums);
     for (size_t i = 0; i < n; i++) x[i] *= share;
 }
@@ -266,11 +261,12 @@ static void KERNEL(softcap)(float *x, size_t n, float cap) {
 // sigmoid(a . b), both (n)
 static float KERNEL(gate)(const float *a, const float *b, size_t n) {
     Floats sums[PARTS] = {{0}};
-    for (size_t i = 0; i < n; i += LANES)
-        for (size_t j = 0; j < PARTS; j++) {
-            size_t at = i + j * WIDTH;
-            sums[j] += KERNEL(load_row)(a, at, n) * KERNEL(load_row)(b, at, n);
-        }
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats va[PARTS], vb[PARTS];
+        KERNEL(load_sixteen)(va, a + i, n - i, false);
+        KERNEL(load_sixteen)(vb, b + i, n - i, false);
+        for (size_t j = 0; j < PARTS; j++) sums[j] += va[j] * vb[j];
+    }
     return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sums)))[0]);
 }
 
@@ -288,7 +284,8 @@ static void KERNEL(read)(const uint8_t *data, size_t n) {
 }
 
 // Write the integers of a vector to a row of an input, `step` bytes after every four: as 16-bit
-// integers, or as four high and four low bytes. Returns where the next ones go.
+// integers in the order 0, 2, 1, 3, or as four high and four low bytes. Returns where the next ones
+// go.
 INLINE int8_t *KERNEL(store_codes)(int8_t *at, Ints v, size_t step) {
 #if IN_BYTES
     KERNEL(Bytes) high = __builtin_convertvector((v + 128) >> 8, KERNEL(Bytes));
@@ -299,15 +296,17 @@ INLINE int8_t *KERNEL(store_codes)(int8_t *at, Ints v, size_t step) {
     }
     return at;
 #elif defined(KERNEL_AVX2)
+    v = (Ints)_mm256_shuffle_epi32((__m256i)v, 0xD8);
     __m256i codes = _mm256_packs_epi32((__m256i)v, (__m256i)v);
     _mm_storel_epi64((void *)at, _mm256_castsi256_si128(codes));
     _mm_storel_epi64((void *)(at + step), _mm256_extracti128_si256(codes, 1));
     return at + 2 * step;
 #elif defined(KERNEL_SIMD128)
-    wasm_v128_store64_lane(at, wasm_i16x8_narrow_i32x4((v128_t)v, (v128_t)v), 0);
+    v128_t codes = wasm_i32x4_shuffle((v128_t)v, (v128_t)v, 0, 2, 1, 3);
+    wasm_v128_store64_lane(at, wasm_i16x8_narrow_i32x4(codes, codes), 0);
     return at + step;
 #else
-    int16_t codes[4] = {(int16_t)v[0], (int16_t)v[1], (int16_t)v[2], (int16_t)v[3]};
+    int16_t codes[4] = {(int16_t)v[0], (int16_t)v[2], (int16_t)v[1], (int16_t)v[3]};
     memcpy(at, codes, sizeof codes);
     return at + step;
 #endif
@@ -435,96 +434,37 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
 
 #else
 
-// Products of weights and 16-bit activations. AVX2 and SIMD128 widen the weights to 16 bits and add
-// up neighbouring columns, so that each row of a block has two sums. The portable kernels keep the
-// weights of four columns in each lane. N_SUMS vectors hold the sums of a block.
+// sums[lane] += w[lane] . x, four products per lane: columns 0 and 2 of the weights (from 0 to 255)
+// are 16-bit integers in `even` and columns 1 and 3 in `odd`; x is in the order 0, 2, 1, 3.
+INLINE Words KERNEL(dot4)(Words sums, Words even, Words odd, const int8_t *quad) {
 #if defined(KERNEL_AVX2)
-enum { KERNEL(N_SUMS) = 2 * PARTS };
-typedef Words KERNEL(Quad);
-
-INLINE Words KERNEL(load_codes)(const uint8_t *p) {
-    return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
-}
-
-INLINE Words KERNEL(low_codes)(Words w) { return w & 0x000F000F; }
-
-INLINE Words KERNEL(high_codes)(Words w) { return (Words)_mm256_srli_epi16((__m256i)w, 4); }
-
-INLINE KERNEL(Quad) KERNEL(load_quad)(const int8_t *p) {
-    int64_t x;
-    memcpy(&x, p, sizeof x);
-    return (Words)_mm256_set1_epi64x(x);
-}
-
-INLINE Words KERNEL(dot)(Words sums, Words w, KERNEL(Quad) x) {
-    return sums + (Words)_mm256_madd_epi16((__m256i)w, (__m256i)x);
-}
-
-// Add the two sums of each row.
-INLINE void KERNEL(sums_of_rows)(Words *rows, const Words *sums) {
-    for (int j = 0; j < PARTS; j++) {
-        __m256i pairs = _mm256_hadd_epi32((__m256i)sums[2 * j], (__m256i)sums[2 * j + 1]);
-        rows[j] = (Words)_mm256_permute4x64_epi64(pairs, 0xD8);
-    }
-}
+    int32_t first, second;
+    memcpy(&first, quad, 4);
+    memcpy(&second, quad + 4, 4);
+    sums += (Words)_mm256_madd_epi16((__m256i)even, _mm256_set1_epi32(first));
+    return sums + (Words)_mm256_madd_epi16((__m256i)odd, _mm256_set1_epi32(second));
 #elif defined(KERNEL_SIMD128)
-enum { KERNEL(N_SUMS) = 2 * PARTS };
-typedef Words KERNEL(Quad);
-
-INLINE Words KERNEL(load_codes)(const uint8_t *p) { return (Words)wasm_u16x8_load8x8(p); }
-
-INLINE Words KERNEL(low_codes)(Words w) { return w & 0x000F000F; }
-
-INLINE Words KERNEL(high_codes)(Words w) { return (Words)wasm_u16x8_shr((v128_t)w, 4); }
-
-INLINE KERNEL(Quad) KERNEL(load_quad)(const int8_t *p) { return (Words)wasm_v128_load64_splat(p); }
-
-INLINE Words KERNEL(dot)(Words sums, Words w, KERNEL(Quad) x) {
-    return sums + (Words)wasm_i32x4_dot_i16x8((v128_t)w, (v128_t)x);
-}
-
-INLINE void KERNEL(sums_of_rows)(Words *rows, const Words *sums) {
-    for (int j = 0; j < PARTS; j++) {
-        v128_t a = (v128_t)sums[2 * j], b = (v128_t)sums[2 * j + 1];
-        rows[j] = (Words)wasm_i32x4_shuffle(a, b, 0, 2, 4, 6) +
-                  (Words)wasm_i32x4_shuffle(a, b, 1, 3, 5, 7);
-    }
-}
+    sums += (Words)wasm_i32x4_dot_i16x8((v128_t)even, wasm_v128_load32_splat(quad));
+    return sums + (Words)wasm_i32x4_dot_i16x8((v128_t)odd, wasm_v128_load32_splat(quad + 4));
+#elif defined(__x86_64__)
+    int32_t first, second;
+    memcpy(&first, quad, 4);
+    memcpy(&second, quad + 4, 4);
+    sums += (Words)_mm_madd_epi16((__m128i)even, _mm_set1_epi32(first));
+    return sums + (Words)_mm_madd_epi16((__m128i)odd, _mm_set1_epi32(second));
 #else
-enum { KERNEL(N_SUMS) = PARTS };
-typedef struct { uint32_t x[4]; } KERNEL(Quad);
-
-INLINE Words KERNEL(load_codes)(const uint8_t *p) {
-    Words w;
-    memcpy(&w, p, sizeof w);
-    return w;
-}
-
-INLINE Words KERNEL(low_codes)(Words w) { return w & 0x0F0F0F0F; }
-
-INLINE Words KERNEL(high_codes)(Words w) { return w >> 4 & 0x0F0F0F0F; }
-
-INLINE KERNEL(Quad) KERNEL(load_quad)(const int8_t *p) {
     int16_t x[4];
-    memcpy(x, p, sizeof x);
-    return (KERNEL(Quad)){{(uint32_t)x[0], (uint32_t)x[1], (uint32_t)x[2], (uint32_t)x[3]}};
-}
-
-INLINE Words KERNEL(dot)(Words sums, Words w, KERNEL(Quad) x) {
-    for (int i = 0; i < 4; i++) sums += (w >> 8 * i & 255) * x.x[i];
-    return sums;
-}
-
-INLINE void KERNEL(sums_of_rows)(Words *rows, const Words *sums) {
-    memcpy(rows, sums, PARTS * sizeof *rows);
-}
+    memcpy(x, quad, sizeof x);
+    sums += (even & 255) * (uint32_t)x[0] + (even >> 16) * (uint32_t)x[1];
+    return sums + (odd & 255) * (uint32_t)x[2] + (odd >> 16) * (uint32_t)x[3];
 #endif
+}
 
 // Multiply a block of sixteen rows of int8 or int4 by n inputs from t on. Callers pass a constant
 // as n, so that the sums stay in registers after inlining.
 INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n,
                                   const bool is_4bit) {
-    enum { N_SUMS = KERNEL(N_SUMS), N = KERNEL(TILE) };
+    enum { N = KERNEL(TILE) };
     const Tensor *w = p->w;
     const Input *in = p->in;
     const size_t group = w->group, groups = (w->cols + group - 1) / group;
@@ -537,36 +477,35 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
         for (size_t j = 0; j < PARTS; j++) out[i][j] = KERNEL(splat)(0.0f);
     size_t v = 0;
     for (size_t g = 0; g < groups; g++) {
-        Words sums[N][N_SUMS];
+        Words sums[N][PARTS];
         for (size_t i = 0; i < n; i++)
-            for (size_t k = 0; k < N_SUMS; k++) sums[i][k] = (Words){0};
+            for (size_t j = 0; j < PARTS; j++)
+                sums[i][j] = (Words){0} + (uint32_t)in->offsets[(t + i) * in->max_groups + g];
         size_t end = (g + 1) * group / per_vector;
         if (end > vectors) end = vectors;
-        for (; v < end; v++, codes += CODES, x += (is_4bit ? 2 : 1) * step) {
-            KERNEL(Quad) first[N], second[N];
-            for (size_t i = 0; i < n; i++) {
-                first[i] = KERNEL(load_quad)(x + 8 * i);
-                if (is_4bit) second[i] = KERNEL(load_quad)(x + step + 8 * i);
-            }
+        for (; v < end; v++, codes += CODES) {
+            Words c[PARTS];
+            for (size_t j = 0; j < PARTS; j++) memcpy(&c[j], codes + j * sizeof *c, sizeof *c);
             __builtin_prefetch(codes + 4096);
-            for (size_t k = 0; k < N_SUMS; k++) {
-                Words c = KERNEL(load_codes)(codes + k * CODES / N_SUMS);
-                Words low = is_4bit ? KERNEL(low_codes)(c) : c, high = KERNEL(high_codes)(c);
-                for (size_t i = 0; i < n; i++) {
-                    sums[i][k] = KERNEL(dot)(sums[i][k], low, first[i]);
-                    if (is_4bit) sums[i][k] = KERNEL(dot)(sums[i][k], high, second[i]);
+            for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
+                Words even[PARTS], odd[PARTS];
+                for (size_t j = 0; j < PARTS; j++) {
+                    Words four = half ? c[j] >> 4 : c[j];
+                    if (is_4bit) four &= 0x0F0F0F0F;
+                    even[j] = four & 0x00FF00FF;
+                    odd[j] = (Words)((KERNEL(Shorts))four >> 8);
                 }
+                for (size_t i = 0; i < n; i++)
+                    for (size_t j = 0; j < PARTS; j++)
+                        sums[i][j] = KERNEL(dot4)(sums[i][j], even[j], odd[j], x + 8 * i);
             }
         }
-        for (size_t i = 0; i < n; i++) {
-            Words rows[PARTS];
-            KERNEL(sums_of_rows)(rows, sums[i]);
-            size_t at = (t + i) * in->max_groups + g;
-            for (size_t j = 0; j < PARTS; j++) {
-                size_t scale_at = (block * groups + g) * LANES + j * WIDTH;
-                Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
-                Ints sum = (Ints)(rows[j] + (uint32_t)in->offsets[at]);
-                out[i][j] += __builtin_convertvector(sum, Floats) * (scale * in->scales[at]);
+        for (size_t j = 0; j < PARTS; j++) {
+            size_t scale_at = (block * groups + g) * LANES + j * WIDTH;
+            Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
+            for (size_t i = 0; i < n; i++) {
+                float x_scale = in->scales[(t + i) * in->max_groups + g];
+                out[i][j] += __builtin_convertvector((Ints)sums[i][j], Floats) * (scale * x_scale);
             }
         }
     }
@@ -633,13 +572,14 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
                 for (size_t i = 0; i < n; i++) sums[i][r][j] += weights * v[i];
             }
         }
-    for (size_t r = 0; whole < cols && r < n_rows; r++)
-        for (size_t j = 0, c = whole; j < PARTS && c < cols; j++, c += WIDTH) {
-            size_t at = (row + r) * cols + c;
-            Floats weights = KERNEL(load_part)(w->data, at, cols - c, is_bf16);
-            for (size_t i = 0; i < n; i++)
-                sums[i][r][j] += weights * KERNEL(load)(x + i * stride + c);
-        }
+    for (size_t r = 0; whole < cols && r < n_rows; r++) {
+        Floats weights[PARTS];
+        size_t at = ((row + r) * cols + whole) * (is_bf16 ? 2 : 4);
+        KERNEL(load_sixteen)(weights, w->data + at, cols - whole, is_bf16);
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < PARTS; j++)
+                sums[i][r][j] += weights[j] * KERNEL(load)(x + i * stride + whole + j * WIDTH);
+    }
     for (size_t i = 0; i < n; i++) {
         float *out = p->out + (t + i) * p->stride + row;
         size_t r = 0;
@@ -731,7 +671,7 @@ static void KERNEL(attend)(float *out, const float *q, const void *keys, const v
                 KERNEL(store)(weights + b * LANES + j * WIDTH, e);
                 sums[j] += e;
             }
-        for (size_t d = 0; d < width; d += AT_ONCE * WIDTH) {  // masked positions have weight 0
+        for (size_t d = 0; d < head_dim; d += AT_ONCE * WIDTH) {  // masked positions have weight 0
             Floats y[AT_ONCE][4] = {{{0}}};
             size_t at = start * LANES * width + d;
             for (size_t i = 0; i < n * LANES; i += 4)
