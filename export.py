@@ -47,7 +47,8 @@ SETTINGS = {
         "dtype": ("DTYPE", "dtype of the weights; if not set: the first one in the list below"),
         "version": ("auto", "of model.bin: 0 (plain Llama only) or 3; auto: 0 if possible"),
     },
-    "the web page (html)": {
+    "the web page (html, or in a folder of hf)": {
+        "page": (False, "hf: also write story.html, a page that tells stories"),
         "beside": ("PATH", "a second model, to tell the same story beside the first"),
     },
     "the model card (hf), metadata (gguf) and page (html)": {
@@ -129,6 +130,8 @@ if flags.push_to_hub and to != "hf":
     raise UserError(f"--push-to-hub cannot be used with --format={to}: use --format=hf")
 if flags.beside and to != "html":
     raise UserError(f"--beside cannot be used with --format={to}: use --format=html")
+if flags.page and to != "hf":
+    raise UserError(f"--page cannot be used with --format={to}: use --format=hf")
 if (flags.dry_run or flags.private) and not flags.push_to_hub:
     raise UserError("--push-to-hub=USER/NAME is missing: --dry-run and --private need a repository")
 about = {name: getattr(flags, name) for name in ("title", "language", "license")}
@@ -181,14 +184,14 @@ name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
 name = re.sub(r"[.](gguf|html)$", "", name)
 if name in ("hf", "gguf", "model", "out", "export"):
     name = f"Storyteller with {model.n_params():,} parameters"
-facts = {**about, "repository": flags.push_to_hub or ".", **facts}
+facts = {**about, "repository": flags.push_to_hub or ".", "page": flags.page, **facts}
 facts["title"] = " ".join((flags.title or "").split()) or name
 if to == "hf" and flags.license == "unknown":
     print("note: the model card says license: unknown; set it with --license=mit or similar")
 if flags.beside:
-    beside = model_in(flags.beside)
-    beside_name = "/".join(os.path.abspath(flags.beside).split(os.sep)[-2:])
-    facts["beside"] = beside_name, *load(beside, tokenizer=flags.tokenizer)[:2]
+    name, other = ("/".join(os.path.abspath(p).split(os.sep)[-2:]) for p in (source, flags.beside))
+    facts["name"] = name
+    facts["beside"] = other, *load(model_in(flags.beside), tokenizer=flags.tokenizer)[:2]
 write = FORMATS[to].write
 if to == "bin":
     write = partial(write, version=None if flags.version == "auto" else int(flags.version))

@@ -88,13 +88,16 @@ INLINE Floats KERNEL(load_as)(const void *p, size_t at, bool is_bf16) {
 
 // Load sixteen values into v (PARTS): the first n of p, and zeros if n is less than sixteen.
 INLINE void KERNEL(load_sixteen)(Floats *v, const void *p, size_t n, bool is_bf16) {
-    float padded[LANES] = {0};
-    uint16_t halves[LANES] = {0};
-    if (n < LANES) {
-        memcpy(is_bf16 ? (void *)halves : padded, p, n * (is_bf16 ? 2 : 4));
-        p = is_bf16 ? (void *)halves : padded;
+    for (size_t j = 0, at = 0; j < PARTS; j++, at += WIDTH) {
+        Floats padded[2] = {{0}};  // of bfloat16, the first half is used
+        if (at + WIDTH > n && at < n) {
+            size_t size = is_bf16 ? 2 : 4;
+            memcpy(padded, (const char *)p + at * size, (n - at) * size);
+            v[j] = KERNEL(load_as)(padded, 0, is_bf16);
+        } else {
+            v[j] = at < n ? KERNEL(load_as)(p, at, is_bf16) : padded[0];
+        }
     }
-    for (size_t j = 0; j < PARTS; j++) v[j] = KERNEL(load_as)(p, j * WIDTH, is_bf16);
 }
 
 INLINE Floats KERNEL(choose)(Ints mask, Floats a, Floats b) {

@@ -5,6 +5,7 @@ Benchmarks: how fast training and inference are, and what limits them.
     python -m bench.loader       tokens/s of the data loader alone
     python -m bench.checkpoint   size and time of checkpoints, and how they slow down training
     python -m bench.infer        tokens/s of ./run, compared with its peers
+    python -m bench.page         tokens/s, loading and memory of the model in browsers
     python -m bench.tokenizer    MB/s of training and encoding, compared with peers
     python -m bench.scaling      tokens/s of several processes (DDP, FSDP), compared with one
 

@@ -38,6 +38,7 @@ from formats.tensors import (
     window_settings,
     windows,
 )
+from formats.webpage import page_of
 from model import ModelArgs
 from system.fields import each, is_bool, is_count, is_text, list_of, optional
 from system.files import atomic_write, flush_files, flush_folder, read_json, remove, replace
@@ -48,6 +49,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 MAX_SHARD = "5GB"
 MODELING = "modeling_modded_llama.py"
 MARK = "A small language model, exported by modded-llama2.c."  # in every model card we write
+PAGE = "story.html"
 
 # Fields of ModelArgs and of config.json
 FIELDS = {
@@ -350,6 +352,10 @@ def card(model, facts):
     rows |= options
     title, path = rows.pop("title", "Storyteller"), rows.pop("repository", ".")
     language, licence = rows.pop("language", "en"), rows.pop("license", "unknown")
+    page = ""
+    if rows.pop("page", False):
+        page = f"[{PAGE}]({PAGE}) is the model in one web page, which tells stories without a "
+        page += "server: download it and open it.\n\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     code = f"the file {MODELING} in this folder" if trust else "its own code"
     return f"""---
@@ -376,7 +382,8 @@ ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
 ```
 
-A text ends at EOS or at BOS, which starts the next text; generation_config.json stops at both.
+{page}A text ends at EOS or at BOS, which starts the next text;
+generation_config.json stops at both.
 
 | | |
 |---|---|
@@ -434,6 +441,8 @@ def folder_files(model, dtype, tokenizer, facts):
         with open(os.path.join(os.path.dirname(__file__), MODELING), "rb") as f:
             files[MODELING] = f.read()
     files["generation_config.json"] = {**stop, **sampling}
+    if facts.get("page"):
+        files[PAGE] = page_of(model, "int8", tokenizer, facts)
     return {**files, "config.json": config, "README.md": card(model, facts)}
 
 
@@ -447,7 +456,7 @@ def converted(name, tensor, dtype):
 # The files that write_folder() makes
 OURS = re.compile(
     r"config.json|generation_config.json|README.md|tokenizer(_config)?.json|tokenizer.model|"
-    r"model.safetensors(.index.json)?|model-\d{5}-of-\d{5}.safetensors|" + MODELING
+    r"model.safetensors(.index.json)?|model-\d{5}-of-\d{5}.safetensors|" + PAGE + "|" + MODELING
 )
 
 

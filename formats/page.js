@@ -2,75 +2,105 @@
 const $ = (id) => document.getElementById(id);
 const percent = (p) => p >= 0.9995 ? "100 %" : p >= 0.0995 ? `${Math.round(100 * p)} %`
   : p >= 0.0001 ? `${(100 * p).toPrecision(2)} %` : "< 0.01 %";
-const models = JSON.parse($("models").textContent);
 const columns = [];
 let story = 0;  // the number of the story that is told
+let told = null;  // the beginning and settings of that story
 
 // ---- a column: a model, its worker and the story it tells
 
 class Column {
-  constructor(model, i) {
+  constructor(model, i, n) {
     const root = $("column").content.cloneNode(true).firstElementChild;
-    [this.heading, this.text, this.status, this.why] = root.children;
-    this.heading.textContent = model.name;
-    this.heading.hidden = models.length === 1;
+    [this.heading, this.text, this.status, this.why, this.heard] = root.children;
+    this.heading.textContent = `Model ${"AB"[i]}: ${model.name}`;
+    this.heading.hidden = n === 1;
+    const by = n === 1 ? "" : ` by model ${"AB"[i]}`;
+    this.text.setAttribute("aria-label", `The story${by}; the arrow keys go through its words`);
     $("columns").append(root);
-    this.pieces = [];  // [token, text, whether it is part of the prompt]
-    this.chosen = -1;
+    this.clear();
     this.status.textContent = "Loading the model …";
     const source = [$("llama2").textContent.replace(/^export /gm, ""), $("worker").textContent];
-    const url = URL.createObjectURL(new Blob(source, { type: "text/javascript" }));
-    this.worker = new Worker(url);
+    this.worker = new Worker(URL.createObjectURL(new Blob(source, { type: "text/javascript" })));
     this.worker.onmessage = ({ data }) => this.receive(data);
     this.worker.onerror = (e) => this.fail(e.message || "this browser cannot run the engine");
     const load = ["engine", `model-${i}`, `tokenizer-${i}`].map(
       (id) => ({ base64: $(id).textContent, crc: Number($(id).dataset.crc) }));
     this.worker.postMessage({ load });
     $(`model-${i}`).remove();  // the worker has a copy
-    this.text.addEventListener("pointerover", (e) => this.choose(this.index_of(e.target)));
-    this.text.addEventListener("click", (e) => this.choose(this.index_of(e.target)));
+    this.listen();
+  }
+
+  listen() {
+    this.text.addEventListener("pointerover", (e) => {
+      if (e.pointerType !== "touch" && !this.is_pinned) this.choose(this.index_of(e.target));
+    });
+    this.text.addEventListener("pointerleave", () => { if (!this.is_pinned) this.close(); });
+    document.addEventListener("click", (e) => {
+      const i = this.index_of(e.target), is_again = this.is_pinned && i === this.chosen;
+      if (this.why.contains(e.target)) return;
+      if (i < 0 || is_again) this.close();
+      else this.choose(i, true);
+    });
     this.text.addEventListener("keydown", (e) => {
-      const by = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-      if (!by) return;
+      const last = this.pieces.length - 1, i = this.chosen;
+      const to = { ArrowRight: [i + 1, 1], ArrowLeft: [i - 1, -1], Home: [0, 1], End: [last, -1] }[e.key];
+      if (e.key === "Escape") this.close();
+      if (!to) return;
       e.preventDefault();
-      this.choose(Math.min(Math.max(this.chosen + by, 0), this.pieces.length - 1));
+      let [next, step] = to;  // pieces without text are parts of a character
+      while (this.pieces[next] && !this.pieces[next][1]) next += step;
+      if (this.pieces[next]) this.choose(next, true);
     });
   }
 
+  clear() {
+    this.pieces = [];  // [token, text, whether it is part of the prompt]
+    this.close();
+    this.text.replaceChildren();
+  }
+
+  // The model cannot be used at all.
   fail(message) {
-    this.status.textContent = `This page cannot tell stories: ${message}`;
-    this.status.classList.add("error");
+    this.has_failed = true;
+    this.say(`This page cannot tell stories: ${message}`, true);
+    ready();
+  }
+
+  // Say something instead of a story.
+  say(message, is_error) {
+    this.status.textContent = message;
+    this.status.classList.toggle("error", is_error);
     this.is_telling = false;
     update_buttons();
   }
 
   tell(prompt, options) {
-    this.pieces = [];
-    this.chosen = -1;
-    this.text.replaceChildren();
-    this.why.replaceChildren();
-    this.status.classList.remove("error");
-    this.status.textContent = "Telling …";
-    this.is_telling = true;
+    this.say("Telling …", false);
+    this.before = this.text.textContent;
+    this.is_new = this.is_telling = true;  // the text of the last story stays until this one comes
+    this.limit = Math.min(options.length, this.positions);
     this.worker.postMessage({ story, prompt, options });
   }
 
   receive(data) {
-    if (data.error) { this.fail(data.error); return; }
     if (data.ready) {
-      this.positions = data.ready.positions;
-      this.status.textContent = `Ready in ${(data.ready.ms / 1000).toFixed(2)} s.`;
+      this.positions = data.ready;
+      this.say(`Ready in ${(performance.now() / 1000).toFixed(2)} s.`, false);
       ready();
-      return;
+    } else if (data.error && data.story === undefined) {
+      this.fail(data.error);
+    } else if (data.story === story) {
+      if (data.error || data.refused) this.say(data.error || data.refused, true);
+      if (data.pieces) this.add(data.pieces);
+      if (data.n !== undefined) this.finish(data);
+      if (data.surprise && $("surprise").checked) this.colour(data.surprise);
+      if (data.why && data.at === this.chosen) this.show_why(data.why);
     }
-    if (data.story !== story) return;
-    if (data.pieces) this.add(data.pieces);
-    if (data.n !== undefined) this.finish(data);
-    if (data.surprise) this.colour(data.surprise);
-    if (data.why && data.at === this.chosen) this.show_why(data.why);
   }
 
   add(pieces) {
+    if (this.is_new) this.clear();
+    this.is_new = false;
     for (const piece of pieces) {
       const span = document.createElement("span"), space = /^ */.exec(piece[1])[0];
       span.textContent = piece[1].slice(space.length);
@@ -81,12 +111,15 @@ class Column {
   }
 
   finish({ n, seconds, stopped }) {
-    this.is_telling = false;
     const speed = seconds > 0 ? `, ${Math.round(n / seconds).toLocaleString("en")} tokens per second` : "";
-    const end = stopped ? "Stopped after" : this.pieces.length >= this.limit ? "Cut after" : "The end, after";
-    this.status.textContent = `${end} ${n} tokens${speed}. Point at a word, or tap it, to see what else could have come.`;
+    const end = stopped ? "Stopped after" : this.pieces.length >= this.limit
+      ? "Cut at the length you set, after" : "The end, after";
+    let same = "";
+    if (this.text.textContent === this.before)
+      same = told.t > 0 ? " It is the same story, because the seed and settings are the same."
+        : " At temperature 0, each beginning has only one story.";
+    this.say(`${end} ${n} tokens${speed}.${same}`, false);
     if ($("surprise").checked) this.ask_surprise();
-    update_buttons();
   }
 
   tokens() { return this.pieces.map(([token]) => token).filter((token) => token >= 0); }
@@ -98,124 +131,229 @@ class Column {
 
   colour(probabilities) {
     probabilities.forEach((p, i) => {
+      if (this.pieces[i][2]) return;  // the reader wrote it
       const surprise = Math.min(Math.max(-Math.log2(p) - 0.5, 0) / 7, 1);  // up to 7.5 bits
-      const style = this.text.children[i].style;
-      style.backgroundColor = `hsl(${55 - 55 * surprise} 90% 50% / ${0.65 * surprise ** 0.7})`;
-      this.text.children[i].title = percent(p);
+      this.text.children[i].style.backgroundColor =
+        `hsl(${55 - 55 * surprise} 90% 50% / ${0.65 * surprise ** 0.7})`;
     });
   }
 
-  plain() {
-    for (const span of this.text.children) { span.style.backgroundColor = ""; span.title = ""; }
+  uncolour() {
+    for (const span of this.text.children) span.style.backgroundColor = "";
   }
 
   index_of(element) { return Array.prototype.indexOf.call(this.text.children, element); }
 
-  choose(i) {
-    if (i < 0 || i === this.chosen || this.is_telling || this.pieces[i][0] < 0) return;
-    this.text.children[this.chosen]?.classList.remove("chosen");
+  // The indices of the pieces of a word: [first, last].
+  word_of(i) {
+    const starts = (k) => k <= 0 || k >= this.pieces.length || !/^[\p{L}\p{M}']/u.test(this.pieces[k][1])
+      || !/[\p{L}\p{M}']$/u.test(this.pieces[k - 1][1]);
+    let first = i, last = i;
+    while (!starts(first)) first -= 1;
+    while (!starts(last + 1)) last += 1;
+    return [first, last];
+  }
+
+  // Ask why piece i came; it stays chosen when the pointer leaves it if it is pinned.
+  choose(i, is_pinned = false) {
+    if (i < 0 || this.is_telling || this.pieces[i][0] < 0) return;
+    this.is_pinned = is_pinned;
+    this.why.classList.toggle("pinned", is_pinned);
+    if (i === this.chosen) return;
+    this.mark("remove");
     this.chosen = i;
-    this.text.children[i].classList.add("chosen");
+    this.mark("add");
+    if (is_pinned) this.text.children[i].scrollIntoView({ block: "nearest" });
     this.worker.postMessage({ story, explain: i, tokens: this.tokens() });
   }
 
+  mark(change) {
+    if (this.chosen < 0) return;
+    const [first, last] = this.word_of(this.chosen);
+    for (let k = first; k <= last && last > first; k++) this.text.children[k].classList[change]("word");
+    this.text.children[this.chosen].classList[change]("chosen");
+  }
+
+  close() {
+    if (this.chosen >= 0) this.mark("remove");
+    this.chosen = -1;
+    this.is_pinned = false;
+    this.why.hidden = true;
+    this.why.classList.remove("pinned");
+  }
+
   show_why({ chosen, others }) {
-    const readable = (text) => text === null ? "the end" : text.replace(/\n/g, "↵").trim() || "space";
-    const intro = document.createElement("p"), table = document.createElement("table");
-    intro.textContent = "How likely this word was, and what could have come instead:";
+    const [first, last] = this.word_of(this.chosen), is_prompt = this.pieces[this.chosen][2];
+    const joined = (a, b) => this.pieces.slice(a, b).map(([, text]) => text).join("").trim();
+    const readable = (text) => text === null ? "the end" : text.includes("\uFFFD") ? "part of a character"
+      : text.replace(/\n/g, "↵").trim() || "space";
+    const paragraph = document.createElement("p"), table = document.createElement("table");
+    let intro = is_prompt ? "You wrote this. The model expected:" : "How likely this was, and what else could have come:";
+    if (chosen[1] > 0.995) intro = is_prompt ? "You wrote what the model expected." : "The model was almost certain of this.";
+    if (last > first) intro = `A piece of “${joined(first, last + 1)}”. ${intro}`;
+    paragraph.textContent = intro;
     for (const [text, p] of [chosen, ...others]) {
+      if (table.rows.length && p < 0.001) continue;
       const row = table.insertRow(), meter = document.createElement("meter");
-      row.insertCell().textContent = readable(text);
+      if (!table.rows[1]) row.className = "chosen";
+      const start = first < this.chosen && text !== null && !/^\s/.test(text) ? joined(first, this.chosen) : "";
+      row.insertCell().textContent = start + readable(text);
       row.insertCell().textContent = percent(p);
       meter.value = p;
       meter.setAttribute("aria-hidden", "true");
       row.insertCell().append(meter);
     }
-    this.why.replaceChildren(intro, table);
+    this.heard.textContent = `${readable(chosen[0])}, ${percent(chosen[1])}`;
+    this.why.replaceChildren(paragraph, table);
+    this.place_why();
+  }
+
+  // Put the explanation below the word, or above it where there is no room below.
+  place_why() {
+    const word = this.text.children[this.chosen].getClientRects(), box = this.why.parentElement.getBoundingClientRect();
+    const { left, top, bottom } = word[0] || this.text.getBoundingClientRect(), gap = 6;
+    this.why.hidden = false;
+    const { width, height } = this.why.getBoundingClientRect();
+    const is_above = bottom + gap + height > innerHeight && top - gap - height > 0;
+    this.why.style.left = `${Math.max(0, Math.min(left - box.left, box.width - width))}px`;
+    this.why.style.top = `${(is_above ? top - gap - height : bottom + gap) - box.top}px`;
+    if (this.is_pinned) this.why.scrollIntoView({ block: "nearest" });
   }
 }
 
 // ---- the form, and the address that shares a story
 
-function options() {
-  const length = Math.max(2, Number($("length").value) || 256);
-  return { temperature: Number($("temperature").value), topP: Number($("top-p").value),
-           seed: BigInt($("seed").value || 0), length };
-}
+const FIELDS = { i: "prompt", t: "temperature", p: "top-p", s: "seed", n: "length" };
 
 function show_values() {
-  $("temperature-value").textContent = $("temperature").value;
-  $("top-p-value").textContent = $("top-p").value;
+  for (const id of ["temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
 }
 
-function address() {
-  const values = { i: $("prompt").value, t: $("temperature").value, p: $("top-p").value,
-                   s: $("seed").value, n: $("length").value };
-  return "#" + new URLSearchParams(values);
-}
-
-// Fill the form from the address. Returns whether it names a story.
+// Fill the form from the address; values that the form refuses are left out. Returns whether the
+// address names a story.
 function read_address() {
   const values = new URLSearchParams(location.hash.slice(1));
-  const fields = { i: "prompt", t: "temperature", p: "top-p", s: "seed", n: "length" };
-  for (const [name, id] of Object.entries(fields)) if (values.has(name)) $(id).value = values.get(name);
+  $("seed").value = "";
+  for (const [name, id] of Object.entries(FIELDS)) {
+    const field = $(id), before = field.value;
+    if (!values.has(name)) continue;
+    field.value = values.get(name);
+    if (!field.checkValidity()) field.value = before;
+  }
   show_values();
-  return values.has("s");
+  return values.has("i") || values.has("s");
 }
 
 function new_seed() { $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0] % 1000000); }
 
 function update_buttons() {
-  const telling = columns.some((c) => c.is_telling);
-  $("stop").disabled = !telling;
+  const working = columns.filter((c) => c.positions);
+  $("stop").disabled = !columns.some((c) => c.is_telling);
+  $("tell").disabled = !working.length;
+  for (const id of ["another", "copy", "link"]) $(id).disabled = !told;
 }
 
-function tell() {
-  if (!$("form").reportValidity()) return;
+function is_valid() {
+  if ($("form").checkValidity()) return true;
+  $("settings").open = true;  // its fields cannot show what is wrong while they are hidden
+  $("form").reportValidity();
+  return false;
+}
+
+// Tell the story of the form. is_linked: its address is already that of the page.
+function tell(is_linked = false) {
+  if (!is_valid()) return;
   if (!$("seed").value) new_seed();
-  history.replaceState(null, "", address());
+  if (!$("length").value) $("length").value = $("length").placeholder;
+  told = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
+  told.i = told.i.trimEnd();
+  const address = "#" + new URLSearchParams(told);
+  try {
+    if (is_linked || address === location.hash) history.replaceState(null, "", address);
+    else history.pushState(null, "", address);  // Back returns to the last story
+  } catch {}  // not allowed in some frames
   story += 1;
-  for (const c of columns) {
-    const chosen = options();
-    c.limit = Math.min(chosen.length, c.positions);
-    c.tell($("prompt").value, chosen);
-  }
+  $("copied").hidden = true;
+  $("hint").hidden = false;
+  const options = { temperature: Number(told.t), topP: Number(told.p), seed: BigInt(told.s), length: Number(told.n) };
+  for (const c of columns) if (c.positions) c.tell(told.i, options);
   update_buttons();
 }
 
-function ready() {
-  if (!columns.every((c) => c.positions)) return;
-  const positions = Math.min(...columns.map((c) => c.positions));
-  $("length").max = positions;
-  if (!$("length").value) $("length").value = Math.min(256, positions);
-  for (const id of ["tell", "another", "link"]) $(id).disabled = false;
-  if (read_address()) tell();
+function another() {
+  $("seed").value = "";
+  tell();
 }
 
-$("form").addEventListener("submit", (e) => { e.preventDefault(); tell(); });
-$("another").addEventListener("click", () => { new_seed(); tell(); });
-$("stop").addEventListener("click", () => columns.forEach((c) => c.worker.postMessage({})));
-$("link").addEventListener("click", async () => {
-  history.replaceState(null, "", address());
-  try {
-    await navigator.clipboard.writeText(location.href);
-    $("link").textContent = "Copied";
-  } catch {
-    $("link").textContent = "Copy it from the address bar";
-  }
-  setTimeout(() => { $("link").textContent = "Copy link"; }, 2000);
-});
-$("surprise").addEventListener("change", () => {
-  for (const c of columns) $("surprise").checked ? c.ask_surprise() : c.plain();
-});
-$("temperature").addEventListener("input", show_values);
-$("top-p").addEventListener("input", show_values);
-addEventListener("hashchange", () => { if (read_address() && columns.every((c) => c.positions)) tell(); });
+// Called when a model is ready or has failed.
+function ready() {
+  if (!columns.length || !columns.every((c) => c.positions || c.has_failed)) return;
+  const positions = Math.min(...columns.filter((c) => c.positions).map((c) => c.positions));
+  if (positions === Infinity) return;
+  $("length").max = positions;
+  $("length").placeholder = Math.min(256, positions);
+  if (!$("length").value) $("length").value = $("length").placeholder;
+  update_buttons();
+  if (read_address()) tell(true);
+}
 
-document.body.classList.toggle("pair", models.length > 1);
-$("about").textContent = models.length > 1
-  ? "Two language models tell stories side by side. They run in this page; nothing leaves this device."
-  : `A language model of ${models[0].parameters}. It runs in this page; nothing leaves this device.`;
-$("footer").textContent = models.map((m) => `${m.name}: ${m.parameters}, ${m.dtype}, ${m.size}`).join("; ");
-show_values();
-models.forEach((m, i) => columns.push(new Column(m, i)));
+async function copy(text, message) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    message = "This browser does not allow copying: select the text, or the address above, instead.";
+  }
+  $("copied").textContent = message;
+  $("copied").hidden = false;
+}
+
+function copy_link() {
+  const is_file = location.protocol === "file:";
+  copy(location.href.split("#")[0] + "#" + new URLSearchParams(told), is_file
+    ? "The link is copied. It opens this story in this file. On another device, open a copy of the file, "
+      + "and put what follows # at the end of its address."
+    : "The link is copied. It opens this page with this story.");
+}
+
+function copy_story() {
+  const texts = columns.map((c) => c.text.textContent).filter(Boolean);
+  copy(texts.join("\n\n"), "The story is copied.");
+}
+
+function listen() {
+  $("form").addEventListener("submit", (e) => { e.preventDefault(); tell(); });
+  $("form").addEventListener("keydown", (e) => {
+    if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && !$("tell").disabled) tell();
+  });
+  $("tell").addEventListener("click", () => tell());
+  $("another").addEventListener("click", another);
+  $("stop").addEventListener("click", () => columns.forEach((c) => c.worker.postMessage({})));
+  $("link").addEventListener("click", copy_link);
+  $("copy").addEventListener("click", copy_story);
+  $("surprise").addEventListener("change", () => {
+    $("legend").hidden = !$("surprise").checked;
+    for (const c of columns) $("surprise").checked ? c.ask_surprise() : c.uncolour();
+  });
+  for (const id of ["temperature", "top-p"]) $(id).addEventListener("input", show_values);
+  addEventListener("hashchange", () => { if (!$("tell").disabled && read_address()) tell(true); });
+}
+
+// This script comes before the models, so that it can tell when the file ends too soon.
+addEventListener("DOMContentLoaded", () => {
+  const models = JSON.parse($("models").textContent), n = models.length;
+  if (!$("complete")) {
+    $("about").textContent = "This file is incomplete: download or copy it again.";
+    $("about").className = "error";
+    return;
+  }
+  document.body.classList.toggle("pair", n > 1);
+  $("about").textContent = n > 1
+    ? "Two language models tell a story from the same beginning, with the same seed. They run in this page; nothing leaves this device."
+    : `A language model of ${models[0].parameters}. It runs in this page; nothing leaves this device.`;
+  if (n > 1) $("tell").textContent = "Tell the stories";
+  $("footer").textContent = models.map((m) => (n > 1 ? `${m.name}, ${m.parameters}: ` : "Weights: ")
+    + `${m.dtype}, ${m.size}`).join("; ");
+  show_values();
+  listen();
+  models.forEach((m, i) => columns.push(new Column(m, i, n)));
+});

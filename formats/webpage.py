@@ -59,19 +59,19 @@ def megabytes(n):
     return f"{n / 1e6:.1f} MB"
 
 
-def write_page(model, path, dtype, tokenizer, facts):
+def page_of(model, dtype, tokenizer, facts):
     """
-    Write the page, and print its size. facts: title, language, and optionally beside: the name,
-    model and tokenizer of a second model. Raises UserError if a tokenizer is missing or the engine
-    cannot be compiled.
+    Return the page (bytes), and print the sizes. facts: title, language, and for two models name,
+    of the first, and beside: the name, model and tokenizer of the second. Raises UserError if a
+    tokenizer is missing or the engine cannot be compiled.
     """
-    models = [(facts["title"], model, tokenizer)]
+    models = [(facts.get("name", facts["title"]), model, tokenizer)]
     if "beside" in facts:
         models.append(facts["beside"])
     blocks, summary = [data_block("engine", build_engine())], []
     for i, (name, each, its_tokenizer) in enumerate(models):
         if its_tokenizer is None:
-            raise UserError("html needs the tokenizer: pass --tokenizer=PATH, to its .model file")
+            raise UserError("a page needs the tokenizer: pass --tokenizer=PATH, to its .model file")
         data = model_bin(each, dtype, its_tokenizer)
         blocks.append(data_block(f"model-{i}", data))
         blocks.append(data_block(f"tokenizer-{i}", its_tokenizer.c_file()))
@@ -95,7 +95,13 @@ def write_page(model, path, dtype, tokenizer, facts):
         "script": script,
         "data": "".join(blocks),
     }
-    page = re.sub(r"%%(\w+)%%", lambda match: parts[match[1]], page)
-    with atomic_write(path) as f:
-        f.write(page.encode())
+    page = re.sub(r"%%(\w+)%%", lambda match: parts[match[1]], page).encode()
     print(f"the page has {megabytes(len(page))} and opens in any browser")
+    return page
+
+
+def write_page(model, path, dtype, tokenizer, facts):
+    """Write the page; for the arguments and errors see page_of()."""
+    page = page_of(model, dtype, tokenizer, facts)
+    with atomic_write(path) as f:
+        f.write(page)

@@ -29,9 +29,10 @@ def test_every_benchmark_is_listed_and_lists_its_settings():
         "__init__",
         "__main__",
         "common",
+        "random_models",
     }
     listed = script("bench").stdout
-    assert listed.count("python -m bench.") == len(names) == 6
+    assert listed.count("python -m bench.") == len(names) == 7
     for name in names:
         assert f"python -m bench.{name} " in listed
         done = script(f"bench.{name}", "--help")
@@ -70,5 +71,7 @@ def test_wrong_arguments_are_refused(tmp_path):
     refused(script("bench.train", "--ways=fast"), "'fast'", "plain, eager")
     refused(script("bench.train", f"--llama2c={tmp_path}"), "not a checkout")
     refused(script("bench.infer", "--engine=nowhere"), "'nowhere' does not exist", "make run")
+    refused(script("bench.page", "--engine=nowhere"), "'nowhere' does not exist", "make run")
+    refused(script("bench.page", "--engine=run.c", "--dtype=int2"), "'int2'", "int8, int4")
     refused(script("bench.tokenizer"), "--source=PATH is missing: pass a .txt file")
     refused(script("bench.scaling", "--processes=one"), "'one'", "like 1,2")

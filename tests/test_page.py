@@ -10,7 +10,6 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, Browser
 from conftest import EVERYTHING, PATIENCE_S, REPO, logits_of, random_model, refused, script
 
 from configurator import UserError
@@ -18,6 +17,7 @@ from formats import webpage
 from formats.modelbin import DTYPES, export_model
 from model import ARCHS
 from system import bootstrap, wasm
+from system.browser import Chromium, Firefox
 
 NODE = shutil.which("node")
 CAN_BUILD = bool(list(wasm.compilers()))
@@ -29,7 +29,8 @@ MODELS = {
 }
 needs_toolchain = pytest.mark.skipif(not CAN_BUILD, reason="needs clang, lld and wasi-libc")
 needs_node = pytest.mark.skipif(not NODE, reason="needs Node")
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+needs_browser = pytest.mark.skipif(not Chromium.path(), reason="needs Chromium")
+needs_firefox = pytest.mark.skipif(not Firefox.path(), reason="needs Firefox")
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +179,7 @@ def test_a_page_needs_nothing_from_the_network(teller):
 def test_a_page_tells_the_stories_of_run(builds, teller, tmp_path):
     sizes = {}, {"dim": 128, "n_layers": 4}
     archs = {}, {**ARCHS["modded"], "bigram_rows": 500}
-    with Browser() as browser:
+    with Chromium() as browser:
         for size in sizes:
             for arch in archs:
                 for dtype in ("int8", "int4", "fp32"):
@@ -197,16 +198,34 @@ def test_a_page_tells_the_stories_of_run(builds, teller, tmp_path):
 
 @pytest.mark.slow
 @needs_toolchain
+@needs_firefox
+def test_firefox_tells_the_story_of_run_and_explains_it(builds, teller):
+    page, model, tokenizer = teller("int8", **{**ARCHS["modded"], "bigram_rows": 500})
+    options = {"prompt": "Tom & Äpfel", "seed": 1, "temperature": 0.8, "length": 120}
+    with Firefox() as browser:
+        browser.open(f"{page.as_uri()}#i=Tom+%26+%C3%84pfel&t=0.8&p=0.9&s=1&n=120")
+        browser.wait_until(TOLD, PATIENCE_S)
+        told = told_by_run(builds["run", "fast"], model, tokenizer, options)
+        assert browser.evaluate(TEXT) == told
+        browser.evaluate("document.querySelectorAll('.story span')[9].click()")
+        browser.wait_until("!!document.querySelector('.why table')", PATIENCE_S)
+
+
+@pytest.mark.slow
+@needs_toolchain
 @needs_browser
 def test_a_page_explains_each_word(builds, teller, tmp_path):
     page, model, _ = teller("fp32")
-    with Browser(width=390, height=800, dark=True) as browser:
+    with Chromium(width=390, height=800, dark=True) as browser:
         browser.open(f"{page.as_uri()}#i=One+day&s=5&n=40&t=1")
         browser.wait_until(TOLD, PATIENCE_S)
         tokens = [1, *browser.evaluate("columns[0].tokens()")]  # after BOS
         logits = logits_of(builds["harness", "fast"], model, tokens, 512).astype(np.float64)
         browser.evaluate("document.getElementById('surprise').click()")
-        browser.wait_until("!!document.querySelector('.story span').title", PATIENCE_S)
+        spans = "[...document.querySelectorAll('.story span')]"
+        coloured = f"{spans}.map((x) => !!x.style.backgroundColor)"
+        browser.wait_until(f"{coloured}.some((x) => x)", PATIENCE_S)
+        assert browser.evaluate(f"{coloured}[0]") is False  # the reader wrote it
         browser.evaluate(
             "columns[0].worker.addEventListener('message', (e) => { window.last = e.data; })"
         )
@@ -223,13 +242,23 @@ def test_a_page_explains_each_word(builds, teller, tmp_path):
         assert math.isclose(why["chosen"][1], expected[tokens[at + 1]], rel_tol=1e-5)
         assert np.allclose([p for _, p in why["others"]], expected[others], rtol=1e-5)
         rows = browser.evaluate("document.querySelectorAll('.why tr').length")
-        assert rows == 6 and "%" in browser.evaluate("document.querySelector('.why').textContent")
+        assert rows == 1 + sum(p >= 0.001 for _, p in why["others"]) > 3
+        assert "%" in browser.evaluate("document.querySelector('.why').textContent")
+        browser.evaluate("document.querySelectorAll('.story span')[9].click()")
+        is_beside = """(() => {
+            const word = document.querySelector('.story .chosen').getBoundingClientRect();
+            const why = document.querySelector('.why').getBoundingClientRect();
+            return why.top >= word.bottom || why.bottom <= word.top;
+        })()"""
+        assert browser.evaluate(is_beside)
         width = browser.evaluate("document.documentElement.scrollWidth")
         assert width <= 390
         # the arrow keys do the same
         browser.evaluate("document.querySelector('.story').focus()")
         browser.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
-        browser.wait_until("window.last.at === 10", PATIENCE_S)
+        browser.wait_until("window.last.at > 9", PATIENCE_S)
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="Escape")
+        browser.wait_until("document.querySelector('.why').hidden", PATIENCE_S)
         browser.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 10_000
 
@@ -240,7 +269,7 @@ def test_a_page_explains_each_word(builds, teller, tmp_path):
 def test_a_page_shares_stops_and_compares(teller):
     page = teller("int8", beside=True, max_seq_len=4000, dim=128, n_layers=4)[0]
     click = "document.getElementById('{}').click()"
-    with Browser() as browser:
+    with Chromium() as browser:
         browser.open(page.as_uri())
         browser.wait_until("document.getElementById('tell')?.disabled === false", PATIENCE_S)
         assert browser.evaluate("document.querySelectorAll('.story').length") == 2
@@ -271,11 +300,44 @@ def test_a_damaged_page_says_so(teller, tmp_path):
     place = text.index('id="model-0"') + 5000
     for change in ("!", "A" if text[place] != "A" else "B"):
         (tmp_path / "bad.html").write_text(text[:place] + change + text[place + 1 :])
-        with Browser() as browser:
+        with Chromium() as browser:
             browser.open((tmp_path / "bad.html").as_uri())
             browser.wait_until("!!document.querySelector('.error')", PATIENCE_S)
             status = browser.evaluate("document.querySelector('.error').textContent")
         assert "damaged" in status and "download or copy the file again" in status
+
+
+@pytest.mark.slow
+@needs_toolchain
+@needs_browser
+def test_an_incomplete_page_and_wrong_values_in_a_link_say_so(teller, tmp_path):
+    page = teller(max_seq_len=64)[0]
+    text = page.read_text()
+    with Chromium() as browser:
+        for place in ('id="engine"', 'id="model-0"', 'id="complete"'):
+            (tmp_path / "cut.html").write_text(text[: text.index(place)])
+            browser.open((tmp_path / "cut.html").as_uri())
+            about = "document.getElementById('about')?.textContent"
+            browser.wait_until(f"/incomplete: download or copy/.test({about})", PATIENCE_S)
+        # what the form refuses is left out
+        browser.open(f"{page.as_uri()}#i=One+day&s=abc&n=5000&t=NaN&p=7")
+        browser.wait_until(TOLD, PATIENCE_S)
+        values = browser.evaluate("[...document.querySelectorAll('input')].map((x) => x.value)")
+        assert values[0] == "0.8" or float(values[0]) <= 2
+        assert values[2].isdigit() and values[3] == "64", values
+        # a wrong value in a closed part of the form is shown
+        browser.evaluate("document.getElementById('seed').value = 'abc'")
+        browser.evaluate("document.getElementById('tell').click()")
+        assert browser.evaluate("document.getElementById('settings').open")
+        # a beginning that is too long is refused, and the next one works
+        browser.evaluate("document.getElementById('seed').value = '1'")
+        browser.evaluate("document.getElementById('prompt').value = 'a '.repeat(200)")
+        browser.evaluate("document.getElementById('tell').click()")
+        status = "document.querySelector('.status').textContent"
+        browser.wait_until(f"/too long.*shorten it/.test({status})", PATIENCE_S)
+        browser.evaluate("document.getElementById('prompt').value = 'One day'")
+        browser.evaluate("document.getElementById('tell').click()")
+        browser.wait_until(f"/ after [0-9]+ tokens/.test({status})", PATIENCE_S)
 
 
 # ---- export.py and make
@@ -296,7 +358,14 @@ def test_export_writes_a_page(tmp_path, tokenizers):
     done = script("export.py", page, f"--checkpoint={tmp_path / 'model.bin'}")
     refused(done, "already exists and is not a model of --format=html")
     flags = [f"--checkpoint={tmp_path / 'model.bin'}", "--tokenizer=none"]
-    refused(script("export.py", tmp_path / "b.html", *flags), "html needs the tokenizer")
+    refused(script("export.py", tmp_path / "b.html", *flags), "a page needs the tokenizer")
+    flags = [f"--checkpoint={tmp_path / 'model.bin'}", "--page", "--license=mit"]
+    refused(script("export.py", tmp_path / "b.bin", *flags), "--page cannot be used with")
+    for _ in range(2):  # also over a folder of ours
+        done = script("export.py", tmp_path / "hf", "--format=hf", *flags)
+        assert not done.returncode, done.stderr
+        assert webpage.is_page(tmp_path / "hf" / "story.html")
+        assert "[story.html](story.html)" in (tmp_path / "hf" / "README.md").read_text()
     flags = [f"--checkpoint={tmp_path / 'model.bin'}", f"--beside={tmp_path}"]
     refused(script("export.py", tmp_path / "b.bin", *flags), "--beside cannot be used with")
 
