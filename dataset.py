@@ -31,7 +31,7 @@ from system.files import checksum
 from system.progress import progress
 from text.corpus import SIDECAR
 from text.pieces import PARTS, shard_size_fits
-from text.shards import read_sidecar
+from text.shards import mark_of_orders, read_sidecar
 
 TINYSTORIES = "TinyStories_all_data"
 LLAMA2_VOCAB_SIZE = 32000
@@ -138,7 +138,8 @@ def is_model_of(shards, tokenizer_model):
 class TokenData:
     """
     The shards of a folder, checked and memory-mapped: `train` and `valid` are lists of arrays, and
-    `valid_bytes` is the size of the validation text in bytes (0 if unknown).
+    `valid_bytes` is the size of the validation text in bytes (0 if unknown), without orders. `mark`
+    is the bit of ids that belong to orders (0 if there are none).
 
     Raises UserError if the shards are missing, unfinished, damaged, made with another vocab_size or
     tokenizer, or shorter than a window of seq_len + 1 tokens. tokenizer: a Tokenizer; None: do not
@@ -162,6 +163,7 @@ class TokenData:
                 f"{tokenizer.model_path}"
             )
         width = np.dtype(dtype).itemsize
+        self.mark = int(mark_of_orders(dtype)) if meta and meta.get("orders") else 0
         shards, crcs = [], []
         longest = max((entry.get("tokens", 0) for entry in entries[1:]), default=0)
         for i, entry in enumerate(entries):
@@ -183,7 +185,7 @@ class TokenData:
         self.shards, self.crcs, self.vocab_size, self.command = shards, crcs, vocab_size, command
         self.stamps = [stamp(shard.filename) for shard in shards]
         if check:
-            self.check_contents(shards, crcs, vocab_size, command)
+            self.check_contents(shards, crcs, vocab_size, command, self.mark)
         self.valid, self.train = shards[:1], shards[1:]
         self.valid_bytes = 0
         if meta:
@@ -193,7 +195,7 @@ class TokenData:
             self.valid_bytes = sum(map(tokenizer.bytes_in, parts))
 
     @staticmethod
-    def check_contents(shards, crcs, vocab_size, command):
+    def check_contents(shards, crcs, vocab_size, command, mark=0):
         """Read every shard; raise UserError for a wrong checksum or an id >= vocab_size."""
         n_bytes = sum(shard.nbytes for shard in shards)
         bar = progress(
@@ -207,6 +209,8 @@ class TokenData:
                     while len(part := np.fromfile(f, shard.dtype, CHUNK)):
                         crc = zlib.crc32(part, crc)
                         bar.update(part.nbytes)
+                        if mark:
+                            part &= part.dtype.type(mark - 1)
                         if (top := part.max()) >= vocab_size:
                             raise UserError(
                                 f"{shard.filename} has token {top}: expected ids below "
@@ -245,8 +249,10 @@ class TokenData:
             )
 
     def tokens_per_byte(self):
-        """Return validation tokens, including BOS, per byte of text; None if unknown."""
+        """Return validation tokens that are predicted, including BOS, per byte of text, or None."""
         n_tokens = sum(map(len, self.valid))
+        if self.mark:
+            n_tokens = sum(int((shard < self.mark).sum()) for shard in self.valid)
         return n_tokens / self.valid_bytes if self.valid_bytes else None
 
 
@@ -333,12 +339,13 @@ class TrainBatches:
     An endless stream of training sequences. Each epoch has every window of every shard once, in an
     order that depends only on (seed, epoch). So processes can share the stream by reading different
     positions, and a resumed run sees the same data. data: the TokenData of the shards, which checks
-    them at each use.
+    them at each use. learns_orders: the tokens of orders are targets too.
     """
 
-    def __init__(self, shards, seq_len, seed, data=None):
+    def __init__(self, shards, seq_len, seed, data=None, learns_orders=False):
         self.shards = [np.asarray(shard) for shard in shards]  # slicing a memmap is slow
         self.seq_len, self.seed, self.data = seq_len, seed, data
+        self.mark, self.learns_orders = data.mark if data else 0, learns_orders
         counts = [(len(shard) - 1) // seq_len for shard in shards]
         self.ends = np.cumsum(counts)  # (n_shards,) number of windows up to the end of each shard
         self.n_windows = sum(counts)  # per epoch
@@ -363,7 +370,8 @@ class TrainBatches:
         shard, start = self.places(position, n, stride)
         if self.data:
             self.data.check_unchanged(shard)
-        x, y = gather(self.shards, zip(shard, start, strict=True), n, self.seq_len)
+        places = zip(shard, start, strict=True)
+        x, y = gather(self.shards, places, n, self.seq_len, self.mark, self.learns_orders)
         if self.data:
             self.data.check_ids(y)
         return x, y
@@ -392,8 +400,11 @@ def valid_windows(shards, seq_len):
     )
 
 
-def gather(shards, places, n, seq_len):
-    """Return inputs and targets (n, seq_len) int64 of n windows; a missing target is -1."""
+def gather(shards, places, n, seq_len, mark=0, learns_orders=False):
+    """
+    Return inputs and targets (n, seq_len) int64 of n windows; a missing target is -1. So are the
+    tokens with the bit `mark`, which belong to orders, unless the model should learn them.
+    """
     import torch  # here, because tinystories.py does not need it
 
     batch = np.full((n, seq_len + 1), -1, dtype=np.int64)
@@ -401,7 +412,11 @@ def gather(shards, places, n, seq_len):
         tokens = shards[i][start : start + seq_len + 1]
         out[: len(tokens)] = tokens
     batch = torch.from_numpy(batch)
-    return batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
+    x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
+    if mark:
+        is_order = (y & mark != 0) & (y >= 0)
+        x, y = x & (mark - 1), torch.where(is_order, y & (mark - 1) if learns_orders else -1, y)
+    return x, y
 
 
 class ValidBatches:
@@ -409,11 +424,11 @@ class ValidBatches:
     The fixed validation batches: all windows of the text in order, or evenly spaced ones if
     max_batches is too small for all. Yields inputs and targets (up to batch_size, seq_len) of every
     world_size-th batch, starting at `rank`. A rank with one batch fewer than the others also yields
-    a batch without targets.
+    a batch without targets. mark: the bit of ids that belong to orders, which are no targets.
     """
 
-    def __init__(self, shards, seq_len, batch_size, max_batches, rank=0, world_size=1):
-        self.shards, self.seq_len, self.size = shards, seq_len, batch_size
+    def __init__(self, shards, seq_len, batch_size, max_batches, rank=0, world_size=1, mark=0):
+        self.shards, self.seq_len, self.size, self.mark = shards, seq_len, batch_size, mark
         places = valid_windows(shards, seq_len)
         if len(places) > max_batches * batch_size:
             places = places[np.linspace(0, len(places) - 1, max_batches * batch_size).astype(int)]
@@ -428,7 +443,7 @@ class ValidBatches:
     def __iter__(self):
         for i in self.wanted:
             rows = self.places[min(i, self.last) * self.size :][: self.size]
-            x, y = gather(self.shards, rows, len(rows), self.seq_len)
+            x, y = gather(self.shards, rows, len(rows), self.seq_len, self.mark)
             if i > self.last:
                 y[:] = -1
             yield x, y

@@ -25,6 +25,7 @@ tokenizer = ""  # tokenizer model for all of them; empty: the one beside each
 start = ""  # prompt; FILE:prompt.txt reads it from a file
 num_samples = 100  # stories per model
 max_new_tokens = 256  # maximum tokens per story, after the prompt
+orders = False  # tell each story for an order from the validation text, and score it
 batch_size = 50  # stories generated at once
 # sampling
 temperature = 1.0  # 0: always the most likely token
@@ -59,6 +60,7 @@ from report.stories import (
     documents_of_file,
     documents_of_shard,
     metrics_of,
+    orders_of_shard,
     pieces_of,
     read_prompt,
     rows_of,
@@ -71,6 +73,7 @@ from system.hardware import pick_device, pick_dtype
 from system.progress import print_line, progress
 from system.threads import Threads
 from text.corpus import books_among, text_files
+from text.orders import parse
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
@@ -164,12 +167,37 @@ def generate_stories(name, model, tokenizer, prompt):
     return stories
 
 
-def real_story(text, tokenizer):
+def generate_orders(name, model, tokenizer, todo):
+    """Return a Story for each Order of a list, and print the speed."""
+    model.dtype = compute_dtype
+    generator = torch.Generator().manual_seed(seed)
+    stories, started = [], time.perf_counter()
+    for order in progress(todo, total=len(todo), desc=name, unit=" stories"):
+        beginning = order.prompt() + (f" {start}" if start else "")
+        prompt = tokenizer.encode(beginning)
+        limit = min(max_new_tokens, model.room_after(prompt))
+        ids, ended = [], False
+        draws = torch.rand(1, max(limit, 0), generator=generator, dtype=torch.float64)
+        sampling = temperature, top_k, top_p, tokenizer.stop
+        for (token,) in threads.watched(model.generate_batch(prompt, draws, *sampling)):
+            ended = token is None
+            if not ended:
+                ids.append(token)
+        _, text = parse(tokenizer.decode([*prompt, *ids]))
+        stories.append(Story(text.strip(), len(ids), ended, start, order))
+    seconds, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
+    print_line(
+        f"{name}: {len(stories):,} stories in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s"
+    )
+    return stories
+
+
+def real_story(text, tokenizer, order=None):
     """Return a Story from the validation text, cut at max_new_tokens as a model's would be."""
     ids = tokenizer.encode(text, bos=False)
     if len(ids) <= max_new_tokens:
-        return Story(text, len(ids))
-    return Story(tokenizer.decode(ids[:max_new_tokens]), max_new_tokens, ended=False)
+        return Story(text, len(ids), order=order)
+    return Story(tokenizer.decode(ids[:max_new_tokens]), max_new_tokens, False, order=order)
 
 
 names = listed_paths(models)
@@ -197,15 +225,25 @@ for name, path in paths.items():
 
 # what the stories are compared with; without its shards or --source, a model has no overlap
 data, notes = {}, []
-for name in names if not source or (reference and not valid_source) else []:
+for name in names if orders or not source or (reference and not valid_source) else []:
     try:
         data[name] = data_of(paths[name], loaded[name][1])
     except UserError as e:
         if not source:
             notes.append(f"{name} is not checked for copies: {e}; use --source=PATH.")
 
-real = []  # Story
-if reference and valid_source:
+real, todo = [], []  # Story, Order
+if orders:
+    name, (_, tokens) = next(iter(data.items()), (names[0], ("", None)))
+    if not tokens or not tokens.mark:
+        raise UserError(
+            f"{name} was trained without orders: train with shards of pretokenize --orders"
+        )
+    marked = orders_of_shard(tokens.valid[0], loaded[name][1], tokens.mark)
+    chosen = sample_items(marked, num_samples, seed)
+    todo = [order for order, _ in chosen]
+    real = [real_story(text, loaded[name][1], order) for order, text in chosen] if reference else []
+elif reference and valid_source:
     books = books_among(valid_files)
     documents = (documents_of_file(path, path in books) for path in valid_files)
     documents = itertools.chain.from_iterable(documents)
@@ -213,14 +251,18 @@ if reference and valid_source:
     real = [real_story(text, loaded[names[0]][1]) for text, _ in chosen]
 elif reference and data:
     name, (_, tokens) = next(iter(data.items()))
-    documents = documents_of_shard(tokens.valid[0], loaded[name][1])
+    documents = documents_of_shard(tokens.valid[0], loaded[name][1], tokens.mark)
     chosen = sample_items(documents, num_samples, seed)
     real = [real_story(text, loaded[name][1]) for text, _ in chosen]
 if reference and not real:
     notes.append("No real stories to compare with: use --valid_source=PATH.")
 
 stories = {  # name: list of Story
-    name: generate_stories(name, model.to(torch_device).eval(), its_tokenizer, prompts[name])
+    name: (
+        generate_orders(name, model.to(torch_device).eval(), its_tokenizer, todo)
+        if orders
+        else generate_stories(name, model.to(torch_device).eval(), its_tokenizer, prompts[name])
+    )
     for name, (model, its_tokenizer, _) in loaded.items()
 }
 if real:
@@ -240,7 +282,8 @@ for text_path in dict.fromkeys(text_paths.values()):
     else:
         shards, unit = data[compared[0]][1].train, " tokens"
         sizes, its_tokenizer = map(len, shards), loaded[compared[0]][1]
-        documents = (documents_of_shard(shard, its_tokenizer) for shard in shards)
+        mark = data[compared[0]][1].mark
+        documents = (documents_of_shard(shard, its_tokenizer, mark) for shard in shards)
     started = time.perf_counter()
     with progress(total=sum(sizes), unit=unit, unit_scale=True, desc="training text") as bar:
         for text, amount in pieces_of(itertools.chain.from_iterable(documents)):

@@ -67,6 +67,7 @@ class ModelArgs:
     value_embeddings: int = 0  # the first n layers add a token embedding to their values; -1: all
     bigram_rows: int = 0  # rows of a hashed embedding table of (previous token, token) pairs
     smear: bool = False  # add the previous token's embedding through a gate
+    orders: bool = False  # trained on stories with orders, see text/orders.py
     # ---- for training only, never exported
     embedding_std: float = 0.0  # initial std of the embedding; 0: automatic, see init_std
     head_std: float = 0.0  # initial std of an untied head; 0: automatic

@@ -392,7 +392,8 @@ enum {  // bits of Config.options
     EMBEDDING_NORM = 8,     // RMSNorm after the embedding
     RESIDUAL_SCALARS = 16,  // a layer starts from a * x + b * x0; x0 is the embedding
     SMEAR = 32,             // a gate adds the embedding of the previous token
-    KNOWN_OPTIONS = 63,
+    ORDERS = 64,            // trained on stories with orders, see order_prompt()
+    KNOWN_OPTIONS = 127,
 };
 
 enum {
@@ -1730,8 +1731,9 @@ static void print_rest(Printer *p) {
 }
 
 // Print the text of one token; BOS and EOS have none. The first token of a text loses the space
-// that SentencePiece adds in front.
-static void print_token(const Tokenizer *t, Printer *printer, int token, bool first) {
+// that SentencePiece adds in front, or that separates it from an order.
+static void print_token(const Tokenizer *t, Printer *printer, int token, bool first,
+                        bool is_ordered) {
     const Piece *p = &t->pieces[token];
     if (token == t->bos || token == t->eos) return;
     int byte = t->is_byte_level || token < FIRST_PIECE ? -1 : byte_of_piece(p);
@@ -1740,7 +1742,8 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
     } else if (byte >= 0) {
         print_bytes(printer, &(uint8_t){(uint8_t)byte}, 1);
     } else {
-        size_t skip = !t->is_byte_level && first && p->length && p->bytes[0] == ' ';
+        bool has_space = first && (!t->is_byte_level || is_ordered);
+        size_t skip = has_space && p->length && p->bytes[0] == ' ';
         print_bytes(printer, p->bytes + skip, p->length - skip);
     }
 }
@@ -1876,6 +1879,7 @@ static void flush_output(const char *what) {
 typedef struct {
     int *tokens;  // (n_positions + 1): a BOS, the prompt, and the tokens sampled so far
     size_t n, n_printed;
+    size_t n_hidden;  // tokens of an order, which are not printed, with the BOS; 0: no order
     uint64_t seed, state;
     bool is_done;
 } Story;
@@ -1926,9 +1930,10 @@ static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler
 static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     if (printer->is_json && !s->n_printed)
         fprintf(printer->out, "{\"seed\": %llu, \"text\": \"", (unsigned long long)s->seed);
-    if (!s->n_printed) s->n_printed = 1;  // BOS
+    size_t first = s->n_hidden ? s->n_hidden : 1;  // after the BOS
+    if (!s->n_printed) s->n_printed = first;
     for (; s->n_printed < s->n; s->n_printed++)
-        print_token(t, printer, s->tokens[s->n_printed], s->n_printed == 1);
+        print_token(t, printer, s->tokens[s->n_printed], s->n_printed == first, s->n_hidden);
     if (s->is_done) {
         print_rest(printer);
         if (printer->is_json) fprintf(printer->out, "\", \"tokens\": %zu}", s->n - 1);
@@ -1941,12 +1946,59 @@ static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     }
 }
 
-// Print the prompt and its continuation, for each story. A single story is printed token by token,
-// several at the end, one after another. Seed and speed go to stderr; so does a note if the context
-// cuts a story and wants_note is set.
+// What a story must contain; NULL: nothing in particular.
+typedef struct { const char *words, *features, *sentence, *summary; } Order;
+
+// Append a line of an order to `at`: its name, and the text with single spaces between words. A list
+// has commas between its parts. Returns where the next line goes.
+static char *append_field(char *at, const char *name, const char *text, bool is_list) {
+    if (!text) return at;
+    char *start = at, *value = at + sprintf(at, "%s: ", name);
+    at = value;
+    bool is_gap = false, is_next = false;  // white space, a comma since the last character
+    for (const char *c = text; *c; c++) {
+        if (strchr(" \t\n\v\f\r", *c)) is_gap = true;
+        else if (is_list && *c == ',') is_next = true;
+        else {
+            if (at > value && is_next) *at++ = ',';
+            if (at > value && (is_gap || is_next)) *at++ = ' ';
+            is_gap = is_next = false;
+            *at++ = *c;
+        }
+    }
+    if (at == value) return start;
+    *at++ = '\n';
+    return at;
+}
+
+// Return the prompt of an order and the beginning of a story, as text/orders.py writes it. n (out):
+// the bytes before the story; 0 without an order.
+static char *order_prompt(const Order *order, const char *beginning, size_t *n) {
+    const char *texts[] = {order->words, order->features, order->sentence, order->summary};
+    size_t room = strlen(beginning) + 80;
+    for (int i = 0; i < 4; i++) room += texts[i] ? 2 * strlen(texts[i]) : 0;
+    char *prompt = alloc(room, 1), *at = prompt;
+    at = append_field(at, "Words", order->words, true);
+    at = append_field(at, "Features", order->features, true);
+    at = append_field(at, "Random sentence", order->sentence, false);
+    at = append_field(at, "Summary", order->summary, false);
+    bool is_ordered = at > prompt;
+    if (is_ordered) at += sprintf(at, "Story:");
+    *n = (size_t)(at - prompt);
+    while (is_ordered && *beginning == ' ') beginning++;
+    if (*beginning) sprintf(at, "%s%s", is_ordered ? " " : "", beginning);
+    return prompt;
+}
+
+// Print the prompt and its continuation, for each story, but not the order in the first n_order
+// bytes of the prompt. A single story is printed token by token, several at the end, one after
+// another. Seed and speed go to stderr; so does a note if the context cuts a story and wants_note is
+// set.
 static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
-                     const char *prompt, uint64_t seed, bool as_json, bool wants_note) {
-    size_t n_prompt, n_stories = m->n_stories, n_generated = 0;
+                     const char *prompt, size_t n_order, uint64_t seed, bool as_json,
+                     bool wants_note) {
+    size_t n_prompt, n_hidden = 0, n_stories = m->n_stories, n_generated = 0;
+    if (n_order) encode(tokenizer, prompt, n_order, &n_hidden);
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
     if (n_prompt > (size_t)m->config.seq_len)
         die("the prompt has %zu tokens, but the model's context is %d: shorten the prompt",
@@ -1965,8 +2017,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     float *logits = prefill(m, tokens, 0, n_prompt);
     double prefilled = seconds();
     for (size_t i = 0; i < n_stories; i++) {
-        stories[i] = (Story){alloc(m->n_positions + 1, sizeof(int)), n_prompt, 0, seed + i,
-                             random_state(seed + i), false};
+        stories[i] = (Story){alloc(m->n_positions + 1, sizeof(int)), n_prompt, 0, n_hidden,
+                             seed + i, random_state(seed + i), false};
         memcpy(stories[i].tokens, tokens, n_prompt * sizeof *tokens);
         batch[i].story = (int)i;
         if (!i) continue;
@@ -2168,6 +2220,9 @@ static void print_usage(FILE *out) {
         "  --min-p FLOAT           drop tokens less likely than this fraction of the likeliest\n"
         "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: off)\n"
         "  -s INT    seed; the same seed gives the same story (default: the time)\n"
+        "  --words LIST, --features LIST, --sentence TEXT, --summary TEXT\n"
+        "            what the story must contain, for models trained with orders; for example\n"
+        "            --words \"dragon, soup\" --features Dialogue\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"
@@ -2232,6 +2287,7 @@ static char *default_tokenizer(const char *model_path) {
 typedef struct {
     const char *model, *tokenizer;  // paths
     const char *text;               // the prompt, or with -m eval a path
+    Order order;
     int n_positions, n_stories, n_threads;
     uint64_t seed;
     Sampler sampler;
@@ -2257,6 +2313,10 @@ static Options parse_options(int argc, char **argv) {
         {"--min-p", NUMBER, &o.sampler.min_p, 0, 1},
         {"--repeat-penalty", NUMBER, &o.sampler.repeat_penalty, 0.01, 100},
         {"-s", SEED, &o.seed, 0, 0},
+        {"--words", TEXT, &o.order.words, 0, 0},
+        {"--features", TEXT, &o.order.features, 0, 0},
+        {"--sentence", TEXT, &o.order.sentence, 0, 0},
+        {"--summary", TEXT, &o.order.summary, 0, 0},
         {"-b", INTEGER, &o.n_stories, 1, MAX_STORIES},
         {"--json", SWITCH, &o.as_json, 0, 0},
         {"-m", TEXT, &mode, 0, 0},
@@ -2336,10 +2396,15 @@ int main(int argc, char **argv) {
         o.sampler.kernels = model.kernels;
         o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
                                      sizeof(Candidate));
-        const char *prompt = o.text ? o.text : "";
+        size_t n_order;
+        const char *prompt = order_prompt(&o.order, o.text ? o.text : "", &n_order);
+        if (n_order && !has(&model.config, ORDERS))
+            die("%s was trained without orders: leave out --words, --features, --sentence and "
+                "--summary, or train with shards of pretokenize --orders", o.model);
         bool wants_note = n_requested > model.config.seq_len && !o.as_json;
         if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
-        else generate(&model, &tokenizer, &o.sampler, prompt, o.seed, o.as_json, wants_note);
+        else generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json,
+                      wants_note);
     }
     release_to(NULL);
     return EXIT_SUCCESS;

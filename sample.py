@@ -9,7 +9,7 @@ Generate stories with a trained model, in PyTorch.
 import os
 import sys
 
-from configurator import configure, printable
+from configurator import UserError, configure, printable
 from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
@@ -19,6 +19,10 @@ checkpoint = ""  # any model export.py reads; empty: best.pt or ckpt.pt in out_d
 tokenizer = ""  # tokenizer model; empty: tokenizer.model beside the checkpoint
 # stories
 start = ""  # prompt; FILE:prompt.txt reads it from a file
+words = ""  # what the story must contain, for a model trained with orders: dragon, soup
+features = ""  # the same: Dialogue, Twist, BadEnding, ...
+sentence = ""  # the same: a sentence
+summary = ""  # the same: what the story is about
 num_samples = 1  # number of stories
 max_new_tokens = 256  # maximum tokens per story, after the prompt
 # sampling
@@ -40,6 +44,7 @@ from formats.table import load_for_sampling
 from report.stories import check_sampling, read_prompt
 from system.hardware import pick_device, pick_dtype
 from system.threads import Threads
+from text.orders import Order, parse, split_list
 
 check_sampling(globals(), num_samples=1, max_new_tokens=0, top_k=0)
 start = read_prompt(start)
@@ -50,7 +55,15 @@ if not checkpoint:
 device = pick_device(device)
 threads = Threads(device)
 dtype = pick_dtype(dtype, device)
+order = Order(split_list(words), split_list(features), sentence, summary)
+if order:
+    start = f"{order.prompt()} {start.lstrip(' ')}".removesuffix(" ")
 (model, tokenizer, _), prompt = load_for_sampling(checkpoint, start, tokenizer)
+if order and not model.args.orders:
+    raise UserError(
+        f"{checkpoint} was trained without orders: leave out --words, --features, --sentence and "
+        f"--summary, or train with shards of pretokenize --orders"
+    )
 model = model.to(device).eval()
 model.dtype = dtype
 
@@ -63,6 +76,7 @@ for i in range(num_samples):
     tokens = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
     ids = list(threads.watched(tokens))
     text = tokenizer.decode([*prompt, *ids])
+    text = parse(text)[1].lstrip(" ") if order else text
     print(printable(text) if on_terminal else text)
     if len(ids) == model.room_after(prompt) < max_new_tokens:
         context = model.args.max_seq_len

@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -48,6 +48,7 @@ keep_last = 2  # recent checkpoints to keep, including ckpt.pt
 # data
 data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
+learn_orders = False  # with shards that have orders: also learn to write the orders
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model
@@ -244,13 +245,14 @@ tokenizer = None
 if os.path.exists(paths.tokenizer_model):
     tokenizer = open_tokenizer(paths.tokenizer_model)
 data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
+model_args = replace(model_args, orders=bool(data.mark))
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
     raise UserError(
         f"{start.path} was trained with a tokenizer other than {paths.tokenizer_model}: copy the "
         f"checkpoint's own tokenizer.model to another --data_dir, and pretokenize there"
     )
-batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data)
+batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data, settings.learn_orders)
 if batches.n_windows < step_size:
     raise UserError(
         f"the training shards hold {batches.n_windows} sequences of {settings.max_seq_len} tokens, "
@@ -263,7 +265,7 @@ def to_device(x, y):
 
 
 valid_size = settings.max_seq_len, settings.batch_size, settings.eval_iters
-validation = ValidBatches(data.valid, *valid_size, RANK, WORLD_SIZE)
+validation = ValidBatches(data.valid, *valid_size, RANK, WORLD_SIZE, data.mark)
 
 
 def bits_per_byte(loss):

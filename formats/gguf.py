@@ -63,7 +63,7 @@ NEUTRAL = {
     "expert_used_count": (0,),
 }
 HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-PLAIN = {*KEYS, "tie_embeddings"}
+PLAIN = {*KEYS, "tie_embeddings", "orders"}  # that a model knows orders is not stored
 ARCHITECTURES = {
     "llama": Target(PLAIN),
     "qwen3": Target({*PLAIN, "qk_norm"}, required=["qk_norm"]),

@@ -70,7 +70,7 @@ EXTRAS = (
 ).split()
 
 # Classes of transformers; a model is written as the first that can store it
-PLAIN = {*FIELDS, "rope_theta"}
+PLAIN = {*FIELDS, "rope_theta", "orders"}
 WINDOWS = {*PLAIN, "sliding_window"}
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", Target(PLAIN)),
@@ -161,6 +161,8 @@ def config_of(args, dtype, special_ids):
         module = MODELING.removesuffix(".py")
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
         config["auto_map"] = {k: f"{module}.ModdedLlama{v}" for k, v in classes.items()}
+    if args.orders:
+        config["orders"] = True
     return config
 
 
@@ -191,6 +193,7 @@ def args_of(config, path):
     values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
     values["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
     values["qk_norm"] = kind == "qwen3"
+    values["orders"] = config.get("orders") is True
     if kind == "modded_llama":
         values |= {name: config[name] for name in EXTRAS if name in config}
     args = ModelArgs(**values)  # checks n_layers before windows_of() makes a list that long

@@ -69,6 +69,7 @@ V3_OPTIONS = (
     "embedding_norm",
     "residual_scalars",
     "smear",
+    "orders",
 )
 
 # Version 3: name, struct code, minimum and maximum of each field; little-endian, without gaps

@@ -21,6 +21,7 @@ from configurator import CONTROL_CHARS, UserError, check_range
 from dataset import CHUNK, mixed
 from system.files import atomic_write
 from text.documents import stream_documents
+from text.orders import Told, parse, scores, scores_of_others
 
 BREAK = "\0"  # between documents: a word that is in no story, so no n-gram spans two documents
 WORD = re.compile(rf"{BREAK}|[^\W_]+(?:'[^\W_]+)*")
@@ -73,11 +74,13 @@ def printable(text):
 
 class Story:
     """
-    A story and its prompt. text: both together; n_tokens: tokens after the prompt; ended: whether
+    A story and its prompt. text: both together; order: the Order that it was told for, or None;
+    n_tokens: tokens after the prompt; ended: whether
     the model ended it, before the limit. The first n_prompt words are the prompt's.
     """
 
-    def __init__(self, text, n_tokens, ended=True, prompt=""):
+    def __init__(self, text, n_tokens, ended=True, prompt="", order=None):
+        self.order = order
         self.text, prompt = printable(text), printable(prompt)
         self.n_tokens, self.ended = n_tokens, ended
         self.prompt = prompt if self.text.startswith(prompt) else ""
@@ -201,8 +204,19 @@ def documents_of_file(path, is_book=False):
         previous = position
 
 
-def documents_of_shard(shard, tokenizer):
-    """Yield (text, number of tokens) for each document in a token shard."""
+def orders_of_shard(shard, tokenizer, mark):
+    """Yield (Order, story) for each document of a token shard that has an order."""
+    for text, _ in documents_of_shard(shard & shard.dtype.type(mark - 1), tokenizer):
+        order, story = parse(text)
+        if order:
+            yield order, story
+
+
+def documents_of_shard(shard, tokenizer, mark=0):
+    """
+    Yield (text, number of tokens) for each document in a token shard. mark: the bit of tokens that
+    belong to orders, which are left out; 0: there are none.
+    """
     table = tokenizer.piece_bytes()
     starts = [
         i + np.flatnonzero(shard[i : i + CHUNK] == tokenizer.bos_id)
@@ -210,7 +224,8 @@ def documents_of_shard(shard, tokenizer):
     ]
     borders = [-1, *np.concatenate(starts).tolist(), len(shard)]  # -1: text before the first BOS
     for start, end in itertools.pairwise(borders):
-        ids = shard[start + 1 : end].tolist()
+        ids = shard[start + 1 : end]
+        ids = (ids[ids < mark] if mark else ids).tolist()
         text = b"".join(map(table.__getitem__, ids)).decode(errors="replace").strip()
         if text:
             yield text, len(ids)
@@ -259,6 +274,18 @@ METRICS = {
         "stories that end before the limit with . ! or ?, or a closing quote after it",
     ),
     "repeated": ("repeated", ".1%", "share of stories that equal another one"),
+    "ordered_words": (
+        "ordered words",
+        ".1%",
+        "share of the ordered words that appear, in any form",
+    ),
+    "ordered_words_base": ("… by chance", ".1%", "share of the words of other stories' orders"),
+    "ordered_whole": ("whole orders", ".1%", "orders of which all words and the sentence appear"),
+    "ordered_whole_base": ("… by chance", ".1%", "the same for other stories' orders"),
+    "ordered_dialogue": ("ordered dialogue", ".1%", "stories with speech, of those that should"),
+    "ordered_dialogue_base": ("… by chance", ".1%", "the same for other stories' orders"),
+    "ordered_sentences": ("ordered sentences", ".1%", "share of the ordered sentences that appear"),
+    "ordered_sentences_base": ("… by chance", ".1%", "the same for other stories' orders"),
     "words": ("words", ",.1f", "mean per story, without the prompt"),
     "tokens": ("tokens", ",.1f", "mean per story, without the prompt"),
 }
@@ -278,6 +305,9 @@ def metrics_of(stories, overlap, n_words):
         longest = [max((b - a for a, b in overlap.runs(story)), default=0) for story in stories]
         longest_median, longest_max = float(statistics.median(longest)), max(longest)
     counts = Counter(story.text for story in stories)
+    pairs = [(story.order, Told(story.text)) for story in stories if story.order]
+    for ending, shares in (("", scores(pairs)), ("_base", scores_of_others(pairs))):
+        metrics |= {f"ordered_{name}{ending}": share for name, share in shares.items()}
     return metrics | {
         "copied": copied,
         "longest_median": longest_median,

@@ -33,13 +33,21 @@ def marked(story, overlap):
     return "".join([*parts, html.escape(story.text[at:])])
 
 
+def order_of(story):
+    if not story.order:
+        return ""
+    lines = story.order.prompt().splitlines()[:-1]
+    return f'<p class="note">{"<br>".join(map(html.escape, lines))}</p>'
+
+
 def story_cell(name, story, overlap):
     if story is None:
         return "<td></td>"
     cut = "" if story.ended else ' <span class="cut">(cut at the limit)</span>'
     n_words = f"{story.n_words():,} word{'s' * (story.n_words() != 1)}"
     return (
-        f'<td dir="auto" data-model="{html.escape(name)}"><p>{marked(story, overlap)}{cut}</p>'
+        f'<td dir="auto" data-model="{html.escape(name)}">{order_of(story)}'
+        f"<p>{marked(story, overlap)}{cut}</p>"
         f'<div class="note small">{n_words}</div></td>'
     )
 

@@ -206,6 +206,7 @@ EVERYTHING = {
     "value_embeddings": 3,
     "bigram_rows": 64,
     "smear": True,
+    "orders": True,
 }
 
 

@@ -124,7 +124,7 @@ class Part:
 
     def keep(self, old, shared, files):
         """Keep what an earlier run has done, if it was the same work."""
-        if any(old.get(name) != value for name, value in shared.items()):
+        if any({"orders": "", **old}.get(name) != value for name, value in shared.items()):
             return
         for k, file in enumerate(files):
             if old["files"].get(str(k)) != file.key():
@@ -251,10 +251,15 @@ PART = {
 }
 
 
+OPTIONAL = {"orders": is_string}  # earlier versions do not write it
+
+
 def read_part(path):
     """Read the record of a part; raise UserError if it is damaged or from another version."""
     meta = read_json(path)
-    if not fits(meta, PART) or not {*meta["pieces"], *meta["finished"]} <= {*meta["files"]}:
+    if not fits(meta, PART, OPTIONAL) or not {*meta["pieces"], *meta["finished"]} <= {
+        *meta["files"]
+    }:
         raise UserError(f"{path} is damaged or from another version: prepare that part again")
     return meta
 
@@ -282,6 +287,8 @@ def merge(folder, n):
     train, valid = entries_of(folder, metas[0], pieces)
     shared = {name: metas[0][name] for name in SHARED}
     shared["valid_frac"] = metas[0]["split"][0]
+    if metas[0].get("orders"):
+        shared["orders"] = metas[0]["orders"]
     return shared, [write_validation(folder, valid), *train]
 
 
@@ -296,8 +303,8 @@ def check_parts(paths, metas, pieces):
             raise UserError(f"{path} is not finished: prepare that part again")
         meta["files"] = {k: portable(key) for k, key in meta["files"].items()}
         meta["split"] = [portable(x) if isinstance(x, list) else x for x in meta["split"]]
-        for name in (*SHARED, "split", "files", "piece"):
-            if meta[name] != first[name]:
+        for name in (*SHARED, "split", "files", "piece", "orders"):
+            if meta.get(name, "") != first.get(name, ""):
                 raise UserError(
                     f"{path} and {paths[0]} differ in {name!r}: prepare one of them again"
                 )

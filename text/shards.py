@@ -27,6 +27,7 @@ from system.progress import progress
 from system.workers import in_order, over_spans
 from text.corpus import SIDECAR, texts_of, unchanged
 from text.documents import HOW_TO_CUT, is_plain
+from text.orders import story_of
 from text.pieces import DTYPES, FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
@@ -39,8 +40,9 @@ FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
 
 
 def document_key(text):
-    """Return a 16-byte hash of a document that ignores ASCII white space."""
-    return hashlib.blake2b(text.encode().translate(None, WHITE_SPACE), digest_size=16).digest()
+    """Return a 16-byte hash of a document without its order; ASCII white space is ignored."""
+    data = story_of(text).encode().translate(None, WHITE_SPACE)
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def place_of(text):
@@ -160,19 +162,25 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
 # ---- writing
 
 
-def id_type(tokenizer):
-    """Return the smallest dtype for the ids of a Tokenizer."""
-    return DTYPES[tokenizer.vocab_size > 1 << 16]
+def id_type(tokenizer, has_orders=False):
+    """Return the smallest dtype for the ids of a Tokenizer, and a bit to mark those of orders."""
+    return DTYPES[tokenizer.vocab_size > 1 << (15 if has_orders else 16)]
 
 
-def encode_batch(batch, tokenizer, encoder, dtype, split):
-    """Return (ids, counts) of a Batch for training and for validation; counts is a dict."""
+def encode_batch(batch, tokenizer, encoder, dtype, split, orders=None):
+    """
+    Return (ids, counts) of a Batch for training and for validation; counts is a dict. With Orders,
+    most documents start with an order, whose tokens are marked; bytes are those of the stories.
+    """
     encode, texts = tokenizer.encoder(encoder)[1], batch.documents()
     sides = split.sides(texts, batch.file.is_valid)
     n_held_out = len(texts) - sum(map(len, sides))
     results = []
     for texts, held_out in zip(sides, (n_held_out, 0), strict=True):
-        ids = tokenizer.encode_flat(texts, encode).astype(dtype)
+        if orders:
+            ids, texts = encode_orders(texts, tokenizer, encode, dtype, orders)
+        else:
+            ids = tokenizer.encode_flat(texts, encode).astype(dtype)
         counts = {
             "documents": len(texts),
             "tokens": len(ids),
@@ -182,6 +190,26 @@ def encode_batch(batch, tokenizer, encoder, dtype, split):
         }
         results.append((ids, counts))
     return results
+
+
+def encode_orders(texts, tokenizer, encode, dtype, orders):
+    """Return (ids, stories) of documents with Orders in front; the ids of orders are marked."""
+    placed = [orders.place(text) for text in texts]
+    stories = [story for _, story in placed]
+    whole = [f"{order} {story}" if order else story for order, story in placed]
+    ids = tokenizer.encode_flat(whole, encode).astype(dtype)
+    starts = np.flatnonzero(ids == tokenizer.bos_id)
+    with_order = [i for i, (order, _) in enumerate(placed) if order]
+    if with_order:
+        prefixes = encode([placed[i][0] for i in with_order])[1]  # how many ids each has
+        for i, n in zip(with_order, prefixes, strict=True):
+            ids[starts[i] + 1 : starts[i] + 1 + n] |= mark_of_orders(dtype)
+    return ids, stories
+
+
+def mark_of_orders(dtype):
+    """Return the bit that marks the ids of orders: the highest of the dtype."""
+    return np.dtype(dtype).type(1 << (8 * np.dtype(dtype).itemsize - 1))
 
 
 def write_shards(
@@ -195,21 +223,23 @@ def write_shards(
     machine=(0, 1),
     fetched=iter,
     done=lambda file, part: None,
+    orders=None,
 ):
     """
     Encode Files into the shards of a folder. Existing shards of the same text, tokenizer and split
     are kept. Returns the finished sidecar, or None if several machines share the work.
 
     about: the sidecar's {"valid_source": the text, "made_by": the command}; machine: (i, n) if this
-    is machine i of n; fetched(files): yields files once they can be read; done(file, part): called
-    when all of a file is in shards.
+    is machine i of n; orders: the Orders to put before documents, or None; fetched(files): yields
+    files once they can be read; done(file, part): called when all of a file is in shards.
     """
     shared = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
-        "dtype": id_type(tokenizer),
+        "dtype": id_type(tokenizer, bool(orders)),
         "tokenizer_hash": tokenizer.hash,
         "split": split.key(),
+        "orders": orders.key() if orders else "",
     }
     old = read_sidecar(folder)
     part = Part(folder, *machine, shared, files)
@@ -225,7 +255,7 @@ def write_shards(
                 f"another tokenizer or split"
             )
         write_json(os.path.join(folder, SIDECAR), {**old, "complete": False})
-    args = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split
+    args = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split, orders
     write_part(part, files, args, num_workers, fetched, done)
     return finish(folder, 1, about) if machine[1] == 1 else None
 
@@ -335,6 +365,7 @@ OPTIONAL = {
     "valid_source": list_of(is_string),
     "valid_frac": is_size,
     "held_out": is_count,
+    "orders": is_string,
 }
 
 

@@ -26,7 +26,7 @@ GROUPS = {
     "intervals": (
         "eval_interval eval_iters log_interval always_save_checkpoint save_interval keep_last"
     ),
-    "data": "data_dir vocab_source batch_size gradient_accumulation_steps",
+    "data": "data_dir vocab_source learn_orders batch_size gradient_accumulation_steps",
     "architecture": (
         "arch vocab_size max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
         "tie_embeddings qk_norm norm_gains activation logit_softcap sliding_window window_pattern "

@@ -1,0 +1,175 @@
+"""Stories to order: orders from any text, their shards, training, prompts and scores."""
+
+import json
+import random
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import PATIENCE_S, random_model, refused, script
+
+from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
+from formats.modelbin import export_model
+from text.orders import FIELDS, Order, Orders, Told, forms, parse, scores, scores_of_others
+from text.shards import document_key, encode_orders, mark_of_orders
+
+WHOLE = Order(("dragon", "soup"), ("Dialogue", "Twist"), "The soup was hot.", "A dragon cooks.")
+
+
+def test_an_order_is_text_and_back_in_any_order_of_its_fields():
+    story = "Once upon a time\nWords: were said.\n\nThe end."
+    for seed in range(20):
+        names = random.Random(seed).sample(list(FIELDS), len(FIELDS))
+        assert parse(f"{WHOLE.prompt(names)} {story}") == (WHOLE, story)
+    assert WHOLE.prompt() == (
+        "Words: dragon, soup\nFeatures: Dialogue, Twist\nRandom sentence: The soup was hot.\n"
+        "Summary: A dragon cooks.\nStory:"
+    )
+    # as in TinyStories-Instruct: the story after blank lines, the summary before or after it
+    text = "Words: a, b\nStory: \n\nOnce.\n\nThe end.\nSummary: Short."
+    assert parse(text) == (Order(("a", "b"), summary="Short."), "Once.\n\nThe end.")
+    for plain in ("Once upon a time", "Words: a and b", "Wordsworth: Story: x", ""):
+        assert parse(plain) == (Order(), plain)
+    assert document_key(text) == document_key("Once. The end.")
+
+
+def test_orders_come_from_the_story_and_only_from_it(stories):
+    orders = Orders(stories)
+    again = Orders(stories)
+    assert orders.key() == again.key() != Orders(stories[:100]).key()
+    placed = [orders.place(story) for story in stories[:1000]]
+    assert placed == [again.place(story) for story in stories[:1000]]
+    with_order = [parse(f"{text} {story}") for text, story in placed if text]
+    assert 0.6 < len(with_order) / len(placed) < 0.85
+    pairs = [(order, Told(story)) for order, story in with_order]
+    assert set(scores(pairs).values()) == {1.0}
+    assert scores_of_others(pairs)["words"] < 0.5
+    for name in ("words", "features", "sentence"):
+        assert 0.1 < sum(bool(getattr(order, name)) for order, _ in with_order) / 1000 < 0.9
+    names = {word for order, _ in with_order for word in order.words}
+    assert not names & {"the", "and", "Tim", "tim", "lily"}
+    # labels of a document are kept
+    text = f"Features: Twist\nSummary: Short.\nStory: {stories[0]}"
+    found = {parse(f"{orders.place(f'{text} {i}')[0]} x")[0].summary for i in range(40)}
+    assert found == {"Short.", ""}
+
+
+def test_words_count_in_any_form():
+    told = Told("The dragons’ babies cried, stopped baking and tried the leaves.")
+    for word in "dragon baby cry stop bake try leaf Dragon leaves".split():
+        assert told.has_word(word), word
+    for word in "drag soup ask".split():
+        assert not told.has_word(word), word
+    assert "stopped" in forms("stop")
+    orders = [Order(("cat", "dog")), Order(("sun",), ("Dialogue",), "It was hot."), Order(("a",))]
+    told = [Told("Cats ran."), Told('"Sun!" It was  hot.'), Told("b")]
+    result = scores(list(zip(orders, told, strict=True)))
+    assert result == {"words": 2 / 4, "whole": 1 / 3, "dialogue": 1, "sentences": 1}
+
+
+@pytest.mark.parametrize("name", (512, 1500, "gpt2"))
+def test_only_the_tokens_of_orders_are_marked(tokenizers, stories, name):
+    tokenizer, orders = tokenizers[name], Orders(stories)
+    encode = tokenizer.encoder("auto")[1]
+    ids, told = encode_orders(stories[:300], tokenizer, encode, "uint16", orders)
+    assert told == stories[:300]
+    mark = int(mark_of_orders("uint16"))
+    starts = [*np.flatnonzero(ids == tokenizer.bos_id), len(ids)]
+    assert len(starts) == 301
+    for i, story in enumerate(told):
+        document = ids[starts[i] : starts[i + 1]]
+        order = orders.place(story)[0]
+        prompt = tokenizer.encode(order) if order else [tokenizer.bos_id]
+        n = len(prompt)  # with the BOS, which is not marked
+        assert (document[1:n] & mark).all() and not (document[n:] & mark).any()
+        assert (document & (mark - 1))[:n].tolist() == prompt
+        whole = f"{order} {story}" if order else story
+        assert (document & (mark - 1)).tolist() == tokenizer.encode(whole)
+
+
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory, tokenizers, stories):
+    """Two folders of the same stories: shards with orders, and without."""
+    folder = tmp_path_factory.mktemp("orders")
+    (folder / "text.txt").write_text("<|endoftext|>".join(stories[:1500]), encoding="utf-8")
+    for name in ("with", "without"):
+        (folder / name).mkdir()
+        (folder / name / "tok512.model").write_bytes(tokenizers[512].proto)
+        flags = [f"--data_dir={folder / name}", f"--source={folder / 'text.txt'}"]
+        flags += ["--orders"] * (name == "with")
+        done = script("tinystories.py", "pretokenize", "--vocab_size=512", *flags)
+        assert not done.returncode, done.stderr
+    return folder
+
+
+def test_shards_with_orders_have_the_same_stories_and_targets(ordered, tokenizers):
+    found = {}
+    for name in ("with", "without"):
+        paths = DataPaths(str(ordered / name), "custom", 512)
+        data = TokenData(paths, 64, tokenizers[512])
+        valid = list(ValidBatches(data.valid, 64, 4, 10**6, mark=data.mark))
+        targets = [int(t) for _, y in valid for t in y.flatten() if t >= 0]
+        found[name] = targets, data.valid_bytes, data.tokens_per_byte()
+        x, y = TrainBatches(data.train, 64, 1, data).at(0, 50)
+        assert x.max() < 512 and y.max() < 512
+        assert ((y < 0).float().mean() > 0.02) == (name == "with")
+        if name == "with":
+            _, all_y = TrainBatches(data.train, 64, 1, data, learns_orders=True).at(0, 50)
+            assert (all_y >= 0).all() and (all_y == y)[y >= 0].all()
+    # the loss is over the same tokens, except that "Story:" and not BOS comes before a story
+    assert found["with"] == found["without"]
+
+
+def test_a_model_trained_with_orders_tells_them_and_scores(ordered, builds, tokenizers, tmp_path):
+    common = "--vocab_size=512 --dim=32 --n_layers=2 --max_iters=20 --eval_iters=2 --batch_size=4"
+    common = [*common.split(), "--max_seq_len=128", "--device=cpu", "--compile=False"]
+    flags = ["--words=dragon,  soup", "--features=Dialogue", "--sentence=It was hot."]
+    run_flags = [part for flag in flags for part in flag.split("=")]
+    for name in ("with", "without"):
+        out = tmp_path / name
+        done = script("train.py", f"--out_dir={out}", f"--data_dir={ordered / name}", *common)
+        assert not done.returncode, done.stderr
+        sampled = script("sample.py", f"--out_dir={out}", *flags, "--temperature=0")
+        command = [builds["run", "checked"], out / "model.bin", *run_flags, "-t", "0", "-n", "100"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+        scored = [f"--json={tmp_path / name}.jsonl", "--orders", "--num_samples=8"]
+        scored = script("generate.py", out, *scored, "--max_new_tokens=400")
+        if name == "without":
+            refused(sampled, "trained without orders", "pretokenize --orders")
+            refused(scored, "trained without orders", "pretokenize --orders")
+            assert told.returncode and "trained without orders" in told.stderr
+            continue
+        assert not sampled.returncode, sampled.stderr
+        assert not told.returncode, told.stderr
+        n = min(len(told.stdout.strip()), 200)
+        assert n > 20 and sampled.stdout.strip()[:n] == told.stdout.strip()[:n]
+        assert "Words:" not in told.stdout[:40] and not told.stdout.startswith(" ")
+        assert not scored.returncode, scored.stderr
+        lines = [json.loads(x) for x in (tmp_path / "with.jsonl").read_text().splitlines()]
+        assert lines[1]["ordered_words"] > 0.9 > lines[1]["ordered_words_base"]  # real stories
+        assert 0 <= lines[0]["ordered_words"] <= 1 and lines[0]["ordered_dialogue"] is not None
+        assert "Words: " in (out / "stories.html").read_text()
+
+
+def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tmp_path):
+    """The ids are compared by the story of a random model, which depends on each of them."""
+    tokenizers[512].export(tmp_path / "tokenizer.bin")
+    model = random_model(vocab_size=512, max_seq_len=256, orders=True)
+    export_model(model, tmp_path / "model.bin")
+    command = [builds["run", "checked"], tmp_path / "model.bin", "-t", "0", "-n", "120"]
+
+    def tell(*flags):
+        done = subprocess.run([*command, *flags], capture_output=True, check=True)
+        return done.stdout.decode()
+
+    for begin in ("", "One day", " One day"):
+        order = ["--words", " dragon,soup ,, big  cat,", "--sentence", " It\nwas\thot. "]
+        told = tell(*order, "--summary", "", "-i", begin)
+        expected = Order(("dragon", "soup", "big cat"), sentence="It was hot.").prompt()
+        whole = tell("-i", f"{expected} {begin.strip()}".rstrip(" "))
+        assert whole.startswith(expected) and len(told) > 20
+        assert whole.removeprefix(expected).removeprefix(" ") == told
+        assert told.startswith(begin.strip())
+    assert tell("--words", " , ", "-i", "One day") == tell("-i", "One day")
+    stories = tell("--words", "dragon", "-b", "3", "-t", "1", "-s", "1").split("\n---\n\n")
+    assert len(set(stories)) == 3 and "dragon" not in {s.split()[0] for s in stories}

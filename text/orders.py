@@ -1,0 +1,236 @@
+"""
+Orders: what a story must contain, in front of the story, in the form of TinyStories-Instruct.
+
+    Words: dragon, soup
+    Features: Dialogue
+    Random sentence: The soup was too hot.
+    Summary: A dragon learns to cook.
+    Story: Once upon a time ...
+
+The fields come in any order, and each may be missing. An order can be derived from any story, so no
+special dataset is needed: some of its rarer words, one of its sentences, and Dialogue if somebody
+speaks. Which fields an order has, and which stories have none, depends on a hash of the story.
+
+To add a field, add it to FIELDS and Order, and let Orders.derive() fill it.
+"""
+
+import hashlib
+import itertools
+import random
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+
+FIELDS = {"Words": "words", "Features": "features", "Random sentence": "sentence"}
+FIELDS |= {"Summary": "summary"}
+START = "Story:"  # what separates an order from its story
+LINE = re.compile(rf"^({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
+STORY = re.compile(rf"^{START}", re.MULTILINE)
+SUMMARY = re.compile(r"\n\s*Summary:([^\n]*)\s*$")  # after the story
+HEAD = tuple(f"{name}:" for name in (*FIELDS, "Story"))
+WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+SENTENCE = re.compile(r"[^.!?…\n]+[.!?…]+[\"'”’»]*")
+SPEECH = re.compile(r"[\"“”„«»]")
+# probabilities: of an order, and of each of its fields
+WITH_ORDER, WITH_FIELD = 0.8, {"words": 0.8, "features": 0.5, "sentence": 0.25, "summary": 0.5}
+MIN_WORDS, MAX_WORDS = 2, 4  # in a derived order
+CANDIDATES = 10  # its words are drawn from this many of the rarest
+COMMON, RARE = 0.1, 4  # not from those in more than this share of stories, or in fewer stories
+SENTENCE_LENGTH = 15, 120  # characters of a derived sentence
+
+
+@dataclass(frozen=True)
+class Order:
+    """words and features: tuples of texts; sentence and summary: texts. Empty: not ordered."""
+
+    words: tuple = ()
+    features: tuple = ()
+    sentence: str = ""
+    summary: str = ""
+
+    def __bool__(self):
+        return any(getattr(self, field.name) for field in fields(self))
+
+    def prompt(self, names=tuple(FIELDS)):
+        """Return the text before the story, up to and including "Story:". names: their order."""
+        lines = []
+        for name in names:
+            value = getattr(self, FIELDS[name])
+            value = ", ".join(value) if isinstance(value, tuple) else value
+            if value:
+                lines.append(f"{name}: {' '.join(value.split())}")
+        return "\n".join([*lines, START])
+
+
+def split_list(text):
+    """Return the parts of a text with commas, without white space around them, as a tuple."""
+    return tuple(part for part in map(str.strip, text.split(",")) if part)
+
+
+def parse(text):
+    """
+    Return (Order, story) of a text. A text that does not start with an order is a story with an
+    empty Order. A summary may follow the story.
+    """
+    if not text.startswith(HEAD) or not (start := STORY.search(text)):
+        return Order(), text
+    values, head, story = {}, text[: start.start()], text[start.end() :].strip()
+    lines = [*LINE.finditer(head), None]
+    for line, following in itertools.pairwise(lines):
+        end = following.start() if following else len(head)
+        values[FIELDS[line[1]]] = head[line.end() : end].strip()
+    if summary := SUMMARY.search(story):
+        values["summary"], story = summary[1].strip(), story[: summary.start()].strip()
+    for name in ("words", "features"):
+        if name in values:
+            values[name] = split_list(values[name])
+    return Order(**values), story
+
+
+def story_of(text):
+    return parse(text)[1]
+
+
+# ---- words
+
+
+def forms(word):
+    """Return a word and its regular English inflections, a set."""
+    endings = {word + ending for ending in ("s", "es", "ed", "d", "ing", "er", "est", "ly", "'s")}
+    if len(word) > 2:
+        double = word + word[-1]
+        endings |= {double + ending for ending in ("ed", "ing", "er", "est")}
+        if word.endswith("e"):
+            endings |= {word[:-1] + "ing"}
+        if word.endswith("y"):
+            endings |= {word[:-1] + ending for ending in ("ies", "ied", "ier", "iest", "ily")}
+        if word.endswith("f"):
+            endings |= {word[:-1] + "ves"}
+    return {word, *endings}
+
+
+def has_speech(text):
+    return bool(SPEECH.search(text))
+
+
+class Orders:
+    """
+    Derives orders. texts: some training documents, in which words are counted; words that are in
+    many of them, or hardly in any, or names, are not asked for.
+    """
+
+    def __init__(self, texts):
+        counts, n = Counter(), 0
+        for text in texts:
+            counts.update({word.lower() for word in WORD.findall(story_of(text))})
+            n += 1
+        limit = max(COMMON * n, RARE)
+        self.counts = {w: c for w, c in sorted(counts.items()) if min(RARE, n) <= c <= limit}
+
+    def key(self):
+        """Return a string that changes when the orders of a story may change."""
+        return f"1 {zlib.crc32(repr(self.counts).encode()):08x}"
+
+    @staticmethod
+    def candidates(story):
+        """Return the words of three letters or more that are not names, a set."""
+        words = WORD.findall(story)
+        names = {word.lower() for word in words if word != word.lower()}
+        return {w for w in words if len(w) >= 3 and w == w.lower() and w not in names}
+
+    def derive(self, story, rng):
+        """Return an Order that the story fulfils, with all fields that a text can give."""
+        words = [word for word in self.candidates(story) if word in self.counts]
+        words = sorted(words, key=lambda word: (self.counts[word], word))[:CANDIDATES]
+        n = min(MIN_WORDS + int(rng.random() * (MAX_WORDS - MIN_WORDS + 1)), len(words))
+        drawn = tuple(drawn_from(words, n, rng))
+        low, high = SENTENCE_LENGTH
+        sentences = [s.strip() for s in SENTENCE.findall(story)]
+        sentences = [s for s in sentences if low <= len(s) <= high and not has_speech(s)]
+        sentence = drawn_from(sentences, 1, rng)[0] if sentences else ""
+        return Order(drawn, ("Dialogue",) if has_speech(story) else (), sentence)
+
+    def place(self, text):
+        """
+        Return (the order of a document as text, or "" if it has none; its story). Labels of the
+        document take the place of derived fields.
+        """
+        labels, story = parse(text)
+        seed = hashlib.blake2b(story.encode(), digest_size=8).digest()
+        rng = random.Random(int.from_bytes(seed, "little"))
+        derived = self.derive(story, rng)
+        order = replace(
+            labels,
+            words=labels.words or derived.words,
+            features=tuple(dict.fromkeys((*labels.features, *derived.features))),
+            sentence=labels.sentence or derived.sentence,
+        )
+        if rng.random() >= WITH_ORDER:
+            return "", story
+        keep = {name: rng.random() < share for name, share in WITH_FIELD.items()}
+        order = Order(**{name: getattr(order, name) for name, kept in keep.items() if kept})
+        names = drawn_from(list(FIELDS), len(FIELDS), rng)
+        return (order.prompt(names) if order else ""), story
+
+
+def drawn_from(items, n, rng):
+    """Return n different items in random order; uses only rng.random(), the same everywhere."""
+    items = list(items)
+    for i in range(n):
+        k = i + int(rng.random() * (len(items) - i))
+        items[i], items[k] = items[k], items[i]
+    return items[:n]
+
+
+# ---- whether a story fulfils an order
+
+
+class Told:
+    """What a story says, to compare it with orders."""
+
+    def __init__(self, story):
+        self.words = {straight(word) for word in WORD.findall(story)}
+        self.forms = set().union(*map(forms, self.words)) if self.words else set()
+        self.text = straight(" ".join(story.split()))
+        self.has_speech = has_speech(story)
+
+    def has_word(self, word):
+        """Whether the story has a word, a form of it, or a word that it is a form of."""
+        word = straight(word)
+        return word in self.forms or not forms(word).isdisjoint(self.words)
+
+    def has_sentence(self, sentence):
+        return straight(" ".join(sentence.split())) in self.text
+
+
+def straight(text):
+    """Return text in lower case, with one kind of apostrophe."""
+    return text.lower().replace("’", "'")
+
+
+def scores(pairs):
+    """
+    Return how well stories fulfil orders, from pairs of (Order, Told): the share of the words that
+    appear, of the orders whose words and sentence all appear, of the stories with dialogue among
+    those ordered with it, and of the ordered sentences. A share is None if nothing was ordered.
+    """
+    words = [[told.has_word(word) for word in order.words] for order, told in pairs]
+    sentences = [
+        [told.has_sentence(order.sentence)] * bool(order.sentence) for order, told in pairs
+    ]
+    whole = [all(w + s) for w, s in zip(words, sentences, strict=True) if w + s]
+    speech = [told.has_speech for order, told in pairs if "Dialogue" in order.features]
+    values = {
+        "words": list(itertools.chain.from_iterable(words)),
+        "whole": whole,
+        "dialogue": speech,
+    }
+    values["sentences"] = list(itertools.chain.from_iterable(sentences))
+    return {name: sum(hits) / len(hits) if hits else None for name, hits in values.items()}
+
+
+def scores_of_others(pairs, n=20):
+    """Return scores() of the same stories for the orders of up to n other stories each."""
+    shifts = range(1, min(n + 1, len(pairs)))
+    return scores([(pairs[i - k][0], told) for k in shifts for i, (_, told) in enumerate(pairs)])
