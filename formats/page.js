@@ -4,7 +4,8 @@ const percent = (p) => p >= 0.9995 ? "100 %" : p >= 0.0995 ? `${Math.round(100 *
   : p >= 0.0001 ? `${(100 * p).toPrecision(2)} %` : "< 0.01 %";
 const columns = [];
 let story = 0;  // the number of the story that is told
-let told = null;  // the beginning and settings of that story
+let asked = null;  // the beginning and settings of that story
+let told = null;  // the same, once it has started
 
 // ---- a column: a model, its worker and the story it tells
 
@@ -15,7 +16,7 @@ class Column {
     this.heading.textContent = `Model ${"AB"[i]}: ${model.name}`;
     this.heading.hidden = n === 1;
     const by = n === 1 ? "" : ` by model ${"AB"[i]}`;
-    this.text.setAttribute("aria-label", `The story${by}; the arrow keys go through its words`);
+    this.text.setAttribute("aria-label", `The story${by}; the left and right arrow keys go through its words`);
     $("columns").append(root);
     this.clear();
     this.status.textContent = "Loading the model …";
@@ -34,6 +35,7 @@ class Column {
     this.text.addEventListener("pointerover", (e) => {
       if (e.pointerType !== "touch" && !this.is_pinned) this.choose(this.index_of(e.target));
     });
+    this.text.addEventListener("focusout", () => this.close());
     this.text.addEventListener("pointerleave", () => { if (!this.is_pinned) this.close(); });
     document.addEventListener("click", (e) => {
       const i = this.index_of(e.target), is_again = this.is_pinned && i === this.chosen;
@@ -99,7 +101,10 @@ class Column {
   }
 
   add(pieces) {
-    if (this.is_new) this.clear();
+    if (this.is_new) {
+      this.clear();
+      started();
+    }
     this.is_new = false;
     for (const piece of pieces) {
       const span = document.createElement("span"), space = /^ */.exec(piece[1])[0];
@@ -114,11 +119,14 @@ class Column {
     const speed = seconds > 0 ? `, ${Math.round(n / seconds).toLocaleString("en")} tokens per second` : "";
     const end = stopped ? "Stopped after" : this.pieces.length >= this.limit
       ? "Cut at the length you set, after" : "The end, after";
-    let same = "";
     if (this.text.textContent === this.before)
-      same = told.t > 0 ? " It is the same story, because the seed and settings are the same."
-        : " At temperature 0, each beginning has only one story.";
-    this.say(`${end} ${n} tokens${speed}.${same}`, false);
+      inform(Number(told.t) > 0 ? "This is the same story again, because its seed is the same: “Another one” takes a new seed."
+        : "At temperature 0, each beginning has only one story.");
+    if (stopped && columns.length === 1) {
+      told.n = String(n);  // the link tells it up to here
+      set_address("replaceState");
+    }
+    this.say(`${end} ${n.toLocaleString("en")} tokens${speed}.`, false);
     if ($("surprise").checked) this.ask_surprise();
   }
 
@@ -188,14 +196,16 @@ class Column {
     const readable = (text) => text === null ? "the end" : text.includes("\uFFFD") ? "part of a character"
       : text.replace(/\n/g, "↵").trim() || "space";
     const paragraph = document.createElement("p"), table = document.createElement("table");
-    let intro = is_prompt ? "You wrote this. The model expected:" : "How likely this was, and what else could have come:";
+    const rows = [chosen, ...others];
+    if (is_prompt) rows.sort((a, b) => b[1] - a[1]);
+    let intro = is_prompt ? `You wrote “${readable(chosen[0])}”. The model expected:` : "How likely this was, and what else could have come:";
     if (chosen[1] > 0.995) intro = is_prompt ? "You wrote what the model expected." : "The model was almost certain of this.";
     if (last > first) intro = `A piece of “${joined(first, last + 1)}”. ${intro}`;
     paragraph.textContent = intro;
-    for (const [text, p] of [chosen, ...others]) {
-      if (table.rows.length && p < 0.001) continue;
+    for (const [text, p] of rows) {
+      if (text !== chosen[0] && p < 0.001) continue;
       const row = table.insertRow(), meter = document.createElement("meter");
-      if (!table.rows[1]) row.className = "chosen";
+      if (text === chosen[0]) row.className = "chosen";
       const start = first < this.chosen && text !== null && !/^\s/.test(text) ? joined(first, this.chosen) : "";
       row.insertCell().textContent = start + readable(text);
       row.insertCell().textContent = percent(p);
@@ -229,15 +239,20 @@ function show_values() {
   for (const id of ["temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
 }
 
-// Fill the form from the address; values that the form refuses are left out. Returns whether the
-// address names a story.
+// Fill the form from the address. Numbers out of range become the nearest that is allowed; what is
+// not a number is left out. Returns whether the address names a story.
 function read_address() {
   const values = new URLSearchParams(location.hash.slice(1));
   $("seed").value = "";
   for (const [name, id] of Object.entries(FIELDS)) {
     const field = $(id), before = field.value;
-    if (!values.has(name)) continue;
-    field.value = values.get(name);
+    let value = values.get(name);
+    if (value === null) continue;
+    if ("tpn".includes(name)) {
+      value = value.trim() === "" ? NaN : Math.min(Math.max(Number(value), field.min), field.max);
+      if (Number.isNaN(value)) continue;
+    }
+    field.value = value;
     if (!field.checkValidity()) field.value = before;
   }
   show_values();
@@ -265,19 +280,40 @@ function tell(is_linked = false) {
   if (!is_valid()) return;
   if (!$("seed").value) new_seed();
   if (!$("length").value) $("length").value = $("length").placeholder;
-  told = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
-  told.i = told.i.trimEnd();
-  const address = "#" + new URLSearchParams(told);
-  try {
-    if (is_linked || address === location.hash) history.replaceState(null, "", address);
-    else history.pushState(null, "", address);  // Back returns to the last story
-  } catch {}  // not allowed in some frames
+  asked = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
+  asked.i = asked.i.trimEnd();
+  asked.is_linked = is_linked;
   story += 1;
   $("copied").hidden = true;
-  $("hint").hidden = false;
-  const options = { temperature: Number(told.t), topP: Number(told.p), seed: BigInt(told.s), length: Number(told.n) };
-  for (const c of columns) if (c.positions) c.tell(told.i, options);
+  const options = { temperature: Number(asked.t), topP: Number(asked.p), seed: BigInt(asked.s), length: Number(asked.n) };
+  for (const c of columns) if (c.positions) c.tell(asked.i, options);
   update_buttons();
+}
+
+// Called when a column has the start of a story; a refused one does not change the address.
+function started() {
+  if (!asked) return;
+  const { is_linked, ...values } = asked;
+  told = values;
+  asked = null;
+  $("hint").hidden = false;
+  set_address(is_linked || address() === location.hash ? "replaceState" : "pushState");
+  update_buttons();
+}
+
+function address() { return "#" + new URLSearchParams(told); }
+
+// method: pushState, so that Back returns to the last story, or replaceState.
+function set_address(method) {
+  try {
+    history[method](null, "", address());
+  } catch {}  // not allowed in some frames
+}
+
+// Say something below the buttons.
+function inform(message) {
+  $("copied").textContent = message;
+  $("copied").hidden = false;
 }
 
 function another() {
@@ -303,21 +339,21 @@ async function copy(text, message) {
   } catch {
     message = "This browser does not allow copying: select the text, or the address above, instead.";
   }
-  $("copied").textContent = message;
-  $("copied").hidden = false;
+  inform(message);
 }
 
 function copy_link() {
   const is_file = location.protocol === "file:";
-  copy(location.href.split("#")[0] + "#" + new URLSearchParams(told), is_file
-    ? "The link is copied. It opens this story in this file. On another device, open a copy of the file, "
-      + "and put what follows # at the end of its address."
+  copy(location.href.split("#")[0] + address(), is_file
+    ? "The link is copied. It opens this story from this file. On another device, open a copy of the "
+      + "file, and add the end of the link, from # on, to its address."
     : "The link is copied. It opens this page with this story.");
 }
 
 function copy_story() {
-  const texts = columns.map((c) => c.text.textContent).filter(Boolean);
-  copy(texts.join("\n\n"), "The story is copied.");
+  const texts = columns.filter((c) => c.pieces.length).map((c) => (
+    columns.length > 1 ? `${c.heading.textContent}\n\n` : "") + c.text.textContent);
+  copy(texts.join("\n\n"), columns.length > 1 ? "The stories are copied." : "The story is copied.");
 }
 
 function listen() {
@@ -350,7 +386,10 @@ addEventListener("DOMContentLoaded", () => {
   $("about").textContent = n > 1
     ? "Two language models tell a story from the same beginning, with the same seed. They run in this page; nothing leaves this device."
     : `A language model of ${models[0].parameters}. It runs in this page; nothing leaves this device.`;
-  if (n > 1) $("tell").textContent = "Tell the stories";
+  if (n > 1) {
+    $("tell").textContent = "Tell the stories";
+    $("copy").textContent = "Copy stories";
+  }
   $("footer").textContent = models.map((m) => (n > 1 ? `${m.name}, ${m.parameters}: ` : "Weights: ")
     + `${m.dtype}, ${m.size}`).join("; ");
   show_values();

@@ -281,6 +281,8 @@ def test_a_page_shares_stops_and_compares(teller):
         browser.wait_until(TOLD, PATIENCE_S)
         first = browser.evaluate("document.querySelector('.status').textContent")
         assert first.startswith("Stopped after")
+        n = browser.evaluate("new URLSearchParams(location.hash.slice(1)).get('n')")
+        assert n == "4000"  # of a single story: as many tokens as were told
         browser.evaluate("document.getElementById('length').value = 30")
         browser.evaluate(click.format("another"))
         stopped = "/Stopped/.test(document.getElementById('columns').textContent)"
@@ -323,7 +325,7 @@ def test_an_incomplete_page_and_wrong_values_in_a_link_say_so(teller, tmp_path):
         browser.open(f"{page.as_uri()}#i=One+day&s=abc&n=5000&t=NaN&p=7")
         browser.wait_until(TOLD, PATIENCE_S)
         values = browser.evaluate("[...document.querySelectorAll('input')].map((x) => x.value)")
-        assert values[0] == "0.8" or float(values[0]) <= 2
+        assert values[:2] == ["0.8", "1"]
         assert values[2].isdigit() and values[3] == "64", values
         # a wrong value in a closed part of the form is shown
         browser.evaluate("document.getElementById('seed').value = 'abc'")
@@ -332,9 +334,11 @@ def test_an_incomplete_page_and_wrong_values_in_a_link_say_so(teller, tmp_path):
         # a beginning that is too long is refused, and the next one works
         browser.evaluate("document.getElementById('seed').value = '1'")
         browser.evaluate("document.getElementById('prompt').value = 'a '.repeat(200)")
+        before, story = browser.evaluate("location.href"), browser.evaluate(TEXT)
         browser.evaluate("document.getElementById('tell').click()")
         status = "document.querySelector('.status').textContent"
         browser.wait_until(f"/too long.*shorten it/.test({status})", PATIENCE_S)
+        assert browser.evaluate("location.href") == before and browser.evaluate(TEXT) == story
         browser.evaluate("document.getElementById('prompt').value = 'One day'")
         browser.evaluate("document.getElementById('tell').click()")
         browser.wait_until(f"/ after [0-9]+ tokens/.test({status})", PATIENCE_S)
