@@ -40,7 +40,7 @@ OPTIONS = {
 def test_no_option_is_left_out():
     """OPTIONS covers every field of ModelArgs except the sizes of plain Llama."""
     sizes = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
-    others = {*sizes, "norm_eps", "rope_theta", "dropout"}
+    others = {*sizes, "norm_eps", "rope_theta", "dropout", "orders"}
     covered = {name for options in OPTIONS.values() for name in options}
     assert {f.name for f in fields(ModelArgs)} == others | covered
 

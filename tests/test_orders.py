@@ -1,5 +1,6 @@
 """Stories to order: orders from any text, their shards, training, prompts and scores."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -10,6 +11,7 @@ from conftest import PATIENCE_S, random_model, refused, script
 
 from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
 from formats.modelbin import export_model
+from text.corpus import plan_shards
 from text.orders import FIELDS, Order, Orders, Told, forms, parse, scores, scores_of_others
 from text.shards import document_key, encode_orders, mark_of_orders
 
@@ -52,6 +54,62 @@ def test_orders_come_from_the_story_and_only_from_it(stories):
     text = f"Features: Twist\nSummary: Short.\nStory: {stories[0]}"
     found = {parse(f"{orders.place(f'{text} {i}')[0]} x")[0].summary for i in range(40)}
     assert found == {"Short.", ""}
+
+
+LABELLED = [
+    {
+        "story": "Once a dragon cooked soup.",
+        "instruction": {"words": ["dragon", "soup"], "features": ["Twist"]},
+        "summary": "A dragon cooks.",
+    },
+    {
+        "story": "A cat ran.",
+        "instruction": "short",
+        "summary": 5,
+        "theme": ["a cat"],
+        "topic": None,
+    },
+    {"story": "A dog ran.", "theme": "friendship", "style": "noir"},
+    {"story": "The end."},
+]
+IN_ORDER = [
+    "Words: dragon, soup\nFeatures: Twist\nSummary: A dragon cooks.\n"
+    "Story: Once a dragon cooked soup.",
+    "Features: a cat\nStory: A cat ran.",
+    "Features: friendship, noir\nStory: A dog ran.",
+    "The end.",
+]
+
+
+@pytest.mark.parametrize("kind", ("json", "jsonl", "jsonl.gz", "parquet", "txt"))
+def test_labels_of_datasets_become_orders(tmp_path, kind):
+    path = tmp_path / f"data.{kind}"
+    lines = "\n".join(map(json.dumps, LABELLED))
+    if kind == "json":
+        path.write_text(json.dumps(LABELLED))
+    elif kind == "jsonl":
+        path.write_text(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "txt":
+        path.write_text("<|endoftext|>".join(IN_ORDER))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        pyarrow = pytest.importorskip("pyarrow")
+        rows = [{k: v for k, v in item.items() if k in ("story", "style")} for item in LABELLED]
+        parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(
+            [("story", pyarrow.string()), ("style", pyarrow.string())])), path)  # fmt: skip
+    files = plan_shards(str(path))
+    plain = [text for file in files for text in file.documents()]
+    found = [text for file in files for text in file.labelled().documents()]
+    if kind == "parquet":
+        assert found[2] == "Features: noir\nStory: A dog ran."
+        assert found[:2] == plain[:2]
+    else:
+        assert found == IN_ORDER
+    if kind != "txt":
+        assert plain == [item["story"] for item in LABELLED]
+    assert [document_key(x) for x in found] == [document_key(x["story"]) for x in LABELLED]
 
 
 def test_words_count_in_any_form():

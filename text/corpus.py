@@ -16,7 +16,6 @@ from configurator import UserError
 from system.files import check_regular
 from text.documents import (
     READABLE,
-    READERS,
     SEPARATOR,
     TEXT,
     border_after,
@@ -30,6 +29,7 @@ from text.documents import (
     paragraph_mark,
     read_passages,
     readable,
+    reader_of,
     shape_of,
     stream_documents,
 )
@@ -54,6 +54,7 @@ class Span:
     start: int
     end: int
     is_book: bool = False
+    with_labels: bool = False  # its documents start with an order, if they have labels
 
     def key(self):
         """Return a string that changes when shards made from this Span become invalid."""
@@ -87,6 +88,12 @@ class File:
     is_valid: bool = False  # all of it is for validation
     spans: tuple = ()
     is_book: bool = False
+    with_labels: bool = False
+
+    def labelled(self):
+        """Return this File with orders from the labels of its documents."""
+        spans = tuple(replace(span, with_labels=True) for span in self.spans)
+        return replace(self, spans=spans, with_labels=True)
 
     def key(self):
         return [self.name, self.size, self.version]
@@ -94,7 +101,10 @@ class File:
     def documents(self):
         if self.spans:
             return read_documents(self.spans)
-        return (text for text, _ in stream_documents(self.path, self.is_book))
+        return (text for text, _ in self.stream())
+
+    def stream(self):
+        return stream_documents(self.path, self.is_book, self.with_labels)
 
     def check_unchanged(self):
         """Raise UserError if the file was changed or removed since this File was made."""
@@ -317,10 +327,11 @@ def read_documents(spans):
     """Yield the documents of Spans."""
     for span in spans:
         if is_streamed(span.path) or shape_of(span.path) == ".json":
-            yield from (text for text, _ in stream_documents(span.path, span.is_book))
+            documents = stream_documents(span.path, span.is_book, span.with_labels)
+            yield from (text for text, _ in documents)
             continue
         where = f"{span.path} (from byte {span.start:,})" if span.start else span.path
-        read = read_passages if span.is_book else READERS[shape_of(span.path)]
+        read = read_passages if span.is_book else reader_of(span.path, span.with_labels)
         with readable(span.path):
             yield from cleaned(read(io.BytesIO(span.data()), where))
 

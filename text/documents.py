@@ -24,13 +24,16 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import zlib
+from functools import partial
 
 from configurator import UserError
 from system.files import parse_json
+from text.orders import LABELS, labelled
 
 SEPARATOR = b"<|endoftext|>"
 HOW_TO_CUT = (
@@ -153,15 +156,23 @@ def is_streamed(path):
     return os.fspath(path).lower().endswith((".gz", ".csv", ".parquet"))
 
 
-def stream_documents(path, is_book=False):
+def stream_documents(path, is_book=False, with_labels=False):
     """
     Yield (document, bytes of the file read so far), without holding the file in memory. is_book:
-    the documents are passages. Raises UserError if the file is damaged.
+    the documents are passages; with_labels: they start with an order, if the file has labels for
+    them. Raises UserError if the file is damaged.
     """
-    read = read_passages if is_book else READERS[shape_of(path)]
+    read = read_passages if is_book else reader_of(path, with_labels)
     with readable(path), opened(path) as (file, raw):
         for text in cleaned(read(file, path)):
             yield text, raw.tell()
+
+
+def reader_of(path, with_labels=False):
+    """Return the function of READERS for a file."""
+    shape = shape_of(path)
+    has_labels = with_labels and shape != ".txt"
+    return partial(READERS[shape], with_labels=True) if has_labels else READERS[shape]
 
 
 @contextlib.contextmanager
@@ -189,12 +200,12 @@ def is_plain(path):
     return mark_of(path) == SEPARATOR
 
 
-def text_field(item, where):
-    """Return the text of a parsed document; null is an empty text."""
+def text_field(item, where, with_labels=False):
+    """Return the text of a parsed document, after an order from its labels; null is no text."""
     values = [item[field] for field in FIELDS if isinstance(item, dict) and field in item]
     text = next((value for value in values if value is not None), "")
     if item is None or (values and isinstance(text, str)):
-        return text
+        return labelled(text, item) if with_labels and text else text
     raise UserError(f"{where}: expected an object with text in a field {' or '.join(FIELDS)}")
 
 
@@ -220,18 +231,18 @@ def read_passages(file, path):
     yield rest
 
 
-def read_jsonl(file, path):
+def read_jsonl(file, path, with_labels=False):
     for i, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), b""), 1):
         where = f"{path}, line {i:,}"
         if len(line) > MAX_RECORD:
             raise too_long(where)
         if line.strip():
-            yield text_field(parsed(line, where), where)
+            yield text_field(parsed(line, where), where, with_labels)
 
 
-def read_json(file, path):
+def read_json(file, path, with_labels=False):
     for i, item in enumerate(items_of(file, path)):
-        yield text_field(item, f"{path}, item {i:,}")
+        yield text_field(item, f"{path}, item {i:,}", with_labels)
 
 
 def items_of(file, path):
@@ -289,7 +300,7 @@ def parsed(data, where):
         raise UserError(f"{problem}: {EXPECTED_JSON}") from None
 
 
-def read_csv(file, path):
+def read_csv(file, path, with_labels=False):
     csv.field_size_limit(MAX_RECORD)
     text, size = io.TextIOWrapper(file, "utf-8", newline=""), 0
 
@@ -304,12 +315,12 @@ def read_csv(file, path):
     try:
         for i, row in enumerate(csv.DictReader(lines()), 1):
             size = 0
-            yield text_field(row, f"{path}, row {i:,}")
+            yield text_field(row, f"{path}, row {i:,}", with_labels)
     except csv.Error as e:
         raise UserError(f"{path} is not CSV: {e}") from None
 
 
-def read_parquet(file, path):
+def read_parquet(file, path, with_labels=False):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -326,13 +337,17 @@ def read_parquet(file, path):
         kind = getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind
         if "string" not in str(kind) or "<" in str(kind):
             raise UserError(f"{path}: column {field} is of type {kind}: expected string")
-        yield from parquet_texts(table, field, file)
+        labels = [name for name in LABELS if with_labels and name in names]
+        yield from parquet_texts(table, field, file, labels)
     except (ArrowException, OSError) as e:
         raise UserError(f"{path} is damaged or not a parquet file: {e}") from None
 
 
-def parquet_texts(table, field, file):
-    """Yield the texts in a column of a ParquetFile; raise UserError if they expand too far."""
+def parquet_texts(table, field, file, labels=()):
+    """
+    Yield the texts in a column of a ParquetFile, after orders from the columns `labels`; raise
+    UserError if they expand too far.
+    """
     from pyarrow import parquet
 
     groups, n_bytes = range(table.num_row_groups), 0
@@ -341,18 +356,20 @@ def parquet_texts(table, field, file):
         # keeps repeated texts in memory only once, but takes twice as long for other texts
         table = parquet.ParquetFile(file, buffer_size=1 << 20, read_dictionary=[field])
     for group in groups:  # one by one, or all of them would stay in memory
-        options = {"row_groups": [group], "columns": [field], "use_threads": False}
+        options = {"row_groups": [group], "columns": [field, *labels], "use_threads": False}
         for rows in table.iter_batches(1024, **options):
-            column = rows.column(0)
+            column = rows.column(field)
             if hasattr(column, "dictionary"):
                 values, places = column.dictionary, column.indices.to_pylist()
                 texts = (None if i is None else values[i].as_py() for i in places)
             else:
                 texts = column.to_pylist()
-            for text in filter(None, texts):
-                n_bytes += len(text)
-                check_ratio(n_bytes, file)
-                yield text
+            items = rows.select(list(labels)).to_pylist() if labels else itertools.repeat(None)
+            for text, item in zip(texts, items, strict=False):
+                if text:
+                    n_bytes += len(text)
+                    check_ratio(n_bytes, file)
+                    yield labelled(text, item) if labels else text
 
 
 READERS = {

@@ -24,6 +24,8 @@ from dataclasses import dataclass, fields, replace
 
 FIELDS = {"Words": "words", "Features": "features", "Random sentence": "sentence"}
 FIELDS |= {"Summary": "summary"}
+COLUMNS = ("theme", "topic", "style", "persona", "grammar")  # of SimpleStories
+LABELS = ("instruction", "summary", *COLUMNS)  # of a story in JSON or parquet
 START = "Story:"  # what separates an order from its story
 LINE = re.compile(rf"^({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
 STORY = re.compile(rf"^{START}", re.MULTILINE)
@@ -88,6 +90,28 @@ def parse(text):
     return Order(**values), story
 
 
+def labelled(text, item):
+    """
+    Return a story in the form above, with the labels of its parsed JSON object or row: the words,
+    features and summary of TinyStories, or the columns of SimpleStories as features. Leaves out
+    what is neither a text nor a list of texts.
+    """
+    instruction = item.get("instruction")
+    instruction = instruction if isinstance(instruction, dict) else {}
+    words, features = (texts_in(instruction.get(name)) for name in ("words", "features"))
+    features += [text for name in COLUMNS for text in texts_in(item.get(name))]
+    (summary,) = texts_in(item.get("summary"))[:1] or [""]
+    order = Order(tuple(words), tuple(features), summary=summary)
+    return f"{order.prompt()} {text}" if order else text
+
+
+def texts_in(value):
+    """Return the texts in a label, which is a text, a list of them, or neither."""
+    values = value if isinstance(value, list) else [value]
+    texts = (" ".join(text.split()) for text in values if isinstance(text, str))
+    return [text for text in texts if text]
+
+
 def story_of(text):
     return parse(text)[1]
 
@@ -130,7 +154,7 @@ class Orders:
 
     def key(self):
         """Return a string that changes when the orders of a story may change."""
-        return f"1 {zlib.crc32(repr(self.counts).encode()):08x}"
+        return f"2 {zlib.crc32(repr(self.counts).encode()):08x}"
 
     @staticmethod
     def candidates(story):

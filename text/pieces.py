@@ -19,7 +19,7 @@ from configurator import UserError
 from system.fields import fits, is_bool, is_count, is_size, is_string, list_of
 from system.files import atomic_write, checksum, flush_files, read_json, write_json
 from text.corpus import MTIME, File, cut, read_documents
-from text.documents import HOW_TO_CUT, stream_documents
+from text.documents import HOW_TO_CUT
 
 FORMAT = 2  # version of shards.json and of the files in parts/
 DTYPES = ("uint16", "uint32")  # of ids
@@ -65,7 +65,7 @@ def span_batches(file, wanted):
 def stream_batches(file, wanted):
     """Yield the Batches of a file that is streamed; a piece ends when it has PIECE characters."""
     piece, texts, n_batch, n_piece = 0, [], 0, 0
-    for text, at in stream_documents(file.path, file.is_book):
+    for text, at in file.stream():
         n_piece += len(text)
         if wanted(piece):
             texts.append(text)
