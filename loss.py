@@ -10,9 +10,9 @@ def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False):
     Return the mean cross-entropy of the next tokens in nats, float32.
 
     x (..., dim): hidden states; weight (rows, dim): the head, rows after vocab_size are padding;
-    targets (...): int64, -1 for positions that do not count; softcap: logit_softcap of ModelArgs;
-    is_fp8: multiply with fp8_mm. With gradients, the probability of a target counts as 2e-38 or
-    more, because train.py flushes denormal numbers to 0.
+    targets (...): int64, -1 for positions that do not count (without any, the loss is 0); softcap:
+    logit_softcap of ModelArgs; is_fp8: multiply with fp8_mm. With gradients, the probability of a
+    target counts as 2e-38 or more, because train.py flushes denormal numbers to 0.
     """
     x, targets = x.flatten(0, -2), targets.flatten()
     # autograd.Function.forward cannot see whether gradients are enabled
@@ -37,7 +37,7 @@ class CrossEntropy(torch.autograd.Function):
         if needs_gradients:
             p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        n = (targets >= 0).sum()
+        n = (targets >= 0).sum().clamp(min=1)
         total = x.new_zeros((), dtype=torch.float32)
         for i in range(0, len(x), size):
             h, y = x[i : i + size], targets[i : i + size, None]  # (piece, dim), (piece, 1)

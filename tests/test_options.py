@@ -45,6 +45,14 @@ def test_no_option_is_left_out():
     assert {f.name for f in fields(ModelArgs)} == others | covered
 
 
+def test_a_batch_without_targets_has_no_loss_and_no_gradient():
+    model = random_model(vocab_size=105).train()
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    loss = model(tokens, torch.full_like(tokens, -1))
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_plain_llama_is_the_default():
     assert ModelArgs() == ModelArgs(**ARCHS["llama"])
     for arch in ARCHS.values():
