@@ -156,6 +156,8 @@ class Part:
         for side in ("train", "valid"):
             path, counts = self.array(k, entry["piece"], side), entry[side]
             expected = [counts["tokens"] * width, counts["crc32"]]
+            if not counts["tokens"] and counts["crc32"]:  # of no bytes, it is 0
+                return False
             if counts["tokens"] and not (os.path.exists(path) and checksum(path) == expected):
                 return False
         return True
