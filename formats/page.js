@@ -93,6 +93,7 @@ class Column {
       this.fail(data.error);
     } else if (data.story === story) {
       if (data.error || data.refused) this.say(data.error || data.refused, true);
+      if (data.refused) inform(data.refused);  // the status may be out of sight
       if (data.pieces) this.add(data.pieces);
       if (data.n !== undefined) this.finish(data);
       if (data.surprise && $("surprise").checked) this.colour(data.surprise);
@@ -120,7 +121,7 @@ class Column {
     const end = stopped ? "Stopped after" : this.pieces.length >= this.limit
       ? "Cut at the length you set, after" : "The end, after";
     if (this.text.textContent === this.before)
-      inform(Number(told.t) > 0 ? "This is the same story again, because its seed is the same: “Another one” takes a new seed."
+      inform(Number(told.t) > 0 ? "“Tell the story” told the same story again; “Another one” makes a new one."
         : "At temperature 0, each beginning has only one story.");
     if (stopped && columns.length === 1) {
       told.n = String(n);  // the link tells it up to here
@@ -199,7 +200,7 @@ class Column {
     const rows = [chosen, ...others];
     if (is_prompt) rows.sort((a, b) => b[1] - a[1]);
     let intro = is_prompt ? `You wrote “${readable(chosen[0])}”. The model expected:` : "How likely this was, and what else could have come:";
-    if (chosen[1] > 0.995) intro = is_prompt ? "You wrote what the model expected." : "The model was almost certain of this.";
+    if (chosen[1] > (is_prompt ? 0.5 : 0.995)) intro = is_prompt ? "You wrote what the model expected." : "The model was almost certain of this.";
     if (last > first) intro = `A piece of “${joined(first, last + 1)}”. ${intro}`;
     paragraph.textContent = intro;
     for (const [text, p] of rows) {
@@ -262,9 +263,9 @@ function read_address() {
 function new_seed() { $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0] % 1000000); }
 
 function update_buttons() {
-  const working = columns.filter((c) => c.positions);
+  const is_loading = !columns.every((c) => c.positions || c.has_failed);
   $("stop").disabled = !columns.some((c) => c.is_telling);
-  $("tell").disabled = !working.length;
+  $("tell").disabled = is_loading || !columns.some((c) => c.positions);
   for (const id of ["another", "copy", "link"]) $(id).disabled = !told;
 }
 
@@ -345,8 +346,8 @@ async function copy(text, message) {
 function copy_link() {
   const is_file = location.protocol === "file:";
   copy(location.href.split("#")[0] + address(), is_file
-    ? "The link is copied. It opens this story from this file. On another device, open a copy of the "
-      + "file, and add the end of the link, from # on, to its address."
+    ? "The link is copied. It opens this story from this file. To share it, send this file and the link: "
+      + "your friend opens the file and pastes everything from # on at the end of its address."
     : "The link is copied. It opens this page with this story.");
 }
 

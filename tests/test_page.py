@@ -275,6 +275,7 @@ def test_a_page_shares_stops_and_compares(teller):
         assert browser.evaluate("document.querySelectorAll('.story').length") == 2
         browser.evaluate("document.getElementById('length').value = 4000")
         browser.evaluate("document.getElementById('temperature').value = 0.2")
+        browser.evaluate("document.getElementById('seed').value = 1")
         browser.evaluate(click.format("tell"))
         browser.wait_until(f"{TEXT}.length > 20", PATIENCE_S)
         browser.evaluate(click.format("stop"))
