@@ -250,10 +250,14 @@ class TokenData:
 
     def tokens_per_byte(self):
         """Return validation tokens that are predicted, including BOS, per byte of text, or None."""
-        n_tokens = sum(map(len, self.valid))
-        if self.mark:
-            n_tokens = sum(int((shard < self.mark).sum()) for shard in self.valid)
-        return n_tokens / self.valid_bytes if self.valid_bytes else None
+        return self.n_predicted / self.valid_bytes if self.valid_bytes else None
+
+    @functools.cached_property
+    def n_predicted(self):
+        """The number of validation tokens that do not belong to orders."""
+        if not self.mark:
+            return sum(map(len, self.valid))
+        return sum(int((shard < self.mark).sum()) for shard in self.valid)
 
 
 def stamp(path):

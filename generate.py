@@ -52,7 +52,7 @@ tune_process()
 import torch
 
 from dataset import DataPaths, TokenData
-from formats.table import HUB, load_for_sampling, model_in, recognize
+from formats.table import HUB, encode_prompt, load_for_sampling, model_in, recognize
 from report.stories import (
     Overlap,
     Story,
@@ -134,15 +134,17 @@ def data_of(path, tokenizer):
     return paths.shards, TokenData(paths, 1, tokenizer, check=False)
 
 
-def generate_stories(name, model, tokenizer, prompt):
-    """Return num_samples Story objects by a model, given the prompt's ids, and print the speed."""
+def generate_stories(name, model, tokenizer, jobs):
+    """
+    Return the Story objects of a model, and print the speed. jobs: for each batch of stories, the
+    ids of its prompt, its number of stories, and its Order or None.
+    """
     model.dtype = compute_dtype
     generator = torch.Generator().manual_seed(seed)
-    limit = min(max_new_tokens, model.room_after(prompt))
-    prompt_text, stories, started = tokenizer.decode(prompt), [], time.perf_counter()
-    bar = progress(total=num_samples, unit=" stories", desc=name)
-    for first in range(0, num_samples, batch_size):
-        n = min(batch_size, num_samples - first)
+    stories, started = [], time.perf_counter()
+    bar = progress(total=sum(n for _, n, _ in jobs), unit=" stories", desc=name)
+    for prompt, n, order in jobs:
+        limit = min(max_new_tokens, model.room_after(prompt))
         draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
         ids_of, ended = [[] for _ in range(n)], set()
         sampling = temperature, top_k, top_p, tokenizer.stop
@@ -152,44 +154,30 @@ def generate_stories(name, model, tokenizer, prompt):
                     ended.add(i)
                 else:
                     ids_of[i].append(token)
-            bar.update(first + len(ended) - bar.n)
-        bar.update(first + n - bar.n)
-        stories += [
-            Story(tokenizer.decode([*prompt, *ids]), len(ids), i in ended, prompt_text)
-            for i, ids in enumerate(ids_of)
-        ]
+            bar.update(len(stories) + len(ended) - bar.n)
+        prompt_text = start.lstrip(" ") if order else tokenizer.decode(prompt)
+        for i, ids in enumerate(ids_of):
+            text = tokenizer.decode([*prompt, *ids])
+            text = parse(text)[1] if order else text
+            stories.append(Story(text, len(ids), i in ended, prompt_text, order))
+        bar.update(len(stories) - bar.n)
     bar.close()
     seconds, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
     print_line(
-        f"{name}: {num_samples:,} stories, {n_tokens:,} tokens in {seconds:.1f} s, "
+        f"{name}: {len(stories):,} stories, {n_tokens:,} tokens in {seconds:.1f} s, "
         f"{n_tokens / seconds:,.0f} tokens/s"
     )
     return stories
 
 
-def generate_orders(name, model, tokenizer, todo):
-    """Return a Story for each Order of a list, and print the speed."""
-    model.dtype = compute_dtype
-    generator = torch.Generator().manual_seed(seed)
-    stories, started = [], time.perf_counter()
-    for order in progress(todo, total=len(todo), desc=name, unit=" stories"):
-        beginning = order.prompt() + (f" {start}" if start else "")
-        prompt = tokenizer.encode(beginning)
-        limit = min(max_new_tokens, model.room_after(prompt))
-        ids, ended = [], False
-        draws = torch.rand(1, max(limit, 0), generator=generator, dtype=torch.float64)
-        sampling = temperature, top_k, top_p, tokenizer.stop
-        for (token,) in threads.watched(model.generate_batch(prompt, draws, *sampling)):
-            ended = token is None
-            if not ended:
-                ids.append(token)
-        _, text = parse(tokenizer.decode([*prompt, *ids]))
-        stories.append(Story(text.strip(), len(ids), ended, start, order))
-    seconds, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
-    print_line(
-        f"{name}: {len(stories):,} stories in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s"
-    )
-    return stories
+def jobs_of(name):
+    """Return the jobs of generate_stories() for a model."""
+    if orders:
+        return [
+            (encode_prompt(loaded[name], paths[name], start, order), 1, order) for order in todo
+        ]
+    sizes = [min(batch_size, num_samples - first) for first in range(0, num_samples, batch_size)]
+    return [(prompts[name], n, None) for n in sizes]
 
 
 def real_story(text, tokenizer, order=None):
@@ -229,13 +217,15 @@ for name in names if orders or not source or (reference and not valid_source) el
     try:
         data[name] = data_of(paths[name], loaded[name][1])
     except UserError as e:
+        if orders:
+            raise UserError(f"orders come from the validation shard of {name}, but {e}") from None
         if not source:
             notes.append(f"{name} is not checked for copies: {e}; use --source=PATH.")
 
 real, todo = [], []  # Story, Order
 if orders:
-    name, (_, tokens) = next(iter(data.items()), (names[0], ("", None)))
-    if not tokens or not tokens.mark:
+    name, (_, tokens) = next(iter(data.items()))
+    if not tokens.mark:
         raise UserError(
             f"{name} was trained without orders: train with shards of pretokenize --orders"
         )
@@ -258,11 +248,7 @@ if reference and not real:
     notes.append("No real stories to compare with: use --valid_source=PATH.")
 
 stories = {  # name: list of Story
-    name: (
-        generate_orders(name, model.to(torch_device).eval(), its_tokenizer, todo)
-        if orders
-        else generate_stories(name, model.to(torch_device).eval(), its_tokenizer, prompts[name])
-    )
+    name: generate_stories(name, model.to(torch_device).eval(), its_tokenizer, jobs_of(name))
     for name, (model, its_tokenizer, _) in loaded.items()
 }
 if real:

@@ -439,27 +439,23 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
 
 // sums[lane] += w[lane] . x, four products per lane: columns 0 and 2 of the weights (from 0 to 255)
 // are 16-bit integers in `even` and columns 1 and 3 in `odd`; x is in the order 0, 2, 1, 3.
+// x86-64 always has SSE2, which gcc does not find in the plain code.
 INLINE Words KERNEL(dot4)(Words sums, Words even, Words odd, const int8_t *quad) {
-#if defined(KERNEL_AVX2)
-    int32_t first, second;
+    int32_t first, second;  // two loads: from an array, gcc 12 makes one load and shifts
     memcpy(&first, quad, 4);
     memcpy(&second, quad + 4, 4);
+#if defined(KERNEL_AVX2)
     sums += (Words)_mm256_madd_epi16((__m256i)even, _mm256_set1_epi32(first));
     return sums + (Words)_mm256_madd_epi16((__m256i)odd, _mm256_set1_epi32(second));
 #elif defined(KERNEL_SIMD128)
-    sums += (Words)wasm_i32x4_dot_i16x8((v128_t)even, wasm_v128_load32_splat(quad));
-    return sums + (Words)wasm_i32x4_dot_i16x8((v128_t)odd, wasm_v128_load32_splat(quad + 4));
+    sums += (Words)wasm_i32x4_dot_i16x8((v128_t)even, wasm_i32x4_splat(first));
+    return sums + (Words)wasm_i32x4_dot_i16x8((v128_t)odd, wasm_i32x4_splat(second));
 #elif defined(__x86_64__)
-    int32_t first, second;
-    memcpy(&first, quad, 4);
-    memcpy(&second, quad + 4, 4);
     sums += (Words)_mm_madd_epi16((__m128i)even, _mm_set1_epi32(first));
     return sums + (Words)_mm_madd_epi16((__m128i)odd, _mm_set1_epi32(second));
 #else
-    int16_t x[4];
-    memcpy(x, quad, sizeof x);
-    sums += (even & 255) * (uint32_t)x[0] + (even >> 16) * (uint32_t)x[1];
-    return sums + (odd & 255) * (uint32_t)x[2] + (odd >> 16) * (uint32_t)x[3];
+    sums += (even & 255) * (uint32_t)(int16_t)first + (even >> 16) * (uint32_t)(first >> 16);
+    return sums + (odd & 255) * (uint32_t)(int16_t)second + (odd >> 16) * (uint32_t)(second >> 16);
 #endif
 }
 

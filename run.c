@@ -1695,6 +1695,7 @@ typedef struct {
     char *text;           // (room)
     size_t room, n_text;  // n_text counts all bytes, even if text has no room for them
     bool is_terminal, is_json;
+    bool has_order;       // a space separates the first token from an order
     uint8_t pending[4];   // the start of a character
     size_t n;             // bytes pending
     double flushed;       // time of the last flush, in seconds
@@ -1732,8 +1733,7 @@ static void print_rest(Printer *p) {
 
 // Print the text of one token; BOS and EOS have none. The first token of a text loses the space
 // that SentencePiece adds in front, or that separates it from an order.
-static void print_token(const Tokenizer *t, Printer *printer, int token, bool first,
-                        bool is_ordered) {
+static void print_token(const Tokenizer *t, Printer *printer, int token, bool first) {
     const Piece *p = &t->pieces[token];
     if (token == t->bos || token == t->eos) return;
     int byte = t->is_byte_level || token < FIRST_PIECE ? -1 : byte_of_piece(p);
@@ -1742,7 +1742,7 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
     } else if (byte >= 0) {
         print_bytes(printer, &(uint8_t){(uint8_t)byte}, 1);
     } else {
-        bool has_space = first && (!t->is_byte_level || is_ordered);
+        bool has_space = first && (!t->is_byte_level || printer->has_order);
         size_t skip = has_space && p->length && p->bytes[0] == ' ';
         print_bytes(printer, p->bytes + skip, p->length - skip);
     }
@@ -1879,7 +1879,7 @@ static void flush_output(const char *what) {
 typedef struct {
     int *tokens;  // (n_positions + 1): a BOS, the prompt, and the tokens sampled so far
     size_t n, n_printed;
-    size_t n_hidden;  // tokens of an order, which are not printed, with the BOS; 0: no order
+    size_t n_hidden;  // tokens that are not printed: the BOS, and those of an order
     uint64_t seed, state;
     bool is_done;
 } Story;
@@ -1930,10 +1930,9 @@ static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler
 static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     if (printer->is_json && !s->n_printed)
         fprintf(printer->out, "{\"seed\": %llu, \"text\": \"", (unsigned long long)s->seed);
-    size_t first = s->n_hidden ? s->n_hidden : 1;  // after the BOS
-    if (!s->n_printed) s->n_printed = first;
+    if (!s->n_printed) s->n_printed = s->n_hidden;
     for (; s->n_printed < s->n; s->n_printed++)
-        print_token(t, printer, s->tokens[s->n_printed], s->n_printed == first, s->n_hidden);
+        print_token(t, printer, s->tokens[s->n_printed], s->n_printed == s->n_hidden);
     if (s->is_done) {
         print_rest(printer);
         if (printer->is_json) fprintf(printer->out, "\", \"tokens\": %zu}", s->n - 1);
@@ -1997,7 +1996,7 @@ static char *order_prompt(const Order *order, const char *beginning, size_t *n) 
 static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
                      const char *prompt, size_t n_order, uint64_t seed, bool as_json,
                      bool wants_note) {
-    size_t n_prompt, n_hidden = 0, n_stories = m->n_stories, n_generated = 0;
+    size_t n_prompt, n_hidden = 1, n_stories = m->n_stories, n_generated = 0;
     if (n_order) encode(tokenizer, prompt, n_order, &n_hidden);
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
     if (n_prompt > (size_t)m->config.seq_len)
@@ -2009,7 +2008,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     if (valid_utf8(prompt, strlen(prompt)) < strlen(prompt))
         fputs("note: the prompt is not UTF-8; its invalid bytes are read as U+FFFD\n", stderr);
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
-    Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json};
+    Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json,
+                       .has_order = n_order > 0};
     Story *stories = alloc(n_stories, sizeof(Story));
     BatchToken *batch = alloc(n_stories, sizeof(BatchToken));
 
@@ -2399,8 +2399,7 @@ int main(int argc, char **argv) {
         size_t n_order;
         const char *prompt = order_prompt(&o.order, o.text ? o.text : "", &n_order);
         if (n_order && !has(&model.config, ORDERS))
-            die("%s was trained without orders: leave out --words, --features, --sentence and "
-                "--summary, or train with shards of pretokenize --orders", o.model);
+            die("%s was trained without orders: train with shards of pretokenize --orders", o.model);
         bool wants_note = n_requested > model.config.seq_len && !o.as_json;
         if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
         else generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json,

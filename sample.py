@@ -9,7 +9,7 @@ Generate stories with a trained model, in PyTorch.
 import os
 import sys
 
-from configurator import UserError, configure, printable
+from configurator import configure, printable
 from system.tuning import tune_process
 
 # -----------------------------------------------------------------------------
@@ -56,14 +56,7 @@ device = pick_device(device)
 threads = Threads(device)
 dtype = pick_dtype(dtype, device)
 order = Order(split_list(words), split_list(features), sentence, summary)
-if order:
-    start = f"{order.prompt()} {start.lstrip(' ')}".removesuffix(" ")
-(model, tokenizer, _), prompt = load_for_sampling(checkpoint, start, tokenizer)
-if order and not model.args.orders:
-    raise UserError(
-        f"{checkpoint} was trained without orders: leave out --words, --features, --sentence and "
-        f"--summary, or train with shards of pretokenize --orders"
-    )
+(model, tokenizer, _), prompt = load_for_sampling(checkpoint, start, tokenizer, order)
 model = model.to(device).eval()
 model.dtype = dtype
 
@@ -76,7 +69,7 @@ for i in range(num_samples):
     tokens = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
     ids = list(threads.watched(tokens))
     text = tokenizer.decode([*prompt, *ids])
-    text = parse(text)[1].lstrip(" ") if order else text
+    text = parse(text)[1] if order else text
     print(printable(text) if on_terminal else text)
     if len(ids) == model.room_after(prompt) < max_new_tokens:
         context = model.args.max_seq_len

@@ -83,8 +83,9 @@ def told_by_browser(browser_class, files):
         for name, value in {"prompt": "", "length": length}.items():
             browser.evaluate(f"document.getElementById('{name}').value = {value!r}")
         speeds = []
-        for _ in range(stories):
-            browser.evaluate("document.getElementById('another').click()")
+        for seed in range(stories):
+            browser.evaluate(f"document.getElementById('seed').value = {seed}")
+            browser.evaluate("document.getElementById('tell').click()")
             told = browser.wait_until(f"/ ([0-9,]+) tokens per second/.exec({STATUS})?.[1]")
             speeds.append(float(told.replace(",", "")))
         return {"speed": speeds, "ready": [1000 * float(ready)],
@@ -119,16 +120,13 @@ def measure(name, number_format):
             programs[browser_class.__name__] = lambda b=browser_class: told_by_browser(b, files)
     rows = []
     for program, rounds in alternate(programs, page_rounds).items():
-        figures = {
-            name: [figure for result in rounds for figure in result[name]] for name in rounds[0]
-        }
-        warm = [speed for result in rounds for speed in result["speed"][stories // 3 :]]
-        first = statistics.median(result["speed"][0] for result in rounds)
-        row = [program, f"{statistics.median(warm):,.0f}", f"{first:,.0f}"]
-        for kind, unit in (("ready", 1), ("memory", 1e6)):
-            value = figures.get(kind)
-            row.append(f"{statistics.median(value) / unit:,.0f}" if value else "")
-        rows.append(row)
+        columns = (
+            [speed for figures in rounds for speed in figures["speed"][stories // 3 :]],
+            [figures["speed"][0] for figures in rounds],
+            [ms for figures in rounds for ms in figures.get("ready", [])],
+            [n / 1e6 for figures in rounds for n in figures.get("memory", [])],
+        )
+        rows.append([program, *(f"{statistics.median(x):,.0f}" if x else "" for x in columns)])
     print(f"\n{name} in {number_format}")
     print_table(["program", "tokens/s", "first story", "ready, ms", "memory, MB"], rows)
     print(flush=True)

@@ -1,11 +1,11 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
-const percent = (p) => p >= 0.9995 ? "100 %" : p >= 0.0995 ? `${Math.round(100 * p)} %`
+const percent = (p) => p >= 0.99 ? `${(100 * p).toFixed(1)} %` : p >= 0.0995 ? `${Math.round(100 * p)} %`
   : p >= 0.0001 ? `${(100 * p).toPrecision(2)} %` : "< 0.01 %";
 const columns = [];
 let story = 0;  // the number of the story that is told
-let asked = null;  // the beginning and settings of that story
-let told = null;  // the same, once it has started
+let asked = null;  // until that story starts: its values, and whether the address has them
+let told = null;  // the values of FIELDS, once a story has started
 
 // ---- a column: a model, its worker and the story it tells
 
@@ -92,8 +92,10 @@ class Column {
     } else if (data.error && data.story === undefined) {
       this.fail(data.error);
     } else if (data.story === story) {
-      if (data.error || data.refused) this.say(data.error || data.refused, true);
-      if (data.refused) inform(data.refused);  // the status may be out of sight
+      if (data.error) {
+        this.say(data.error, true);
+        inform(data.error);  // the status may be out of sight
+      }
       if (data.pieces) this.add(data.pieces);
       if (data.n !== undefined) this.finish(data);
       if (data.surprise && $("surprise").checked) this.colour(data.surprise);
@@ -198,9 +200,13 @@ class Column {
       : text.replace(/\n/g, "↵").trim() || "space";
     const paragraph = document.createElement("p"), table = document.createElement("table");
     const rows = [chosen, ...others];
-    if (is_prompt) rows.sort((a, b) => b[1] - a[1]);
-    let intro = is_prompt ? `You wrote “${readable(chosen[0])}”. The model expected:` : "How likely this was, and what else could have come:";
-    if (chosen[1] > (is_prompt ? 0.5 : 0.995)) intro = is_prompt ? "You wrote what the model expected." : "The model was almost certain of this.";
+    let intro = chosen[1] > 0.995 ? "The model was almost certain of this."
+      : "How likely this was, and what else could have come:";
+    if (is_prompt) {
+      rows.sort((a, b) => b[1] - a[1]);
+      intro = chosen[1] > 0.5 ? "You wrote what the model expected."
+        : `You wrote “${readable(chosen[0])}”. The model expected:`;
+    }
     if (last > first) intro = `A piece of “${joined(first, last + 1)}”. ${intro}`;
     paragraph.textContent = intro;
     for (const [text, p] of rows) {
@@ -260,8 +266,6 @@ function read_address() {
   return values.has("i") || values.has("s");
 }
 
-function new_seed() { $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0] % 1000000); }
-
 function update_buttons() {
   const is_loading = !columns.every((c) => c.positions || c.has_failed);
   $("stop").disabled = !columns.some((c) => c.is_telling);
@@ -279,26 +283,27 @@ function is_valid() {
 // Tell the story of the form. is_linked: its address is already that of the page.
 function tell(is_linked = false) {
   if (!is_valid()) return;
-  if (!$("seed").value) new_seed();
+  if (!$("seed").value) $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] % 1000000;
   if (!$("length").value) $("length").value = $("length").placeholder;
-  asked = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
-  asked.i = asked.i.trimEnd();
-  asked.is_linked = is_linked;
+  const values = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
+  values.i = values.i.trimEnd();
+  asked = { values, is_linked };
   story += 1;
-  $("copied").hidden = true;
-  const options = { temperature: Number(asked.t), topP: Number(asked.p), seed: BigInt(asked.s), length: Number(asked.n) };
-  for (const c of columns) if (c.positions) c.tell(asked.i, options);
+  $("message").hidden = true;
+  const options = { temperature: Number(values.t), topP: Number(values.p), seed: BigInt(values.s),
+                    length: Number(values.n) };
+  for (const c of columns) if (c.positions) c.tell(values.i, options);
   update_buttons();
 }
 
 // Called when a column has the start of a story; a refused one does not change the address.
 function started() {
   if (!asked) return;
-  const { is_linked, ...values } = asked;
-  told = values;
+  told = asked.values;
+  const is_there = asked.is_linked || address() === location.hash;
   asked = null;
   $("hint").hidden = false;
-  set_address(is_linked || address() === location.hash ? "replaceState" : "pushState");
+  set_address(is_there ? "replaceState" : "pushState");
   update_buttons();
 }
 
@@ -313,8 +318,8 @@ function set_address(method) {
 
 // Say something below the buttons.
 function inform(message) {
-  $("copied").textContent = message;
-  $("copied").hidden = false;
+  $("message").textContent = message;
+  $("message").hidden = false;
 }
 
 function another() {

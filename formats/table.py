@@ -298,15 +298,28 @@ def trimmed(model, tokenizer, kind):
     return short
 
 
-def load_for_sampling(path, start, tokenizer=""):
+def load_for_sampling(path, start, tokenizer="", order=None):
     """
-    Return (Loaded, ids of the prompt `start`); the other arguments are those of load(). Raises
-    UserError without a tokenizer, and for a prompt that does not fit the context.
+    Return (Loaded, ids of the prompt `start` after an order); the other arguments are those of
+    load(). Raises UserError without a tokenizer, and as encode_prompt() does.
     """
     loaded = load(path, tokenizer=tokenizer)
     if loaded.tokenizer is None:
         raise UserError(f"no tokenizer.model found for {path}: pass --tokenizer=PATH")
-    prompt = loaded.tokenizer.encode(start.encode(errors="surrogateescape"))
+    return loaded, encode_prompt(loaded, path, start, order)
+
+
+def encode_prompt(loaded, path, start, order=None):
+    """
+    Return the ids of a prompt for the model of `path`, after an Order or None. Raises UserError if
+    there are none, if they do not fit the context, or if the model was trained without orders.
+    """
+    if order and not loaded.model.args.orders:
+        raise UserError(
+            f"{path} was trained without orders: train with shards of pretokenize --orders"
+        )
+    text = order.prompt(start) if order else start
+    prompt = loaded.tokenizer.encode(text.encode(errors="surrogateescape"))
     if not prompt:
         raise UserError(f"the tokenizer of {path} has no BOS token: pass a prompt with --start")
     context = loaded.model.args.max_seq_len
@@ -315,7 +328,7 @@ def load_for_sampling(path, start, tokenizer=""):
             f"the prompt has {len(prompt)} tokens, but the context of {path} is {context}: "
             f"shorten the prompt"
         )
-    return loaded, prompt
+    return prompt
 
 
 # ---- writing

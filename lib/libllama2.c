@@ -193,8 +193,7 @@ int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
     for (int i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= l->model.config.vocab_size)
             return leave_with(l, -1, "a token is not in the vocabulary");
-        print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == l->tokenizer.bos,
-                    false);
+        print_token(&l->tokenizer, &printer, tokens[i], i == 1 && tokens[0] == l->tokenizer.bos);
     }
     print_rest(&printer);
     return leave_with(l, printer.n_text > INT_MAX ? -1 : (int)printer.n_text,

@@ -124,8 +124,8 @@ export class Llama {
     const tokens = this.encode(prompt);
     const end = Math.min(length || this.positions, this.positions);  // tokens that are run
     if (tokens.length > end)
-      throw new Error(`the prompt has ${tokens.length} tokens, and the story ends at ${end}: ` +
-                      `shorten the prompt or make the story longer`);
+      throw new Error(`the beginning has ${tokens.length} tokens, but the story has room for ` +
+                      `${end}: shorten it` + (end < this.positions ? " or allow a longer story" : ""));
     let logits = this.forward(tokens), shown = [];
     this.#check(this.#c.llama_seed(this.#at, BigInt.asUintN(64, BigInt(seed))));
     const settings = this.#scratch;

@@ -7,6 +7,7 @@ Headless Chromium and Firefox, to test and measure pages. No package is needed.
 """
 
 import base64
+import contextlib
 import glob
 import json
 import os
@@ -15,6 +16,8 @@ import socket
 import subprocess
 import tempfile
 import time
+
+from configurator import UserError
 
 
 class Browser:
@@ -42,27 +45,23 @@ class Browser:
         """Wait until JavaScript is true; returns its value."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
-            assert time.monotonic() < end, f"never became true: {expression}"
+            if time.monotonic() > end:
+                raise UserError(f"after {seconds} s, this is not true in the page: {expression}")
             time.sleep(0.05)
         return value
 
     def memory(self):
         """The bytes of memory of its processes; what they share counts once. Only on Linux."""
         total = 0
-        for path in glob.glob("/proc/[0-9]*/cmdline"):
-            try:
-                with open(path, "rb") as f:
-                    is_ours = self.folder.name.encode() in f.read()
-                if is_ours or self.is_child(path):
-                    with open(os.path.join(os.path.dirname(path), "smaps_rollup")) as f:
+        for path in glob.glob("/proc/[0-9]*/smaps_rollup"):
+            with contextlib.suppress(OSError):  # the process has ended
+                if self.is_ours(int(path.split("/")[2])):
+                    with open(path) as f:
                         total += sum(int(x.split()[1]) for x in f if x.startswith("Pss:"))
-            except (OSError, ValueError):
-                pass  # the process has ended
         return 1024 * total
 
-    def is_child(self, path):
-        """Whether /proc/PID/cmdline is of a descendant of the browser."""
-        pid = int(path.split("/")[2])
+    def is_ours(self, pid):
+        """Whether a process is the browser or a descendant of it."""
         while pid > 1 and pid != self.process.pid:
             with open(f"/proc/{pid}/stat") as f:
                 pid = int(f.read().rpartition(")")[2].split()[1])
@@ -113,12 +112,14 @@ class Chromium(Browser):
         while True:
             while b"\0" not in self.rest:
                 data = os.read(self.answers, 1 << 20)
-                assert data, "the browser ended"
+                if not data:
+                    raise UserError("Chromium ended before the work was done")
                 self.rest += data
             text, _, self.rest = self.rest.partition(b"\0")
             answer = json.loads(text)
             if answer.get("id") == self.n:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise UserError(f"Chromium refused {method}: {answer['error']}")
                 return answer["result"]
 
     def open(self, url):
@@ -129,7 +130,8 @@ class Chromium(Browser):
         result = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        if "exceptionDetails" in result:
+            raise UserError(f"{expression} failed in the page: {result['exceptionDetails']}")
         return result["result"].get("value")
 
     def screenshot(self, path):
@@ -153,7 +155,8 @@ class Firefox(Browser):
         self.process = subprocess.Popen(command, **pipes)
         port, end = os.path.join(self.folder.name, "MarionetteActivePort"), time.monotonic() + 60
         while not (os.path.exists(port) and os.path.getsize(port)):
-            assert time.monotonic() < end and self.process.poll() is None, "Firefox did not start"
+            if time.monotonic() > end or self.process.poll() is not None:
+                raise UserError("Firefox did not start")
             time.sleep(0.05)
         with open(port) as f:
             self.socket = socket.create_connection(("127.0.0.1", int(f.read())))
@@ -171,7 +174,8 @@ class Firefox(Browser):
                 self.rest = data[int(size) :]
                 return json.loads(data[: int(size)])
             more = self.socket.recv(1 << 20)
-            assert more, "the browser ended"
+            if not more:
+                raise UserError("Firefox ended before the work was done")
             self.rest += more
 
     def call(self, method, **params):
@@ -179,7 +183,8 @@ class Firefox(Browser):
         message = json.dumps([0, self.n, method, params]).encode()
         self.socket.sendall(b"%d:%b" % (len(message), message))
         _, _, error, result = self.receive()
-        assert not error, error
+        if error:
+            raise UserError(f"Firefox refused {method}: {error}")
         return result
 
     def open(self, url):

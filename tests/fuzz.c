@@ -26,7 +26,7 @@ static void encode_and_decode(const Tokenizer *t, const char *text, size_t n) {
     Printer printer = {.text = out, .room = sizeof out};
     for (size_t i = 0; i < n_tokens; i++) {
         if (tokens[i] < 0 || tokens[i] >= t->vocab_size) abort();
-        print_token(t, &printer, tokens[i], i == 1, false);
+        print_token(t, &printer, tokens[i], i == 1);
     }
     print_rest(&printer);
 }

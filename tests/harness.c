@@ -47,7 +47,7 @@ static void encode_lines(const char *path, int vocab_size) {
 static void decode(char **args, int n) {
     Tokenizer t = load_tokenizer(open_file(args[0], TOKENIZER_HINT), atoi(args[1]));
     Printer printer = {.out = stdout};
-    for (int i = 2; i < n; i++) print_token(&t, &printer, atoi(args[i]), i == 2, false);
+    for (int i = 2; i < n; i++) print_token(&t, &printer, atoi(args[i]), i == 2);
     print_rest(&printer);
     release_to(NULL);
 }

@@ -1,9 +1,15 @@
 """bench/, and the helpers that it shares with sweep.py."""
 
+import re
+import shutil
+
 import pytest
-from conftest import REPO, refused, script
+from conftest import REPO, random_model, refused, script
 
 from configurator import UserError, apply
+from formats.modelbin import export_model
+from system import wasm
+from system.browser import Chromium, Firefox
 from training.runs import same_run
 from training.settings import resolved
 
@@ -64,6 +70,23 @@ def test_train_measures_a_shape(tmp_path):
     rows = [text.split() for text in done.stdout.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["plain", "eager"]
     assert rows[0][4] == "1.00x" and rows[0][5].endswith("%")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not list(wasm.compilers()), reason="needs clang, lld and wasi-libc")
+def test_page_measures_the_programs_that_are_installed(builds, tokenizers, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizers[512].proto)
+    export_model(random_model(vocab_size=512, max_seq_len=64), tmp_path / "model.bin")
+    flags = f"--stories=2 --page_rounds=1 --length=30 --folder={tmp_path / 'pages'}".split()
+    flags += [f"--engine={builds['run', 'fast']}", f"--checkpoint={tmp_path / 'model.bin'}"]
+    done = script("bench.page", *flags)
+    assert done.returncode == 0, done.stderr
+    programs = {"./run -j 1": True, "Node": shutil.which("node")}
+    programs |= {"Chromium": Chromium.path(), "Firefox": Firefox.path()}
+    rows = {
+        name for name in programs if re.search(rf"^{re.escape(name)} +[0-9]", done.stdout, re.M)
+    }
+    assert rows == {name for name, is_there in programs.items() if is_there}
 
 
 def test_wrong_arguments_are_refused(tmp_path):

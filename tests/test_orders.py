@@ -22,7 +22,7 @@ def test_an_order_is_text_and_back_in_any_order_of_its_fields():
     story = "Once upon a time\nWords: were said.\n\nThe end."
     for seed in range(20):
         names = random.Random(seed).sample(list(FIELDS), len(FIELDS))
-        assert parse(f"{WHOLE.prompt(names)} {story}") == (WHOLE, story)
+        assert parse(WHOLE.prompt(story, names)) == (WHOLE, story)
     assert WHOLE.prompt() == (
         "Words: dragon, soup\nFeatures: Dialogue, Twist\nRandom sentence: The soup was hot.\n"
         "Summary: A dragon cooks.\nStory:"
@@ -221,10 +221,10 @@ def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tm
         return done.stdout.decode()
 
     for begin in ("", "One day", " One day"):
-        order = ["--words", " dragon,soup ,, big  cat,", "--sentence", " It\nwas\thot. "]
-        told = tell(*order, "--summary", "", "-i", begin)
-        expected = Order(("dragon", "soup", "big cat"), sentence="It was hot.").prompt()
-        whole = tell("-i", f"{expected} {begin.strip()}".rstrip(" "))
+        flags = ["--words", " dragon,soup ,, big  cat,", "--sentence", " It\nwas\thot. "]
+        told = tell(*flags, "--summary", "", "-i", begin)
+        order = Order(("dragon", "soup", "big cat"), sentence="It was hot.")
+        expected, whole = order.prompt(), tell("-i", order.prompt(begin))
         assert whole.startswith(expected) and len(told) > 20
         assert whole.removeprefix(expected).removeprefix(" ") == told
         assert told.startswith(begin.strip())

@@ -54,15 +54,15 @@ class Order:
     def __bool__(self):
         return any(getattr(self, field.name) for field in fields(self))
 
-    def prompt(self, names=tuple(FIELDS)):
-        """Return the text before the story, up to and including "Story:". names: their order."""
+    def prompt(self, beginning="", names=tuple(FIELDS)):
+        """Return the order as text, and how the story begins. names: the order of its fields."""
         lines = []
         for name in names:
             value = getattr(self, FIELDS[name])
             value = ", ".join(value) if isinstance(value, tuple) else value
             if value:
                 lines.append(f"{name}: {' '.join(value.split())}")
-        return "\n".join([*lines, START])
+        return "\n".join([*lines, f"{START} {beginning.lstrip(' ')}".rstrip(" ")])
 
 
 def split_list(text):
@@ -102,7 +102,7 @@ def labelled(text, item):
     features += [text for name in COLUMNS for text in texts_in(item.get(name))]
     (summary,) = texts_in(item.get("summary"))[:1] or [""]
     order = Order(tuple(words), tuple(features), summary=summary)
-    return f"{order.prompt()} {text}" if order else text
+    return order.prompt(text) if order else text
 
 
 def texts_in(value):
@@ -195,7 +195,7 @@ class Orders:
         keep = {name: rng.random() < share for name, share in WITH_FIELD.items()}
         order = Order(**{name: getattr(order, name) for name, kept in keep.items() if kept})
         names = drawn_from(list(FIELDS), len(FIELDS), rng)
-        return (order.prompt(names) if order else ""), story
+        return (order.prompt(names=names) if order else ""), story
 
 
 def drawn_from(items, n, rng):
@@ -246,12 +246,16 @@ def scores(pairs):
     whole = [all(w + s) for w, s in zip(words, sentences, strict=True) if w + s]
     speech = [told.has_speech for order, told in pairs if "Dialogue" in order.features]
     values = {
-        "words": list(itertools.chain.from_iterable(words)),
+        "words": flat(words),
         "whole": whole,
         "dialogue": speech,
+        "sentences": flat(sentences),
     }
-    values["sentences"] = list(itertools.chain.from_iterable(sentences))
     return {name: sum(hits) / len(hits) if hits else None for name, hits in values.items()}
+
+
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def scores_of_others(pairs, n=20):

@@ -124,7 +124,7 @@ class Part:
 
     def keep(self, old, shared, files):
         """Keep what an earlier run has done, if it was the same work."""
-        if any({"orders": "", **old}.get(name) != value for name, value in shared.items()):
+        if any(old.get(name) != value for name, value in shared.items()):
             return
         for k, file in enumerate(files):
             if old["files"].get(str(k)) != file.key():
@@ -155,10 +155,8 @@ class Part:
         width = np.dtype(self.dtype).itemsize
         for side in ("train", "valid"):
             path, counts = self.array(k, entry["piece"], side), entry[side]
-            expected = [counts["tokens"] * width, counts["crc32"]]
-            if not counts["tokens"] and counts["crc32"]:  # of no bytes, it is 0
-                return False
-            if counts["tokens"] and not (os.path.exists(path) and checksum(path) == expected):
+            found = checksum(path) if counts["tokens"] and os.path.exists(path) else [0, 0]
+            if found != [counts["tokens"] * width, counts["crc32"]]:
                 return False
         return True
 
@@ -237,7 +235,7 @@ def is_piece(value):
 
 
 KEY = {0: is_string, 1: is_count, 2: is_string}
-SHARED = ("tokenizer_hash", "vocab_size", "dtype")  # in parts and in the sidecar
+SHARED = ("tokenizer_hash", "vocab_size", "dtype", "orders")  # in parts and in the sidecar
 PART = {
     "format": lambda value: is_count(value) and value == FORMAT,
     "vocab_size": is_count,
@@ -250,18 +248,14 @@ PART = {
     "pieces": keyed_by_file(list_of(is_piece)),
     "finished": keyed_by_file(is_count),
     "complete": is_bool,
+    "orders": is_string,
 }
-
-
-OPTIONAL = {"orders": is_string}  # earlier versions do not write it
 
 
 def read_part(path):
     """Read the record of a part; raise UserError if it is damaged or from another version."""
-    meta = read_json(path)
-    if not fits(meta, PART, OPTIONAL) or not {*meta["pieces"], *meta["finished"]} <= {
-        *meta["files"]
-    }:
+    meta = {"orders": "", **read_json(path)}  # earlier versions do not write it
+    if not fits(meta, PART) or not {*meta["pieces"], *meta["finished"]} <= {*meta["files"]}:
         raise UserError(f"{path} is damaged or from another version: prepare that part again")
     return meta
 
@@ -289,8 +283,6 @@ def merge(folder, n):
     train, valid = entries_of(folder, metas[0], pieces)
     shared = {name: metas[0][name] for name in SHARED}
     shared["valid_frac"] = metas[0]["split"][0]
-    if metas[0].get("orders"):
-        shared["orders"] = metas[0]["orders"]
     return shared, [write_validation(folder, valid), *train]
 
 
@@ -305,8 +297,8 @@ def check_parts(paths, metas, pieces):
             raise UserError(f"{path} is not finished: prepare that part again")
         meta["files"] = {k: portable(key) for k, key in meta["files"].items()}
         meta["split"] = [portable(x) if isinstance(x, list) else x for x in meta["split"]]
-        for name in (*SHARED, "split", "files", "piece", "orders"):
-            if meta.get(name, "") != first.get(name, ""):
+        for name in (*SHARED, "split", "files", "piece"):
+            if meta[name] != first[name]:
                 raise UserError(
                     f"{path} and {paths[0]} differ in {name!r}: prepare one of them again"
                 )

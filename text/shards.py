@@ -252,7 +252,7 @@ def write_shards(
             source = " and ".join(old.get("valid_source", [])) or "another text"
             print(
                 f"note: replacing the shards in {folder}, which were made from {source}, or with "
-                f"another tokenizer or split"
+                f"another tokenizer, split or orders"
             )
         write_json(os.path.join(folder, SIDECAR), {**old, "complete": False})
     args = tokenizer, tokenizer.encoder(encoder)[0], part.dtype, split, orders
