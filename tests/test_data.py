@@ -555,7 +555,7 @@ def test_shards_of_earlier_versions_are_read_and_replaced(folder, tokenizers):
     done = pretokenize(folder)
     assert done.returncode == 0, done.stderr
     assert f"note: replacing the shards in {shards}" in done.stdout
-    assert "or with another tokenizer or split" in done.stdout
+    assert "or with another tokenizer, split or orders" in done.stdout
     assert not (shards / "data01.bin").exists()
     assert TokenData(DataPaths(folder, "custom", 512), 16, tokenizer).valid_bytes > 0
 
