@@ -24,6 +24,12 @@ class Sampling(ctypes.Structure):
     ]
 
 
+class Order(ctypes.Structure):
+    """LlamaOrder of lib/llama2.h, in UTF-8."""
+
+    _fields_ = [(name, ctypes.c_char_p) for name in ("words", "features", "sentence", "summary")]
+
+
 # arguments of each function after its Llama
 INTS = ctypes.POINTER(ctypes.c_int)
 ARGUMENTS = {
@@ -31,7 +37,9 @@ ARGUMENTS = {
     "n_positions": [],
     "bos": [],
     "eos": [],
+    "knows_orders": [],
     "encode": [ctypes.c_char_p, ctypes.c_size_t, INTS, ctypes.c_int],
+    "encode_order": [ctypes.POINTER(Order), ctypes.c_char_p, INTS, ctypes.c_int, INTS],
     "decode": [INTS, ctypes.c_int, ctypes.c_char_p, ctypes.c_int],
     "forward": [INTS, ctypes.c_int, ctypes.c_int],
     "seed": [ctypes.c_uint64],
@@ -81,6 +89,19 @@ class Llama:
         self.c.llama_encode(self.llama, data, len(data), tokens, n)
         return list(tokens)
 
+    def encode_order(self, order, beginning=""):
+        """
+        Return the tokens of an order, a dict with the fields of Order, and of how its story
+        begins; and how many are the order's.
+        """
+        order = Order(**{name: text.encode() for name, text in order.items()})
+        args = ctypes.byref(order), beginning.encode()
+        n_order = ctypes.c_int()
+        n = self.c.llama_encode_order(self.llama, *args, None, 0, ctypes.byref(n_order))
+        tokens = (ctypes.c_int * self.checked(n))()
+        self.c.llama_encode_order(self.llama, *args, tokens, n, ctypes.byref(n_order))
+        return list(tokens), n_order.value
+
     def decode(self, tokens):
         """Return the text of a list of tokens."""
         tokens = (ctypes.c_int * len(tokens))(*tokens)
@@ -95,11 +116,14 @@ class Llama:
         logits = self.c.llama_forward(self.llama, array, len(tokens), pos)
         return self.checked(logits)[: self.vocab_size]
 
-    def generate(self, prompt="", seed=0, **sampling):
-        """Return the prompt and its continuation; the keywords are fields of Sampling."""
+    def generate(self, prompt="", seed=0, order=None, **sampling):
+        """
+        Return the prompt and its continuation, after an order as in encode_order(), or None. The
+        other keywords are fields of Sampling.
+        """
         usual = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
         sampling = Sampling(**{**usual, **sampling})
-        tokens = self.encode(prompt)
+        tokens, n_order = self.encode_order(order, prompt) if order else (self.encode(prompt), 0)
         if len(tokens) > self.n_positions:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens, but the model's context is "
@@ -114,7 +138,8 @@ class Llama:
                 break
             new = [token]
             tokens += new
-        return self.decode(tokens)
+        text = self.decode(tokens[n_order:])
+        return text.removeprefix(" ") if order else text
 
     def hand_over(self):
         """Let another thread use the model."""

@@ -87,6 +87,7 @@ class Column {
   receive(data) {
     if (data.ready) {
       this.positions = data.ready;
+      this.knows_orders = data.knows_orders;
       this.say(`Ready in ${(performance.now() / 1000).toFixed(2)} s.`, false);
       ready();
     } else if (data.error && data.story === undefined) {
@@ -118,15 +119,15 @@ class Column {
     }
   }
 
-  finish({ n, seconds, stopped }) {
+  finish({ n, length, seconds, stopped }) {
     const speed = seconds > 0 ? `, ${Math.round(n / seconds).toLocaleString("en")} tokens per second` : "";
-    const end = stopped ? "Stopped after" : this.pieces.length >= this.limit
+    const end = stopped ? "Stopped after" : length >= this.limit
       ? "Cut at the length you set, after" : "The end, after";
     if (this.text.textContent === this.before)
       inform(Number(told.t) > 0 ? "“Tell the story” told the same story again; “Another one” makes a new one."
         : "At temperature 0, each beginning has only one story.");
     if (stopped && columns.length === 1) {
-      told.n = String(n);  // the link tells it up to here
+      told.n = String(length);  // the link tells it up to here
       set_address("replaceState");
     }
     this.say(`${end} ${n.toLocaleString("en")} tokens${speed}.`, false);
@@ -241,6 +242,7 @@ class Column {
 // ---- the form, and the address that shares a story
 
 const FIELDS = { i: "prompt", t: "temperature", p: "top-p", s: "seed", n: "length" };
+const ORDER = { w: "words", f: "features", x: "sentence", y: "summary" };  // empty: not in the address
 
 function show_values() {
   for (const id of ["temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
@@ -262,8 +264,10 @@ function read_address() {
     field.value = value;
     if (!field.checkValidity()) field.value = before;
   }
+  for (const [name, id] of Object.entries(ORDER)) $(id).value = values.get(name) ?? "";
+  $("wishes").open ||= ["features", "sentence", "summary"].some((id) => $(id).value);
   show_values();
-  return values.has("i") || values.has("s");
+  return ["i", "s", ...Object.keys(ORDER)].some((name) => values.has(name));
 }
 
 function update_buttons() {
@@ -287,11 +291,16 @@ function tell(is_linked = false) {
   if (!$("length").value) $("length").value = $("length").placeholder;
   const values = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
   values.i = values.i.trimEnd();
+  const order = {};
+  for (const [name, id] of Object.entries(ORDER)) {
+    const text = $(id).value.trim();
+    if (text) values[name] = order[id] = text;
+  }
   asked = { values, is_linked };
   story += 1;
   $("message").hidden = true;
   const options = { temperature: Number(values.t), topP: Number(values.p), seed: BigInt(values.s),
-                    length: Number(values.n) };
+                    length: Number(values.n), order: Object.keys(order).length ? order : null };
   for (const c of columns) if (c.positions) c.tell(values.i, options);
   update_buttons();
 }
@@ -335,6 +344,7 @@ function ready() {
   $("length").max = positions;
   $("length").placeholder = Math.min(256, positions);
   if (!$("length").value) $("length").value = $("length").placeholder;
+  $("order").hidden = !columns.some((c) => c.knows_orders);
   update_buttons();
   if (read_address()) tell(true);
 }

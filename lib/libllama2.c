@@ -151,13 +151,13 @@ Llama *llama_load_bytes(const void *model, size_t n_model, const void *tokenizer
     return load(file, (File){"the tokenizer", tokenizer, n_tokenizer}, n_positions, n_threads);
 }
 
-// One of four constants of a model, for any thread; -1 if the model was freed.
+// One of five constants of a model, for any thread; -1 if the model was freed.
 static int constant_of(const Llama *l, int index) {
     int result = -1;
     if (!lock_models()) return -1;
     if (!l || *place_of(l) != l) refuse("this model was freed or never loaded");
     else result = (int[]){l->model.config.vocab_size, (int)l->model.n_positions, l->tokenizer.bos,
-                          l->tokenizer.eos}[index];
+                          l->tokenizer.eos, has(&l->model.config, ORDERS)}[index];
     unlock_models();
     return result;
 }
@@ -170,7 +170,24 @@ int llama_bos(const Llama *l) { return constant_of(l, 2); }
 
 int llama_eos(const Llama *l) { return constant_of(l, 3); }
 
-int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
+int llama_knows_orders(const Llama *l) { return constant_of(l, 4); }
+
+// The tokens of an order and a beginning. Errors jump to the caller.
+static int *encode_ordered(Llama *l, const LlamaOrder *order, const char *beginning,
+                           size_t *n_tokens, int *n_order) {
+    if (!has(&l->model.config, ORDERS)) die("the model was trained without orders");
+    const Order o = {order->words, order->features, order->sentence, order->summary};
+    size_t n;
+    const char *text = order_prompt(&o, beginning, &n);
+    if (!n) die("the order is empty");
+    encode(&l->tokenizer, text, n, n_tokens);
+    *n_order = (int)*n_tokens;
+    return encode(&l->tokenizer, text, strlen(text), n_tokens);
+}
+
+// llama_encode() if `order` is NULL, else llama_encode_order(), where `text` is the beginning.
+static int encode_all(Llama *l, const LlamaOrder *order, const char *text, size_t n, int *tokens,
+                      int room, int *n_order) {
     if (!enter(l, true)) return -1;
     jmp_buf caller;
     catch_errors(&caller);
@@ -180,11 +197,21 @@ int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
         return -1;
     }
     size_t n_tokens;
-    int *ids = encode(&l->tokenizer, text, n, &n_tokens);
+    int *ids = order ? encode_ordered(l, order, text, &n_tokens, n_order)
+                     : encode(&l->tokenizer, text, n, &n_tokens);
     for (size_t i = 0; i < n_tokens && i < (size_t)(room > 0 ? room : 0); i++) tokens[i] = ids[i];
     release_to(NULL);
     on_error.caller = NULL;
     return leave_with(l, n_tokens > INT_MAX ? -1 : (int)n_tokens, "the text has too many tokens");
+}
+
+int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
+    return encode_all(l, NULL, text, n, tokens, room, NULL);
+}
+
+int llama_encode_order(Llama *l, const LlamaOrder *order, const char *beginning, int *tokens,
+                       int room, int *n_order) {
+    return encode_all(l, order, beginning, 0, tokens, room, n_order);
 }
 
 int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {

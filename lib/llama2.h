@@ -36,6 +36,14 @@ typedef struct {
     int top_k;             // 0: all tokens
 } LlamaSampling;
 
+// What a story must contain, for models trained with orders (doc/data.md). NULL: not ordered.
+typedef struct {
+    const char *words;     // with commas between them
+    const char *features;  // the same; Dialogue: somebody speaks
+    const char *sentence;
+    const char *summary;
+} LlamaOrder;
+
 // Load a model.bin and its tokenizer, with room for n_positions (0: the whole context), to run on
 // n_threads (0: automatic). Returns NULL on failure, with the reason in `error` (size bytes).
 LLAMA2_API Llama *llama_load(const char *model, const char *tokenizer, int n_positions,
@@ -49,7 +57,7 @@ LLAMA2_API Llama *llama_load_bytes(const void *model, size_t n_model, const void
 // The reason why the last failed call in this thread failed, in one sentence.
 LLAMA2_API const char *llama_error(void);
 
-// The next four may be called from any thread.
+// The next five may be called from any thread.
 LLAMA2_API int llama_vocab_size(const Llama *llama);
 LLAMA2_API int llama_n_positions(const Llama *llama);
 
@@ -57,10 +65,19 @@ LLAMA2_API int llama_n_positions(const Llama *llama);
 LLAMA2_API int llama_bos(const Llama *llama);
 LLAMA2_API int llama_eos(const Llama *llama);
 
+// 1 if the model was trained with orders, else 0.
+LLAMA2_API int llama_knows_orders(const Llama *llama);
+
 // Encode a text (n bytes of UTF-8; invalid bytes are read as U+FFFD) as a BOS and its tokens.
 // Returns their number, and writes as many as fit in `room`. -1: out of memory, or a text above
 // 700 MB.
 LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *tokens, int room);
+
+// Encode an order and the beginning of its story, both as UTF-8 with a NUL, as llama_encode() does.
+// The first *n_order tokens are the order's; the others are the story's, and the space in front of
+// their text separates the two. -1: the order is empty, or the model does not know orders.
+LLAMA2_API int llama_encode_order(Llama *llama, const LlamaOrder *order, const char *beginning,
+                                  int *tokens, int room, int *n_order);
 
 // Decode n tokens, which may start with a BOS. Returns the text's length in bytes, and writes as
 // many as fit in `room`, without a NUL. -1: an invalid token, or the length does not fit an int.

@@ -50,6 +50,7 @@ export class Llama {
     this.positions = exports.llama_n_positions(at);
     this.bos = exports.llama_bos(at);
     this.eos = exports.llama_eos(at);
+    this.knows_orders = exports.llama_knows_orders(at) === 1;
     this.#scratch = exports.malloc(4 * this.positions + 32);
     if (!this.#scratch) throw new Error(OUT_OF_MEMORY);
   }
@@ -62,19 +63,44 @@ export class Llama {
 
   #view(Type, at, n) { return new Type(this.#c.memory.buffer, at, n); }
 
-  // The tokens of a text, after a BOS: an Array.
-  encode(text) {
-    const bytes = new TextEncoder().encode(text);
-    const room = bytes.length + 8, at = this.#c.malloc(bytes.length + 1 + 4 * room + 4);
+  // Encode texts: encode() gets their addresses, each with a NUL at its end, and the room for tokens.
+  #tokens_of(texts, encode) {
+    const all = texts.map((text) => new TextEncoder().encode(`${text}\0`));
+    const n_bytes = all.reduce((n, bytes) => n + bytes.length, 0);
+    const room = n_bytes + 100;  // an order also has the names of its fields
+    const at = this.#c.malloc(4 * room + n_bytes);
     if (!at) throw new Error(OUT_OF_MEMORY);
-    const tokens_at = Math.ceil((at + bytes.length) / 4) * 4;
+    let end = at + 4 * room;
     try {
-      this.#view(Uint8Array, at, bytes.length).set(bytes);
-      const n = this.#check(this.#c.llama_encode(this.#at, at, bytes.length, tokens_at, room));
-      return Array.from(this.#view(Int32Array, tokens_at, n));
+      for (const bytes of all) {
+        this.#view(Uint8Array, end, bytes.length).set(bytes);
+        bytes.at = end;
+        end += bytes.length;
+      }
+      const n = this.#check(encode(all, at, room));
+      return Array.from(this.#view(Int32Array, at, n));
     } finally {
       this.#c.free(at);
     }
+  }
+
+  // The tokens of a text, after a BOS: an Array.
+  encode(text) {
+    return this.#tokens_of([text], ([bytes], tokens, room) =>
+      this.#c.llama_encode(this.#at, bytes.at, bytes.length - 1, tokens, room));
+  }
+
+  // The tokens of an order, an object with texts words, features, sentence and summary, each of
+  // which may be missing, and of how its story begins: {tokens, n_order}, where the first n_order
+  // are the order's.
+  encode_order({ words = "", features = "", sentence = "", summary = "" }, beginning = "") {
+    const order = this.#scratch, n_at = order + 16;
+    const texts = [words, features, sentence, summary, beginning];
+    const tokens = this.#tokens_of(texts, (all, at, room) => {
+      this.#view(Uint32Array, order, 4).set(all.slice(0, 4).map((bytes) => bytes.at));
+      return this.#c.llama_encode_order(this.#at, order, all[4].at, at, room, n_at);
+    });
+    return { tokens, n_order: this.#view(Int32Array, n_at, 1)[0] };
   }
 
   // The text of tokens (an Array), which may start with a BOS.
@@ -118,29 +144,31 @@ export class Llama {
   }
 
   // Tell a story: yields {token, text} for the prompt and each token after it; the texts joined are
-  // the story. Options as those of ./run: seed is a BigInt or a whole number.
+  // the story. Options as those of ./run: seed is a BigInt or a whole number, order is as in
+  // encode_order().
   *tell(prompt = "", { temperature = 1, topP = 0.9, topK = 0, minP = 0, repeatPenalty = 1,
-                       seed = 0, length = 256 } = {}) {
-    const tokens = this.encode(prompt);
+                       seed = 0, length = 256, order = null } = {}) {
+    const { tokens, n_order } = order ? this.encode_order(order, prompt)
+      : { tokens: this.encode(prompt), n_order: 0 };
     const end = Math.min(length || this.positions, this.positions);  // tokens that are run
     if (tokens.length > end)
-      throw new Error(`the beginning has ${tokens.length} tokens, but the story has room for ` +
-                      `${end}: shorten it` + (end < this.positions ? " or allow a longer story" : ""));
+      throw new Error(`the ${order ? "order and the beginning have" : "beginning has"} ` +
+                      `${tokens.length} tokens, but the story has room for ${end}: shorten it` + (end < this.positions ? " or allow a longer story" : ""));
     let logits = this.forward(tokens), shown = [];
     this.#check(this.#c.llama_seed(this.#at, BigInt.asUintN(64, BigInt(seed))));
     const settings = this.#scratch;
-    const text_of = (token, is_last) => {  // characters may be made of several tokens
+    let space = n_order ? /^ / : "";  // separates the order from the story
+    if (!n_order) shown = [tokens[0]];
+    const text_of = (token) => {  // characters may be made of several tokens
       shown.push(token);
-      const text = this.decode(shown);
-      if (text.endsWith("\uFFFD") && !is_last) return "";
+      const text = this.decode(shown).replace(space, "");
+      if (text.endsWith("\uFFFD")) return "";
       shown = [];
+      space = "";
       return text;
     };
-    for (let i = 1; i < tokens.length; i++) {
-      if (i === 1) shown = [tokens[0]];
-      yield { token: tokens[i], text: text_of(tokens[i]), isPrompt: true };
-    }
-    if (tokens.length === 1) shown = [tokens[0]];
+    for (const token of tokens.slice(n_order || 1))
+      yield { token, text: text_of(token), isPrompt: true };
     for (;;) {
       this.#view(Float32Array, settings, 4).set([temperature, topP, minP, repeatPenalty]);
       this.#view(Int32Array, settings + 16, 1)[0] = topK;

@@ -4,10 +4,11 @@ import gzip
 import json
 import random
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import PATIENCE_S, random_model, refused, script
+from conftest import PATIENCE_S, REPO, compile_c, random_model, refused, script
 
 from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
 from formats.modelbin import export_model
@@ -231,3 +232,39 @@ def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tm
     assert tell("--words", " , ", "-i", "One day") == tell("-i", "One day")
     stories = tell("--words", "dragon", "-b", "3", "-t", "1", "-s", "1").split("\n---\n\n")
     assert len(set(stories)) == 3 and "dragon" not in {s.split()[0] for s in stories}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (512, "gpt2"))
+def test_the_library_tells_an_order_as_run_does(builds, tokenizers, tmp_path, name):
+    library = compile_c(
+        REPO / "lib" / "libllama2.c", tmp_path / "lib.so", "-O1", "-shared", "-fPIC"
+    )
+    tokenizers[name].export(tmp_path / "tokenizer.bin")
+    vocab_size = tokenizers[name].vocab_size
+    for orders in (True, False):
+        model = random_model(vocab_size=vocab_size, max_seq_len=160, orders=orders)
+        export_model(model, tmp_path / f"orders{orders}.bin")
+    paths = [str(tmp_path / f"orders{orders}.bin") for orders in (True, False)]
+    order = {"words": " dragon,soup ", "features": "", "sentence": "Äh, it  was."}
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPO / "examples")!r})
+from llama2 import Llama
+for path in {paths!r}:
+    llama = Llama(path, library={str(library)!r})
+    print(llama.c.llama_knows_orders(llama.llama))
+    for order in ({order!r}, {{"words": " , "}}):
+        try:
+            print(llama.generate("One day", order=order, temperature=0))
+        except ValueError as e:
+            print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    flags = [x for field, text in order.items() for x in (f"--{field}", text)]
+    command = [builds["run", "checked"], paths[0], "-t", "0", "-n", "0", "-i", "One day", *flags]
+    expected = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    wrong = ["the model was trained without orders"] * 2
+    assert done.stdout.splitlines()[:1] == ["1"] and len(expected) > 100
+    assert done.stdout == "\n".join(["1", expected + "the order is empty", "0", *wrong, ""])

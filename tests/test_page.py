@@ -18,6 +18,7 @@ from formats.modelbin import DTYPES, export_model
 from model import ARCHS
 from system import bootstrap, wasm
 from system.browser import Chromium, Firefox
+from text.orders import Order
 
 NODE = shutil.which("node")
 CAN_BUILD = bool(list(wasm.compilers()))
@@ -49,11 +50,13 @@ def node(*jobs):
 
 FLAGS = {"temperature": "-t", "topP": "-p", "topK": "-k", "minP": "--min-p", "seed": "-s"}
 FLAGS |= {"repeatPenalty": "--repeat-penalty", "length": "-n", "prompt": "-i"}
+FLAGS |= {name: f"--{name}" for name in ("words", "features", "sentence", "summary")}
 
 
 def told_by_run(run, model, tokenizer, options):
     """Return the story that ./run tells with these options of tell()."""
-    flags = [x for name, value in options.items() for x in (FLAGS[name], str(value))]
+    options = {**options, **options.get("order", {})}
+    flags = [x for name in options if name != "order" for x in (FLAGS[name], str(options[name]))]
     command = [run, model, "-z", tokenizer, *flags]
     done = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S)
     return done.stdout.decode().removesuffix("\n")
@@ -66,6 +69,8 @@ STORIES = [
     {"prompt": "Lily", "seed": 3, "topK": 5, "length": 20},
     {"prompt": "A", "seed": 4, "minP": 0.3, "topP": 1, "repeatPenalty": 1.3},
     {"prompt": "The end", "temperature": 0, "seed": 1},
+    {"prompt": "", "seed": 5, "order": {"words": " dragon,soup ,, big  cat", "summary": ""}},
+    {"prompt": " One day", "seed": 6, "order": {"features": "Dialogue", "sentence": "Äh\nso."}},
 ]
 
 
@@ -77,7 +82,9 @@ def test_node_computes_the_same_bits_and_tells_the_same_stories(
 ):
     tokenizer = tmp_path / "tokenizer.bin"
     tokenizers[512].export(tokenizer)
-    model = random_model(**{**MODELS[name], "vocab_size": 512, "max_seq_len": 160})
+    model = random_model(
+        **{**MODELS[name], "vocab_size": 512, "max_seq_len": 160, "orders": True}
+    )
     tokens = torch.randint(0, 512, (140,)).tolist()  # more than a batch of 128
     jobs = []
     for dtype in DTYPES:
@@ -261,6 +268,54 @@ def test_a_page_explains_each_word(builds, teller, tmp_path):
         browser.wait_until("document.querySelector('.why').hidden", PATIENCE_S)
         browser.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@needs_toolchain
+@needs_browser
+def test_a_page_tells_stories_to_order(builds, teller, tokenizers):
+    page, model, tokenizer = teller("fp32", orders=True)
+    plain = teller("int8")[0]
+    order = {"words": "dragon, soup", "features": "Dialogue", "sentence": "It was hot."}
+    options = {"prompt": "One day", "seed": 5, "temperature": 0.8, "length": 150, "order": order}
+    told = told_by_run(builds["run", "fast"], model, tokenizer, options)
+    ordered = Order(("dragon", "soup"), ("Dialogue",), "It was hot.")
+    shown = "getComputedStyle(document.getElementById('words')).height !== 'auto'"
+    set_value = "document.getElementById('{}').value = {!r}"
+    address = "#i=One+day&t=0.8&p=0.9&s=5&n=150"
+    with Chromium(width=390, height=800) as browser:
+        browser.open(f"{plain.as_uri()}#i=One+day&s=5&n=20")
+        browser.wait_until(TOLD, PATIENCE_S)
+        assert not browser.evaluate(shown)
+        browser.open("about:blank")
+        browser.open(page.as_uri() + address)
+        browser.wait_until(TOLD, PATIENCE_S)
+        assert browser.evaluate(shown) and browser.evaluate(TEXT) != told
+        for name, text in order.items():
+            browser.evaluate(set_value.format(name, text))
+        browser.evaluate("document.getElementById('tell').click()")
+        browser.wait_until(f"{TEXT} === {json.dumps(told)}", PATIENCE_S)
+        assert browser.evaluate("location.hash") == (
+            f"{address}&w=dragon%2C+soup&f=Dialogue&x=It+was+hot."
+        )
+        tokens = [*browser.evaluate("columns[0].tokens()")]
+        hover = "dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))"
+        browser.evaluate(
+            "columns[0].worker.addEventListener('message', (e) => { window.last = e.data; })"
+        )
+        browser.evaluate(f"document.querySelectorAll('.story span')[9].{hover}")
+        browser.wait_until("!!window.last?.why", PATIENCE_S)
+        why = browser.evaluate("window.last.why")
+        assert why["chosen"][1] > 0
+        all_tokens = [*tokenizers[512].encode(ordered.prompt()), *tokens]
+        logits = logits_of(builds["harness", "fast"], model, all_tokens, 512).astype(np.float64)
+        at = len(all_tokens) - len(tokens) + 9
+        expected = np.exp(logits[at - 1] - logits[at - 1].max())
+        expected = expected[tokens[9]] / expected.sum()
+        assert math.isclose(why["chosen"][1], expected, rel_tol=1e-5)
+        browser.open(f"{page.as_uri()}#w=dragon&s=1")  # a new address only
+        browser.wait_until("document.getElementById('words').value === 'dragon'", PATIENCE_S)
+        assert browser.evaluate("document.getElementById('sentence').value") == ""
 
 
 @pytest.mark.slow
