@@ -136,31 +136,34 @@ def data_of(path, tokenizer):
 
 def generate_stories(name, model, tokenizer, jobs):
     """
-    Return the Story objects of a model, and print the speed. jobs: for each batch of stories, the
-    ids of its prompt, its number of stories, and its Order or None.
+    Return the Story objects of a model, and print the speed. jobs: for each story, the ids of its
+    prompt, and its Order or None. Stories with equally long prompts are generated together.
     """
     model.dtype = compute_dtype
     generator = torch.Generator().manual_seed(seed)
-    stories, started = [], time.perf_counter()
-    bar = progress(total=sum(n for _, n, _ in jobs), unit=" stories", desc=name)
-    for prompt, n, order in jobs:
-        limit = min(max_new_tokens, model.room_after(prompt))
-        draws = torch.rand(n, limit, generator=generator, dtype=torch.float64)
-        ids_of, ended = [[] for _ in range(n)], set()
+    stories, started = [None] * len(jobs), time.perf_counter()
+    bar, n_done = progress(total=len(jobs), unit=" stories", desc=name), 0
+    for batch in batches_of([len(prompt) for prompt, _ in jobs]):
+        prompts = [jobs[i][0] for i in batch]
+        limit = min(max_new_tokens, model.room_after(prompts[0]))
+        draws = torch.rand(len(batch), limit, generator=generator, dtype=torch.float64)
+        ids_of, ended = [[] for _ in batch], set()
         sampling = temperature, top_k, top_p, tokenizer.stop
-        for step in threads.watched(model.generate_batch(prompt, draws, *sampling)):
-            for i, token in enumerate(step):
+        for step in threads.watched(model.generate_batch(prompts, draws, *sampling)):
+            for k, token in enumerate(step):
                 if token is None:
-                    ended.add(i)
+                    ended.add(k)
                 else:
-                    ids_of[i].append(token)
-            bar.update(len(stories) + len(ended) - bar.n)
-        prompt_text = start.lstrip(" ") if order else tokenizer.decode(prompt)
-        for i, ids in enumerate(ids_of):
+                    ids_of[k].append(token)
+            bar.update(n_done + len(ended) - bar.n)
+        for k, (i, ids) in enumerate(zip(batch, ids_of, strict=True)):
+            prompt, order = jobs[i]
+            prompt_text = start.lstrip(" ") if order else tokenizer.decode(prompt)
             text = tokenizer.decode([*prompt, *ids])
             text = parse(text)[1] if order else text
-            stories.append(Story(text, len(ids), i in ended, prompt_text, order))
-        bar.update(len(stories) - bar.n)
+            stories[i] = Story(text, len(ids), k in ended, prompt_text, order)
+        n_done += len(batch)
+        bar.update(n_done - bar.n)
     bar.close()
     seconds, n_tokens = time.perf_counter() - started, sum(story.n_tokens for story in stories)
     print_line(
@@ -170,14 +173,20 @@ def generate_stories(name, model, tokenizer, jobs):
     return stories
 
 
+def batches_of(lengths):
+    """Yield lists of at most batch_size indices of equal lengths."""
+    indices = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _, group in itertools.groupby(indices, key=lengths.__getitem__):
+        group = list(group)
+        for first in range(0, len(group), batch_size):
+            yield group[first : first + batch_size]
+
+
 def jobs_of(name):
     """Return the jobs of generate_stories() for a model."""
     if orders:
-        return [
-            (encode_prompt(loaded[name], paths[name], start, order), 1, order) for order in todo
-        ]
-    sizes = [min(batch_size, num_samples - first) for first in range(0, num_samples, batch_size)]
-    return [(prompts[name], n, None) for n in sizes]
+        return [(encode_prompt(loaded[name], paths[name], start, order), order) for order in todo]
+    return [(prompts[name], None)] * num_samples
 
 
 def real_story(text, tokenizer, order=None):

@@ -522,17 +522,18 @@ class Transformer(nn.Module):
             step = torch.tensor([[token]], device=device)
 
     @torch.inference_mode()
-    def generate_batch(self, tokens, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
+    def generate_batch(self, prompts, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
         """
-        Generate n continuations at once, see generate(). Each reads its random numbers, float64 in
-        [0, 1), from one row of `draws` (n, max_new_tokens), so none depends on the rest of the
-        batch. Yields a list of n token ids after each step, with None for those that have ended.
+        Continue n prompts, lists of T ids each, at once; see generate(). Each continuation reads
+        its random numbers, float64 in [0, 1), from one row of `draws` (n, max_new_tokens), so none
+        depends on the rest of the batch. Yields a list of n token ids after each step, with None
+        for those that have ended.
         """
         device = self.output.weight.device
         n, max_new_tokens = draws.shape
-        limit = min(max_new_tokens, self.room_after(tokens))
-        cache = KVCache(self.args, n, device, self.dtype, len(tokens) + limit)
-        step = torch.tensor([tokens] * n, device=device)  # (n, T), then (rows, 1)
+        limit = min(max_new_tokens, self.room_after(prompts[0]))
+        cache = KVCache(self.args, n, device, self.dtype, len(prompts[0]) + limit)
+        step = torch.tensor(prompts, device=device)  # (n, T), then (rows, 1)
         running = list(range(n))  # which continuation each row of the batch continues
         for i in range(limit):
             logits = self(step, cache=cache)[:, -1]  # (rows, vocab_size)

@@ -24,8 +24,7 @@ from system.files import atomic_write, download, unpack
 from system.progress import progress
 from system.workers import worker_count
 from text.corpus import plan_shards, text_files
-from text.orders import Orders
-from text.shards import choose_split, training_documents, write_shards
+from text.shards import choose_split, orders_of, training_documents, write_shards
 from text.synth import make_stories
 from tokenizer import (
     export_beside,
@@ -64,7 +63,6 @@ orders = False  # put an order (words, features, a sentence) before most stories
 V2_TRAIN, V2_VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 ARCHIVE = "TinyStories_all_data.tar.gz"
 N_JSON = 20  # JSON files in the practice corpus
-ORDER_MB = 20  # megabytes of text in which the words for orders are counted
 
 
 def fetch(repo, name, path):
@@ -233,7 +231,7 @@ def pretokenize_stage():
         "valid_source": [os.path.abspath(corpus()[0])],
         "made_by": f"python tinystories.py pretokenize {same_flags()}{' --orders' * orders}",
     }
-    made = Orders(training_documents(files, split, ORDER_MB)) if orders else None
+    made = orders_of(files, split) if orders else None
     write_shards(paths.shards, tokenizer, files, split, workers, about, encoder, orders=made)
     print(f"next: python train.py {paths.flags()}")
 

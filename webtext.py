@@ -49,6 +49,7 @@ from text.pieces import COUNTS
 from text.shards import (
     choose_split,
     finish,
+    orders_of,
     read_sidecar,
     training_documents,
     write_shards,
@@ -74,6 +75,7 @@ pattern_name = "gpt2"  # how byte-level BPE cuts text into pre-tokens: gpt2 or g
 overwrite = False  # replace a vocabulary even if shards need it
 # prepare
 encoder = "auto"  # auto (the fastest), gigatoken, tiktoken or own
+orders = False  # put an order (words, features, a sentence) before most documents
 keep_raw = False  # keep downloaded files after they are in shards
 shard = "0/1"  # this machine's share of the work: i/n, i from 0 to n - 1
 # merge
@@ -279,6 +281,8 @@ def this_machine():
 
 
 def prepare_stage():
+    if source in TOKENIZED and orders:
+        raise UserError(f"{source} is already tokenized, and orders are made from text")
     if source in TOKENIZED:
         return prepare_tokenized()
     machine = this_machine()
@@ -288,12 +292,14 @@ def prepare_stage():
     hint = f"import one with bpe.py, or run: python webtext.py train_vocab {same_flags()}"
     tokenizer = tokenizer_to_encode(paths, encoder, hint)
     files = all_files()
+    if orders:
+        files = [file.labelled() for file in files]
     split = how_to_split(files)
-    meta = write_shards(
-        paths.shards, tokenizer, files, split, workers, about(), encoder, machine, fetched, drop
-    )
-    for file in files:
-        if file.url and file.is_valid and not keep_raw:
+    made = orders_of(files, split, fetch) if orders else None
+    args = workers, about(), encoder, machine, fetched, drop, made
+    meta = write_shards(paths.shards, tokenizer, files, split, *args)
+    for file in files:  # those for validation, and those in which only words were counted
+        if file.url and not keep_raw:
             remove(file.path)
     remove_empty_downloads()
     if meta:
@@ -322,7 +328,7 @@ def merge_stage():
 
 def about():
     """Return what the sidecar records about the origin of the shards."""
-    made_by = f"python webtext.py prepare {same_flags()}"
+    made_by = f"python webtext.py prepare {same_flags()}{' --orders' * orders}"
     return {"valid_source": [full_source()], "made_by": made_by}
 
 

@@ -193,10 +193,10 @@ def test_all_items_are_equally_likely_to_be_sampled():
 MODELS = {"plain": {}, "windows": {"n_layers": 3, "sliding_window": 4}, "everything": EVERYTHING}
 
 
-def generated(model, tokens, draws, *sampling, **options):
+def generated(model, prompts, draws, *sampling, **options):
     """Return the new tokens of each story, and whether it ended."""
     new, ended = [[] for _ in draws], [False] * len(draws)
-    for step in model.generate_batch(tokens, draws, *sampling, **options):
+    for step in model.generate_batch(prompts, draws, *sampling, **options):
         for i, token in enumerate(step):
             if token is None:
                 ended[i] = True
@@ -212,24 +212,25 @@ def test_a_batch_gives_the_same_stories_as_one_at_a_time(name):
     alone = list(model.generate([1, 7, 3], 100, temperature=0))
     assert len(alone) == 30  # one past the end of the context
     draws = torch.rand(3, 100, dtype=torch.float64)
-    assert generated(model, [1, 7, 3], draws, 0) == ([alone] * 3, [False] * 3)
+    assert generated(model, [[1, 7, 3]] * 3, draws, 0) == ([alone] * 3, [False] * 3)
     stop = (alone[12],)
     until = alone[: alone.index(stop[0])]
-    assert generated(model, [1, 7, 3], draws, 0, stop=stop) == ([until] * 3, [True] * 3)
+    assert generated(model, [[1, 7, 3]] * 3, draws, 0, stop=stop) == ([until] * 3, [True] * 3)
     with pytest.raises(ValueError, match="does not fit"):
-        next(model.generate_batch([], draws))
+        next(model.generate_batch([[]] * 3, draws))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_story_does_not_depend_on_the_rest_of_its_batch(name):
-    """Stories end at different steps, so the batch shrinks."""
+    """Stories end at different steps, so the batch shrinks. Prompts may differ."""
     model = random_model(**MODELS[name])
     draws = torch.rand(8, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     sampling, options = (1.0, 20, 0.95), {"stop": tuple(range(0, 105, 8))}
-    new, ended = generated(model, [5, 9], draws, *sampling, **options)
+    prompts = [[5, 9 + i % 3] for i in range(8)]
+    new, ended = generated(model, prompts, draws, *sampling, **options)
     assert len({len(ids) for ids in new}) > 3 and any(ended)
     for i in range(8):
-        alone = generated(model, [5, 9], draws[i : i + 1], *sampling, **options)
+        alone = generated(model, [prompts[i]], draws[i : i + 1], *sampling, **options)
         assert alone == ([new[i]], [ended[i]])
 
 

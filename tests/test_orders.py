@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,18 @@ from conftest import PATIENCE_S, REPO, compile_c, random_model, refused, script
 from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
 from formats.modelbin import export_model
 from text.corpus import plan_shards
-from text.orders import FIELDS, Order, Orders, Told, forms, parse, scores, scores_of_others
+from text.orders import (
+    FIELDS,
+    Order,
+    Orders,
+    Told,
+    forms,
+    labelled,
+    parse,
+    problem_of,
+    scores,
+    scores_of_others,
+)
 from text.shards import document_key, encode_orders, mark_of_orders
 
 WHOLE = Order(("dragon", "soup"), ("Dialogue", "Twist"), "The soup was hot.", "A dragon cooks.")
@@ -76,7 +89,7 @@ LABELLED = [
 IN_ORDER = [
     "Words: dragon, soup\nFeatures: Twist\nSummary: A dragon cooks.\n"
     "Story: Once a dragon cooked soup.",
-    "Features: a cat\nStory: A cat ran.",
+    "Words:\nSummary:\nFeatures: a cat\nStory: A cat ran.",
     "Features: friendship, noir\nStory: A dog ran.",
     "The end.",
 ]
@@ -111,6 +124,55 @@ def test_labels_of_datasets_become_orders(tmp_path, kind):
     if kind != "txt":
         assert plain == [item["story"] for item in LABELLED]
     assert [document_key(x) for x in found] == [document_key(x["story"]) for x in LABELLED]
+
+
+MALFORMED = [
+    {"story": "A cat ran away.", "instruction": "short", "summary": 5},
+    {"story": "A cat sat.", "instruction": {"words": [1, "cat"], "features": None}},
+    {"story": "Words: cat, dog"},
+    {"story": "Words: cat\nStory:  \n"},
+    {"story": "Features: Twist\nStory: A cow ran."},
+]
+WRONG = (
+    "Words: Summary: Story: A cat ran away.” has nothing readable as Words",
+    "Words: Story: A cat sat.” has nothing readable as Words",
+    "Words: cat, dog” has no line Story:",
+    "Words: cat Story:” has no story",
+)
+
+
+def test_malformed_orders_are_counted_and_named(stories):
+    texts = [labelled(item["story"], item) for item in MALFORMED]
+    found = [problem_of(text) for text in texts]
+    assert found == [*(wrong.split("” ")[1] for wrong in WRONG), None]
+    orders = Orders(stories)
+    told = ["A cat ran away.", "A cat sat.", "", "", "A cow ran."]
+    assert [orders.place(text)[1] for text in texts] == told
+    assert not any(problem_of(labelled(item["story"], item)) for item in LABELLED[2:])
+
+
+def test_both_writers_write_the_same_orders_and_name_what_is_malformed(
+    tmp_path, tokenizers, stories
+):
+    path, items = tmp_path / "stories.jsonl", [{"story": story} for story in stories[:300]]
+    path.write_text("\n".join(map(json.dumps, MALFORMED + items)))
+    shards = []
+    for name, stage in (("tinystories.py", "pretokenize"), ("webtext.py", "prepare")):
+        paths = DataPaths(str(tmp_path / stage), "bpe", 600)
+        os.makedirs(paths.data_dir)
+        shutil.copy(tokenizers["gpt2"].model_path, paths.tokenizer_model)
+        flags = [f"--data_dir={paths.data_dir}", f"--source={path}", "--valid_frac=0.1"]
+        flags += ["--vocab_source=bpe"] * (stage == "pretokenize") + ["--vocab_size=600"]
+        done = script(name, stage, *flags, "--orders")
+        assert not done.returncode, done.stderr
+        assert "note: 4 documents have malformed orders" in done.stdout
+        for wrong in WRONG[:3]:
+            assert f"stories.jsonl: “{wrong}" in done.stdout
+        data = TokenData(paths, 64)
+        ids = np.concatenate([*data.train, *data.valid])
+        shards.append(sorted(" ".join(map(str, ids)).split(f"{ids[0]} ")))  # its documents
+        assert data.mark and (ids & data.mark).any()
+    assert shards[0] == shards[1]
 
 
 def test_words_count_in_any_form():

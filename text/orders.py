@@ -90,26 +90,44 @@ def parse(text):
     return Order(**values), story
 
 
+def problem_of(text):
+    """Return what is wrong with the order of a document, or None."""
+    if not text.startswith(HEAD):
+        return None
+    start = STORY.search(text)
+    if not start:
+        return f"has no line {START}"
+    if not parse(text)[1]:
+        return "has no story"
+    lines = [*LINE.finditer(text[: start.start()]), start]
+    for line, following in itertools.pairwise(lines):
+        if not text[line.end() : following.start()].strip(" \t\n,"):
+            return f"has nothing readable as {line[1]}"
+    return None
+
+
 def labelled(text, item):
     """
     Return a story in the form above, with the labels of its parsed JSON object or row: the words,
-    features and summary of TinyStories, or the columns of SimpleStories as features. Leaves out
-    what is neither a text nor a list of texts.
+    features and summary of TinyStories, or the columns of SimpleStories as features. What is
+    neither a text nor a list of texts becomes an empty field, for problem_of().
     """
-    instruction = item.get("instruction")
-    instruction = instruction if isinstance(instruction, dict) else {}
-    words, features = (texts_in(instruction.get(name)) for name in ("words", "features"))
-    features += [text for name in COLUMNS for text in texts_in(item.get(name))]
-    (summary,) = texts_in(item.get("summary"))[:1] or [""]
-    order = Order(tuple(words), tuple(features), summary=summary)
-    return order.prompt(text) if order else text
-
-
-def texts_in(value):
-    """Return the texts in a label, which is a text, a list of them, or neither."""
-    values = value if isinstance(value, list) else [value]
-    texts = (" ".join(text.split()) for text in values if isinstance(text, str))
-    return [text for text in texts if text]
+    values, instruction = {"Words": [], "Features": [], "Summary": []}, item.get("instruction")
+    unreadable = []
+    if isinstance(instruction, dict):
+        labels = [("Words", instruction.get("words")), ("Features", instruction.get("features"))]
+    else:
+        labels = [("Words", None if instruction is None else 0)]
+    labels += [("Features", item.get(name)) for name in COLUMNS]
+    labels += [("Summary", item.get("summary"))]
+    for name, label in labels:
+        texts = label if isinstance(label, list) else [label] * (label is not None)
+        if all(isinstance(text, str) for text in texts):
+            values[name] += [" ".join(text.split()) for text in texts if text.strip()]
+        else:
+            unreadable.append(f"{name}:\n")
+    order = Order(tuple(values["Words"]), tuple(values["Features"]), "", *values["Summary"][:1])
+    return "".join(unreadable) + order.prompt(text) if order or unreadable else text
 
 
 def story_of(text):
@@ -178,9 +196,11 @@ class Orders:
     def place(self, text):
         """
         Return (the order of a document as text, or "" if it has none; its story). Labels of the
-        document take the place of derived fields.
+        document take the place of derived fields. The story of a malformed document is "".
         """
         labels, story = parse(text)
+        if not story or (text.startswith(HEAD) and not STORY.search(text)):
+            return "", ""
         seed = hashlib.blake2b(story.encode(), digest_size=8).digest()
         rng = random.Random(int.from_bytes(seed, "little"))
         derived = self.derive(story, rng)

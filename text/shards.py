@@ -27,13 +27,15 @@ from system.progress import progress
 from system.workers import in_order, over_spans
 from text.corpus import SIDECAR, texts_of, unchanged
 from text.documents import HOW_TO_CUT, is_plain
-from text.orders import story_of
+from text.orders import Orders, problem_of, story_of
 from text.pieces import DTYPES, FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
 TINY = 2_500_000  # bytes of text; a smaller text gets the exact number of validation documents
 # (minimum bytes of text, share of the documents for validation)
 FRACTIONS = ((200_000_000, 0.005), (TINY, 0.05), (0, 0.1))
+ORDER_MB = 20  # megabytes of text in which the words for orders are counted
+MAX_NAMED = 3  # malformed documents that are named
 
 
 # ---- the split
@@ -134,14 +136,26 @@ def checked_fraction(texts, frac, size, path):
     return (places[n - 1] + places[n]) / 2**65
 
 
-def training_documents(files, split, vocab_mb, fetch=lambda file: None):
+def orders_of(files, split, fetch=lambda file: None):
+    """Return the Orders of some files; their words are counted in the first ORDER_MB megabytes."""
+    note = "counting words in the first {:.0f} MB"
+    return Orders(training_documents(files, split, ORDER_MB, fetch, note))
+
+
+def training_documents(
+    files,
+    split,
+    mb,
+    fetch=lambda file: None,
+    note="training on the first {:.0f} MB (--vocab_mb)",
+):
     """
-    Yield the first vocab_mb megabytes of the training documents in some files, to train a
-    vocabulary. fetch(file) is called before a file is read.
+    Yield the first megabytes of the training documents in some files. fetch(file) is called before
+    a file is read; note: printed, with the number of megabytes, if there is more text.
     """
-    if vocab_mb < 1:
-        raise UserError(f"vocab_mb = {vocab_mb}: expected at least 1")
-    n_bytes, limit = 0, vocab_mb * 1_000_000
+    if mb < 1:
+        raise UserError(f"vocab_mb = {mb}: expected at least 1")
+    n_bytes, limit = 0, mb * 1_000_000
     files = [file for file in files if not file.is_valid]
     size = sum(file.size for file in files)
     with progress(total=min(limit, size), unit="B", unit_scale=True, desc="read") as bar:
@@ -154,7 +168,7 @@ def training_documents(files, split, vocab_mb, fetch=lambda file: None):
                 yield text
                 n_bytes += n
                 if n_bytes >= limit:
-                    print(f"training on the first {n_bytes / 1e6:.0f} MB (--vocab_mb={vocab_mb})")
+                    print(note.format(n_bytes / 1e6))
                     return
             file.check_unchanged()
 
@@ -171,13 +185,17 @@ def encode_batch(batch, tokenizer, encoder, dtype, split, orders=None):
     """
     Return (ids, counts) of a Batch for training and for validation; counts is a dict. With Orders,
     most documents start with an order, whose tokens are marked; bytes are those of the stories.
+    counts["malformed"] lists sentences about documents whose own orders cannot be read.
     """
     encode, texts = tokenizer.encoder(encoder)[1], batch.documents()
     sides = split.sides(texts, batch.file.is_valid)
     n_held_out = len(texts) - sum(map(len, sides))
     results = []
     for texts, held_out in zip(sides, (n_held_out, 0), strict=True):
+        malformed = []
         if orders:
+            where = batch.file.name
+            malformed = [f"{where}: {quoted(t)} {problem}" for t in texts if (problem := problem_of(t))]
             ids, texts = encode_orders(texts, tokenizer, encode, dtype, orders)
         else:
             ids = tokenizer.encode_flat(texts, encode).astype(dtype)
@@ -187,14 +205,18 @@ def encode_batch(batch, tokenizer, encoder, dtype, split, orders=None):
             "bytes": sum(len(text.encode()) for text in texts),
             "unk": int((ids == tokenizer.unk_id).sum()) if tokenizer.unk_id >= 0 else 0,
             "held_out": held_out,
+            "malformed": malformed,
         }
         results.append((ids, counts))
     return results
 
 
 def encode_orders(texts, tokenizer, encode, dtype, orders):
-    """Return (ids, stories) of documents with Orders in front; the ids of orders are marked."""
-    placed = [orders.place(text) for text in texts]
+    """
+    Return (ids, stories) of documents with Orders in front; the ids of orders are marked. Documents
+    without a story are left out.
+    """
+    placed = [(order, story) for order, story in map(orders.place, texts) if story]
     stories = [story for _, story in placed]
     whole = [f"{order} {story}" if order else story for order, story in placed]
     ids = tokenizer.encode_flat(whole, encode).astype(dtype)
@@ -205,6 +227,12 @@ def encode_orders(texts, tokenizer, encode, dtype, orders):
         for i, n in zip(with_order, prefixes, strict=True):
             ids[starts[i] + 1 : starts[i] + 1 + n] |= mark_of_orders(dtype)
     return ids, stories
+
+
+def quoted(text, n=60):
+    """Return the start of a text on one line, in quotes."""
+    text = " ".join(text.split())
+    return f"“{text[:n]}{'…' * (len(text) > n)}”"
 
 
 def mark_of_orders(dtype):
@@ -266,7 +294,7 @@ def write_part(part, files, args, num_workers, fetched, done):
     batches = (batch for file in fetched(todo) for batch in batches_of(file, todo[file]))
     n_bytes = sum(file.size for file in todo)
     bar = progress(total=n_bytes, unit="B", unit_scale=True, desc="encode", disable=not todo)
-    results, at, before = [], None, 0
+    results, at, before, malformed = [], None, 0, []
     try:
         for batch, result in in_order(encode_batch, batches, args, num_workers):
             here = number[batch.file], batch.piece
@@ -275,6 +303,7 @@ def write_part(part, files, args, num_workers, fetched, done):
                 results = []
             if batch.texts or batch.spans:
                 results, at = [*results, result], here
+            malformed += [sentence for _, counts in result for sentence in counts["malformed"]]
             bar.update(before + batch.read - bar.n)
             if batch.n_pieces is None:
                 continue
@@ -289,6 +318,12 @@ def write_part(part, files, args, num_workers, fetched, done):
     finally:
         part.save()
         bar.close()
+    if malformed:
+        print(
+            f"note: {len(malformed):,} documents have malformed orders; what is wrong in them was "
+            f"left out:"
+        )
+        print("\n".join(malformed[:MAX_NAMED] + ["..."] * (len(malformed) > MAX_NAMED)))
 
 
 def finish(folder, n, about):
