@@ -21,7 +21,7 @@ VENV = ".venv"
 DATA, OUT = os.path.join("data", "practice"), os.path.join("out", "story")
 CONFIG = os.path.join("config", "story.py")
 VOCAB_SIZE = 1024
-PROMPT = "Once upon a time"
+PROMPT, WORDS = "Once upon a time", "kite, brave, forest"
 OLDEST_PYTHON = (3, 10)
 
 
@@ -145,7 +145,15 @@ def finished(out_dir):
 
 
 def complete(shards):
-    return parsed(read(os.path.join(shards, "shards.json"))).get("complete", False)
+    """Whether a folder has all shards, with orders; earlier versions wrote none."""
+    about = parsed(read(os.path.join(shards, "shards.json")))
+    return about.get("complete", False) and bool(about.get("orders"))
+
+
+def knows_orders(out_dir):
+    """Whether a run's log says that its model was trained with orders."""
+    first, *_ = [*read(os.path.join(out_dir, "log.jsonl")).splitlines(), ""]
+    return parsed(first).get("model_args", {}).get("orders", False)
 
 
 def step(number, title, done, action, *args):
@@ -200,18 +208,22 @@ def story():
     stages = (
         (f"a practice corpus of 20,000 stories in {stories}", "synth", stories),
         (f"a vocabulary of {VOCAB_SIZE} pieces", "train_vocab", f"{shards}.model"),
-        ("the stories as tokens", "pretokenize", shards),
+        ("the stories as tokens, and orders for them", "pretokenize", shards),
     )
 
     step(1, f"Python environment in {VENV}", "", make_venv, "requirements.txt")
     step(2, "the C engine, ./run", "", call, "make", "--no-print-directory", "run")
     for number, (title, stage, result) in enumerate(stages, 3):
         is_done = complete(result) if result == shards else os.path.exists(result)
-        step(number, title, is_done and result, script, "tinystories.py", stage, *flags)
+        with_orders = ["--orders"] * (result == shards)
+        step(number, title, is_done and result, script, "tinystories.py", stage, *flags, *with_orders)
     title = f"training a small model into {OUT} (about 2 minutes on two idle cores)"
     is_done = finished(OUT) and os.path.exists(model)
     step(6, title, is_done and model, train_model, model, flags)
-    step(7, "a story", "", call, "./run", model, "-t", "0.7", "-i", PROMPT)
+    title, order = "a story", []
+    if knows_orders(OUT):
+        title, order = f"a story with the words {WORDS}", ["--words", WORDS]
+    step(7, title, "", call, "./run", model, "-t", "0.7", "-i", PROMPT, *order)
     print("[8/8] the model as a web page", flush=True)
     page = write_page(model)
     if page:
@@ -219,7 +231,7 @@ def story():
     print(
         f"""
 Three commands to try next:
-  ./run {model} -t 0.7 -i "One day, a little fox"
+  ./run {model} -t 0.7 --words "ring, curious, park"
   {venv_python()} sample.py --out_dir={OUT} --start="There was once a" --num_samples=3
   {venv_python()} tinystories.py download    # the real TinyStories; see README.md"""
     )
