@@ -215,8 +215,8 @@ def story():
     step(2, "the C engine, ./run", "", call, "make", "--no-print-directory", "run")
     for number, (title, stage, result) in enumerate(stages, 3):
         is_done = complete(result) if result == shards else os.path.exists(result)
-        with_orders = ["--orders"] * (result == shards)
-        step(number, title, is_done and result, script, "tinystories.py", stage, *flags, *with_orders)
+        more = ["--orders"] * (result == shards)
+        step(number, title, is_done and result, script, "tinystories.py", stage, *flags, *more)
     title = f"training a small model into {OUT} (about 2 minutes on two idle cores)"
     is_done = finished(OUT) and os.path.exists(model)
     step(6, title, is_done and model, train_model, model, flags)

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import REPO, random_model, refused, script
 
 from configurator import UserError, apply
@@ -76,8 +77,11 @@ def test_train_measures_a_shape(tmp_path):
 @pytest.mark.skipif(not list(wasm.compilers()), reason="needs clang, lld and wasi-libc")
 def test_page_measures_the_programs_that_are_installed(builds, tokenizers, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tokenizers[512].proto)
-    export_model(random_model(vocab_size=512, max_seq_len=64), tmp_path / "model.bin")
-    flags = f"--stories=2 --page_rounds=1 --length=30 --folder={tmp_path / 'pages'}".split()
+    model = random_model(vocab_size=512, max_seq_len=200, dim=128, n_layers=4)
+    with torch.no_grad():
+        model.output.weight[1:3] = 0  # so that few stories end early
+    export_model(model, tmp_path / "model.bin")
+    flags = f"--stories=3 --page_rounds=1 --length=200 --folder={tmp_path / 'pages'}".split()
     flags += [f"--engine={builds['run', 'fast']}", f"--checkpoint={tmp_path / 'model.bin'}"]
     done = script("bench.page", *flags)
     assert done.returncode == 0, done.stderr

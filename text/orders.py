@@ -38,7 +38,8 @@ SPEECH = re.compile(r"[\"“”„«»]")
 WITH_ORDER, WITH_FIELD = 0.8, {"words": 0.8, "features": 0.5, "sentence": 0.25, "summary": 0.5}
 MIN_WORDS, MAX_WORDS = 2, 4  # in a derived order
 CANDIDATES = 10  # its words are drawn from this many of the rarest
-COMMON, RARE = 0.1, 4  # not from those in more than this share of stories, or in fewer stories
+# Not from those in more than one of ten stories, or in fewer than one of a thousand, or of four
+COMMON, RARE, MIN_STORIES = 0.1, 0.001, 4
 SENTENCE_LENGTH = 15, 120  # characters of a derived sentence
 
 
@@ -167,12 +168,13 @@ class Orders:
         for text in texts:
             counts.update({word.lower() for word in WORD.findall(story_of(text))})
             n += 1
-        limit = max(COMMON * n, RARE)
-        self.counts = {w: c for w, c in sorted(counts.items()) if min(RARE, n) <= c <= limit}
+        low = min(max(RARE * n, MIN_STORIES), n)
+        high = max(COMMON * n, MIN_STORIES)
+        self.counts = {w: c for w, c in sorted(counts.items()) if low <= c <= high}
 
     def key(self):
         """Return a string that changes when the orders of a story may change."""
-        return f"2 {zlib.crc32(repr(self.counts).encode()):08x}"
+        return f"3 {zlib.crc32(repr(self.counts).encode()):08x}"
 
     @staticmethod
     def candidates(story):

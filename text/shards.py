@@ -194,8 +194,8 @@ def encode_batch(batch, tokenizer, encoder, dtype, split, orders=None):
     for texts, held_out in zip(sides, (n_held_out, 0), strict=True):
         malformed = []
         if orders:
-            where = batch.file.name
-            malformed = [f"{where}: {quoted(t)} {problem}" for t in texts if (problem := problem_of(t))]
+            wrong = [(text, problem) for text in texts if (problem := problem_of(text))]
+            malformed = [f"{batch.file.name}: {quoted(text)} {problem}" for text, problem in wrong]
             ids, texts = encode_orders(texts, tokenizer, encode, dtype, orders)
         else:
             ids = tokenizer.encode_flat(texts, encode).astype(dtype)
