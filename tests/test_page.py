@@ -82,9 +82,7 @@ def test_node_computes_the_same_bits_and_tells_the_same_stories(
 ):
     tokenizer = tmp_path / "tokenizer.bin"
     tokenizers[512].export(tokenizer)
-    model = random_model(
-        **{**MODELS[name], "vocab_size": 512, "max_seq_len": 160, "orders": True}
-    )
+    model = random_model(**{**MODELS[name], "vocab_size": 512, "max_seq_len": 160, "orders": True})
     tokens = torch.randint(0, 512, (140,)).tolist()  # more than a batch of 128
     jobs = []
     for dtype in DTYPES:
