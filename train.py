@@ -48,7 +48,7 @@ keep_last = 2  # recent checkpoints to keep, including ckpt.pt
 # data
 data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
-learn_orders = False  # with shards that have orders: also learn to write the orders
+learn_orders = True  # with shards that have orders: also learn to write the orders
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model
