@@ -165,7 +165,7 @@ def test_both_writers_write_the_same_orders_and_name_what_is_malformed(
         flags += ["--vocab_source=bpe"] * (stage == "pretokenize") + ["--vocab_size=600"]
         done = script(name, stage, *flags, "--orders")
         assert not done.returncode, done.stderr
-        assert "note: 4 documents have malformed orders" in done.stdout
+        assert "note: 4 documents with malformed orders" in done.stdout
         for wrong in WRONG[:3]:
             assert f"stories.jsonl: “{wrong}" in done.stdout
         data = TokenData(paths, 64)
@@ -239,6 +239,59 @@ def test_shards_with_orders_have_the_same_stories_and_targets(ordered, tokenizer
             assert (all_y >= 0).all() and (all_y == y)[y >= 0].all()
     # the loss is over the same tokens, except that "Story:" and not BOS comes before a story
     assert found["with"] == found["without"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("dataset.json", "instruct.txt", "simplestories.parquet"))
+def test_labels_of_each_dataset_train(tokenizers, stories, tmp_path, kind):
+    """A few records as they are published, and one that is malformed."""
+    path, texts = tmp_path / kind, stories[:60]
+    if kind == "dataset.json":
+        wrong = {"story": "A cat sat.", "instruction": {"words": 5}}
+        records = [
+            {
+                "story": f"\n\n{text}",
+                "instruction": {
+                    "prompt:": "Write a story.",
+                    "words": ["quit", "oak", "gloomy"],
+                    "features": ["Dialogue", "Twist"],
+                },
+                "summary": "Somebody finds a tree.",
+                "source": "GPT-4",
+            }
+            for text in texts
+        ]
+        path.write_text(json.dumps([*records, wrong]))
+    elif kind == "instruct.txt":
+        head = "Features: Dialogue\nWords: quit, oak, gloomy\nSummary: A tree.\nStory: \n\n"
+        sentence = "Random sentence: It was an oak.\nStory: "
+        records = [head + text for text in texts[:30]]
+        records += [f"{sentence}\n\n{text}\nSummary: A tree. " for text in texts[30:]]
+        path.write_text("\n<|endoftext|>\n".join([*records, "Words: quit, oak\nSummary: A tree."]))
+    else:
+        pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+        columns = {"topic": "trees", "theme": "Hope", "style": "warm", "grammar": "present tense"}
+        table = {name: [text] * 61 for name, text in columns.items()}
+        table |= {"story": [*texts, "A cat sat."], "persona": ["an uncle"] * 61}
+        table["topic"] = [b"trees"] * 61  # not readable
+        parquet.write_table(pyarrow.table(table), path)
+    (tmp_path / "tok512.model").write_bytes(tokenizers[512].proto)
+    flags = [f"--data_dir={tmp_path}", "--vocab_size=512"]
+    done = script("tinystories.py", "pretokenize", f"--source={path}", "--orders", *flags)
+    assert not done.returncode, done.stderr
+    n = 61 if kind.endswith("parquet") else 1
+    assert f"note: {n} document" in done.stdout and f"{kind}: “" in done.stdout
+    shards = TokenData(DataPaths(str(tmp_path), "custom", 512), 64, tokenizers[512])
+    ids = np.concatenate(shards.train) & (shards.mark - 1)
+    expected = "Features: Hope" if n > 1 else "quit, oak, gloomy"
+    assert expected in tokenizers[512].decode(ids.tolist())
+    size = "--dim=32 --n_layers=2 --max_iters=2 --eval_iters=1 --batch_size=2 --max_seq_len=64"
+    done = script("train.py", *flags, f"--out_dir={tmp_path / 'out'}", *size.split(),
+                  "--device=cpu", "--compile=False")  # fmt: skip
+    assert not done.returncode, done.stderr
+    assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])[
+        "model_args"
+    ]["orders"]
 
 
 def test_a_model_trained_with_orders_tells_them_and_scores(ordered, builds, tokenizers, tmp_path):

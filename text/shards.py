@@ -320,8 +320,8 @@ def write_part(part, files, args, num_workers, fetched, done):
         bar.close()
     if malformed:
         print(
-            f"note: {len(malformed):,} documents have malformed orders; what is wrong in them was "
-            f"left out:"
+            f"note: {len(malformed):,} document{'s' * (len(malformed) > 1)} with malformed orders; "
+            f"what cannot be read is left out:"
         )
         print("\n".join(malformed[:MAX_NAMED] + ["..."] * (len(malformed) > MAX_NAMED)))
 
