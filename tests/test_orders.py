@@ -289,9 +289,9 @@ def test_labels_of_each_dataset_train(tokenizers, stories, tmp_path, kind):
     done = script("train.py", *flags, f"--out_dir={tmp_path / 'out'}", *size.split(),
                   "--device=cpu", "--compile=False")  # fmt: skip
     assert not done.returncode, done.stderr
-    assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])[
-        "model_args"
-    ]["orders"]
+    assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])["model_args"][
+        "orders"
+    ]
 
 
 def test_a_model_trained_with_orders_tells_them_and_scores(ordered, builds, tokenizers, tmp_path):
