@@ -242,8 +242,13 @@ class Told:
         self.has_speech = has_speech(story)
 
     def has_word(self, word):
-        """Whether the story has a word, a form of it, or a word that it is a form of."""
+        """
+        Whether the story has a word, a form of it, or a word that it is a form of. Anything else,
+        such as "big cat" or a number, must be part of the text.
+        """
         word = straight(word)
+        if not WORD.fullmatch(word):
+            return word in self.text
         return word in self.forms or not forms(word).isdisjoint(self.words)
 
     def has_sentence(self, sentence):

@@ -1,0 +1,23 @@
+"""
+What do stories to order cost in bits per byte, and what teaches a model to obey? All runs have the
+tokens of ten minutes on two cores. First make shards of the same text, with the same vocabulary,
+in two folders; afterwards score the stories:
+
+    python tinystories.py pretokenize --data_dir=data/plain --source=my_text.txt
+    python tinystories.py pretokenize --data_dir=data/orders --source=my_text.txt --orders
+    python sweep.py experiments/orders.py
+    python generate.py out/sweeps/orders/windows-* --orders --temperature=0.7
+"""
+
+title = "Stories to order"
+base = "config/speedrun_cpu.py"
+runs = """
+plain: --data_dir=data/plain
+windows-64: --data_dir=data/orders
+windows-256: --data_dir=data/orders --sliding_window=256
+windows-none: --data_dir=data/orders --sliding_window=0
+windows-64-stories: --data_dir=data/orders --learn_orders=False
+"""
+equal_tokens = 9_100_000
+evals = 2
+eval_windows = 2000  # or all of a shorter validation text
