@@ -70,6 +70,13 @@ def test_orders_come_from_the_story_and_only_from_it(stories):
     assert found == {"Short.", ""}
 
 
+def test_content_words_are_asked_for():
+    nouns = [f"{a}og" for a in "bcdefhjklmnp"]
+    texts = [f"A {noun} met a {noun}, and the {noun} slept." for noun in nouns] * 20
+    texts[::30] = [text.replace("slept", "such slept") for text in texts[::30]]
+    assert set(Orders(texts).counts) == set(nouns)
+
+
 LABELLED = [
     {
         "story": "Once a dragon cooked soup.",
