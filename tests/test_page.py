@@ -394,7 +394,8 @@ def test_an_incomplete_page_and_wrong_values_in_a_link_say_so(teller, tmp_path):
         # what the form refuses is left out
         browser.open(f"{page.as_uri()}#i=One+day&s=abc&n=5000&t=NaN&p=7")
         browser.wait_until(TOLD, PATIENCE_S)
-        values = browser.evaluate("[...document.querySelectorAll('input')].map((x) => x.value)")
+        values = "[...document.querySelectorAll('#settings input')].map((x) => x.value)"
+        values = browser.evaluate(values)
         assert values[:2] == ["0.8", "1"]
         assert values[2].isdigit() and values[3] == "64", values
         # a wrong value in a closed part of the form is shown
