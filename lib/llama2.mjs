@@ -153,7 +153,8 @@ export class Llama {
     const end = Math.min(length || this.positions, this.positions);  // tokens that are run
     if (tokens.length > end)
       throw new Error(`the ${order ? "order and the beginning have" : "beginning has"} ` +
-                      `${tokens.length} tokens, but the story has room for ${end}: shorten it` + (end < this.positions ? " or allow a longer story" : ""));
+                      `${tokens.length} tokens, but the story has room for ${end}: shorten it` +
+                      (end < this.positions ? " or allow a longer story" : ""));
     let logits = this.forward(tokens), shown = [];
     this.#check(this.#c.llama_seed(this.#at, BigInt.asUintN(64, BigInt(seed))));
     const settings = this.#scratch;
