@@ -294,7 +294,7 @@ def write_part(part, files, args, num_workers, fetched, done):
     batches = (batch for file in fetched(todo) for batch in batches_of(file, todo[file]))
     n_bytes = sum(file.size for file in todo)
     bar = progress(total=n_bytes, unit="B", unit_scale=True, desc="encode", disable=not todo)
-    results, at, before, malformed = [], None, 0, []
+    results, at, before, n_malformed, named = [], None, 0, 0, []
     try:
         for batch, result in in_order(encode_batch, batches, args, num_workers):
             here = number[batch.file], batch.piece
@@ -303,7 +303,8 @@ def write_part(part, files, args, num_workers, fetched, done):
                 results = []
             if batch.texts or batch.spans:
                 results, at = [*results, result], here
-            malformed += [sentence for _, counts in result for sentence in counts["malformed"]]
+            malformed = [sentence for _, counts in result for sentence in counts["malformed"]]
+            n_malformed, named = n_malformed + len(malformed), (named + malformed)[:MAX_NAMED]
             bar.update(before + batch.read - bar.n)
             if batch.n_pieces is None:
                 continue
@@ -318,12 +319,12 @@ def write_part(part, files, args, num_workers, fetched, done):
     finally:
         part.save()
         bar.close()
-    if malformed:
+    if n_malformed:
         print(
-            f"note: {len(malformed):,} document{'s' * (len(malformed) > 1)} with malformed orders; "
+            f"note: {n_malformed:,} document{'s' * (n_malformed > 1)} with malformed orders; "
             f"what cannot be read is left out:"
         )
-        print("\n".join(malformed[:MAX_NAMED] + ["..."] * (len(malformed) > MAX_NAMED)))
+        print("\n".join(named + ["..."] * (n_malformed > MAX_NAMED)))
 
 
 def finish(folder, n, about):
