@@ -31,7 +31,7 @@ from system.files import checksum
 from system.progress import progress
 from text.corpus import SIDECAR
 from text.pieces import PARTS, shard_size_fits
-from text.shards import mark_of_orders, read_sidecar
+from text.shards import mark_of_orders, read_sidecar, without_marks
 
 TINYSTORIES = "TinyStories_all_data"
 LLAMA2_VOCAB_SIZE = 32000
@@ -209,9 +209,7 @@ class TokenData:
                     while len(part := np.fromfile(f, shard.dtype, CHUNK)):
                         crc = zlib.crc32(part, crc)
                         bar.update(part.nbytes)
-                        if mark:
-                            part &= part.dtype.type(mark - 1)
-                        if (top := part.max()) >= vocab_size:
+                        if (top := without_marks(part, mark).max()) >= vocab_size:
                             raise UserError(
                                 f"{shard.filename} has token {top}: expected ids below "
                                 f"vocab_size = {vocab_size}"
@@ -241,8 +239,10 @@ class TokenData:
             self.stamps[i] = now  # copied or touched
 
     def check_ids(self, batch):
-        """Raise UserError for an id in a batch that is not in the vocabulary."""
-        if (top := int(batch.max())) >= self.vocab_size:
+        """Raise UserError for an id in a batch of targets that is not in the vocabulary."""
+        from loss import STRESSED  # here, because tinystories.py does not need torch
+
+        if (top := int((batch & ~STRESSED).max())) >= self.vocab_size:
             raise UserError(
                 f"a shard was changed while in use: it now has token {top}, expected ids below "
                 f"vocab_size = {self.vocab_size}; run: {self.command}"
@@ -375,7 +375,8 @@ class TrainBatches:
         if self.data:
             self.data.check_unchanged(shard)
         places = zip(shard, start, strict=True)
-        x, y = gather(self.shards, places, n, self.seq_len, self.mark, self.learns_orders)
+        how = self.mark, self.learns_orders, True
+        x, y = gather(self.shards, places, n, self.seq_len, *how)
         if self.data:
             self.data.check_ids(y)
         return x, y
@@ -404,12 +405,15 @@ def valid_windows(shards, seq_len):
     )
 
 
-def gather(shards, places, n, seq_len, mark=0, learns_orders=False):
+def gather(shards, places, n, seq_len, mark=0, learns_orders=False, stresses=False):
     """
     Return inputs and targets (n, seq_len) int64 of n windows; a missing target is -1. So are the
-    tokens with the bit `mark`, which belong to orders, unless the model should learn them.
+    tokens with the bit `mark`, which belong to orders, unless learns_orders. stresses: add the bit
+    STRESSED to what is ordered, where the story first has it.
     """
     import torch  # here, because tinystories.py does not need it
+
+    from loss import STRESSED
 
     batch = np.full((n, seq_len + 1), -1, dtype=np.int64)
     for out, (i, start) in zip(batch, places, strict=True):
@@ -418,8 +422,12 @@ def gather(shards, places, n, seq_len, mark=0, learns_orders=False):
     batch = torch.from_numpy(batch)
     x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
     if mark:
-        is_order = (y & mark != 0) & (y >= 0)
-        x, y = x & (mark - 1), torch.where(is_order, y & (mark - 1) if learns_orders else -1, y)
+        is_order, is_ordered = ((y >= 0) & (y & bit != 0) for bit in (mark, mark >> 1))
+        x, y = without_marks(x, mark), torch.where(y < 0, y, without_marks(y, mark))
+        if stresses:
+            y[is_ordered] |= STRESSED
+        if not learns_orders:
+            y[is_order] = -1
     return x, y
 
 

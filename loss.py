@@ -5,19 +5,24 @@ import math
 import torch
 
 
-def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False):
+STRESSED = 1 << 30  # the bit of targets that count more than once
+
+
+def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False, stress=1.0):
     """
     Return the mean cross-entropy of the next tokens in nats, float32.
 
     x (..., dim): hidden states; weight (rows, dim): the head, rows after vocab_size are padding;
-    targets (...): int64, -1 for positions that do not count (without any, the loss is 0); softcap:
-    logit_softcap of ModelArgs; is_fp8: multiply with fp8_mm. With gradients, the probability of a
-    target counts as 2e-38 or more, because train.py flushes denormal numbers to 0.
+    targets (...): int64, -1 for positions that do not count (without any, the loss is 0), those
+    with the bit STRESSED count `stress` times; softcap: logit_softcap of ModelArgs; is_fp8:
+    multiply with fp8_mm. With gradients, the probability of a target counts as 2e-38 or more,
+    because train.py flushes denormal numbers to 0.
     """
     x, targets = x.flatten(0, -2), targets.flatten()
     # autograd.Function.forward cannot see whether gradients are enabled
     needs_gradients = torch.is_grad_enabled()
-    return CrossEntropy.apply(x, weight, targets, vocab_size, softcap, needs_gradients, is_fp8)
+    args = vocab_size, softcap, needs_gradients, is_fp8, stress
+    return CrossEntropy.apply(x, weight, targets, *args)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -28,7 +33,7 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap, needs_gradients, is_fp8):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, needs_gradients, is_fp8, stress):
         w = weight.to(x.dtype)
         # logits that fit the cache of a CPU core; a GPU needs large products
         size = (1 << 19 if x.device.type == "cpu" else 1 << 27) // len(w)
@@ -37,11 +42,15 @@ class CrossEntropy(torch.autograd.Function):
         if needs_gradients:
             p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        n = (targets >= 0).sum().clamp(min=1)
+        is_stressed = (targets >= 0) & (targets & STRESSED != 0)
+        # how often each target counts, (N,)
+        counts_of = torch.where(is_stressed, stress, (targets >= 0).float())
+        targets = torch.where(is_stressed, targets - STRESSED, targets).clamp(min=0)
+        n = counts_of.sum().clamp(min=1)
         total = x.new_zeros((), dtype=torch.float32)
         for i in range(0, len(x), size):
             h, y = x[i : i + size], targets[i : i + size, None]  # (piece, dim), (piece, 1)
-            counts, y = y >= 0, y.clamp(min=0)
+            counts = counts_of[i : i + size, None]  # (piece, 1)
             logits = logits_buffer[: len(h)]  # (piece, rows)
             z = logits.copy_(fp8_mm(h, w)) if is_fp8 else torch.mm(h, w.t(), out=logits)
             if softcap:
@@ -59,6 +68,7 @@ class CrossEntropy(torch.autograd.Function):
             if softcap:
                 p *= 1 - capped.square_()
             d = logits.copy_(p)  # may overwrite z, which is no longer needed
+            counts = counts.to(h.dtype)
             h = h * counts
             if is_fp8:
                 dx[i : i + size] = fp8_mm(d, w.t(), torch.float8_e5m2)
@@ -75,7 +85,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         dx, dw, n = ctx.saved_tensors
         scale = gradient / n
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None, None
+        return dx * scale.to(dx.dtype), dw * scale, *[None] * 6
 
 
 def fp8_mm(a, b, a_format=torch.float8_e4m3fn):

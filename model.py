@@ -344,14 +344,15 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """
-    The model. Training sets three attributes: `dtype`, in which matrices are multiplied;
-    `fp8_head`, whether training steps compute the head's product in 8 bits; and `fast_layers`, see
-    compile_layers.
+    The model. Training sets four attributes: `dtype`, in which matrices are multiplied; `fp8_head`,
+    whether training steps compute the head's product in 8 bits; `stress`, see cross_entropy; and
+    `fast_layers`, see compile_layers.
     """
 
     def __init__(self, args):
         super().__init__()
         self.args, self.dtype, self.fp8_head, self.fast_layers = args, torch.float32, False, None
+        self.stress = 1.0
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)  # (vocab_rows, dim)
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
@@ -436,7 +437,7 @@ class Transformer(nn.Module):
         Return the logits (B, T, vocab_size), float32, of tokens (B, T), int64.
 
         With targets (B, T), return their mean cross-entropy in nats instead; a target of -1 does
-        not count. With a KVCache, the tokens follow the positions in the cache, and only the last
+        not count, see cross_entropy. With a KVCache, the tokens follow the positions in the cache, and only the last
         logits (B, 1, vocab_size) are returned. Raises ValueError for positions past max_seq_len.
         """
         args = self.args
@@ -462,7 +463,8 @@ class Transformer(nn.Module):
         x, head = self.norm(x), self.output.weight
         if targets is not None:
             is_fp8 = self.fp8_head and self.training
-            return cross_entropy(x, head, targets, args.vocab_size, args.logit_softcap, is_fp8)
+            options = args.logit_softcap, is_fp8, self.stress
+            return cross_entropy(x, head, targets, args.vocab_size, *options)
         logits = linear(x, head)[..., : args.vocab_size].float()
         if args.logit_softcap:
             logits = args.logit_softcap * torch.tanh(logits / args.logit_softcap)

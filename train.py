@@ -49,6 +49,7 @@ keep_last = 2  # recent checkpoints to keep, including ckpt.pt
 data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
 learn_orders = True  # with shards that have orders: also learn to write the orders
+order_weight = 4.0  # with orders: what is ordered counts so often when the story first has it
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model
@@ -310,7 +311,7 @@ if settings.fp8_head and not settings.eval_only:
     fit.check_fp8(model_args, micro_size * settings.max_seq_len, this_device)
 if settings.attention != "sdpa" and not settings.eval_only:
     fit.check_attention(settings.attention, this_device, compute_dtype, settings.dropout)
-model.dtype, model.fp8_head = compute_dtype, settings.fp8_head
+model.dtype, model.fp8_head, model.stress = compute_dtype, settings.fp8_head, settings.order_weight
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[settings.activation_checkpointing]
 is_compiled = fit.worth_compiling(settings, model, tokens_per_step, this_device, is_sharded)

@@ -6,17 +6,18 @@ in two folders; afterwards score the stories:
     python tinystories.py pretokenize --data_dir=data/plain --source=my_text.txt
     python tinystories.py pretokenize --data_dir=data/orders --source=my_text.txt --orders
     python sweep.py experiments/orders.py
-    python generate.py out/sweeps/orders/windows-* --orders --temperature=0.7
+    python generate.py out/sweeps/orders/orders-* --orders --num_samples=500
 """
 
 title = "Stories to order"
 base = "config/speedrun_cpu.py"
 runs = """
 plain: --data_dir=data/plain
-windows-64: --data_dir=data/orders
-windows-256: --data_dir=data/orders --sliding_window=256
-windows-none: --data_dir=data/orders --sliding_window=0
-windows-64-stories: --data_dir=data/orders --learn_orders=False
+orders: --data_dir=data/orders
+orders-weight-1: --data_dir=data/orders --order_weight=1
+orders-weight-8: --data_dir=data/orders --order_weight=8
+orders-windows-256: --data_dir=data/orders --sliding_window=256
+orders-stories-only: --data_dir=data/orders --learn_orders=False
 """
 equal_tokens = 9_100_000
 evals = 2

@@ -22,6 +22,7 @@ from dataset import CHUNK, mixed
 from system.files import atomic_write
 from text.documents import stream_documents
 from text.orders import Told, parse, scores, scores_of_others
+from text.shards import without_marks
 
 BREAK = "\0"  # between documents: a word that is in no story, so no n-gram spans two documents
 WORD = re.compile(rf"{BREAK}|[^\W_]+(?:'[^\W_]+)*")
@@ -206,7 +207,7 @@ def documents_of_file(path, is_book=False):
 
 def orders_of_shard(shard, tokenizer, mark):
     """Yield (Order, story) for each document of a token shard that has an order."""
-    for text, _ in documents_of_shard(shard & shard.dtype.type(mark - 1), tokenizer):
+    for text, _ in documents_of_shard(without_marks(shard, mark), tokenizer):
         order, story = parse(text)
         if order:
             yield order, story
@@ -225,7 +226,7 @@ def documents_of_shard(shard, tokenizer, mark=0):
     borders = [-1, *np.concatenate(starts).tolist(), len(shard)]  # -1: text before the first BOS
     for start, end in itertools.pairwise(borders):
         ids = shard[start + 1 : end]
-        ids = (ids[ids < mark] if mark else ids).tolist()
+        ids = (without_marks(ids[ids < mark], mark) if mark else ids).tolist()
         text = b"".join(map(table.__getitem__, ids)).decode(errors="replace").strip()
         if text:
             yield text, len(ids)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, random_model, read_log, script
 from test_parallel import train_with
 
-from loss import CrossEntropy
+from loss import STRESSED, CrossEntropy
 from model import ARCHS, KVCache, ModelArgs
 from training.checkpoint import load_checkpoint
 
@@ -85,16 +85,21 @@ def test_the_fused_loss_equals_cross_entropy(name):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_a_loss_in_chunks_equals_cross_entropy(softcap):
-    """300 tokens in chunks of 128, the last one short, with padded rows and ignored targets."""
+    """300 tokens in chunks of 128, the last one short; padded rows, ignored and stressed targets."""
     torch.manual_seed(1)
     x, weight = torch.randn(300, 32, requires_grad=True), torch.randn(4096, 32, requires_grad=True)
     targets = torch.randint(0, 4090, (300,))
     targets[5:200:7] = -1
     logits = x @ weight[:4090].T
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    expected = F.cross_entropy(logits, targets, ignore_index=-1)
+    counts = torch.where(targets < 0, 0, 1.0)
+    counts[::11] *= 3
+    expected = (counts * F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")).sum()
+    expected = expected / counts.sum()
+    stressed = torch.where(targets < 0, -1, targets | STRESSED)
+    targets = torch.where(torch.arange(300) % 11 == 0, stressed, targets)
     loss, loss_only = (
-        CrossEntropy.apply(x, weight, targets, 4090, softcap, wants_gradients, False)
+        CrossEntropy.apply(x, weight, targets, 4090, softcap, wants_gradients, False, 3.0)
         for wants_gradients in (True, False)
     )
     torch.testing.assert_close(loss, expected)

@@ -14,12 +14,14 @@ from conftest import PATIENCE_S, REPO, compile_c, random_model, refused, script
 
 from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
 from formats.modelbin import export_model
+from loss import STRESSED
 from text.corpus import plan_shards
 from text.orders import (
     FIELDS,
     Order,
     Orders,
     Told,
+    first_uses,
     forms,
     labelled,
     parse,
@@ -27,7 +29,7 @@ from text.orders import (
     scores,
     scores_of_others,
 )
-from text.shards import document_key, encode_orders, mark_of_orders
+from text.shards import document_key, encode_orders, mark_of_orders, without_marks
 
 WHOLE = Order(("dragon", "soup"), ("Dialogue", "Twist"), "The soup was hot.", "A dragon cooks.")
 
@@ -75,6 +77,18 @@ def test_content_words_are_asked_for():
     texts = [f"A {noun} met a {noun}, and the {noun} slept." for noun in nouns] * 20
     texts[::30] = [text.replace("slept", "such slept") for text in texts[::30]]
     assert set(Orders(texts).counts) == set(nouns)
+
+
+def test_words_are_what_a_story_is_about_and_found_where_it_first_has_them():
+    plain = ["A dog ran to a cat. The cat saw the dog run. The dog ran off."] * 60
+    orders = Orders(plain + ["A dragon saw a dog. The dragon made soup, soup and soup."] * 6)
+    story = "A dog saw a dragon. The dragon had soup. The soup was hot, dog!"
+    assert orders.topics(story) == ["dragon", "soup"]
+    story = "“Run to the big cats,” he said, running. The dragon’s run was hot. A cat sat."
+    order = Order(("run", "cat", "big cat", "dragon", "soup"), ("Dialogue",), "A cat sat.")
+    found = [story[start:end] for start, end in first_uses(order, story)]
+    assert found == ["Run", "cat", "big cat", "dragon’s", "A cat sat.", "“"]
+    assert not list(first_uses(Order(), story))
 
 
 LABELLED = [
@@ -211,9 +225,19 @@ def test_only_the_tokens_of_orders_are_marked(tokenizers, stories, name):
         prompt = tokenizer.encode(order) if order else [tokenizer.bos_id]
         n = len(prompt)  # with the BOS, which is not marked
         assert (document[1:n] & mark).all() and not (document[n:] & mark).any()
-        assert (document & (mark - 1))[:n].tolist() == prompt
+        assert without_marks(document, mark)[:n].tolist() == prompt
         whole = f"{order} {story}" if order else story
-        assert (document & (mark - 1)).tolist() == tokenizer.encode(whole)
+        assert without_marks(document, mark).tolist() == tokenizer.encode(whole)
+        # what is ordered is in the story, and marked there
+        asked = [b""]
+        for k in document[n:]:
+            piece = tokenizer.piece_bytes()[k & (mark >> 1) - 1]
+            asked = [*asked[:-1], asked[-1] + piece] if k & mark >> 1 else [*asked, b""]
+        asked = b"".join(piece + b"|" for piece in asked if piece).decode(errors="replace")
+        assert bool(asked) == bool(order)
+        for word in parse(order)[0].words:
+            assert word in asked
+        assert parse(order)[0].sentence in asked
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +264,10 @@ def test_shards_with_orders_have_the_same_stories_and_targets(ordered, tokenizer
         targets = [int(t) for _, y in valid for t in y.flatten() if t >= 0]
         found[name] = targets, data.valid_bytes, data.tokens_per_byte()
         x, y = TrainBatches(data.train, 64, 1, data).at(0, 50)
-        assert x.max() < 512 and y.max() < 512
+        assert x.max() < 512 and (y & ~STRESSED).max() < 512
         assert ((y < 0).float().mean() > 0.02) == (name == "with")
+        is_stressed = (y >= 0) & (y & STRESSED != 0)
+        assert (0.005 < is_stressed.float().mean() < 0.05) == (name == "with")
         if name == "with":
             _, all_y = TrainBatches(data.train, 64, 1, data, learns_orders=True).at(0, 50)
             assert (all_y >= 0).all() and (all_y == y)[y >= 0].all()
@@ -290,7 +316,7 @@ def test_labels_of_each_dataset_train(tokenizers, stories, tmp_path, kind):
     n = 61 if kind.endswith("parquet") else 1
     assert f"note: {n} document" in done.stdout and f"{kind}: “" in done.stdout
     shards = TokenData(DataPaths(str(tmp_path), "custom", 512), 64, tokenizers[512])
-    ids = np.concatenate(shards.train) & (shards.mark - 1)
+    ids = without_marks(np.concatenate(shards.train), shards.mark)
     expected = "Features: Hope" if n > 1 else "quit, oak, gloomy"
     assert expected in tokenizers[512].decode(ids.tolist())
     size = "--dim=32 --n_layers=2 --max_iters=2 --eval_iters=1 --batch_size=2 --max_seq_len=64"

@@ -8,14 +8,16 @@ Orders: what a story must contain, in front of the story, in the form of TinySto
     Story: Once upon a time ...
 
 The fields come in any order, and each may be missing. An order can be derived from any story, so no
-special dataset is needed: some of its rarer words, one of its sentences, and Dialogue if somebody
-speaks. Which fields an order has, and which stories have none, depends on a hash of the story.
+special dataset is needed: some words that it is about, one of its sentences, and Dialogue if
+somebody speaks. Which fields an order has, and which stories have none, depends on a hash of the story.
 
 To add a field, add it to FIELDS and Order, and let Orders.derive() fill it.
 """
 
+import functools
 import hashlib
 import itertools
+import math
 import random
 import re
 import zlib
@@ -37,7 +39,7 @@ SPEECH = re.compile(r"[\"“”„«»]")
 # probabilities: of an order, and of each of its fields
 WITH_ORDER, WITH_FIELD = 0.8, {"words": 0.8, "features": 0.5, "sentence": 0.25, "summary": 0.5}
 MIN_WORDS, MAX_WORDS = 2, 4  # in a derived order
-CANDIDATES = 10  # its words are drawn from this many of the rarest
+CANDIDATES = 6  # its words are drawn from this many that the story is about, see Orders.topics
 # Not from those in more than one of ten stories, or in fewer than one of a thousand, or of four
 COMMON, RARE, MIN_STORIES = 0.1, 0.001, 4
 # A story that has a content word uses it again ("dragon" 4.3 times), unlike "such" (1.04 times);
@@ -141,6 +143,7 @@ def story_of(text):
 # ---- words
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def forms(word):
     """Return a word and its regular English inflections, a set."""
     endings = {word + ending for ending in ("s", "es", "ed", "d", "ing", "er", "est", "ly", "'s")}
@@ -154,6 +157,11 @@ def forms(word):
         if word.endswith("f"):
             endings |= {word[:-1] + "ves"}
     return {word, *endings}
+
+
+def are_forms(a, b):
+    """Return whether one of two words is a form of the other."""
+    return a in forms(b) or b in forms(a)
 
 
 def has_speech(text):
@@ -175,24 +183,29 @@ class Orders:
             n += 1
         low = min(max(RARE * n, MIN_STORIES), n)
         high = max(COMMON * n, MIN_STORIES)
-        chosen = sorted(w for w, c in counts.items() if low <= c <= high)
+        chosen = sorted(w for w, c in counts.items() if low <= c <= high and w.isalpha())
         self.counts = {w: counts[w] for w in chosen if totals[w] >= CONTENT * counts[w]}
+        self.n = n
 
     def key(self):
         """Return a string that changes when the orders of a story may change."""
-        return f"4 {zlib.crc32(repr(self.counts).encode()):08x}"
+        return f"5 {zlib.crc32(repr(self.counts).encode()):08x}"
 
-    @staticmethod
-    def candidates(story):
-        """Return the words of three letters or more that are not names, a set."""
-        words = WORD.findall(story)
-        names = {word.lower() for word in words if word != word.lower()}
-        return {w for w in words if len(w) >= 3 and w == w.lower() and w not in names}
+    def topics(self, story):
+        """
+        Return up to CANDIDATES content words that a story is about, a list: those that it uses most
+        often and few stories have, ranked by tf-idf (Salton and Buckley 1988, "Term-weighting
+        approaches in automatic text retrieval"). They have three letters or more, and no capital.
+        """
+        uses = Counter(WORD.findall(story))
+        names = {word.lower() for word in uses if word != word.lower()}
+        words = [w for w in uses if len(w) >= 3 and w in self.counts and w not in names]
+        rank = {w: (-uses[w] * math.log(self.n / self.counts[w]), w) for w in words}
+        return sorted(words, key=rank.get)[:CANDIDATES]
 
     def derive(self, story, rng):
         """Return an Order that the story fulfils, with all fields that a text can give."""
-        words = [word for word in self.candidates(story) if word in self.counts]
-        words = sorted(words, key=lambda word: (self.counts[word], word))[:CANDIDATES]
+        words = self.topics(story)
         n = min(MIN_WORDS + int(rng.random() * (MAX_WORDS - MIN_WORDS + 1)), len(words))
         drawn = tuple(drawn_from(words, n, rng))
         low, high = SENTENCE_LENGTH
@@ -236,6 +249,27 @@ def drawn_from(items, n, rng):
 
 
 # ---- whether a story fulfils an order
+
+
+def first_uses(order, story):
+    """
+    Yield where a story first has what an Order asks for, speech, the sentence, and each word, as it
+    is or else in another form: pairs of positions (start, end). What is not there is left out.
+    """
+    places = {}
+    for match in reversed([*WORD.finditer(story)]):
+        places[straight(match[0])] = match.span()
+    text = straight(story)
+    for asked in map(straight, (*order.words, *[order.sentence] * bool(order.sentence))):
+        if asked in places:
+            yield places[asked]
+        elif not WORD.fullmatch(asked):
+            if (start := text.find(asked)) >= 0:
+                yield start, start + len(asked)
+        elif others := [at for word, at in places.items() if are_forms(word, asked)]:
+            yield min(others)
+    if "Dialogue" in order.features and (speech := SPEECH.search(story)):
+        yield speech.span()
 
 
 class Told:

@@ -27,7 +27,7 @@ from system.progress import progress
 from system.workers import in_order, over_spans
 from text.corpus import SIDECAR, texts_of, unchanged
 from text.documents import HOW_TO_CUT, is_plain
-from text.orders import Orders, problem_of, story_of
+from text.orders import Orders, first_uses, parse, problem_of, story_of
 from text.pieces import DTYPES, FORMAT, Part, batches_of, merge
 
 WHITE_SPACE = b" \t\n\v\f\r"
@@ -177,8 +177,8 @@ def training_documents(
 
 
 def id_type(tokenizer, has_orders=False):
-    """Return the smallest dtype for the ids of a Tokenizer, and a bit to mark those of orders."""
-    return DTYPES[tokenizer.vocab_size > 1 << (15 if has_orders else 16)]
+    """Return the smallest dtype for the ids of a Tokenizer, and two bits to mark orders."""
+    return DTYPES[tokenizer.vocab_size > 1 << (14 if has_orders else 16)]
 
 
 def encode_batch(batch, tokenizer, encoder, dtype, split, orders=None):
@@ -213,19 +213,27 @@ def encode_batch(batch, tokenizer, encoder, dtype, split, orders=None):
 
 def encode_orders(texts, tokenizer, encode, dtype, orders):
     """
-    Return (ids, stories) of documents with Orders in front; the ids of orders are marked. Documents
-    without a story are left out.
+    Return (ids, stories) of documents with Orders in front; the ids of orders are marked, and so is
+    what they order, where the story first has it. Documents without a story are left out.
     """
     placed = [(order, story) for order, story in map(orders.place, texts) if story]
     stories = [story for _, story in placed]
     whole = [f"{order} {story}" if order else story for order, story in placed]
     ids = tokenizer.encode_flat(whole, encode).astype(dtype)
-    starts = np.flatnonzero(ids == tokenizer.bos_id)
+    mark, table = mark_of_orders(dtype), tokenizer.piece_bytes()
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.bos_id)[1:])
     with_order = [i for i, (order, _) in enumerate(placed) if order]
-    if with_order:
-        prefixes = encode([placed[i][0] for i in with_order])[1]  # how many ids each has
-        for i, n in zip(with_order, prefixes, strict=True):
-            ids[starts[i] + 1 : starts[i] + 1 + n] |= mark_of_orders(dtype)
+    prefixes = encode([placed[i][0] for i in with_order])[1] if with_order else []
+    for i, n in zip(with_order, prefixes, strict=True):  # n: how many ids the order has
+        order, story = documents[i][1 : 1 + n], documents[i][1 + n :]
+        pieces = [table[k] for k in story]
+        ends = np.cumsum([len(piece) for piece in pieces])  # of the pieces in the text, in bytes
+        text = b"".join(pieces).decode(errors="replace")
+        for start, end in first_uses(parse(placed[i][0])[0], text):
+            first, last = (len(text[:at].encode()) for at in (start, end))
+            first = np.searchsorted(ends, first, side="right")
+            story[first : np.searchsorted(ends, last) + 1] |= mark >> 1
+        order |= mark
     return ids, stories
 
 
@@ -236,8 +244,16 @@ def quoted(text, n=60):
 
 
 def mark_of_orders(dtype):
-    """Return the bit that marks the ids of orders: the highest of the dtype."""
+    """
+    Return the bit that marks the ids of orders: the highest of the dtype. The bit below it marks
+    what is ordered, where the story first has it.
+    """
     return np.dtype(dtype).type(1 << (8 * np.dtype(dtype).itemsize - 1))
+
+
+def without_marks(ids, mark):
+    """Return ids without the bit `mark` and the one below it; mark = 0: there are none."""
+    return ids & ((int(mark) >> 1) - 1) if mark else ids
 
 
 def write_shards(

@@ -26,7 +26,9 @@ GROUPS = {
     "intervals": (
         "eval_interval eval_iters log_interval always_save_checkpoint save_interval keep_last"
     ),
-    "data": "data_dir vocab_source learn_orders batch_size gradient_accumulation_steps",
+    "data": (
+        "data_dir vocab_source learn_orders order_weight batch_size gradient_accumulation_steps"
+    ),
     "architecture": (
         "arch vocab_size max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
         "tie_embeddings qk_norm norm_gains activation logit_softcap sliding_window window_pattern "
@@ -62,7 +64,7 @@ FIXED = {*OPTIONS, "arch", "vocab_source", "optimizer"} - {"dropout"}
 # two finished runs that differ only in these have computed the same
 SAME_RESULT = names_of("folder", "uploads", "estimate")
 # the time per step does not depend on these
-SAME_WORK = {"data_dir", "seed"} | names_of(
+SAME_WORK = {"data_dir", "learn_orders", "order_weight", "seed"} | names_of(
     *("folder", "start", "intervals", "initialization", "length"),
     *("rates", "moments", "decay", "schedule", "uploads", "estimate"),
 )
@@ -168,6 +170,7 @@ RANGES = {
         [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "at least 0 and less than 1")
     ),
     "grad_clip": (0, sys.float_info.max, "a finite number, 0 (no limit) or more"),
+    "order_weight": (0, 1000, "a number from 0 to 1000"),
     "mfu": (sys.float_info.min, 1, "a number above 0, at most 1"),
     "seed": (0, 2**63 - 1, "a number from 0 to 2 ** 63 - 1"),
 }
