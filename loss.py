@@ -4,7 +4,6 @@ import math
 
 import torch
 
-
 STRESSED = 1 << 30  # the bit of targets that count more than once
 
 
