@@ -438,7 +438,8 @@ class Transformer(nn.Module):
 
         With targets (B, T), return their mean cross-entropy in nats instead, see cross_entropy; a
         target of -1 does not count. With a KVCache, the tokens follow the positions in the cache,
-        and only the last logits (B, 1, vocab_size) are returned. Raises ValueError for positions past max_seq_len.
+        and only the last logits (B, 1, vocab_size) are returned. Raises ValueError for positions
+        past max_seq_len.
         """
         args = self.args
         start = 0 if cache is None else cache.n
