@@ -38,6 +38,7 @@ LLAMA2_VOCAB_SIZE = 32000
 # custom: SentencePiece trained by tinystories.py; bpe: byte-level BPE trained by it; llama2: Meta's
 VOCAB_SOURCES = ("custom", "bpe", "llama2")
 CHUNK = 1 << 22  # ids that are read at a time to check a shard
+STRESSED = 1 << 30  # the bit of targets that count more than once in the loss
 SLOW_CHECK = 1 << 30  # bytes of shards; checking more than this shows a progress bar
 
 
@@ -240,8 +241,6 @@ class TokenData:
 
     def check_ids(self, batch):
         """Raise UserError for an id in a batch of targets that is not in the vocabulary."""
-        from loss import STRESSED  # here, because tinystories.py does not need torch
-
         if (top := int((batch & ~STRESSED).max())) >= self.vocab_size:
             raise UserError(
                 f"a shard was changed while in use: it now has token {top}, expected ids below "
@@ -412,8 +411,6 @@ def gather(shards, places, n, seq_len, mark=0, learns_orders=False, stresses=Fal
     STRESSED to what is ordered, where the story first has it.
     """
     import torch  # here, because tinystories.py does not need it
-
-    from loss import STRESSED
 
     batch = np.full((n, seq_len + 1), -1, dtype=np.int64)
     for out, (i, start) in zip(batch, places, strict=True):

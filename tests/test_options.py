@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from conftest import TINY, random_model, read_log, script
 from test_parallel import train_with
 
-from loss import STRESSED, CrossEntropy
+from dataset import STRESSED
+from loss import CrossEntropy
 from model import ARCHS, KVCache, ModelArgs
 from training.checkpoint import load_checkpoint
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from conftest import PATIENCE_S, REPO, compile_c, random_model, refused, script
 
-from dataset import DataPaths, TokenData, TrainBatches, ValidBatches
+from dataset import STRESSED, DataPaths, TokenData, TrainBatches, ValidBatches
 from formats.modelbin import export_model
-from loss import STRESSED
 from text.corpus import plan_shards
 from text.orders import (
     FIELDS,

@@ -169,9 +169,8 @@ TOLD = """((all) => all.length && all.every((x) => / tokens/.test(x.textContent)
 TEXT = "document.querySelector('.story')?.textContent"
 
 
+@needs_toolchain
 def test_a_page_needs_nothing_from_the_network(teller):
-    if not CAN_BUILD:
-        pytest.skip("needs clang, lld and wasi-libc")
     text = teller()[0].read_text()
     assert "default-src 'none'" in text and "unsafe-inline" not in text
     assert not re.search(r"(src|href)=|https?:|@import|url\(", text)
