@@ -6,6 +6,7 @@ n_layers = 4
 n_heads = 4
 n_kv_heads = 2
 bigram_rows = 4096
+order_weight = 2.0
 max_seq_len = 256
 batch_size = 8
 max_iters = 1200
