@@ -374,8 +374,8 @@ class TrainBatches:
         if self.data:
             self.data.check_unchanged(shard)
         places = zip(shard, start, strict=True)
-        how = self.mark, self.learns_orders, True
-        x, y = gather(self.shards, places, n, self.seq_len, *how)
+        how = {"mark": self.mark, "learns_orders": self.learns_orders, "stresses": True}
+        x, y = gather(self.shards, places, n, self.seq_len, **how)
         if self.data:
             self.data.check_ids(y)
         return x, y

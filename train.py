@@ -49,7 +49,7 @@ keep_last = 2  # recent checkpoints to keep, including ckpt.pt
 data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
 learn_orders = True  # with shards that have orders: also learn to write the orders
-order_weight = 4.0  # with orders: what is ordered counts so often when the story first has it
+order_weight = 4.0  # weight in the loss of what is ordered, where a story first has it
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model

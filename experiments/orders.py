@@ -6,7 +6,7 @@ in two folders; afterwards score the stories:
     python tinystories.py pretokenize --data_dir=data/plain --source=my_text.txt
     python tinystories.py pretokenize --data_dir=data/orders --source=my_text.txt --orders
     python sweep.py experiments/orders.py
-    python generate.py out/sweeps/orders/orders-* --orders --num_samples=500
+    python generate.py out/sweeps/orders/orders-* --orders --temperature=0.7
 """
 
 title = "Stories to order"

@@ -9,8 +9,7 @@ Orders: what a story must contain, in front of the story, in the form of TinySto
 
 The fields come in any order, and each may be missing. An order can be derived from any story, so no
 special dataset is needed: some words that it is about, one of its sentences, and Dialogue if
-somebody speaks. Which fields an order has, and which stories have none, is up to a hash of the
-story.
+somebody speaks. A hash of the story decides which fields its order has, and whether it has one.
 
 To add a field, add it to FIELDS and Order, and let Orders.derive() fill it.
 """
