@@ -26,6 +26,7 @@ start = ""  # prompt; FILE:prompt.txt reads it from a file
 num_samples = 100  # stories per model
 max_new_tokens = 256  # maximum tokens per story, after the prompt
 orders = False  # tell each story for an order from the validation text, and score it
+order_bias = 3.0  # added to logits of the words and the sentence until the story has them
 batch_size = 50  # stories generated at once
 # sampling
 temperature = 1.0  # 0: always the most likely token
@@ -73,7 +74,7 @@ from system.hardware import pick_device, pick_dtype
 from system.progress import print_line, progress
 from system.threads import Threads
 from text.corpus import books_among, text_files
-from text.orders import parse
+from text.orders import Wanted, parse
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
@@ -149,7 +150,10 @@ def generate_stories(name, model, tokenizer, jobs):
         draws = torch.rand(len(batch), limit, generator=generator, dtype=torch.float64)
         ids_of, ended = [[] for _ in batch], set()
         sampling = temperature, top_k, top_p, tokenizer.stop
-        for step in threads.watched(model.generate_batch(prompts, draws, *sampling)):
+        wanted = None
+        if orders:
+            wanted = [Wanted(jobs[i][1], tokenizer, order_bias, jobs[i][0]) for i in batch]
+        for step in threads.watched(model.generate_batch(prompts, draws, *sampling, wanted)):
             for k, token in enumerate(step):
                 if token is None:
                     ended.add(k)

@@ -501,7 +501,15 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None
+        self,
+        tokens,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        stop=(),
+        generator=None,
+        wanted=None,
     ):
         """
         Yield new token ids after `tokens`, a non-empty list of ids, until a token in `stop` (not
@@ -510,7 +518,8 @@ class Transformer(nn.Module):
         temperature = 0 picks the most likely token. top_k > 0 samples from the k most likely
         tokens, top_p < 1 from the smallest set of likely tokens with a total probability of top_p
         or more (Holtzman et al. 2020, arXiv:1904.09751). `generator` (a torch.Generator on the
-        CPU) makes the result repeatable. Raises ValueError if the tokens do not fit the context.
+        CPU) makes the result repeatable. `wanted` (text.orders.Wanted) favors what an order asks
+        for. Raises ValueError if the tokens do not fit the context.
         """
         device = self.output.weight.device
         limit = min(max_new_tokens, self.room_after(tokens))
@@ -518,19 +527,25 @@ class Transformer(nn.Module):
         step = torch.tensor([tokens], device=device)  # (1, T), then (1, 1)
         for _ in range(limit):
             logits = self(step, cache=cache)[0, -1].float().cpu()  # (vocab_size,)
+            if wanted:
+                wanted.raise_logits(logits)
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if token in stop:
                 return
+            if wanted:
+                wanted.read(token)
             yield token
             step = torch.tensor([[token]], device=device)
 
     @torch.inference_mode()
-    def generate_batch(self, prompts, draws, temperature=1.0, top_k=0, top_p=1.0, stop=()):
+    def generate_batch(
+        self, prompts, draws, temperature=1.0, top_k=0, top_p=1.0, stop=(), wanted=None
+    ):
         """
         Continue n prompts, lists of T ids each, at once; see generate(). Each continuation reads
         its random numbers, float64 in [0, 1), from one row of `draws` (n, max_new_tokens), so none
-        depends on the rest of the batch. Yields a list of n token ids after each step, with None
-        for those that have ended.
+        depends on the rest of the batch. wanted: None, or n of what generate() takes. Yields a list
+        of n token ids after each step, with None for those that have ended.
         """
         device = self.output.weight.device
         n, max_new_tokens = draws.shape
@@ -540,9 +555,13 @@ class Transformer(nn.Module):
         running = list(range(n))  # which continuation each row of the batch continues
         for i in range(limit):
             logits = self(step, cache=cache)[:, -1]  # (rows, vocab_size)
+            for row, j in enumerate(running if wanted else ()):
+                wanted[j].raise_logits(logits[row])
             new = draw_tokens(logits, draws[running, i], temperature, top_k, top_p)
             rows = [row for row, token in enumerate(new) if token not in stop]
             by_continuation = {running[row]: new[row] for row in rows}
+            for j, token in by_continuation.items() if wanted else ():
+                wanted[j].read(token)
             yield [by_continuation.get(j) for j in range(n)]
             if not rows:
                 return

@@ -1751,13 +1751,18 @@ static void print_token(const Tokenizer *t, Printer *printer, int token, bool fi
 // ------------------------------------------------------------------------------------------------
 // Sampling the next token
 
+typedef struct { const int *tokens; size_t n; } Phrase;
+
 typedef struct {
     float temperature;     // 0: the most likely token
     float top_p, min_p;    // 1 and 0: all tokens
     float repeat_penalty;  // 1: none
+    float order_bias;      // see favor_phrases()
     int top_k;             // 0: all tokens
     const Kernels *kernels;
     Candidate *candidates;  // (n_threads, vocab_size)
+    Phrase *phrases;        // (n_phrases) words and a sentence that an order asks for
+    size_t n_phrases, n_order;  // n_order: tokens before the story
 } Sampler;
 
 enum { PENALTY_WINDOW = 64 };  // how many tokens repeat_penalty looks back
@@ -1846,10 +1851,22 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
     return c[left - 1].index;
 }
 
+// Add order_bias to the logit of each phrase's next token, until the story has the phrase.
+static void favor_phrases(const Sampler *s, float *logits, const int *history, size_t n_history) {
+    for (size_t i = 0; i < s->n_phrases; i++) {
+        Phrase p = s->phrases[i];
+        size_t k = 0;  // how much of the phrase the story ends with
+        for (size_t at = s->n_order; at < n_history && k < p.n; at++)
+            k = history[at] == p.tokens[k] ? k + 1 : history[at] == p.tokens[0];
+        if (k < p.n) logits[p.tokens[k]] += s->order_bias;
+    }
+}
+
 // Sample the next token from logits (n), which are overwritten. history: the tokens before it.
 static int sample(Sampler *s, uint64_t *state, float *logits, int n, const int *history,
                   size_t n_history) {
     size_t first = n_history > PENALTY_WINDOW ? n_history - PENALTY_WINDOW : 0;
+    favor_phrases(s, logits, history, n_history);
     for (size_t i = first; s->repeat_penalty != 1.0f && i < n_history; i++) {
         size_t j = first;  // Keskar et al. 2019, once per distinct token
         while (history[j] != history[i]) j++;
@@ -1987,6 +2004,35 @@ static char *order_prompt(const Order *order, const char *beginning, size_t *n) 
     while (is_ordered && *beginning == ' ') beginning++;
     if (*beginning) sprintf(at, "%s%s", is_ordered ? " " : "", beginning);
     return prompt;
+}
+
+// Set the phrases of a sampler: the words and the sentence in an order, the first n_order bytes of a
+// prompt.
+static void set_phrases(Sampler *s, const Tokenizer *t, const char *prompt, size_t n_order) {
+    static const char *names[] = {"Words: ", "Random sentence: "}, start[] = "Story: ";
+    size_t n_commas = 0, n_start, n_all;
+    for (size_t i = 0; i < n_order; i++) n_commas += prompt[i] == ',';
+    s->phrases = alloc(n_commas + 2, sizeof *s->phrases);
+    s->n_phrases = 0;
+    encode(t, prompt, n_order, &s->n_order);
+    encode(t, start, sizeof start - 2, &n_start);
+    for (const char *line = prompt, *next; (next = memchr(line, '\n', n_order)); line = next + 1) {
+        n_order -= (size_t)(next + 1 - line);
+        for (size_t i = 0; i < 2; i++) {
+            const char *at = line + strlen(names[i]), *end;
+            if (strncmp(line, names[i], strlen(names[i]))) continue;
+            for (; at < next; at = end + 2) {
+                end = i ? NULL : memchr(at, ',', (size_t)(next - at));
+                if (!end) end = next;
+                size_t size = (size_t)(end - at);
+                char *text = alloc(sizeof start + size, 1);  // encoded as in a story
+                memcpy(text, start, sizeof start - 1);
+                memcpy(text + sizeof start - 1, at, size);
+                int *tokens = encode(t, text, sizeof start - 1 + size, &n_all);
+                s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start};
+            }
+        }
+    }
 }
 
 // Print the prompt and its continuation, for each story, but not the order in the first n_order
@@ -2223,6 +2269,8 @@ static void print_usage(FILE *out) {
         "  --words LIST, --features LIST, --sentence TEXT, --summary TEXT\n"
         "            what the story must contain, for models trained with orders; for example\n"
         "            --words \"dragon, soup\" --features Dialogue\n"
+        "  --order-bias FLOAT      how much the words and the sentence are favored until the\n"
+        "            story has them, added to their logits (default 3; 0: not at all)\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"
@@ -2296,7 +2344,8 @@ typedef struct {
 
 static Options parse_options(int argc, char **argv) {
     Options o = {.n_positions = -1, .n_stories = 1, .seed = (uint64_t)time(NULL),
-                 .sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f}};
+                 .sampler = {.temperature = 1.0f, .top_p = 0.9f, .repeat_penalty = 1.0f,
+                             .order_bias = 3.0f}};
     const char *mode = "generate", *cache = "fp32";
     const struct {
         const char *flag;
@@ -2317,6 +2366,7 @@ static Options parse_options(int argc, char **argv) {
         {"--features", TEXT, &o.order.features, 0, 0},
         {"--sentence", TEXT, &o.order.sentence, 0, 0},
         {"--summary", TEXT, &o.order.summary, 0, 0},
+        {"--order-bias", NUMBER, &o.sampler.order_bias, 0, 100},
         {"-b", INTEGER, &o.n_stories, 1, MAX_STORIES},
         {"--json", SWITCH, &o.as_json, 0, 0},
         {"-m", TEXT, &mode, 0, 0},
@@ -2400,6 +2450,7 @@ int main(int argc, char **argv) {
         const char *prompt = order_prompt(&o.order, o.text ? o.text : "", &n_order);
         if (n_order && !has(&model.config, ORDERS))
             die("%s was trained without orders: train with shards of pretokenize --orders", o.model);
+        if (n_order) set_phrases(&o.sampler, &tokenizer, prompt, n_order);
         bool wants_note = n_requested > model.config.seq_len && !o.as_json;
         if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
         else generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json,

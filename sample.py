@@ -23,6 +23,7 @@ words = ""  # what the story must contain, for a model trained with orders: drag
 features = ""  # the same: Dialogue, Twist, BadEnding, ...
 sentence = ""  # the same: a sentence
 summary = ""  # the same: what the story is about
+order_bias = 3.0  # added to logits of the words and the sentence until the story has them
 num_samples = 1  # number of stories
 max_new_tokens = 256  # maximum tokens per story, after the prompt
 # sampling
@@ -44,7 +45,7 @@ from formats.table import load_for_sampling
 from report.stories import check_sampling, read_prompt
 from system.hardware import pick_device, pick_dtype
 from system.threads import Threads
-from text.orders import Order, parse, split_list
+from text.orders import Order, Wanted, parse, split_list
 
 check_sampling(globals(), num_samples=1, max_new_tokens=0, top_k=0)
 start = read_prompt(start)
@@ -66,7 +67,9 @@ on_terminal = sys.stdout.isatty()
 for i in range(num_samples):
     if i:
         print("\n---\n")
-    tokens = model.generate(prompt, max_new_tokens, temperature, top_k, top_p, stop, generator)
+    sampling = temperature, top_k, top_p, stop, generator
+    wanted = Wanted(order, tokenizer, order_bias, prompt) if order else None
+    tokens = model.generate(prompt, max_new_tokens, *sampling, wanted)
     ids = list(threads.watched(tokens))
     text = tokenizer.decode([*prompt, *ids])
     text = parse(text)[1] if order else text

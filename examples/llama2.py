@@ -40,6 +40,7 @@ ARGUMENTS = {
     "knows_orders": [],
     "encode": [ctypes.c_char_p, ctypes.c_size_t, INTS, ctypes.c_int],
     "encode_order": [ctypes.POINTER(Order), ctypes.c_char_p, INTS, ctypes.c_int, INTS],
+    "bias": [ctypes.POINTER(Order), ctypes.c_float],
     "decode": [INTS, ctypes.c_int, ctypes.c_char_p, ctypes.c_int],
     "forward": [INTS, ctypes.c_int, ctypes.c_int],
     "seed": [ctypes.c_uint64],
@@ -47,6 +48,10 @@ ARGUMENTS = {
     "hand_over": [],
     "free": [],
 }
+
+
+def order_of(texts):
+    return Order(**{name: text.encode() for name, text in texts.items()})
 
 
 class Llama:
@@ -94,8 +99,7 @@ class Llama:
         Return the tokens of an order, a dict with the fields of Order, and of how its story
         begins; and how many are the order's.
         """
-        order = Order(**{name: text.encode() for name, text in order.items()})
-        args = ctypes.byref(order), beginning.encode()
+        args = ctypes.byref(order_of(order)), beginning.encode()
         n_order = ctypes.c_int()
         n = self.c.llama_encode_order(self.llama, *args, None, 0, ctypes.byref(n_order))
         tokens = (ctypes.c_int * self.checked(n))()
@@ -116,7 +120,7 @@ class Llama:
         logits = self.c.llama_forward(self.llama, array, len(tokens), pos)
         return self.checked(logits)[: self.vocab_size]
 
-    def generate(self, prompt="", seed=0, order=None, **sampling):
+    def generate(self, prompt="", seed=0, order=None, order_bias=3.0, **sampling):
         """
         Return the prompt and its continuation, after an order as in encode_order(), or None. The
         other keywords are fields of Sampling.
@@ -129,6 +133,8 @@ class Llama:
                 f"the prompt has {len(tokens)} tokens, but the model's context is "
                 f"{self.n_positions}: shorten the prompt"
             )
+        favored = ctypes.byref(order_of(order)) if order else None
+        self.checked(self.c.llama_bias(self.llama, favored, order_bias))
         self.checked(self.c.llama_seed(self.llama, seed))
         new = tokens
         while len(tokens) <= self.n_positions:

@@ -21,6 +21,7 @@ struct Llama {
     int n_tokens;     // their number
     bool has_logits;  // the last token's logits have not been sampled from
     Block *blocks;    // all memory and files, including this struct
+    Block *phrases;   // the memory of sampler.phrases
 };
 
 // The loaded models. A call looks its model up here, to refuse one that was freed.
@@ -214,6 +215,33 @@ int llama_encode_order(Llama *l, const LlamaOrder *order, const char *beginning,
     return encode_all(l, order, beginning, 0, tokens, room, n_order);
 }
 
+int llama_bias(Llama *l, const LlamaOrder *order, float bias) {
+    if (!enter(l, true)) return -1;
+    jmp_buf caller;
+    Sampler *s = &l->sampler, changed = *s;
+    changed.n_phrases = 0;
+    catch_errors(&caller);
+    if (setjmp(caller)) {
+        clean_up();
+        leave(l);
+        return -1;
+    }
+    if (order) {
+        const Order o = {order->words, order->features, order->sentence, order->summary};
+        size_t n;
+        const char *text = order_prompt(&o, "", &n);
+        if (n) set_phrases(&changed, &l->tokenizer, text, n);
+    }
+    on_error.caller = NULL;
+    Block *made = blocks;
+    blocks = l->phrases;
+    release_to(NULL);
+    l->phrases = made;
+    changed.order_bias = bias;
+    *s = changed;
+    return leave_with(l, 0, "");
+}
+
 int llama_decode(Llama *l, const int *tokens, int n, char *text, int room) {
     Printer printer = {.text = text, .room = room > 0 ? (size_t)room : 0};
     if (!enter(l, true)) return -1;
@@ -277,6 +305,8 @@ int llama_free(Llama *l) {
     lock_models();
     *place_of(l) = l->next;
     unlock_models();
+    blocks = l->phrases;
+    release_to(NULL);
     blocks = l->blocks;
     release_to(NULL);
     return 0;

@@ -1,9 +1,8 @@
 // The engine as a library, built by make libllama2. examples/llama2.py uses it from Python.
 //
-// Threads: a Llama belongs to the first thread that calls llama_encode(), llama_decode(),
-// llama_forward(), llama_seed() or llama_sample() with it. Until that thread calls
-// llama_hand_over(), these calls fail in all other threads. Different threads may use different
-// Llamas at the same time.
+// Threads: a Llama belongs to the first thread that encodes, decodes, runs, seeds, samples or sets a
+// bias with it. Until that thread calls llama_hand_over(), these calls fail in all other threads.
+// Different threads may use different Llamas at the same time.
 //
 // Forks: if a process forks after loading a model, every call fails in the child.
 //
@@ -78,6 +77,11 @@ LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *token
 // their text separates the two. -1: the order is empty, or the model does not know orders.
 LLAMA2_API int llama_encode_order(Llama *llama, const LlamaOrder *order, const char *beginning,
                                   int *tokens, int room, int *n_order);
+
+// Let llama_sample() favor what an order asks for, its words and its sentence, until the story has
+// it: `bias` is added to the logit of the next token of each. 3 is a good value. A prompt must start
+// with the same order. NULL: favor nothing, as at the start.
+LLAMA2_API int llama_bias(Llama *llama, const LlamaOrder *order, float bias);
 
 // Decode n tokens, which may start with a BOS. Returns the text's length in bytes, and writes as
 // many as fit in `room`, without a NUL. -1: an invalid token, or the length does not fit an int.

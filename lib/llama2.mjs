@@ -93,14 +93,25 @@ export class Llama {
   // The tokens of an order, an object with texts words, features, sentence and summary, each of
   // which may be missing, and of how its story begins: {tokens, n_order}, where the first n_order
   // are the order's.
-  encode_order({ words = "", features = "", sentence = "", summary = "" }, beginning = "") {
-    const order = this.#scratch, n_at = order + 16;
-    const texts = [words, features, sentence, summary, beginning];
-    const tokens = this.#tokens_of(texts, (all, at, room) => {
-      this.#view(Uint32Array, order, 4).set(all.slice(0, 4).map((bytes) => bytes.at));
-      return this.#c.llama_encode_order(this.#at, order, all[4].at, at, room, n_at);
-    });
+  encode_order(order, beginning = "") {
+    const n_at = this.#scratch + 16;
+    const tokens = this.#with_order(order, beginning, (order_at, begin_at, at, room) =>
+      this.#c.llama_encode_order(this.#at, order_at, begin_at, at, room, n_at));
     return { tokens, n_order: this.#view(Int32Array, n_at, 1)[0] };
+  }
+
+  #with_order({ words = "", features = "", sentence = "", summary = "" }, beginning, call) {
+    const texts = [words, features, sentence, summary, beginning];
+    return this.#tokens_of(texts, (all, at, room) => {
+      this.#view(Uint32Array, this.#scratch, 4).set(all.slice(0, 4).map((bytes) => bytes.at));
+      return call(this.#scratch, all[4].at, at, room);
+    });
+  }
+
+  // Favor what an order asks for, or nothing if it is null, as ./run does.
+  #bias(order, bias) {
+    if (order) this.#with_order(order, "", (at) => this.#c.llama_bias(this.#at, at, bias));
+    else this.#check(this.#c.llama_bias(this.#at, 0, 0));
   }
 
   // The text of tokens (an Array), which may start with a BOS.
@@ -147,7 +158,7 @@ export class Llama {
   // the story. Options as those of ./run: seed is a BigInt or a whole number, order is as in
   // encode_order().
   *tell(prompt = "", { temperature = 1, topP = 0.9, topK = 0, minP = 0, repeatPenalty = 1,
-                       seed = 0, length = 256, order = null } = {}) {
+                       seed = 0, length = 256, order = null, orderBias = 3 } = {}) {
     const { tokens, n_order } = order ? this.encode_order(order, prompt)
       : { tokens: this.encode(prompt), n_order: 0 };
     const end = Math.min(length || this.positions, this.positions);  // tokens that are run
@@ -156,6 +167,7 @@ export class Llama {
                       `${tokens.length} tokens, but the story has room for ${end}: shorten it` +
                       (end < this.positions ? " or allow a longer story" : ""));
     let logits = this.forward(tokens), shown = [];
+    this.#bias(order, orderBias);
     this.#check(this.#c.llama_seed(this.#at, BigInt.asUintN(64, BigInt(seed))));
     const settings = this.#scratch;
     let space = n_order ? /^ / : "";  // separates the order from the story

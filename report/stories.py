@@ -30,11 +30,14 @@ ENDING = re.compile(r"""[.!?…]["'”’»)]*\s*$""")
 PIECE = 1 << 20  # characters of training text searched at once
 
 
+MAXIMUMS = {"temperature": 100, "seed": 2**63 - 1, "top_p": 1, "order_bias": 100}
+
+
 def check_sampling(settings, **minimums):
     """Raise UserError if a sampling setting is out of range; minimums: of integer settings."""
     for name, minimum in minimums.items():
         check_range(minimum, **{name: settings[name]})
-    for name, maximum in {"temperature": 100, "seed": 2**63 - 1, "top_p": 1}.items():
+    for name, maximum in MAXIMUMS.items():
         check_range(0, maximum, **{name: settings[name]})
 
 

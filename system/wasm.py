@@ -25,8 +25,8 @@ SOURCES = [os.path.join(ROOT, name) for name in ("run.c", "kernels.h")] + [
 ENGINE = os.path.join(LIB, "llama2.wasm")
 EXPORTS = (
     "llama_load_bytes llama_error llama_vocab_size llama_n_positions llama_bos llama_eos "
-    "llama_knows_orders llama_encode llama_encode_order llama_decode llama_forward llama_seed "
-    "llama_sample malloc free aligned_alloc"
+    "llama_knows_orders llama_encode llama_encode_order llama_bias llama_decode llama_forward "
+    "llama_seed llama_sample malloc free aligned_alloc"
 ).split()
 # as in the Makefile: products and sums are not fused, so that results are the same bits everywhere
 COMPILE = [

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import PATIENCE_S, REPO, compile_c, random_model, refused, script
 
 from dataset import STRESSED, DataPaths, TokenData, TrainBatches, ValidBatches
@@ -20,6 +21,7 @@ from text.orders import (
     Order,
     Orders,
     Told,
+    Wanted,
     first_uses,
     forms,
     labelled,
@@ -371,7 +373,7 @@ def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tm
 
     for begin in ("", "One day", " One day"):
         flags = ["--words", " dragon,soup ,, big  cat,", "--sentence", " It\nwas\thot. "]
-        told = tell(*flags, "--summary", "", "-i", begin)
+        told = tell(*flags, "--summary", "", "-i", begin, "--order-bias", "0")
         order = Order(("dragon", "soup", "big cat"), sentence="It was hot.")
         expected, whole = order.prompt(), tell("-i", order.prompt(begin))
         assert whole.startswith(expected) and len(told) > 20
@@ -380,6 +382,34 @@ def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tm
     assert tell("--words", " , ", "-i", "One day") == tell("-i", "One day")
     stories = tell("--words", "dragon", "-b", "3", "-t", "1", "-s", "1").split("\n---\n\n")
     assert len(set(stories)) == 3 and "dragon" not in {s.split()[0] for s in stories}
+
+
+@pytest.mark.parametrize("name", (512, "gpt2"))
+def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_path, name):
+    """With a large bias, a random model says each phrase once, whatever it would say otherwise."""
+    tokenizer = tokenizers[name]
+    tokenizer.export(tmp_path / "tokenizer.bin")
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256, orders=True)
+    export_model(model, tmp_path / "model.bin")
+    order, beginning = Order(("dragon", "big cat", "soup"), sentence="It was hot."), "One big soup"
+    prompt, stop = tokenizer.encode(order.prompt(beginning)), tokenizer.stop
+    told = {}
+    for bias in (0.0, 3.0, 100.0):
+        wanted = Wanted(order, tokenizer, bias, prompt)
+        ids = list(model.generate(prompt, 100, temperature=0, stop=stop, wanted=wanted))
+        wanted = [Wanted(order, tokenizer, bias, prompt) for _ in range(2)]
+        batch = model.generate_batch([prompt] * 2, torch.zeros(2, 100), 0, stop=stop, wanted=wanted)
+        assert [step[1] for step in batch if step[1] is not None] == ids
+        told[bias] = parse(tokenizer.decode([*prompt, *ids]))[1]
+        flags = ["--words", "dragon, big cat,soup", "--sentence", "It  was hot.", "-i", beginning]
+        flags += ["-t", "0", "-n", str(len(prompt) + 99), "--order-bias", str(bias)]
+        command = [builds["run", "checked"], tmp_path / "model.bin", *flags]
+        done = subprocess.run(command, capture_output=True, check=True)
+        assert done.stdout.decode(errors="replace").rstrip("\n") == told[bias]
+    plain = list(model.generate(prompt, 100, temperature=0, stop=stop))
+    assert parse(tokenizer.decode([*prompt, *plain]))[1] == told[0.0]
+    assert told[100.0].startswith(beginning) and told[100.0].count(" soup") == 1
+    assert all(told[100.0].count(text) == 1 for text in (" dragon", " big cat", " It was hot."))
 
 
 @pytest.mark.slow
@@ -405,6 +435,8 @@ for path in {paths!r}:
     for order in ({order!r}, {{"words": " , "}}):
         try:
             print(llama.generate("One day", order=order, temperature=0))
+            plain = llama.generate("One day", temperature=0)  # favors nothing
+            print(plain == Llama(path, library={str(library)!r}).generate("One day", temperature=0))
         except ValueError as e:
             print(e)
 """
@@ -415,4 +447,4 @@ for path in {paths!r}:
     expected = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     wrong = ["the model was trained without orders"] * 2
     assert done.stdout.splitlines()[:1] == ["1"] and len(expected) > 100
-    assert done.stdout == "\n".join(["1", expected + "the order is empty", "0", *wrong, ""])
+    assert done.stdout == "\n".join(["1", expected + "True", "the order is empty", "0", *wrong, ""])

@@ -251,6 +251,11 @@ def drawn_from(items, n, rng):
 # ---- whether a story fulfils an order
 
 
+def verbatim(order):
+    """Return the texts that an order asks for: its words and its sentence."""
+    return (*order.words, *[order.sentence] * bool(order.sentence))
+
+
 def first_uses(order, story):
     """
     Yield where a story first has what an Order asks for, speech, the sentence, and each word, as it
@@ -260,7 +265,7 @@ def first_uses(order, story):
     for match in reversed([*WORD.finditer(story)]):
         places[straight(match[0])] = match.span()
     text = straight(story)
-    for asked in map(straight, (*order.words, *[order.sentence] * bool(order.sentence))):
+    for asked in map(straight, verbatim(order)):
         if asked in places:
             yield places[asked]
         elif not WORD.fullmatch(asked):
@@ -270,6 +275,37 @@ def first_uses(order, story):
             yield min(others)
     if "Dialogue" in order.features and (speech := SPEECH.search(story)):
         yield speech.span()
+
+
+class Wanted:
+    """
+    What an order asks for and a story does not have yet, its words and its sentence as tokens.
+    While the story is told, raise_logits() favors the tokens that would say them.
+    """
+
+    def __init__(self, order, tokenizer, bias, prompt):
+        """prompt: the ids of the order and of how the story begins."""
+        texts = (" ".join(text.split()) for text in verbatim(order))
+        start = tokenizer.encode(START, bos=False)
+        phrases = (tokenizer.encode(f"{START} {text}", bos=False) for text in texts)
+        self.phrases = [phrase[len(start) :] for phrase in phrases]  # encoded as in a story
+        self.n_said = [0] * len(self.phrases)  # how many of its tokens the story ends with
+        self.bias = bias
+        for token in prompt[len(tokenizer.encode(order.prompt())) :]:
+            self.read(token)
+
+    def raise_logits(self, logits):
+        """Add the bias to the logits (vocab_size,) of the next token of each phrase."""
+        for phrase, n in zip(self.phrases, self.n_said, strict=True):
+            if n < len(phrase):
+                logits[phrase[n]] += self.bias
+
+    def read(self, token):
+        """Read the next token of the story."""
+        for i, phrase in enumerate(self.phrases):
+            n = self.n_said[i]
+            if n < len(phrase):
+                self.n_said[i] = n + 1 if token == phrase[n] else int(token == phrase[0])
 
 
 class Told:
