@@ -19,6 +19,10 @@ import sys
 from functools import partial
 
 from configurator import UserError, expand_home, one_sentence_errors, print_setting, printable
+from system.tuning import tune_process
+
+tune_process()
+
 from formats import huggingface, modelbin
 from formats.huggingface import FastTokenizer
 from formats.modelbin import VERSIONS
@@ -45,6 +49,7 @@ SETTINGS = {
     "the format to write": {
         "format": ("FORMAT", "one of those below; if not set: from PATH's extension, else bin"),
         "dtype": ("DTYPE", "dtype of the weights; if not set: the first one in the list below"),
+        "calibrate": ("TEXT", "int4: a text like that of training; if not set: told by the model"),
         "version": ("auto", "of model.bin: 0 (plain Llama only) or 3; auto: 0 if possible"),
     },
     "the web page (html, or in a folder of hf)": {
@@ -124,6 +129,8 @@ dtype = (flags.dtype or next(iter(FORMATS[to].dtypes))).lower()
 if dtype not in FORMATS[to].dtypes:
     choices = ", ".join(FORMATS[to].dtypes)
     raise UserError(f"dtype = {flags.dtype}: expected one of {choices} for --format={to}")
+if flags.calibrate and dtype != "int4":
+    raise UserError(f"--calibrate cannot be used with --dtype={dtype}: use --dtype=int4")
 if flags.version != "auto" and to != "bin":
     raise UserError(f"--version cannot be used with --format={to}: use --format=bin")
 if flags.push_to_hub and to != "hf":
@@ -184,6 +191,7 @@ name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
 name = re.sub(r"[.](gguf|html)$", "", name)
 if name in ("hf", "gguf", "model", "out", "export"):
     name = f"Storyteller with {model.n_params():,} parameters"
+about["calibrate"] = flags.calibrate or ""
 facts = {**about, "repository": flags.push_to_hub or ".", "page": flags.page, **facts}
 facts["title"] = " ".join((flags.title or "").split()) or name
 if to == "hf" and flags.license == "unknown":

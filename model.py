@@ -275,10 +275,15 @@ class Attention(nn.Module):
             self.q_norm = HeadNorm(args, args.head_dim)
             self.k_norm = HeadNorm(args, args.head_dim)
 
-    def forward(self, x, extra_values, cos, sin, cache):
+    def forward(self, x, *context):
+        """x (B, T, dim) -> (B, T, dim); context: the other arguments of mixed()."""
+        return linear(self.mixed(x, *context), self.wo.weight)
+
+    def mixed(self, x, extra_values, cos, sin, cache):
         """
-        x (B, T, dim) -> (B, T, dim). extra_values: None or (B, T, kv_dim); cos and sin:
-        (T, head_dim // 2); cache: None or the KVCache of the earlier positions.
+        Return what all heads read (B, T, dim), the input of wo, for x (B, T, dim). extra_values:
+        None or (B, T, kv_dim); cos and sin: (T, head_dim // 2); cache: None or the KVCache of the
+        earlier positions.
         """
         args = self.args
         B, T, _ = x.shape
@@ -295,7 +300,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, all positions, head_dim)
         dropout = args.dropout if self.training else 0.0
         y = self.attend(q, k, v, self.window, dropout, self.kernel)  # (B, n_heads, T, head_dim)
-        return linear(y.transpose(1, 2).reshape(B, T, args.dim), self.wo.weight)
+        return y.transpose(1, 2).reshape(B, T, args.dim)
 
 
 class FeedForward(nn.Module):
@@ -310,12 +315,14 @@ class FeedForward(nn.Module):
             self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # (hidden_dim, dim)
 
     def forward(self, x):
+        return linear(self.hidden(x), self.w2.weight)
+
+    def hidden(self, x):
+        """Return the input of w2 (B, T, hidden_dim) for x (B, T, dim)."""
         if self.is_gated:
             gate, up = linear(x, self.w1.weight, self.w3.weight).chunk(2, dim=-1)
-            h = self.activation(gate) * up  # (B, T, hidden_dim)
-        else:
-            h = self.activation(linear(x, self.w1.weight))
-        return linear(h, self.w2.weight)
+            return self.activation(gate) * up
+        return self.activation(linear(x, self.w1.weight))
 
 
 class Block(nn.Module):
@@ -337,7 +344,7 @@ class Block(nn.Module):
         return self.compute(x, *context)
 
     def compute(self, x, *context):
-        """Compute the layer; context: the other arguments of Attention.forward."""
+        """Compute the layer; context: the other arguments of Attention.mixed."""
         x = x + self.dropout(self.attention(self.attention_norm(x), *context))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 

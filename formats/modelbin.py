@@ -132,12 +132,12 @@ def tensors(model, with_rope_tables=False):
             yield name, [state[key][:n_rows] for key in keys]
 
 
-def quantized(matrix, codes):
+def quantized(matrix, codes, importance=None):
     """
     Quantize a matrix. Returns integers (rows, cols), uint8, and scales (rows, groups), bfloat16;
     the matrix is about (integers - codes.zero) * scales. In int8 the largest value of a group
     becomes about -127 or 127. int4 tries several scales around the one that maps it to -8, and
-    keeps the one with the least squared error.
+    keeps the one with the least squared error. importance (cols,): weights of these squares.
     """
     rows, cols = matrix.shape
     w = F.pad(matrix.float(), (0, -cols % codes.group)).view(rows, -1, codes.group)
@@ -146,12 +146,14 @@ def quantized(matrix, codes):
         candidates, low, high = [largest.abs() / 127 * (1 + 2**-8)], -127, 127
     else:
         candidates, low, high = [largest / -8 * (0.8 + 0.02 * i) for i in range(16)], -8, 7
+    importance = torch.ones(cols) if importance is None else importance
+    importance = F.pad(importance, (0, -cols % codes.group)).view(-1, codes.group)
     best = torch.full_like(largest, torch.inf)
     integers, scales = torch.zeros_like(w), torch.zeros_like(largest)
     for scale in candidates:
         scale = scale.bfloat16().float()
         q = (w / torch.where(scale == 0, 1, scale)).round().clamp(low, high)
-        error = (w - q * scale).square().sum(2, keepdim=True)
+        error = ((w - q * scale).square() * importance).sum(2, keepdim=True)
         integers = torch.where(error < best, q, integers)
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(error, best)
@@ -183,7 +185,7 @@ def raw(tensor):
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
-def write_v0(model, f, dtype, fingerprint):
+def write_v0(model, f, dtype, fingerprint, rounded):
     args = model.args
     refuse(args, V0_TARGET, 0)
     if dtype != "fp32":
@@ -207,20 +209,21 @@ def is_vector(name, parts):
     return parts[0].dim() == 1 or name == "smear_gate"
 
 
-def blobs(model, dtype):
+def blobs(model, dtype, rounded):
     """Yield what follows the header of a version 3 file: iterables of bytes, each aligned."""
     for name, parts in tensors(model):
         kind = torch.float32 if is_vector(name, parts) else DTYPES[dtype]
         if isinstance(kind, Codes):
             lanes = lanes_of(name, model.args)
-            quantized_parts = [laid_out(*quantized(part, kind), kind, lanes) for part in parts]
-            yield (raw(integers) for integers, _ in quantized_parts)
-            yield (raw(scales) for _, scales in quantized_parts)
+            codes = (rounded.get((name, i)) or quantized(x, kind) for i, x in enumerate(parts))
+            codes = [laid_out(*pair, kind, lanes) for pair in codes]
+            yield (raw(integers) for integers, _ in codes)
+            yield (raw(scales) for _, scales in codes)
         else:
             yield (raw(part.to(kind)) for part in parts)
 
 
-def write_v3(model, f, dtype, fingerprint):
+def write_v3(model, f, dtype, fingerprint, rounded):
     args = model.args
     refuse(args, V3_TARGET, 3)
     values = {
@@ -242,7 +245,7 @@ def write_v3(model, f, dtype, fingerprint):
             )
     f.write(bytes(values["header_size"]))
     f.write(struct.pack(f"<{args.n_layers}i", *windows(args)))
-    for parts in blobs(model, dtype):
+    for parts in blobs(model, dtype, rounded):
         f.write(bytes(-f.tell() % ALIGNMENT))
         f.writelines(parts)
     values["file_size"] = f.tell()
@@ -253,17 +256,18 @@ def write_v3(model, f, dtype, fingerprint):
 VERSIONS = {0: write_v0, 3: write_v3}
 
 
-def export_model(model, path, version=None, dtype="fp32", fingerprint=0):
+def export_model(model, path, version=None, dtype="fp32", fingerprint=0, rounded=None):
     """
     Write a Transformer as a model file; on any error, `path` is left unchanged. version None: 0 if
     it can store the model, so that programs made for llama2.c can read it, else 3. fingerprint: of
-    the model's Tokenizer, stored by version 3; 0: unknown.
+    the model's Tokenizer, stored by version 3; 0: unknown. rounded: matrices that are already
+    quantized, as calibration.calibrate() returns them.
     """
     if version is None:
         version = 3 if dtype != "fp32" or misfit(model.args, V0_TARGET) else 0
     try:
         with atomic_write(path) as f:
-            VERSIONS[version](model, f, dtype, fingerprint)
+            VERSIONS[version](model, f, dtype, fingerprint, rounded or {})
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from None
 

@@ -18,6 +18,7 @@ import torch
 from configurator import UserError
 from dataset import DataPaths
 from formats import gguf, huggingface, modelbin, webpage
+from formats.calibration import calibrate
 from formats.huggingface import FastTokenizer
 from formats.modelbin import export_model
 from formats.tensors import PADDED, build_model, check_tensor_sizes, skeleton
@@ -361,7 +362,8 @@ def with_tokenizer(path, name, tokenizer):
 def write_bin(model, path, dtype, tokenizer, facts, version=None):
     with with_tokenizer(path, "tokenizer.bin", tokenizer):
         fingerprint = tokenizer.fingerprint if tokenizer else 0
-        export_model(model, path, version, dtype, fingerprint)
+        rounded = calibrate(model, tokenizer, facts.get("calibrate", "")) if dtype == "int4" else {}
+        export_model(model, path, version, dtype, fingerprint, rounded)
 
 
 def write_checkpoint(model, path, dtype, tokenizer, facts):

@@ -16,6 +16,7 @@ import tempfile
 import zlib
 
 from configurator import UserError
+from formats.calibration import calibrate
 from formats.modelbin import export_model
 from system.files import atomic_write
 from system.wasm import LIB, build_engine
@@ -46,11 +47,12 @@ def data_block(name, data):
     return f"<script {attributes}>{base64.b64encode(data).decode()}</script>\n"
 
 
-def model_bin(model, dtype, tokenizer):
-    """Return the bytes of model.bin."""
+def model_bin(model, dtype, tokenizer, text):
+    """Return the bytes of model.bin; int4 is calibrated on a text."""
+    rounded = calibrate(model, tokenizer, text) if dtype == "int4" else {}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.bin")
-        export_model(model, path, None, dtype, tokenizer.fingerprint)
+        export_model(model, path, None, dtype, tokenizer.fingerprint, rounded)
         with open(path, "rb") as f:
             return f.read()
 
@@ -61,9 +63,9 @@ def megabytes(n):
 
 def page_of(model, dtype, tokenizer, facts):
     """
-    Return the page (bytes), and print the sizes. facts: title, language, and for two models name,
-    of the first, and beside: the name, model and tokenizer of the second. Raises UserError if a
-    tokenizer is missing or the engine cannot be compiled.
+    Return the page (bytes), and print the sizes. facts: title, language, calibrate, and for two
+    models name, of the first, and beside: the name, model and tokenizer of the second. Raises
+    UserError if a tokenizer is missing or the engine cannot be compiled.
     """
     models = [(facts.get("name", facts["title"]), model, tokenizer)]
     if "beside" in facts:
@@ -72,7 +74,7 @@ def page_of(model, dtype, tokenizer, facts):
     for i, (name, each, its_tokenizer) in enumerate(models):
         if its_tokenizer is None:
             raise UserError("a page needs the tokenizer: pass --tokenizer=PATH, to its .model file")
-        data = model_bin(each, dtype, its_tokenizer)
+        data = model_bin(each, dtype, its_tokenizer, facts.get("calibrate", ""))
         blocks.append(data_block(f"model-{i}", data))
         blocks.append(data_block(f"tokenizer-{i}", its_tokenizer.c_file()))
         n = each.n_params()
