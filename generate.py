@@ -26,7 +26,7 @@ start = ""  # prompt; FILE:prompt.txt reads it from a file
 num_samples = 100  # stories per model
 max_new_tokens = 256  # maximum tokens per story, after the prompt
 orders = False  # tell each story for an order from the validation text, and score it
-order_bias = 3.0  # added to logits of the words and the sentence until the story has them
+order_bias = 3.0  # added to the logits of what is ordered until the story has it; 0: off
 batch_size = 50  # stories generated at once
 # sampling
 temperature = 1.0  # 0: always the most likely token

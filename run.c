@@ -1761,7 +1761,7 @@ typedef struct {
     int top_k;             // 0: all tokens
     const Kernels *kernels;
     Candidate *candidates;  // (n_threads, vocab_size)
-    Phrase *phrases;        // (n_phrases) words and a sentence that an order asks for
+    Phrase *phrases;        // (n_phrases) what an order asks for, see set_phrases()
     size_t n_phrases, n_order;  // n_order: tokens before the story
 } Sampler;
 
@@ -2006,31 +2006,35 @@ static char *order_prompt(const Order *order, const char *beginning, size_t *n) 
     return prompt;
 }
 
-// Set the phrases of a sampler: the words and the sentence in an order, the first n_order bytes of a
-// prompt.
+// Set the phrases of a sampler from an order, the first n_order bytes of a prompt: its words, its
+// sentence, and a quotation mark for dialogue.
 static void set_phrases(Sampler *s, const Tokenizer *t, const char *prompt, size_t n_order) {
-    static const char *names[] = {"Words: ", "Random sentence: "}, start[] = "Story: ";
+    enum { WORDS, FEATURES, SENTENCE, LINES };
+    static const char *names[] = {"Words: ", "Features: ", "Random sentence: "};
+    static const char start[] = "Story: ", speech[] = "Dialogue";
     size_t n_commas = 0, n_start, n_all;
     for (size_t i = 0; i < n_order; i++) n_commas += prompt[i] == ',';
-    s->phrases = alloc(n_commas + 2, sizeof *s->phrases);
+    s->phrases = alloc(n_commas + LINES, sizeof *s->phrases);
     s->n_phrases = 0;
     encode(t, prompt, n_order, &s->n_order);
     encode(t, start, sizeof start - 2, &n_start);
-    for (const char *line = prompt, *next; (next = memchr(line, '\n', n_order)); line = next + 1) {
-        n_order -= (size_t)(next + 1 - line);
-        for (size_t i = 0; i < 2; i++) {
-            const char *at = line + strlen(names[i]), *end;
-            if (strncmp(line, names[i], strlen(names[i]))) continue;
-            for (; at < next; at = end + 2) {
-                end = i ? NULL : memchr(at, ',', (size_t)(next - at));
-                if (!end) end = next;
-                size_t size = (size_t)(end - at);
-                char *text = alloc(sizeof start + size, 1);  // encoded as in a story
-                memcpy(text, start, sizeof start - 1);
-                memcpy(text + sizeof start - 1, at, size);
-                int *tokens = encode(t, text, sizeof start - 1 + size, &n_all);
-                s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start};
-            }
+    const char *end = prompt + n_order;
+    for (const char *line = prompt, *next; line < end; line = next + 1) {
+        int field = 0;
+        if (!(next = memchr(line, '\n', (size_t)(end - line)))) break;
+        while (field < LINES && strncmp(line, names[field], strlen(names[field]))) field++;
+        if (field == LINES) continue;
+        for (const char *at = line + strlen(names[field]), *stop; at < next; at = stop + 2) {
+            stop = field == SENTENCE ? NULL : memchr(at, ',', (size_t)(next - at));
+            size_t size = (size_t)((stop ? stop : (stop = next)) - at);
+            bool is_speech = size == sizeof speech - 1 && !memcmp(at, speech, size);
+            if (field == FEATURES && !is_speech) continue;
+            char *text = alloc(sizeof start + size, 1);  // encoded as in a story
+            memcpy(text, start, sizeof start - 1);
+            if (field == FEATURES) size = 1;
+            memcpy(text + sizeof start - 1, field == FEATURES ? "\"" : at, size);
+            int *tokens = encode(t, text, sizeof start - 1 + size, &n_all);
+            s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start};
         }
     }
 }
@@ -2269,8 +2273,8 @@ static void print_usage(FILE *out) {
         "  --words LIST, --features LIST, --sentence TEXT, --summary TEXT\n"
         "            what the story must contain, for models trained with orders; for example\n"
         "            --words \"dragon, soup\" --features Dialogue\n"
-        "  --order-bias FLOAT      how much the words and the sentence are favored until the\n"
-        "            story has them, added to their logits (default 3; 0: not at all)\n"
+        "  --order-bias FLOAT      added to the logits of what is ordered until the story has it\n"
+        "            (default 3; 0: off)\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"

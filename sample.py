@@ -23,7 +23,7 @@ words = ""  # what the story must contain, for a model trained with orders: drag
 features = ""  # the same: Dialogue, Twist, BadEnding, ...
 sentence = ""  # the same: a sentence
 summary = ""  # the same: what the story is about
-order_bias = 3.0  # added to logits of the words and the sentence until the story has them
+order_bias = 3.0  # added to the logits of what is ordered until the story has it; 0: off
 num_samples = 1  # number of stories
 max_new_tokens = 256  # maximum tokens per story, after the prompt
 # sampling

@@ -78,9 +78,9 @@ LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *token
 LLAMA2_API int llama_encode_order(Llama *llama, const LlamaOrder *order, const char *beginning,
                                   int *tokens, int room, int *n_order);
 
-// Let llama_sample() favor what an order asks for, its words and its sentence, until the story has
-// it: `bias` is added to the logit of the next token of each. 3 is a good value. A prompt must start
-// with the same order. NULL: favor nothing, as at the start.
+// Let llama_sample() favor what an order asks for until the story has it: words, a sentence, and a
+// quotation mark for Dialogue. `bias` is added to the logit of the next token of each; 3 is a good
+// value. The tokens must start with the same order. NULL: favor nothing, as at the start.
 LLAMA2_API int llama_bias(Llama *llama, const LlamaOrder *order, float bias);
 
 // Decode n tokens, which may start with a BOS. Returns the text's length in bytes, and writes as

@@ -391,7 +391,8 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
     tokenizer.export(tmp_path / "tokenizer.bin")
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256, orders=True)
     export_model(model, tmp_path / "model.bin")
-    order, beginning = Order(("dragon", "big cat", "soup"), sentence="It was hot."), "One big soup"
+    words, features = ("dragon", "big cat", "soup"), ("Twist", "Dialogue")
+    order, beginning = Order(words, features, "It was hot."), "One big soup"
     prompt, stop = tokenizer.encode(order.prompt(beginning)), tokenizer.stop
     told = {}
     for bias in (0.0, 3.0, 100.0):
@@ -402,6 +403,7 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
         assert [step[1] for step in batch if step[1] is not None] == ids
         told[bias] = parse(tokenizer.decode([*prompt, *ids]))[1]
         flags = ["--words", "dragon, big cat,soup", "--sentence", "It  was hot.", "-i", beginning]
+        flags += ["--features", "Twist,Dialogue"]
         flags += ["-t", "0", "-n", str(len(prompt) + 99), "--order-bias", str(bias)]
         command = [builds["run", "checked"], tmp_path / "model.bin", *flags]
         done = subprocess.run(command, capture_output=True, check=True)
@@ -409,7 +411,8 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
     plain = list(model.generate(prompt, 100, temperature=0, stop=stop))
     assert parse(tokenizer.decode([*prompt, *plain]))[1] == told[0.0]
     assert told[100.0].startswith(beginning) and told[100.0].count(" soup") == 1
-    assert all(told[100.0].count(text) == 1 for text in (" dragon", " big cat", " It was hot."))
+    told = told[100.0]
+    assert all(told.count(text) == 1 for text in (" dragon", " big cat", " It was hot.", ' "'))
 
 
 @pytest.mark.slow

@@ -279,13 +279,14 @@ def first_uses(order, story):
 
 class Wanted:
     """
-    What an order asks for and a story does not have yet, its words and its sentence as tokens.
-    While the story is told, raise_logits() favors the tokens that would say them.
+    What an order asks for and a story does not have yet, as tokens: words, a sentence, and a
+    quotation mark for dialogue. While the story is told, raise_logits() favors them.
     """
 
     def __init__(self, order, tokenizer, bias, prompt):
         """prompt: the ids of the order and of how the story begins."""
-        texts = (" ".join(text.split()) for text in verbatim(order))
+        texts = [" ".join(text.split()) for text in verbatim(order)]
+        texts += ['"'] * ("Dialogue" in order.features)
         start = tokenizer.encode(START, bos=False)
         phrases = (tokenizer.encode(f"{START} {text}", bos=False) for text in texts)
         self.phrases = [phrase[len(start) :] for phrase in phrases]  # encoded as in a story
