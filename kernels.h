@@ -11,24 +11,27 @@
 //          end, ready for the next set
 
 // for each set: its name; the floats in a register (WIDTH); how many inputs int8 and int4 products
-// process at a time (TILE); how many rows and inputs float products do; how many parts of sixteen
-// values attention does; whether activations are multiplied as high and low bytes instead of 16-bit
+// process at a time (TILE); how many rows float products do with one input (ALONE), or with several
+// (ROWS, INPUTS); how many parts of sixteen values attention does; whether activations are multiplied as high and low bytes instead of 16-bit
 // integers (IN_BYTES), and then, whether by signed int8 weights
 #if defined(KERNEL_AVX512)
 #define NAME "AVX-512"
 #define WIDTH 16
-enum { KERNEL(TILE) = 8, KERNEL(ROWS) = 8, KERNEL(INPUTS) = 4, KERNEL(AT_ONCE) = 1 };
+enum { KERNEL(TILE) = 8, KERNEL(ALONE) = 4, KERNEL(AT_ONCE) = 1 };
+enum { KERNEL(ROWS) = 4, KERNEL(INPUTS) = 4 };
 #define IN_BYTES 1
 enum { KERNEL(IS_SIGNED) = 0 };
 #elif defined(KERNEL_AVX2)
 #define NAME "AVX2"
 #define WIDTH 8
-enum { KERNEL(TILE) = 4, KERNEL(ROWS) = 4, KERNEL(INPUTS) = 2, KERNEL(AT_ONCE) = 2 };
+enum { KERNEL(TILE) = 4, KERNEL(ALONE) = 4, KERNEL(AT_ONCE) = 2 };
+enum { KERNEL(ROWS) = 2, KERNEL(INPUTS) = 2 };
 #define IN_BYTES 0
 #elif defined(KERNEL_DOTPROD)
 #define NAME "NEON dotprod"
 #define WIDTH 4
-enum { KERNEL(TILE) = 2, KERNEL(ROWS) = 4, KERNEL(INPUTS) = 2, KERNEL(AT_ONCE) = 4 };
+enum { KERNEL(TILE) = 2, KERNEL(ALONE) = 4, KERNEL(AT_ONCE) = 4 };
+enum { KERNEL(ROWS) = 2, KERNEL(INPUTS) = 2 };
 #define IN_BYTES 1
 enum { KERNEL(IS_SIGNED) = 1 };
 #else
@@ -38,7 +41,8 @@ enum { KERNEL(IS_SIGNED) = 1 };
 #define NAME "portable"
 #endif
 #define WIDTH 4
-enum { KERNEL(TILE) = 1, KERNEL(ROWS) = 2, KERNEL(INPUTS) = 1, KERNEL(AT_ONCE) = 2 };
+enum { KERNEL(TILE) = 1, KERNEL(ALONE) = 2, KERNEL(AT_ONCE) = 2 };
+enum { KERNEL(ROWS) = 1, KERNEL(INPUTS) = 1 };
 #define IN_BYTES 0
 #endif
 #define PARTS (LANES / WIDTH)
@@ -273,13 +277,20 @@ static float KERNEL(gate)(const float *a, const float *b, size_t n) {
     return 1.0f / (1.0f + KERNEL(exp)(KERNEL(splat)(-KERNEL(sum)(sums)))[0]);
 }
 
-// Read n bytes, to measure the speed of the memory.
-static void KERNEL(read)(const uint8_t *data, size_t n) {
+// Read n bytes in a pattern, to measure the speed of the memory.
+static void KERNEL(read)(const uint8_t *data, size_t n, Pattern pattern) {
     Words sums[8] = {{0}};
-    for (size_t i = 0; i + sizeof sums <= n; i += sizeof sums) {
-        Words w[8];
-        memcpy(w, data + i, sizeof w);
-        for (int j = 0; j < 8; j++) sums[j] += w[j];
+    const bool in_streams = pattern == EIGHT_STREAMS;
+    const size_t apart = in_streams ? n / sizeof sums * sizeof *sums : sizeof *sums;
+    const size_t step = in_streams ? sizeof *sums : sizeof sums, end = in_streams ? apart : n;
+    for (size_t i = 0; i + step <= end; i += step) {
+        for (size_t j = 0; j < 8; j++) {
+            Words w;
+            memcpy(&w, data + i + j * apart, sizeof w);
+            sums[j] += w;
+        }
+        for (size_t line = 0; pattern == PREFETCHED && line < step; line += 64)
+            __builtin_prefetch(data + i + 4096 + line);
     }
     for (int j = 1; j < 8; j++) sums[0] += sums[j];
     volatile uint32_t kept = sums[0][0];
@@ -366,10 +377,12 @@ INLINE Ints KERNEL(dot4)(Ints sums, Words w, const int8_t *quad, bool is_4bit) {
 #endif
 }
 
-// Multiply n_blocks blocks of sixteen rows of int8 or int4 by n inputs from t on. Callers pass
-// constants as n_blocks and n, so that the sums stay in registers after inlining.
-INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, const size_t n_blocks,
-                                  const size_t n, const bool is_4bit, const bool has_low) {
+// Multiply n_blocks blocks of sixteen rows of int8 or int4, each `apart` blocks after the one before,
+// by n inputs from t on. Callers pass constants as n_blocks and n, so that the sums stay in registers
+// after inlining.
+INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t apart, size_t t,
+                                  const size_t n_blocks, const size_t n, const bool is_4bit,
+                                  const bool has_low) {
     const Tensor *w = p->w;
     const Input *in = p->in;
     const size_t group = w->group, groups = (w->cols + group - 1) / group;
@@ -377,10 +390,10 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     const size_t vectors = (w->cols + per_vector - 1) / per_vector;
     const uint8_t *codes = w->data + block * vectors * CODES;
     const int8_t *x = codes_at(in, t, 0);
-    const size_t step = 8 * in->tile, next_block = vectors * CODES;
+    const size_t step = 8 * in->tile, next_block = apart * vectors * CODES;
     // prefetch the next two blocks: tiles of inputs alternate between them; a single tile fetches
-    // both
-    const size_t ahead = n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
+    // both. A single input fetches what follows each of its blocks.
+    const size_t ahead = n == 1 || n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
     const bool is_only = in->n < 2 * n;
     Floats out[2][TILE][PARTS];
     for (size_t b = 0; b < n_blocks; b++)
@@ -421,7 +434,7 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
         }
         for (size_t b = 0; b < n_blocks; b++)
             for (size_t j = 0; j < PARTS; j++) {
-                size_t scale_at = ((block + b) * groups + g) * LANES + j * WIDTH;
+                size_t scale_at = ((block + b * apart) * groups + g) * LANES + j * WIDTH;
                 Floats scale = KERNEL(load_as)(w->scales, scale_at, !w->wide_scales);
                 for (size_t i = 0; i < n; i++) {
                     float x_scale = in->scales[(t + i) * in->max_groups + g];
@@ -432,7 +445,7 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
     }
     for (size_t b = 0; b < n_blocks; b++)
         for (size_t i = 0; i < n; i++)
-            memcpy(p->out + (t + i) * p->stride + (block + b) * LANES, out[b][i], sizeof out[b][i]);
+            memcpy(p->out + (t + i) * p->stride + (block + b * apart) * LANES, out[b][i], sizeof out[b][i]);
 }
 
 #else
@@ -521,23 +534,27 @@ INLINE void KERNEL(codes)(const Product *p, size_t first, size_t last, const boo
     const size_t n = p->in->n;
     size_t block = first;
 #if IN_BYTES
-    // with enough registers, two blocks share each load of an input; with a single input, the
-    // weights are read in the order of memory instead
-    const bool in_pairs = N > 2 && n > 1;
     const size_t tile = has_low ? N / 2 : N;
-    for (; in_pairs && block + 2 <= last; block += 2) {
+    if (n == 1) {  // memory is read faster as two streams, from both halves of the blocks
+        size_t half = (last - first) / 2;
+        for (; block < first + half; block++)
+            KERNEL(tile_of_codes)(p, block, half, 0, 2, 1, is_4bit, has_low);
+        block += half;
+    }
+    // with enough registers, two blocks share each load of an input
+    for (; N > 2 && n > 1 && block + 2 <= last; block += 2) {
         size_t t = 0;
         for (; t + tile <= n; t += tile)
-            KERNEL(tile_of_codes)(p, block, t, 2, tile, is_4bit, has_low);
-        for (; t + 2 <= n; t += 2) KERNEL(tile_of_codes)(p, block, t, 2, 2, is_4bit, has_low);
-        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 2, 1, is_4bit, has_low);
+            KERNEL(tile_of_codes)(p, block, 1, t, 2, tile, is_4bit, has_low);
+        for (; t + 2 <= n; t += 2) KERNEL(tile_of_codes)(p, block, 1, t, 2, 2, is_4bit, has_low);
+        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, 1, t, 2, 1, is_4bit, has_low);
     }
     for (; block < last; block++) {
         size_t t = 0;
-        for (; t + N <= n; t += N) KERNEL(tile_of_codes)(p, block, t, 1, N, is_4bit, has_low);
+        for (; t + N <= n; t += N) KERNEL(tile_of_codes)(p, block, 1, t, 1, N, is_4bit, has_low);
         for (; N > 2 && t + 2 <= n; t += 2)
-            KERNEL(tile_of_codes)(p, block, t, 1, 2, is_4bit, has_low);
-        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, t, 1, 1, is_4bit, has_low);
+            KERNEL(tile_of_codes)(p, block, 1, t, 1, 2, is_4bit, has_low);
+        for (; t < n; t++) KERNEL(tile_of_codes)(p, block, 1, t, 1, 1, is_4bit, has_low);
     }
 #else
     (void)has_low;  // 8-bit activations have a low half of 0
@@ -557,11 +574,16 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
     const Tensor *w = p->w;
     const size_t cols = w->cols, whole = cols / LANES * LANES, stride = p->in->stride;
     const float *x = p->in->x + t * stride;
-    Floats sums[KERNEL(INPUTS)][KERNEL(ROWS)][PARTS];
+    Floats sums[KERNEL(INPUTS)][KERNEL(ALONE)][PARTS];
     for (size_t i = 0; i < n; i++)
         for (size_t r = 0; r < n_rows; r++)
             for (size_t j = 0; j < PARTS; j++) sums[i][r][j] = KERNEL(splat)(0.0f);
-    for (size_t c = 0; c < whole; c += LANES)
+    // with one input, the next rows are fetched in the order of memory: it reads one stream faster
+    // than several
+    const size_t size = is_bf16 ? 2 : 4, ahead = n_rows * LANES * size;
+    const uint8_t *next = w->data + (row + n_rows) * cols * size;
+    for (size_t c = 0; c < whole; c += LANES, next += ahead) {
+        for (size_t line = 0; n == 1 && line < ahead; line += 64) __builtin_prefetch(next + line);
         for (size_t j = 0; j < PARTS; j++) {
             Floats v[KERNEL(INPUTS)];
             size_t at = row * cols + c + j * WIDTH;
@@ -571,9 +593,10 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
                 for (size_t i = 0; i < n; i++) sums[i][r][j] += weights * v[i];
             }
         }
+    }
     for (size_t r = 0; whole < cols && r < n_rows; r++) {
         Floats weights[PARTS];
-        size_t at = ((row + r) * cols + whole) * (is_bf16 ? 2 : 4);
+        size_t at = ((row + r) * cols + whole) * size;
         KERNEL(load_sixteen)(weights, w->data + at, cols - whole, is_bf16);
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < PARTS; j++)
@@ -589,18 +612,18 @@ INLINE void KERNEL(rows_of_floats)(const Product *p, size_t row, size_t t, const
 
 // Multiply rows `row` to end (exclusive) of float32 or bfloat16 by all inputs.
 INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, const bool is_bf16) {
-    enum { ROWS = KERNEL(ROWS), INPUTS = KERNEL(INPUTS), FEWER = ROWS / 2 };
+    enum { ALONE = KERNEL(ALONE), ROWS = KERNEL(ROWS), INPUTS = KERNEL(INPUTS) };
     const size_t n = p->in->n;
     size_t t = 0;
     for (; INPUTS > 1 && t + INPUTS <= n; t += INPUTS) {
         size_t r = row;
-        for (; r + FEWER <= end; r += FEWER)
-            KERNEL(rows_of_floats)(p, r, t, FEWER, INPUTS, is_bf16);
+        for (; r + ROWS <= end; r += ROWS)
+            KERNEL(rows_of_floats)(p, r, t, ROWS, INPUTS, is_bf16);
         for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, INPUTS, is_bf16);
     }
     for (; t < n; t++) {
         size_t r = row;
-        for (; r + ROWS <= end; r += ROWS) KERNEL(rows_of_floats)(p, r, t, ROWS, 1, is_bf16);
+        for (; r + ALONE <= end; r += ALONE) KERNEL(rows_of_floats)(p, r, t, ALONE, 1, is_bf16);
         for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, 1, is_bf16);
     }
 }
