@@ -12,8 +12,9 @@
 
 // for each set: its name; the floats in a register (WIDTH); how many inputs int8 and int4 products
 // process at a time (TILE); how many rows float products do with one input (ALONE), or with several
-// (ROWS, INPUTS); how many parts of sixteen values attention does; whether activations are multiplied as high and low bytes instead of 16-bit
-// integers (IN_BYTES), and then, whether by signed int8 weights
+// (ROWS, INPUTS); how many parts of sixteen values attention does (AT_ONCE); whether activations are
+// multiplied as high and low bytes instead of 16-bit integers (IN_BYTES), and then, whether by
+// signed int8 weights
 #if defined(KERNEL_AVX512)
 #define NAME "AVX-512"
 #define WIDTH 16
@@ -393,7 +394,7 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t apart, 
     const size_t step = 8 * in->tile, next_block = apart * vectors * CODES;
     // prefetch the next two blocks: tiles of inputs alternate between them; a single tile fetches
     // both. A single input fetches what follows each of its blocks.
-    const size_t ahead = n == 1 || n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
+    const size_t ahead = in->n == 1 || n_blocks == 1 ? 4096 : (2 + t / n % 2) * next_block;
     const bool is_only = in->n < 2 * n;
     Floats out[2][TILE][PARTS];
     for (size_t b = 0; b < n_blocks; b++)
@@ -445,7 +446,8 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t apart, 
     }
     for (size_t b = 0; b < n_blocks; b++)
         for (size_t i = 0; i < n; i++)
-            memcpy(p->out + (t + i) * p->stride + (block + b * apart) * LANES, out[b][i], sizeof out[b][i]);
+            memcpy(p->out + (t + i) * p->stride + (block + b * apart) * LANES, out[b][i],
+                   sizeof out[b][i]);
 }
 
 #else
@@ -617,8 +619,7 @@ INLINE void KERNEL(block_of_floats)(const Product *p, size_t row, size_t end, co
     size_t t = 0;
     for (; INPUTS > 1 && t + INPUTS <= n; t += INPUTS) {
         size_t r = row;
-        for (; r + ROWS <= end; r += ROWS)
-            KERNEL(rows_of_floats)(p, r, t, ROWS, INPUTS, is_bf16);
+        for (; r + ROWS <= end; r += ROWS) KERNEL(rows_of_floats)(p, r, t, ROWS, INPUTS, is_bf16);
         for (; r < end; r++) KERNEL(rows_of_floats)(p, r, t, 1, INPUTS, is_bf16);
     }
     for (; t < n; t++) {

@@ -4,7 +4,8 @@ Calibration: int4 matrices that keep what a model computes, instead of its weigh
 GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a matrix column by column. As far as the inputs
 of its product are correlated, later columns make up for the rounding errors of earlier ones. The
 inputs are those of a text, or of stories that the model tells itself. Matrices are rounded in the
-order of a forward pass, so each one's inputs come from rounded matrices.
+order of a forward pass, so each one's inputs come from rounded matrices, and it also makes up for
+their errors, as in GPTAQ (Li et al. 2025, arXiv:2504.02692).
 """
 
 import copy
@@ -30,11 +31,12 @@ def calibrate(model, tokenizer, text, dtype="int4"):
     """
     Return {(name, i): (integers, scales)} of all matrices for export_model(), where i is the layer
     or table. text: a file or folder to calibrate on; "": stories of the model; "none": {} without
-    calibration. Raises UserError if the text is empty or cannot be read.
+    calibration, as without a tokenizer or for weights that are not finite. Raises UserError if the
+    text is empty or cannot be read.
     """
-    if text == NOT_DONE or tokenizer is None:
+    is_finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    if text == NOT_DONE or tokenizer is None or not is_finite:
         return {}
-    window = min(model.args.max_seq_len, MAX_WINDOW)
     stream = read_tokens(text, tokenizer) if text else told_tokens(model, tokenizer)
     ids = []
     with progress(total=N_TOKENS, unit=" tokens", desc="calibration") as bar:
@@ -45,7 +47,7 @@ def calibrate(model, tokenizer, text, dtype="int4"):
                 break
     if len(ids) < 2:
         raise UserError(f"{text} contains no text to calibrate on: choose another --calibrate=TEXT")
-    window = min(window, len(ids))
+    window = min(model.args.max_seq_len, MAX_WINDOW, len(ids))
     n_windows = min(N_TOKENS, len(ids)) // window
     return rounded(model, torch.tensor(ids[: n_windows * window]).view(n_windows, window), dtype)
 
@@ -79,59 +81,62 @@ def rounded(model, tokens, dtype):
     tokens (n, T) give them.
     """
     codes, results = DTYPES[dtype], {}
-    model = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model).eval()  # rounded matrix by matrix
     matrices = {  # views of its parameters
         (name, i): part
-        for name, parts in tensors(model)
+        for name, parts in tensors(copied)
         if not is_vector(name, parts)
         for i, part in enumerate(parts)
     }
 
-    def replace(key, x=None):
-        """Round a matrix whose inputs are x (..., columns), or None for a table, in place."""
+    def replace(key, x=None, exact=None):
+        """
+        Round a matrix. Its inputs are x (..., columns) after the rounding of earlier ones, and were
+        `exact` before. A table has none.
+        """
         matrix = matrices[key]
-        x = None if x is None else x.flatten(0, -2).float()
-        result = quantized(matrix, codes) if x is None else gptq(matrix, x.T @ x, codes)
-        results[key] = result
-        matrix.copy_(values_of(*result, codes))
+        results[key] = quantized(matrix, codes) if x is None else gptq(matrix, x, exact, codes)
+        matrix.copy_(values_of(*results[key], codes))
 
-    def layer(i, block):
-        """Return a Block.compute() that also rounds the matrices."""
-        attention, ffn = block.attention, block.feed_forward
+    def layer(i, block, original, exact_x, *exact_context):
+        """Return a Block.compute() that also rounds the matrices; `original` has the exact ones."""
+        blocks, is_gated = (block, original), block.feed_forward.is_gated
 
         def compute(x, *context):
-            h = block.attention_norm(x)
+            streams, contexts = [x, exact_x], (context, exact_context)
+            h = [b.attention_norm(x) for b, x in zip(blocks, streams, strict=True)]
             for name in ("wq", "wk", "wv"):
-                replace((f"attention.{name}", i), h)
-            h = attention.mixed(h, *context)
-            replace(("attention.wo", i), h)
-            x = x + linear(h, attention.wo.weight)
-            h = block.ffn_norm(x)
-            for name in ("w1", "w3") if ffn.is_gated else ("w1",):
-                replace((f"feed_forward.{name}", i), h)
-            h = ffn.hidden(h)
-            replace(("feed_forward.w2", i), h)
-            return x + linear(h, ffn.w2.weight)
+                replace((f"attention.{name}", i), *h)
+            h = [b.attention.mixed(h, *c) for b, h, c in zip(blocks, h, contexts, strict=True)]
+            replace(("attention.wo", i), *h)
+            for k, b in enumerate(blocks):
+                streams[k] = streams[k] + linear(h[k], b.attention.wo.weight)
+            h = [b.ffn_norm(x) for b, x in zip(blocks, streams, strict=True)]
+            for name in ("w1", "w3") if is_gated else ("w1",):
+                replace((f"feed_forward.{name}", i), *h)
+            h = [b.feed_forward.hidden(h) for b, h in zip(blocks, h, strict=True)]
+            replace(("feed_forward.w2", i), *h)
+            return streams[0] + linear(h[0], block.feed_forward.w2.weight)
 
         return compute
 
-    def head(key):
-        """Run the model, and round its head."""
-        hook = model.norm.register_forward_hook(lambda module, x, y: replace(key, y))
-        model(tokens, tokens)  # the loss needs less memory than the logits
+    model.eval()
+    inputs, heads = [], []  # of the layers: (x, context); of the head: x
+    hooks = [b.register_forward_pre_hook(lambda b, args: inputs.append(args)) for b in model.layers]
+    hooks.append(model.norm.register_forward_hook(lambda norm, args, x: heads.append(x)))
+    model(tokens, tokens)  # the loss needs less memory than the logits
+    for hook in hooks:
         hook.remove()
-
-    if is_tied := model.args.tie_embeddings:  # the embedding comes first; it is also the head
-        head(("tok_embeddings", 0))
+    if model.args.tie_embeddings:  # the embedding comes first, and it is the head
+        replace(("tok_embeddings", 0), heads[0], heads[0])
     for key in matrices:
         if key[0].endswith("embeddings") and key not in results:
             replace(key)
-    for i, block in enumerate(model.layers):
-        block.compute = layer(i, block)
-    if is_tied:
-        model(tokens, tokens)
-    else:
-        head(("output", 0))
+    for i, block in enumerate(copied.layers):
+        block.compute = layer(i, block, model.layers[i], *inputs[i])
+    if not model.args.tie_embeddings:
+        copied.norm.register_forward_hook(lambda *args: replace(("output", 0), args[2], heads[0]))
+    copied(tokens, tokens)
     return results
 
 
@@ -141,17 +146,24 @@ def values_of(integers, scales, codes):
     return (integers.float() - codes.zero) * wide
 
 
-def gptq(matrix, products, codes):
+def gptq(matrix, x, exact, codes):
     """
-    Round a matrix (rows, columns) as quantized() does, but with the least error in its products.
-    products (columns, columns): the sum of x xᵀ of the inputs x.
+    Round a matrix (rows, columns) as quantized() does, but with the least error in its products
+    with x (..., columns), which should be those of the given matrix with `exact`.
     """
-    w, h = matrix.float().clone(), products.double()
+    x, exact = x.flatten(0, -2).float(), exact.flatten(0, -2).float()
+    h = (x.T @ x).double()
     diagonal = h.diagonal()  # a view
     diagonal[diagonal == 0] = 1  # an input that is always 0
     diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    inverse = torch.linalg.cholesky(inverse, upper=True).float()
+    try:
+        root = torch.linalg.cholesky(h)
+        # the matrix whose products with x come closest, by least squares
+        moved = torch.cholesky_solve(((exact - x).T @ x).double().T, root).T.float()
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).float()
+    except torch.linalg.LinAlgError:  # inputs too large or too small to be multiplied
+        return quantized(matrix, codes)
+    w = matrix.float() + matrix.float() @ moved
     integers, scales = [], []
     for start in range(0, w.shape[1], codes.group):
         end = start + codes.group

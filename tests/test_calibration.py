@@ -32,7 +32,7 @@ def test_products_keep_more_of_correlated_inputs(columns):
         assert scales.shape == (40, -(-columns // 32)) and scales.dtype == torch.bfloat16
         return float((x @ values_of(integers, scales, CODES).T - expected).square().mean())
 
-    assert error(*gptq(matrix, x.T @ x, CODES)) < 0.5 * error(*quantized(matrix, CODES))
+    assert error(*gptq(matrix, x, x, CODES)) < 0.5 * error(*quantized(matrix, CODES))
 
 
 def errors_of_logits(model, tokenizer, texts, ways, path):
@@ -82,6 +82,16 @@ def test_export_calibrates_int4_and_refuses_what_it_cannot_use(trained, tmp_path
         assert not done.returncode, done.stderr
         files.add((tmp_path / "m.bin").read_bytes())
     assert len(files) == 3 and len({len(data) for data in files}) == 1
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e30))
+def test_a_model_that_cannot_be_calibrated_is_rounded(tokenizers, tmp_path, value):
+    model = random_model(vocab_size=512)
+    with torch.no_grad():
+        model.layers[0].feed_forward.w1.weight[0, 0] = value
+    rounded = calibrate(model, tokenizers[512], "")
+    export_model(model, tmp_path / "m.bin", dtype="int4", rounded=rounded)
+    assert read_bin(tmp_path / "m.bin").args.dim == model.args.dim
 
 
 def test_a_model_that_ends_its_stories_at_once_is_calibrated(tokenizers, monkeypatch):
