@@ -191,11 +191,12 @@ name = os.path.basename(flags.push_to_hub or os.path.abspath(flags.path))
 name = re.sub(r"[.](gguf|html)$", "", name)
 if name in ("hf", "gguf", "model", "out", "export"):
     name = f"Storyteller with {model.n_params():,} parameters"
-about["calibrate"] = flags.calibrate or ""
 facts = {**about, "repository": flags.push_to_hub or ".", "page": flags.page, **facts}
 facts["title"] = " ".join((flags.title or "").split()) or name
 if to == "hf" and flags.license == "unknown":
     print("note: the model card says license: unknown; set it with --license=mit or similar")
+if flags.calibrate:
+    facts["calibrate"] = flags.calibrate
 if flags.beside:
     name, other = ("/".join(os.path.abspath(p).split(os.sep)[-2:]) for p in (source, flags.beside))
     facts["name"] = name

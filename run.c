@@ -2009,34 +2009,27 @@ static char *order_prompt(const Order *order, const char *beginning, size_t *n) 
     return prompt;
 }
 
-// Set the phrases of a sampler from an order, the first n_order bytes of a prompt: its words, its
-// sentence, and a quotation mark for dialogue.
-static void set_phrases(Sampler *s, const Tokenizer *t, const char *prompt, size_t n_order) {
-    enum { WORDS, FEATURES, SENTENCE, LINES };
-    static const char *names[] = {"Words: ", "Features: ", "Random sentence: "};
-    static const char start[] = "Story: ", speech[] = "Dialogue";
-    size_t n_commas = 0, n_start, n_all;
-    for (size_t i = 0; i < n_order; i++) n_commas += prompt[i] == ',';
-    s->phrases = alloc(n_commas + LINES, sizeof *s->phrases);
+// Set what a sampler favors: the words of an order, its sentence, and a quotation mark for dialogue.
+// prompt: that of the order, in its first n_order bytes.
+static void set_phrases(Sampler *s, const Tokenizer *t, const Order *order, const char *prompt,
+                        size_t n_order) {
+    const char *fields[] = {order->words, order->features, order->sentence};
+    size_t n_start, n_all;
     s->n_phrases = 0;
+    s->phrases = alloc(n_order, sizeof *s->phrases);  // each is at least a byte of the order
     encode(t, prompt, n_order, &s->n_order);
-    encode(t, start, sizeof start - 2, &n_start);
-    const char *end = prompt + n_order;
-    for (const char *line = prompt, *next; line < end; line = next + 1) {
-        int field = 0;
-        if (!(next = memchr(line, '\n', (size_t)(end - line)))) break;
-        while (field < LINES && strncmp(line, names[field], strlen(names[field]))) field++;
-        if (field == LINES) continue;
-        for (const char *at = line + strlen(names[field]), *stop; at < next; at = stop + 2) {
-            stop = field == SENTENCE ? NULL : memchr(at, ',', (size_t)(next - at));
-            size_t size = (size_t)((stop ? stop : (stop = next)) - at);
-            bool is_speech = size == sizeof speech - 1 && !memcmp(at, speech, size);
-            if (field == FEATURES && !is_speech) continue;
-            char *text = alloc(sizeof start + size, 1);  // encoded as in a story
-            memcpy(text, start, sizeof start - 1);
-            if (field == FEATURES) size = 1;
-            memcpy(text + sizeof start - 1, field == FEATURES ? "\"" : at, size);
-            int *tokens = encode(t, text, sizeof start - 1 + size, &n_all);
+    encode(t, "Story:", 6, &n_start);
+    for (int i = 0; i < 3; i++) {
+        const bool is_features = i == 1, is_list = i < 2;
+        for (const char *part = fields[i], *next; part; part = next ? next + 1 : NULL) {
+            next = is_list ? strchr(part, ',') : NULL;
+            size_t n = next ? (size_t)(next - part) : strlen(part);
+            char *text = alloc(n + 1, 1), *line = alloc(n + sizeof "Story: \n", 1);
+            memcpy(text, part, n);  // encoded as in a story
+            size_t size = (size_t)(append_field(line, "Story", text, false) - line);
+            if (!size || (is_features && strncmp(line, "Story: Dialogue\n", size))) continue;
+            if (is_features) size = (size_t)sprintf(line, "Story: \"\n");
+            int *tokens = encode(t, line, size - 1, &n_all);
             s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start};
         }
     }
@@ -2467,7 +2460,7 @@ int main(int argc, char **argv) {
         const char *prompt = order_prompt(&o.order, o.text ? o.text : "", &n_order);
         if (n_order && !has(&model.config, ORDERS))
             die("%s was trained without orders: train with shards of pretokenize --orders", o.model);
-        if (n_order) set_phrases(&o.sampler, &tokenizer, prompt, n_order);
+        if (n_order) set_phrases(&o.sampler, &tokenizer, &o.order, prompt, n_order);
         bool wants_note = n_requested > model.config.seq_len && !o.as_json;
         if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
         else generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json,

@@ -14,7 +14,7 @@ import itertools
 import torch
 
 from configurator import UserError
-from formats.modelbin import DTYPES, is_vector, quantized, tensors
+from formats.modelbin import DTYPES, is_vector, quantized, tensors, values_of
 from model import linear
 from system.progress import progress
 from system.threads import Threads
@@ -62,7 +62,7 @@ def read_tokens(text, tokenizer):
 
 def told_tokens(model, tokenizer):
     """Yield the ids of stories by the model, without end, always the same."""
-    start = tokenizer.encode("") or [0]
+    start = tokenizer.encode("") or [0]  # a BOS, or if there is none, any token
     generator, threads = torch.Generator().manual_seed(0), Threads(torch.device("cpu"))
     while True:
         stories = [list(start) for _ in range(STORIES)]
@@ -89,14 +89,17 @@ def rounded(model, tokens, dtype):
         for i, part in enumerate(parts)
     }
 
-    def replace(key, x=None, exact=None):
+    def replace(names, i, x=None, exact=None):
         """
-        Round a matrix. Its inputs are x (..., columns) after the rounding of earlier ones, and were
-        `exact` before. A table has none.
+        Round the matrices of layer or table i with these names. Their inputs are x (..., columns)
+        after the rounding of earlier ones, and were `exact` before. A table has none.
         """
-        matrix = matrices[key]
-        results[key] = quantized(matrix, codes) if x is None else gptq(matrix, x, exact, codes)
-        matrix.copy_(values_of(*results[key], codes))
+        solved = None if x is None else solve(x, exact)
+        for name in names:
+            matrix = matrices[name, i]
+            result = gptq(matrix, *solved, codes) if solved else quantized(matrix, codes)
+            results[name, i] = result
+            matrix.copy_(values_of(*result, codes))
 
     def layer(i, block, original, exact_x, *exact_context):
         """Return a Block.compute() that also rounds the matrices; `original` has the exact ones."""
@@ -105,17 +108,15 @@ def rounded(model, tokens, dtype):
         def compute(x, *context):
             streams, contexts = [x, exact_x], (context, exact_context)
             h = [b.attention_norm(x) for b, x in zip(blocks, streams, strict=True)]
-            for name in ("wq", "wk", "wv"):
-                replace((f"attention.{name}", i), *h)
+            replace(("attention.wq", "attention.wk", "attention.wv"), i, *h)
             h = [b.attention.mixed(h, *c) for b, h, c in zip(blocks, h, contexts, strict=True)]
-            replace(("attention.wo", i), *h)
+            replace(("attention.wo",), i, *h)
             for k, b in enumerate(blocks):
                 streams[k] = streams[k] + linear(h[k], b.attention.wo.weight)
             h = [b.ffn_norm(x) for b, x in zip(blocks, streams, strict=True)]
-            for name in ("w1", "w3") if is_gated else ("w1",):
-                replace((f"feed_forward.{name}", i), *h)
+            replace(("feed_forward.w1", "feed_forward.w3")[: 1 + is_gated], i, *h)
             h = [b.feed_forward.hidden(h) for b, h in zip(blocks, h, strict=True)]
-            replace(("feed_forward.w2", i), *h)
+            replace(("feed_forward.w2",), i, *h)
             return streams[0] + linear(h[0], block.feed_forward.w2.weight)
 
         return compute
@@ -128,28 +129,22 @@ def rounded(model, tokens, dtype):
     for hook in hooks:
         hook.remove()
     if model.args.tie_embeddings:  # the embedding comes first, and it is the head
-        replace(("tok_embeddings", 0), heads[0], heads[0])
-    for key in matrices:
-        if key[0].endswith("embeddings") and key not in results:
-            replace(key)
+        replace(("tok_embeddings",), 0, heads[0], heads[0])
+    for name, i in matrices:
+        if name.endswith("embeddings") and (name, i) not in results:
+            replace((name,), i)
     for i, block in enumerate(copied.layers):
         block.compute = layer(i, block, model.layers[i], *inputs[i])
     if not model.args.tie_embeddings:
-        copied.norm.register_forward_hook(lambda *args: replace(("output", 0), args[2], heads[0]))
+        copied.norm.register_forward_hook(lambda *args: replace(("output",), 0, args[2], heads[0]))
     copied(tokens, tokens)
     return results
 
 
-def values_of(integers, scales, codes):
-    """Return the matrix that a quantized one stands for, float32."""
-    wide = scales.float().repeat_interleave(codes.group, 1)[:, : integers.shape[1]]
-    return (integers.float() - codes.zero) * wide
-
-
-def gptq(matrix, x, exact, codes):
+def solve(x, exact):
     """
-    Round a matrix (rows, columns) as quantized() does, but with the least error in its products
-    with x (..., columns), which should be those of the given matrix with `exact`.
+    Return what gptq() needs of the inputs of a product: x (..., columns), and `exact` of the same
+    shape, which they should be. None if they are too large or too small to be multiplied.
     """
     x, exact = x.flatten(0, -2).float(), exact.flatten(0, -2).float()
     h = (x.T @ x).double()
@@ -158,12 +153,21 @@ def gptq(matrix, x, exact, codes):
     diagonal += DAMPING * diagonal.mean()
     try:
         root = torch.linalg.cholesky(h)
-        # the matrix whose products with x come closest, by least squares
-        moved = torch.cholesky_solve(((exact - x).T @ x).double().T, root).T.float()
-        inverse = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).float()
-    except torch.linalg.LinAlgError:  # inputs too large or too small to be multiplied
-        return quantized(matrix, codes)
-    w = matrix.float() + matrix.float() @ moved
+        # w + w @ correction: the matrix whose products with x are closest to w's with `exact`
+        correction = torch.cholesky_solve(((exact - x).T @ x).double().T, root).T
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    except torch.linalg.LinAlgError:
+        return None
+    return correction.float(), inverse.float()
+
+
+def gptq(matrix, correction, inverse, codes):
+    """
+    Round a matrix (rows, columns) as quantized() does, but with the least error in its products.
+    correction and inverse (columns, columns): from solve().
+    """
+    w = matrix.float()
+    w = w + w @ correction
     integers, scales = [], []
     for start in range(0, w.shape[1], codes.group):
         end = start + codes.group

@@ -161,6 +161,12 @@ def quantized(matrix, codes, importance=None):
     return integers, scales.squeeze(2).bfloat16()
 
 
+def values_of(integers, scales, codes):
+    """Return the matrix (rows, cols), float32, that a quantized one stands for."""
+    wide = scales.float().repeat_interleave(codes.group, 1)[:, : integers.shape[1]]
+    return (integers.float() - codes.zero) * wide
+
+
 def laid_out(integers, scales, codes, lanes):
     """
     Return both in the order of the file (see doc/format.md): in each block of `lanes` rows, the

@@ -230,7 +230,7 @@ int llama_bias(Llama *l, const LlamaOrder *order, float bias) {
         const Order o = {order->words, order->features, order->sentence, order->summary};
         size_t n;
         const char *text = order_prompt(&o, "", &n);
-        if (n) set_phrases(&changed, &l->tokenizer, text, n);
+        if (n) set_phrases(&changed, &l->tokenizer, &o, text, n);
     }
     on_error.caller = NULL;
     Block *made = blocks;

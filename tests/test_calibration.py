@@ -5,8 +5,8 @@ import torch
 from conftest import random_model, refused, script
 
 from formats import calibration
-from formats.calibration import calibrate, gptq, values_of
-from formats.modelbin import DTYPES, export_model, quantized, read_bin
+from formats.calibration import calibrate, gptq, solve
+from formats.modelbin import DTYPES, export_model, quantized, read_bin, values_of
 from formats.table import load
 from model import ARCHS
 
@@ -32,7 +32,7 @@ def test_products_keep_more_of_correlated_inputs(columns):
         assert scales.shape == (40, -(-columns // 32)) and scales.dtype == torch.bfloat16
         return float((x @ values_of(integers, scales, CODES).T - expected).square().mean())
 
-    assert error(*gptq(matrix, x, x, CODES)) < 0.5 * error(*quantized(matrix, CODES))
+    assert error(*gptq(matrix, *solve(x, x), CODES)) < 0.5 * error(*quantized(matrix, CODES))
 
 
 def errors_of_logits(model, tokenizer, texts, ways, path):
@@ -45,6 +45,17 @@ def errors_of_logits(model, tokenizer, texts, ways, path):
             export_model(model, path, dtype="int4", rounded=calibrate(model, tokenizer, how))
             errors.append(float((read_bin(path).eval()(tokens) - expected).square().mean()))
     return errors
+
+
+def test_a_matrix_makes_up_for_what_is_wrong_with_its_inputs():
+    generator = torch.Generator().manual_seed(1)
+    matrix, exact = (torch.randn(n, 64, generator=generator) for n in (40, 1000))
+    x = exact * 0.7 + 0.1 * exact.roll(1, 1)
+    expected, errors = exact @ matrix.T, []
+    for target in (x, exact):
+        result = values_of(*gptq(matrix, *solve(x, target), CODES), CODES)
+        errors.append(float((x @ result.T - expected).square().mean()))
+    assert errors[1] < 0.2 * errors[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

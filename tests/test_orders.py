@@ -410,9 +410,8 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
         assert done.stdout.decode(errors="replace").rstrip("\n") == told[bias]
     plain = list(model.generate(prompt, 100, temperature=0, stop=stop))
     assert parse(tokenizer.decode([*prompt, *plain]))[1] == told[0.0]
-    assert told[100.0].startswith(beginning) and told[100.0].count(" soup") == 1
-    told = told[100.0]
-    assert all(told.count(text) == 1 for text in (" dragon", " big cat", " It was hot.", ' "'))
+    favored, phrases = told[100.0], (" dragon", " big cat", " soup", " It was hot.", ' "')
+    assert favored.startswith(beginning) and [favored.count(p) for p in phrases] == [1] * 5
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ from formats.modelbin import (
     export_model,
     quantized,
     read_bin,
+    values_of,
 )
 from model import ARCHS
 from tokenizer import byte_level_c_file, fingerprint_of, open_tokenizer, train_sentencepiece
@@ -119,9 +120,7 @@ def round_trip(matrix, dtype):
     if dtype == "bf16":
         return matrix.bfloat16().float()
     codes = DTYPES[dtype]
-    q, scales = quantized(matrix, codes)
-    scales = scales.float().repeat_interleave(codes.group, 1)[:, : matrix.shape[1]]
-    return (q.float() - codes.zero) * scales
+    return values_of(*quantized(matrix, codes), codes)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
