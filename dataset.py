@@ -340,8 +340,9 @@ def round_keys(seed, epoch):
 class TrainBatches:
     """
     An endless stream of training sequences. Each epoch has every window of every shard once, in an
-    order that depends only on (seed, epoch). So processes can share the stream by reading different
-    positions, and a resumed run sees the same data. data: the TokenData of the shards, which checks
+    order that depends only on (seed, epoch); every epoch after the first cuts the shards at other
+    places. So processes can share the stream by reading different positions, and a resumed run sees
+    the same data. data: the TokenData of the shards, which checks
     them at each use. learns_orders: the tokens of orders are targets too.
     """
 
@@ -349,6 +350,7 @@ class TrainBatches:
         self.shards = [np.asarray(shard) for shard in shards]  # slicing a memmap is slow
         self.seq_len, self.seed, self.data = seq_len, seed, data
         self.mark, self.learns_orders = data.mark if data else 0, learns_orders
+        self.lengths = np.array([len(shard) for shard in shards])
         counts = [(len(shard) - 1) // seq_len for shard in shards]
         self.ends = np.cumsum(counts)  # (n_shards,) number of windows up to the end of each shard
         self.n_windows = sum(counts)  # per epoch
@@ -361,12 +363,16 @@ class TrainBatches:
         stream: its shard and its offset there, two int64 arrays (n,).
         """
         epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
+        shift = np.zeros(n, dtype=np.int64)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            index[here] = permuted(index[here], self.n_windows, round_keys(self.seed, int(epoch)))
+            here, keys = epochs == epoch, round_keys(self.seed, int(epoch))
+            index[here] = permuted(index[here], self.n_windows, keys)
+            shift[here] = int(keys[0]) % self.seq_len if epoch else 0
         shard = np.searchsorted(self.ends, index, side="right")
         before = np.concatenate([[0], self.ends])[shard]
-        return shard, (index - before) * self.seq_len
+        start = (index - before) * self.seq_len + shift
+        # the last window of a shard may not fit after the shift: it is moved to the beginning
+        return shard, np.where(start + self.seq_len < self.lengths[shard], start, 0)
 
     def at(self, position, n, stride=1):
         """Return inputs and targets (n, seq_len) int64 of n windows, see places()."""
