@@ -32,16 +32,16 @@ def additive(mask, dtype):
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
-def attend(q, k, v, window, dropout, kernel="sdpa"):
+def attend(q, k, v, window, kernel="sdpa"):
     """
     Return the causal attention, computed by the fastest implementation for these inputs. kernel: a
-    name in KERNELS, used for whole sequences (T == S) without dropout.
+    name in KERNELS, used for whole sequences (T == S).
     """
     T, S = q.shape[2], k.shape[2]
     window = 0 if window >= S else window
-    if kernel != "sdpa" and T == S > 1 and not dropout:
+    if kernel != "sdpa" and T == S > 1:
         return KERNELS[kernel](q, k, v, window)
-    if q.device.type == "cpu" and T == S and not dropout:
+    if q.device.type == "cpu" and T == S:
         is_bf16 = q.dtype is torch.bfloat16  # slow in SDPA
         if window and T % window == 0 and (is_bf16 or 8 * window <= T):
             return attend_blocks(q, k, v, window)
@@ -50,8 +50,8 @@ def attend(q, k, v, window, dropout, kernel="sdpa"):
     if T == 1 and window:  # decoding
         k, v, window = k[:, :, -window:], v[:, :, -window:], 0
     mask = causal_mask(T, S, window, q.device) if window or 1 < T < S else None
-    is_causal, is_grouped = mask is None and T > 1, q.shape[1] > k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+    options = {"is_causal": mask is None and T > 1, "enable_gqa": q.shape[1] > k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
 def attend_all(q, k, v, window=0):

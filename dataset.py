@@ -357,6 +357,10 @@ class TrainBatches:
         # below 1, because the end of a shard may be too short for a window
         self.coverage = self.n_windows * seq_len / sum(len(shard) - 1 for shard in shards)
 
+    def shift(self, epoch):
+        """Return where the first window of a shard begins in an epoch, below seq_len."""
+        return int(round_keys(self.seed, epoch)[0]) % self.seq_len if epoch else 0
+
     def places(self, position, n, stride=1):
         """
         Return the start of each window at positions `position`, position + stride, ... of the
@@ -364,10 +368,10 @@ class TrainBatches:
         """
         epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
         shift = np.zeros(n, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here, keys = epochs == epoch, round_keys(self.seed, int(epoch))
-            index[here] = permuted(index[here], self.n_windows, keys)
-            shift[here] = int(keys[0]) % self.seq_len if epoch else 0
+        for epoch in map(int, np.unique(epochs)):
+            here = epochs == epoch
+            index[here] = permuted(index[here], self.n_windows, round_keys(self.seed, epoch))
+            shift[here] = self.shift(epoch)
         shard = np.searchsorted(self.ends, index, side="right")
         before = np.concatenate([[0], self.ends])[shard]
         start = (index - before) * self.seq_len + shift

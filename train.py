@@ -75,7 +75,7 @@ value_embeddings = 0  # value embeddings in the first N layers; -1: all; modded:
 bigram_rows = 0  # rows of the hashed bigram embedding; 0: none; modded: 16384
 smear = False  # gated embedding of the previous token; modded: True
 vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of this
-dropout = 0.0  # dropout probability
+dropout = 0.0  # dropout probability, in the embedding and in what a layer adds
 # weight initialization
 zero_init = False  # start residual projections and an untied head at zero
 embedding_std = 0.0  # std of the embedding; 0: automatic, see init_std in model.py
@@ -310,7 +310,7 @@ if is_sharded:
 if settings.fp8_head and not settings.eval_only:
     fit.check_fp8(model_args, micro_size * settings.max_seq_len, this_device)
 if settings.attention != "sdpa" and not settings.eval_only:
-    fit.check_attention(settings.attention, this_device, compute_dtype, settings.dropout)
+    fit.check_attention(settings.attention, this_device, compute_dtype)
 model.dtype, model.fp8_head, model.stress = compute_dtype, settings.fp8_head, settings.order_weight
 for block in model.layers:
     block.recompute = ACTIVATION_CHECKPOINTING[settings.activation_checkpointing]
@@ -357,7 +357,7 @@ if settings.attention != "sdpa" or is_compiled:
 if settings.attention != "sdpa":
     fit.use_attention(model, settings.attention, x, y)
 if is_compiled:
-    fit.compile_model(model, x, y, settings.dropout)
+    fit.compile_model(model, x, y)
 net = model if is_sharded else parallel.replicate(model, this_device)  # averages gradients
 layout = batches, state.n_sequences, micro_size, n_micro, this_device
 stream = prefetch(partial(parallel.micro_batch, *layout))

@@ -33,12 +33,14 @@ def random_shards(rng, n_shards=4, longest=400):
     return [np.arange(e - n, e, dtype=np.uint16) for n, e in zip(lengths, ends, strict=True)]
 
 
-def all_windows(shards, seq_len):
-    return sorted(
-        tuple(map(int, shard[i : i + seq_len + 1]))
-        for shard in shards
-        for i in range(0, len(shard) - seq_len, seq_len)
-    )
+def all_windows(shards, seq_len, shift=0):
+    windows = []
+    for shard in shards:
+        for k in range((len(shard) - 1) // seq_len):
+            start = shift + k * seq_len
+            start = start if start + seq_len < len(shard) else 0
+            windows.append(tuple(map(int, shard[start : start + seq_len + 1])))
+    return sorted(windows)
 
 
 def as_tuples(x, y):
@@ -76,12 +78,12 @@ def test_an_epoch_sees_every_window_once_across_ranks_and_workers(case):
     rng = np.random.default_rng(case)
     shards, seq_len = random_shards(rng), int(rng.integers(1, 30))
     batches = TrainBatches(shards, seq_len, seed=case)
-    expected = all_windows(shards, seq_len)
+    world, workers = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    readers, epoch = world * workers, int(rng.integers(0, 3))
+    expected = all_windows(shards, seq_len, batches.shift(epoch))
     n = batches.n_windows
     assert n == len(expected)
     assert batches.coverage == n * seq_len / sum(len(s) - 1 for s in shards)
-    world, workers = int(rng.integers(1, 5)), int(rng.integers(1, 4))
-    readers, epoch = world * workers, int(rng.integers(0, 3))
     seen = []
     for rank, worker in itertools.product(range(world), range(workers)):
         first = rank * workers + worker
@@ -105,10 +107,21 @@ def test_seeking_to_a_position_gives_the_same_data_as_reading_up_to_it(case):
         assert as_tuples(*fresh.at(int(k) * size, size)) == one_by_one[k]
     stream = [row for rows in one_by_one for row in rows]
     n = read.n_windows
-    assert sorted(stream[:n]) == sorted(stream[n : 2 * n]) == all_windows(shards, seq_len)
+    for epoch in range(2):
+        expected = all_windows(shards, seq_len, read.shift(epoch))
+        assert sorted(stream[epoch * n :][:n]) == expected
     if n > 8:  # equal by chance once in 9! times
         assert stream[:n] != stream[n : 2 * n]
         assert as_tuples(*TrainBatches(shards, seq_len, seed=case + 1).at(0, n)) != stream[:n]
+
+
+def test_every_epoch_after_the_first_cuts_the_text_at_other_places():
+    """The first epoch begins at 0. After many, each place has been the beginning of a window."""
+    batches = TrainBatches([np.arange(300, dtype=np.uint16)], 20, seed=1)
+    shifts = [batches.shift(epoch) for epoch in range(200)]
+    assert shifts[0] == 0 and set(shifts) == set(range(20))
+    starts = batches.places(0, 200 * batches.n_windows)[1]
+    assert set(starts.tolist()) == set(range(300 - 20))
 
 
 def test_a_far_position_costs_as_little_as_a_near_one():

@@ -1,6 +1,7 @@
 """The model: logits, loss, cache, attention backends and generation."""
 
 import math
+import shutil
 import sys
 import types
 
@@ -20,6 +21,7 @@ from model import (
     sample_token,
 )
 from optim import by_role
+from training import fit
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_windowed_attention_matches_pytorch(T, window):
     expected = F.scaled_dot_product_attention(
         q, k, v, attn_mask=causal_mask(T, T, window, "cpu"), enable_gqa=True
     )
-    torch.testing.assert_close(attend(q, k, v, window, 0.0), expected)
+    torch.testing.assert_close(attend(q, k, v, window), expected)
 
 
 @pytest.mark.parametrize("window", [0, 300])
@@ -160,7 +162,7 @@ def test_long_attention_in_pieces_matches_pytorch(window):
         q, k, v, attn_mask=causal_mask(1100, 1100, window, "cpu"), enable_gqa=True
     )
     torch.testing.assert_close(attend_all(q, k, v, window), expected)
-    rough = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window, 0.0)
+    rough = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
     torch.testing.assert_close(rough.float(), expected, atol=0.03, rtol=0.03)
 
 
@@ -212,7 +214,7 @@ def test_sampling_respects_top_k_and_top_p():
 def test_other_attention_kernels_compute_the_same(window, monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 64, 16) for heads in (4, 2, 2))
-    expected = attend(q, k, v, window, 0.0)
+    expected = attend(q, k, v, window)
 
     def flash_attn_func(q, k, v, causal, window_size):
         """flash-attn's layout, (B, T, heads, head_dim), and its windows, (left, right)."""
@@ -220,14 +222,14 @@ def test_other_attention_kernels_compute_the_same(window, monkeypatch):
         left = window_size[0] + 1 if window_size != (-1, -1) else 0
         assert window_size in ((-1, -1), (window - 1, 0))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return attend(q, k, v, left, 0.0).transpose(1, 2)
+        return attend(q, k, v, left).transpose(1, 2)
 
     flash = types.SimpleNamespace(flash_attn_func=flash_attn_func)
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     for kernel in ("flex", "flash"):
-        result = attend(q, k, v, window, 0.0, kernel)
+        result = attend(q, k, v, window, kernel)
         assert torch.allclose(result, expected, atol=1e-5), kernel
-    decoding = attend(q[:, :, -1:], k, v, window, 0.0, "flash")  # by SDPA
+    decoding = attend(q[:, :, -1:], k, v, window, "flash")  # by SDPA
     assert torch.allclose(decoding, expected[:, :, -1:], atol=1e-5)
 
 
@@ -242,3 +244,15 @@ def test_the_initial_std_of_embedding_and_head_can_be_set():
     assert "embedding" in by_role(two)
     small = Transformer(ModelArgs(**sizes, tie_embeddings=False, embedding_std=0.05))
     assert "embedding" not in by_role(small)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_drop_what_the_others_drop():
+    """So compile_model(), which compares their gradients, keeps them."""
+    torch.manual_seed(1)
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 32, "max_seq_len": 16}
+    model = Transformer(ModelArgs(**sizes, dropout=0.5))
+    tokens = torch.randint(32, (2, 16))
+    fit.compile_model(model, tokens, tokens)
+    assert model.fast_layers

@@ -74,7 +74,7 @@ def check_fp8(args, tokens, device):
             )
 
 
-def check_attention(attention, device, dtype, dropout):
+def check_attention(attention, device, dtype):
     """Raise UserError if an attention kernel other than SDPA cannot be used."""
     if device.type != "cuda":
         raise UserError(f"attention = {attention} needs a CUDA GPU: use --attention=sdpa")
@@ -85,10 +85,6 @@ def check_attention(attention, device, dtype, dropout):
             raise UserError(
                 "attention = flash cannot be used with dtype = float32: use --dtype=bfloat16"
             )
-    if dropout:
-        raise UserError(
-            f"attention = {attention} cannot be used with dropout: use --attention=sdpa"
-        )
 
 
 def worth_compiling(settings, model, tokens_per_step, device, is_sharded):
@@ -96,7 +92,7 @@ def worth_compiling(settings, model, tokens_per_step, device, is_sharded):
     if is_sharded or settings.eval_only or settings.compile != "auto":
         return settings.compile == "True" and not is_sharded and not settings.eval_only
     on_gpu = device.type == "cuda"
-    if device.type == "mps" or (settings.dropout and not on_gpu):
+    if device.type == "mps":
         return False
     flops = settings.max_iters * tokens_per_step * model.flops_per_token()
     seconds = 60 * settings.max_minutes or flops / (1e14 if on_gpu else 1e11) / WORLD_SIZE
@@ -142,6 +138,7 @@ def fit_micro_batch(model, optimizer, micro_size, n_micro, device):
 
 def gradient_norms(model, x, y):
     """Return the gradient norm of each parameter, (n_parameters,), for x and y (B, T)."""
+    torch.manual_seed(0)  # dropout
     model(x, y).backward()
     norms = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
@@ -164,7 +161,7 @@ def use_attention(model, attention, x, y):
         )
 
 
-def compile_model(model, x, y, has_dropout):
+def compile_model(model, x, y):
     """
     Compile the layers for training steps; if that fails, print why and leave the model unchanged.
     Some C++ compilers generate wrong code (GCC 12 for AVX-512 FP16 with generic tuning), so on a
@@ -182,7 +179,7 @@ def compile_model(model, x, y, has_dropout):
     finally:
         model.zero_grad(set_to_none=True)
     compiled_layers, model.fast_layers = model.fast_layers, None
-    if x.device.type != "cpu" or has_dropout or same_gradients(norms, gradient_norms(model, x, y)):
+    if x.device.type != "cpu" or same_gradients(norms, gradient_norms(model, x, y)):
         model.fast_layers = compiled_layers
     else:
         say("warning: torch.compile generates wrong gradients here; continuing without it")
