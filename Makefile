@@ -33,15 +33,15 @@ FUZZ_SECONDS ?= 60
 .PHONY: story test test-slow test-arm test-peers bench fuzz lint clean debug libllama2 dev page \
         llama2.wasm
 
-run: run.c kernels.h
+run: run.c engine/*.h
 	$(CC) $(CFLAGS) run.c -o run -lm
 
 debug: run_debug
-run_debug: run.c kernels.h
+run_debug: run.c engine/*.h
 	$(CC) $(SANITIZE) run.c -o run_debug -lm
 
 libllama2: libllama2.so
-libllama2.so: lib/libllama2.c lib/llama2.h run.c kernels.h
+libllama2.so: lib/libllama2.c lib/llama2.h run.c engine/*.h
 	$(CC) $(CFLAGS) -shared -fPIC -fvisibility=hidden lib/libllama2.c -o libllama2.so -lm
 
 llama2.wasm: dev

@@ -282,9 +282,11 @@ def inference(prompt, out_dir, flags):
             f"{out_dir}/model.bin does not exist on the volume; train first (--command train), or "
             f"upload one (--command transfer --action upload --path {out_dir})"
         )
-    os.makedirs(ENGINE_DIR, exist_ok=True)
-    for name in ("run.c", "kernels.h", "Makefile"):  # keeps times: make compiles once per container
+    os.makedirs(ENGINE_DIR, exist_ok=True)  # copies keep their times: make compiles once
+    for name in ("run.c", "Makefile"):
         shutil.copy2(os.path.join(APP_DIR, name), ENGINE_DIR)
+    headers = os.path.join(ENGINE_DIR, "engine")
+    shutil.copytree(os.path.join(APP_DIR, "engine"), headers, dirs_exist_ok=True)
     call("make", "--no-print-directory", "-C", ENGINE_DIR, "run")
     command = [os.path.join(ENGINE_DIR, "run"), model, "-i", prompt, *flags]
     return call(*command, stdout=subprocess.PIPE).decode(errors="replace")

@@ -7,6 +7,7 @@ It is compiled by clang with lld and wasi-libc, or by the zig of `pip install .[
 first needed and after a change to its sources.
 """
 
+import glob
 import importlib.util
 import os
 import shutil
@@ -18,9 +19,10 @@ from configurator import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIB = os.path.join(ROOT, "lib")
-SOURCES = [os.path.join(ROOT, name) for name in ("run.c", "kernels.h")] + [
-    os.path.join(LIB, name)
-    for name in ("libllama2.c", "llama2.h", os.path.join("wasm", "setjmp.h"))
+SOURCES = [
+    os.path.join(ROOT, "run.c"),
+    *glob.glob(os.path.join(ROOT, "engine", "*.h")),
+    *(os.path.join(LIB, name) for name in ("libllama2.c", "llama2.h", "wasm/setjmp.h")),
 ]
 ENGINE = os.path.join(LIB, "llama2.wasm")
 EXPORTS = (

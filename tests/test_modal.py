@@ -429,7 +429,8 @@ def test_one_failed_or_killed_machine_fails_the_command(cloud, stubs, monkeypatc
 
 def test_a_prompt_is_passed_unchanged_and_runs_no_shell(cloud, stubs, tmp_path, capsys):
     tree = Path(modal_app.APP_DIR)
-    for name in ("run.c", "kernels.h"):
+    (tree / "engine").mkdir()
+    for name in ("run.c", "engine/kernels.h"):
         (tree / name).write_text("")
     print_args = """#!/bin/sh\\nfor arg; do printf "[%%s]" "$$arg"; done\\n"""
     (tree / "Makefile").write_text(f"run: run.c\n\t@printf '{print_args}' > run; chmod +x run\n")
@@ -595,7 +596,7 @@ def test_only_code_is_sent():
     ):
         assert ignored(Path(path)), path
     for path in (
-        *"train.py run.c kernels.h Makefile".split(),
+        *"train.py run.c engine/kernels.h Makefile".split(),
         *"config/tok105.py formats/__init__.py requirements.txt".split(),
     ):
         assert not ignored(Path(path)), path

@@ -1,13 +1,13 @@
-// The kernels of run.c: its inner loops, written once for all instruction sets.
+// The kernels: inner loops, written once for all instruction sets.
 //
-// run.c includes this file once for each instruction set. All of them compute sixteen values at a
+// model.h includes this file once for each instruction set. All of them compute sixteen values at a
 // time, in the same order of operations, so that their results are equal to the last bit. The
 // sixteen are PARTS vectors as wide as a register. With wider vectors, gcc 12 keeps them in memory,
 // and its AVX2 code is up to ten times slower.
 //
-// needs:   run.c's types from Format to Kernels; KERNEL(name), which appends the set's suffix to a
+// needs:   model.h's types from Format to Kernels; KERNEL(name), which appends the set's suffix to a
 //          name; for intrinsics, KERNEL_AVX2, KERNEL_AVX512, KERNEL_DOTPROD or KERNEL_SIMD128
-// defines: kernels_<suffix>, the table of functions that run.c calls; undefines the macros at the
+// defines: kernels_<suffix>, the table of functions that forward() calls; undefines the macros at the
 //          end, ready for the next set
 
 // for each set: its name; the floats in a register (WIDTH); how many inputs int8 and int4 products
