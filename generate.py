@@ -74,7 +74,7 @@ from system.hardware import pick_device, pick_dtype
 from system.progress import print_line, progress
 from system.threads import Threads
 from text.corpus import books_among, text_files
-from text.orders import Wanted, parse
+from text.orders import Wanted, is_to_order, parse
 from training.checkpoint import RUN_FILE, load_checkpoint
 from training.runlog import RunLog
 
@@ -162,9 +162,9 @@ def generate_stories(name, model, tokenizer, jobs):
             bar.update(n_done + len(ended) - bar.n)
         for k, (i, ids) in enumerate(zip(batch, ids_of, strict=True)):
             prompt, order = jobs[i]
-            prompt_text = start.lstrip(" ") if order else tokenizer.decode(prompt)
-            text = tokenizer.decode([*prompt, *ids])
-            text = parse(text)[1] if order else text
+            text, prompt_text = tokenizer.decode([*prompt, *ids]), tokenizer.decode(prompt)
+            if is_to_order(order, start, model.args.orders):
+                text, prompt_text = parse(text)[1], start.lstrip(" ")
             stories[i] = Story(text, len(ids), k in ended, prompt_text, order)
         n_done += len(batch)
         bar.update(n_done - bar.n)

@@ -40,7 +40,7 @@
 // ------------------------------------------------------------------------------------------------
 // Sampling the next token
 
-typedef struct { const int *tokens; size_t n; } Phrase;
+typedef struct { const int *tokens; size_t n; bool is_speech; } Phrase;
 
 typedef struct {
     float temperature;     // 0: the most likely token
@@ -55,6 +55,9 @@ typedef struct {
 } Sampler;
 
 enum { PENALTY_WINDOW = 64 };  // how many tokens repeat_penalty looks back
+// LATE: speech is favored from this token of a story on, see text/orders.py. Above MAX_ORDER_BIAS,
+// models write the order instead of a story.
+enum { LATE = 100, MAX_ORDER_BIAS = 10 };
 
 // Uniform in [0, 1): xorshift64* (Vigna 2016, arXiv:1402.6246).
 static float random_float(uint64_t *state) {
@@ -140,14 +143,20 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
     return c[left - 1].index;
 }
 
-// Add order_bias to the logit of each phrase's next token, until the story has the phrase.
+// Add order_bias to the logit of the next token of each phrase, once per token, until the story has
+// the phrase.
 static void favor_phrases(const Sampler *s, float *logits, const int *history, size_t n_history) {
+    size_t n_favored = 0;
     for (size_t i = 0; i < s->n_phrases; i++) {
         Phrase p = s->phrases[i];
-        size_t k = 0;  // how much of the phrase the story ends with
+        size_t k = 0, j = 0;  // k: how much of the phrase the story ends with
         for (size_t at = s->n_order; at < n_history && k < p.n; at++)
             k = history[at] == p.tokens[k] ? k + 1 : history[at] == p.tokens[0];
-        if (k < p.n) logits[p.tokens[k]] += s->order_bias;
+        if (k == p.n || (p.is_speech && n_history - s->n_order < LATE)) continue;
+        while (j < n_favored && s->candidates[j].index != p.tokens[k]) j++;
+        if (j < n_favored) continue;
+        s->candidates[n_favored++].index = p.tokens[k];
+        logits[p.tokens[k]] += s->order_bias;
     }
 }
 
@@ -271,14 +280,17 @@ static char *append_field(char *at, const char *name, const char *text, bool is_
             *at++ = *c;
         }
     }
-    if (at == value) return start;
+    if (at == value) {
+        *start = '\0';
+        return start;
+    }
     *at++ = '\n';
     return at;
 }
 
 // Return the prompt of an order and the beginning of a story, as text/orders.py writes it. n (out):
-// the bytes before the story; 0 without an order.
-static char *order_prompt(const Order *order, const char *beginning, size_t *n) {
+// the bytes before the story; 0 if the order has no fields, unless it is written all the same.
+static char *order_prompt(const Order *order, const char *beginning, bool always, size_t *n) {
     const char *texts[] = {order->words, order->features, order->sentence, order->summary};
     size_t room = strlen(beginning) + 80;
     for (int i = 0; i < 4; i++) room += texts[i] ? 2 * strlen(texts[i]) : 0;
@@ -287,11 +299,12 @@ static char *order_prompt(const Order *order, const char *beginning, size_t *n) 
     at = append_field(at, "Features", order->features, true);
     at = append_field(at, "Random sentence", order->sentence, false);
     at = append_field(at, "Summary", order->summary, false);
-    bool is_ordered = at > prompt;
+    bool is_ordered = always || at > prompt;
     if (is_ordered) at += sprintf(at, "Story:");
     *n = (size_t)(at - prompt);
     while (is_ordered && *beginning == ' ') beginning++;
-    if (*beginning) sprintf(at, "%s%s", is_ordered ? " " : "", beginning);
+    if (*beginning) at += sprintf(at, "%s%s", is_ordered ? " " : "", beginning);
+    while (is_ordered && at[-1] == ' ') *--at = '\0';
     return prompt;
 }
 
@@ -316,7 +329,7 @@ static void set_phrases(Sampler *s, const Tokenizer *t, const Order *order, cons
             if (!size || (is_features && strncmp(line, "Story: Dialogue\n", size))) continue;
             if (is_features) size = (size_t)sprintf(line, "Story: \"\n");
             int *tokens = encode(t, line, size - 1, &n_all);
-            s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start};
+            s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start, is_features};
         }
     }
 }
@@ -331,12 +344,13 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     size_t n_prompt, n_hidden = 1, n_stories = m->n_stories, n_generated = 0;
     if (n_order) encode(tokenizer, prompt, n_order, &n_hidden);
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
+    const char *what = n_hidden > 1 ? "order and the prompt have" : "prompt has";
     if (n_prompt > (size_t)m->config.seq_len)
-        die("the prompt has %zu tokens, but the model's context is %d: shorten the prompt",
-            n_prompt, m->config.seq_len);
+        die("the %s %zu tokens, but the model's context is %d: shorten the %s", what, n_prompt,
+            m->config.seq_len, n_hidden > 1 ? "order" : "prompt");
     if (n_prompt > m->n_positions)
-        die("the prompt has %zu tokens, but -n is %zu: raise -n, or use -n 0 for the whole context "
-            "of %d", n_prompt, m->n_positions, m->config.seq_len);
+        die("the %s %zu tokens, but -n is %zu: raise -n, or use -n 0 for the whole context of %d",
+            what, n_prompt, m->n_positions, m->config.seq_len);
     if (valid_utf8(prompt, strlen(prompt)) < strlen(prompt))
         fputs("note: the prompt is not UTF-8; its invalid bytes are read as U+FFFD\n", stderr);
     fprintf(stderr, "seed: %llu\n", (unsigned long long)seed);
@@ -381,6 +395,10 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     if (is_cut && wants_note)
         fprintf(stderr, "note: %s story stops at the model's context of %d tokens\n",
                 n_stories > 1 ? "a" : "the", m->config.seq_len);
+    else if (is_cut && n_order > strlen("Story:") && !as_json)
+        fprintf(stderr, "note: %s story stops at %zu tokens, with the %zu of the order%s\n",
+                n_stories > 1 ? "a" : "the", m->n_positions, n_hidden,
+                m->n_positions < (size_t)m->config.seq_len ? "; raise -n" : "");
     if (n_stories == 1 && stories[0].n == n_prompt && n_prompt < m->n_positions && !as_json)
         fputs("note: the model ended the story at once; try another seed (-s) or prompt (-i)\n",
               stderr);
@@ -553,7 +571,7 @@ static void print_usage(FILE *out) {
         "\n"
         "  -i TEXT   prompt (default: none)\n"
         "  -z FILE   tokenizer file (default: tokenizer.bin beside the model, or in this folder)\n"
-        "  -n INT    total tokens, including the prompt (default 256; 0: the whole context);\n"
+        "  -n INT    total tokens, including order and prompt (default 256; 0: the whole context);\n"
         "            with -m eval: tokens per window (default: the whole context)\n"
         "  -t FLOAT  temperature; 0 always picks the likeliest token (default 1.0)\n"
         "  -p FLOAT  top-p: keep the likeliest tokens up to this total probability\n"
@@ -564,7 +582,7 @@ static void print_usage(FILE *out) {
         "  -s INT    seed; the same seed gives the same story (default: the time)\n"
         "  --words LIST, --features LIST, --sentence TEXT, --summary TEXT\n"
         "            what the story must contain, for models trained with orders; for example\n"
-        "            --words \"dragon, soup\" --features Dialogue\n"
+        "            --words \"kite, forest\" --features Dialogue\n"
         "  --order-bias FLOAT      added to the logits of what is ordered until the story has it\n"
         "            (default 3; 0: off)\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
@@ -662,7 +680,7 @@ static Options parse_options(int argc, char **argv) {
         {"--features", TEXT, &o.order.features, 0, 0},
         {"--sentence", TEXT, &o.order.sentence, 0, 0},
         {"--summary", TEXT, &o.order.summary, 0, 0},
-        {"--order-bias", NUMBER, &o.sampler.order_bias, 0, 100},
+        {"--order-bias", NUMBER, &o.sampler.order_bias, 0, MAX_ORDER_BIAS},
         {"-b", INTEGER, &o.n_stories, 1, MAX_STORIES},
         {"--json", SWITCH, &o.as_json, 0, 0},
         {"-m", TEXT, &mode, 0, 0},
@@ -742,15 +760,20 @@ int main(int argc, char **argv) {
         o.sampler.kernels = model.kernels;
         o.sampler.candidates = alloc((uint64_t)model.n_threads * model.config.vocab_size,
                                      sizeof(Candidate));
-        size_t n_order;
-        const char *prompt = order_prompt(&o.order, o.text ? o.text : "", &n_order);
-        if (n_order && !has(&model.config, ORDERS))
-            die("%s was trained without orders: train with shards of pretokenize --orders", o.model);
-        if (n_order) set_phrases(&o.sampler, &tokenizer, &o.order, prompt, n_order);
-        bool wants_note = n_requested > model.config.seq_len && !o.as_json;
-        if (o.is_eval) evaluate(&model, &tokenizer, text, o.as_json);
-        else generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json,
-                      wants_note);
+        if (o.is_eval) {
+            evaluate(&model, &tokenizer, text, o.as_json);
+        } else {
+            if (!o.text) o.text = "";
+            size_t n_order;
+            bool knows_orders = has(&model.config, ORDERS);  // without a prompt it would make one up
+            const char *prompt = order_prompt(&o.order, o.text, knows_orders && !*o.text, &n_order);
+            if (n_order && !knows_orders)
+                die("%s was trained without orders: train with shards of pretokenize --orders",
+                    o.model);
+            if (n_order) set_phrases(&o.sampler, &tokenizer, &o.order, prompt, n_order);
+            bool wants_note = n_requested > model.config.seq_len && !o.as_json;
+            generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json, wants_note);
+        }
     }
     release_to(NULL);
     return EXIT_SUCCESS;

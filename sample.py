@@ -19,8 +19,8 @@ checkpoint = ""  # any model export.py reads; empty: best.pt or ckpt.pt in out_d
 tokenizer = ""  # tokenizer model; empty: tokenizer.model beside the checkpoint
 # stories
 start = ""  # prompt; FILE:prompt.txt reads it from a file
-words = ""  # what the story must contain, for a model trained with orders: dragon, soup
-features = ""  # the same: Dialogue, Twist, BadEnding, ...
+words = ""  # what the story must contain, for a model trained with orders: kite, forest
+features = ""  # the same: Dialogue, Twist, BadEnding, MoralValue, Foreshadowing, Conflict
 sentence = ""  # the same: a sentence
 summary = ""  # the same: what the story is about
 order_bias = 3.0  # added to the logits of what is ordered until the story has it; 0: off
@@ -45,7 +45,7 @@ from formats.table import load_for_sampling
 from report.stories import check_sampling, read_prompt
 from system.hardware import pick_device, pick_dtype
 from system.threads import Threads
-from text.orders import Order, Wanted, parse, split_list
+from text.orders import Order, Wanted, is_to_order, parse, split_list
 
 check_sampling(globals(), num_samples=1, max_new_tokens=0, top_k=0)
 start = read_prompt(start)
@@ -72,7 +72,7 @@ for i in range(num_samples):
     tokens = model.generate(prompt, max_new_tokens, *sampling, wanted)
     ids = list(threads.watched(tokens))
     text = tokenizer.decode([*prompt, *ids])
-    text = parse(text)[1] if order else text
+    text = parse(text)[1] if is_to_order(order, start, model.args.orders) else text
     print(printable(text) if on_terminal else text)
     if len(ids) == model.room_after(prompt) < max_new_tokens:
         context = model.args.max_seq_len

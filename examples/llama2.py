@@ -51,7 +51,13 @@ ARGUMENTS = {
 
 
 def order_of(texts):
-    return Order(**{name: text.encode() for name, text in texts.items()})
+    """Return an Order. texts: a dict with some of its fields; lists are joined by commas."""
+    known = [name for name, _ in Order._fields_]
+    for name in texts:
+        if name not in known:
+            raise ValueError(f"an order has no {name!r}: expected {', '.join(known)}")
+    lists = {k: v if isinstance(v, str) else ", ".join(v) for k, v in texts.items() if v}
+    return Order(**{name: text.encode(errors="surrogateescape") for name, text in lists.items()})
 
 
 class Llama:
@@ -123,17 +129,24 @@ class Llama:
     def generate(self, prompt="", seed=0, order=None, order_bias=3.0, **sampling):
         """
         Return the prompt and its continuation, after an order as in encode_order(), or None. The
-        other keywords are fields of Sampling.
+        other keywords are fields of Sampling. A model that knows orders would make one up if the
+        prompt were empty; it gets one without fields.
         """
+        if not prompt and not order and self.c.llama_knows_orders(self.llama):
+            order = {}
         usual = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0}
         sampling = Sampling(**{**usual, **sampling})
-        tokens, n_order = self.encode_order(order, prompt) if order else (self.encode(prompt), 0)
+        is_ordered = order is not None
+        tokens, n_order = self.encode(prompt), 0
+        if is_ordered:
+            tokens, n_order = self.encode_order(order, prompt)
         if len(tokens) > self.n_positions:
+            what = "order and the prompt have" if n_order else "prompt has"
             raise ValueError(
-                f"the prompt has {len(tokens)} tokens, but the model's context is "
-                f"{self.n_positions}: shorten the prompt"
+                f"the {what} {len(tokens)} tokens, but the model's context is "
+                f"{self.n_positions}: shorten the {'order' if n_order else 'prompt'}"
             )
-        favored = ctypes.byref(order_of(order)) if order else None
+        favored = ctypes.byref(order_of(order)) if is_ordered else None
         self.checked(self.c.llama_bias(self.llama, favored, order_bias))
         self.checked(self.c.llama_seed(self.llama, seed))
         new = tokens
@@ -145,7 +158,7 @@ class Llama:
             new = [token]
             tokens += new
         text = self.decode(tokens[n_order:])
-        return text.removeprefix(" ") if order else text
+        return text.removeprefix(" ") if is_ordered else text
 
     def hand_over(self):
         """Let another thread use the model."""

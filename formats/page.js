@@ -121,11 +121,11 @@ class Column {
 
   finish({ n, length, seconds, stopped }) {
     const speed = seconds > 0 ? `, ${Math.round(n / seconds).toLocaleString("en")} tokens per second` : "";
-    const end = stopped ? "Stopped after" : length >= this.limit
-      ? "Cut at the length you set, after" : "The end, after";
+    const cut = this.limit < this.positions ? "Cut at the length you set" : "Cut where the model’s context ends";
+    const end = stopped ? "Stopped after" : length >= this.limit ? `${cut}, after` : "The end, after";
     if (this.text.textContent === this.before)
       inform(Number(told.t) > 0 ? "“Tell the story” told the same story again; “Another one” makes a new one."
-        : "At temperature 0, each beginning has only one story.");
+        : "At temperature 0, the model always tells the same story.");
     if (stopped && columns.length === 1) {
       told.n = String(length);  // the link tells it up to here
       set_address("replaceState");
@@ -294,7 +294,7 @@ function tell(is_linked = false) {
   const order = {};
   for (const [name, id] of Object.entries(ORDER)) {
     const text = $(id).value.trim();
-    if (text) values[name] = order[id] = text;
+    if (text && !$("order").hidden) values[name] = order[id] = text;
   }
   asked = { values, is_linked };
   story += 1;

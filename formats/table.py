@@ -25,6 +25,7 @@ from formats.tensors import PADDED, build_model, check_tensor_sizes, skeleton
 from model import ModelArgs, Transformer
 from system.files import atomic_write, check_not_pointer, read_json
 from system.remote import fetch_model, reason
+from text.orders import Order, is_to_order
 from text.shards import read_sidecar
 from tokenizer import Tokenizer, open_tokenizer
 from training import torchfile
@@ -312,22 +313,24 @@ def load_for_sampling(path, start, tokenizer="", order=None):
 
 def encode_prompt(loaded, path, start, order=None):
     """
-    Return the ids of a prompt for the model of `path`, after an Order or None. Raises UserError if
-    there are none, if they do not fit the context, or if the model was trained without orders.
+    Return the ids of a prompt for the model of `path`, after an Order or None, see is_to_order().
+    Raises UserError if there are none, if they do not fit the context, or if the model was trained
+    without orders.
     """
     if order and not loaded.model.args.orders:
         raise UserError(
             f"{path} was trained without orders: train with shards of pretokenize --orders"
         )
-    text = order.prompt(start) if order else start
+    is_ordered = is_to_order(order, start, loaded.model.args.orders)
+    text = (order or Order()).prompt(start) if is_ordered else start
     prompt = loaded.tokenizer.encode(text.encode(errors="surrogateescape"))
     if not prompt:
         raise UserError(f"the tokenizer of {path} has no BOS token: pass a prompt with --start")
     context = loaded.model.args.max_seq_len
     if len(prompt) > context:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens, but the context of {path} is {context}: "
-            f"shorten the prompt"
+            f"the {'order and the prompt have' if order else 'prompt has'} {len(prompt)} tokens, "
+            f"but the context of {path} is {context}: shorten the {'order' if order else 'prompt'}"
         )
     return prompt
 

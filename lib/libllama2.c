@@ -179,8 +179,7 @@ static int *encode_ordered(Llama *l, const LlamaOrder *order, const char *beginn
     if (!has(&l->model.config, ORDERS)) die("the model was trained without orders");
     const Order o = {order->words, order->features, order->sentence, order->summary};
     size_t n;
-    const char *text = order_prompt(&o, beginning, &n);
-    if (!n) die("the order is empty");
+    const char *text = order_prompt(&o, beginning, true, &n);
     encode(&l->tokenizer, text, n, n_tokens);
     *n_order = (int)*n_tokens;
     return encode(&l->tokenizer, text, strlen(text), n_tokens);
@@ -217,6 +216,8 @@ int llama_encode_order(Llama *l, const LlamaOrder *order, const char *beginning,
 
 int llama_bias(Llama *l, const LlamaOrder *order, float bias) {
     if (!enter(l, true)) return -1;
+    if (order && !(bias >= 0 && bias <= MAX_ORDER_BIAS))
+        return leave_with(l, -1, "the bias of an order is out of range: expected 0 to 10");
     jmp_buf caller;
     Sampler *s = &l->sampler, changed = *s;
     changed.n_phrases = 0;
@@ -229,8 +230,8 @@ int llama_bias(Llama *l, const LlamaOrder *order, float bias) {
     if (order) {
         const Order o = {order->words, order->features, order->sentence, order->summary};
         size_t n;
-        const char *text = order_prompt(&o, "", &n);
-        if (n) set_phrases(&changed, &l->tokenizer, &o, text, n);
+        const char *text = order_prompt(&o, "", true, &n);
+        set_phrases(&changed, &l->tokenizer, &o, text, n);
     }
     on_error.caller = NULL;
     Block *made = blocks;

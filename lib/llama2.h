@@ -74,13 +74,15 @@ LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *token
 
 // Encode an order and the beginning of its story, both as UTF-8 with a NUL, as llama_encode() does.
 // The first *n_order tokens are the order's; the others are the story's, and the space in front of
-// their text separates the two. -1: the order is empty, or the model does not know orders.
+// their text separates the two. Without any field, it is the order of any story, which a model that
+// knows orders needs in front of an empty prompt. -1: the model does not know orders.
 LLAMA2_API int llama_encode_order(Llama *llama, const LlamaOrder *order, const char *beginning,
                                   int *tokens, int room, int *n_order);
 
-// Let llama_sample() favor what an order asks for until the story has it: words, a sentence, and a
-// quotation mark for Dialogue. `bias` is added to the logit of the next token of each; 3 is a good
-// value. The tokens must start with the same order. NULL: favor nothing, as at the start.
+// Let llama_sample() favor what an order asks for until the story has it: words, a sentence, and for
+// Dialogue, after 100 tokens, a quotation mark. `bias`, from 0 to 10, is added to the logit of the
+// next token of each; 3 is a good value. The tokens must start with the same order. NULL: favor
+// nothing, as at the start.
 LLAMA2_API int llama_bias(Llama *llama, const LlamaOrder *order, float bias);
 
 // Decode n tokens, which may start with a BOS. Returns the text's length in bytes, and writes as

@@ -6,6 +6,7 @@
 //
 // tell() gives the same story as ./run with the same options and seed, byte for byte.
 
+const FIELDS = ["words", "features", "sentence", "summary"];  // of an order
 const OUT_OF_MEMORY = "not enough memory: use a smaller model or a smaller number format";
 
 // Load a model.bin and its tokenizer.bin with the engine; all three are Uint8Arrays. positions: room
@@ -67,7 +68,7 @@ export class Llama {
   #tokens_of(texts, encode) {
     const all = texts.map((text) => new TextEncoder().encode(`${text}\0`));
     const n_bytes = all.reduce((n, bytes) => n + bytes.length, 0);
-    const room = n_bytes + 100;  // an order also has the names of its fields
+    const room = 2 * n_bytes + 100;  // an order also has names, and spaces after its commas
     const at = this.#c.malloc(4 * room + n_bytes);
     if (!at) throw new Error(OUT_OF_MEMORY);
     let end = at + 4 * room;
@@ -92,17 +93,21 @@ export class Llama {
 
   // The tokens of an order, an object with texts words, features, sentence and summary, each of
   // which may be missing, and of how its story begins: {tokens, n_order}, where the first n_order
-  // are the order's.
+  // are the order's. Without any field, it is the order of any story.
   encode_order(order, beginning = "") {
+    if (!this.knows_orders) throw new Error("the model was trained without orders");
     const n_at = this.#scratch + 16;
     const tokens = this.#with_order(order, beginning, (order_at, begin_at, at, room) =>
       this.#c.llama_encode_order(this.#at, order_at, begin_at, at, room, n_at));
     return { tokens, n_order: this.#view(Int32Array, n_at, 1)[0] };
   }
 
-  #with_order({ words = "", features = "", sentence = "", summary = "" }, beginning, call) {
-    const texts = [words, features, sentence, summary, beginning];
-    return this.#tokens_of(texts, (all, at, room) => {
+  #with_order(order, beginning, call) {
+    for (const name of Object.keys(order))
+      if (!FIELDS.includes(name))
+        throw new Error(`an order has no ${name}: expected ${FIELDS.join(", ")}`);
+    const texts = FIELDS.map((name) => order[name] ?? "");
+    return this.#tokens_of([...texts, beginning], (all, at, room) => {
       this.#view(Uint32Array, this.#scratch, 4).set(all.slice(0, 4).map((bytes) => bytes.at));
       return call(this.#scratch, all[4].at, at, room);
     });
@@ -156,9 +161,11 @@ export class Llama {
 
   // Tell a story: yields {token, text} for the prompt and each token after it; the texts joined are
   // the story. Options as those of ./run: seed is a BigInt or a whole number, order is as in
-  // encode_order().
+  // encode_order(). A model that knows orders would make one up if the prompt were empty; it gets one
+  // without fields.
   *tell(prompt = "", { temperature = 1, topP = 0.9, topK = 0, minP = 0, repeatPenalty = 1,
                        seed = 0, length = 256, order = null, orderBias = 3 } = {}) {
+    if (this.knows_orders && !prompt) order ??= {};
     const { tokens, n_order } = order ? this.encode_order(order, prompt)
       : { tokens: this.encode(prompt), n_order: 0 };
     const end = Math.min(length || this.positions, this.positions);  // tokens that are run

@@ -28,7 +28,7 @@ BREAK = "\0"  # between documents: a word that is in no story, so no n-gram span
 WORD = re.compile(rf"{BREAK}|[^\W_]+(?:'[^\W_]+)*")
 ENDING = re.compile(r"""[.!?…]["'”’»)]*\s*$""")
 PIECE = 1 << 20  # characters of training text searched at once
-MAXIMUMS = {"temperature": 100, "seed": 2**63 - 1, "top_p": 1, "order_bias": 100}  # of settings
+MAXIMUMS = {"temperature": 100, "seed": 2**63 - 1, "top_p": 1, "order_bias": 10}  # of settings
 
 
 def check_sampling(settings, **minimums):

@@ -29,6 +29,7 @@ from text.orders import (
     problem_of,
     scores,
     scores_of_others,
+    split_list,
 )
 from text.shards import document_key, encode_orders, mark_of_orders, without_marks
 
@@ -205,6 +206,8 @@ def test_words_count_in_any_form():
     for word in "drag soup ask".split():
         assert not told.has_word(word), word
     assert "stopped" in forms("stop")
+    # a model that writes another order has not told its words
+    assert not Told("kite, brave\nStory: A cat ran.").has_word("kite")
     orders = [Order(("cat", "dog")), Order(("sun",), ("Dialogue",), "It was hot."), Order(("a",))]
     told = [Told("Cats ran."), Told('"Sun!" It was  hot.'), Told("b")]
     result = scores(list(zip(orders, told, strict=True)))
@@ -332,7 +335,7 @@ def test_labels_of_each_dataset_train(tokenizers, stories, tmp_path, kind):
 def test_a_model_trained_with_orders_tells_them_and_scores(ordered, builds, tokenizers, tmp_path):
     common = "--vocab_size=512 --dim=32 --n_layers=2 --max_iters=20 --eval_iters=2 --batch_size=4"
     common = [*common.split(), "--max_seq_len=128", "--device=cpu", "--compile=False"]
-    flags = ["--words=dragon,  soup", "--features=Dialogue", "--sentence=It was hot."]
+    flags = ["--words=dragon,  so\udce9up", "--features=Dialogue", "--sentence=It was hot."]
     run_flags = [part for flag in flags for part in flag.split("=")]
     for name in ("with", "without"):
         out = tmp_path / name
@@ -380,38 +383,58 @@ def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tm
         assert whole.removeprefix(expected).removeprefix(" ") == told
         assert told.startswith(begin.strip())
     assert tell("--words", " , ", "-i", "One day") == tell("-i", "One day")
+    # blanks at the end of a beginning are left out; others than those of ASCII are letters
+    assert tell("--words", "soup", "-i", "One day  ") == tell("--words", "soup", "-i", "One day")
+    words = "big\u00a0cat,\u3000soup"
+    order = Order(split_list(words))
+    whole = tell("-i", order.prompt()).removeprefix(order.prompt()).removeprefix(" ")
+    assert whole == tell("--words", words, "--order-bias", "0")
+    # without anything, an order without fields, since the model would make one up
+    assert tell("-i", "Story:").removeprefix("Story:").removeprefix(" ") == tell()
+    for flags in (("--words", ""), ("--features", ","), ("--sentence", " ", "-i", "")):
+        assert tell(*flags) == tell(), flags
     stories = tell("--words", "dragon", "-b", "3", "-t", "1", "-s", "1").split("\n---\n\n")
     assert len(set(stories)) == 3 and "dragon" not in {s.split()[0] for s in stories}
 
 
 @pytest.mark.parametrize("name", (512, "gpt2"))
 def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_path, name):
-    """With a large bias, a random model says each phrase once, whatever it would say otherwise."""
+    """
+    With a large bias, a random model says each phrase, whatever it would say otherwise. Speech is
+    favored after 100 tokens.
+    """
     tokenizer = tokenizers[name]
     tokenizer.export(tmp_path / "tokenizer.bin")
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256, orders=True)
     export_model(model, tmp_path / "model.bin")
-    words, features = ("dragon", "big cat", "soup"), ("Twist", "Dialogue")
+    words, features = ("dragon", "big cat", "soup", "soup"), ("Twist", "Dialogue")
     order, beginning = Order(words, features, "It was hot."), "One big soup"
     prompt, stop = tokenizer.encode(order.prompt(beginning)), tokenizer.stop
     told = {}
-    for bias in (0.0, 3.0, 100.0):
+    for bias in (0.0, 3.0, 10.0):
         wanted = Wanted(order, tokenizer, bias, prompt)
-        ids = list(model.generate(prompt, 100, temperature=0, stop=stop, wanted=wanted))
+        ids = list(model.generate(prompt, 130, temperature=0, stop=stop, wanted=wanted))
         wanted = [Wanted(order, tokenizer, bias, prompt) for _ in range(2)]
-        batch = model.generate_batch([prompt] * 2, torch.zeros(2, 100), 0, stop=stop, wanted=wanted)
+        batch = model.generate_batch([prompt] * 2, torch.zeros(2, 130), 0, stop=stop, wanted=wanted)
         assert [step[1] for step in batch if step[1] is not None] == ids
         told[bias] = parse(tokenizer.decode([*prompt, *ids]))[1]
-        flags = ["--words", "dragon, big cat,soup", "--sentence", "It  was hot.", "-i", beginning]
+        flags = ["--words", ", ".join(words), "--sentence", "It  was hot.", "-i", beginning]
         flags += ["--features", "Twist,Dialogue"]
-        flags += ["-t", "0", "-n", str(len(prompt) + 99), "--order-bias", str(bias)]
+        flags += ["-t", "0", "-n", str(len(prompt) + 129), "--order-bias", str(bias)]
         command = [builds["run", "checked"], tmp_path / "model.bin", *flags]
         done = subprocess.run(command, capture_output=True, check=True)
         assert done.stdout.decode(errors="replace").rstrip("\n") == told[bias]
-    plain = list(model.generate(prompt, 100, temperature=0, stop=stop))
+    plain = list(model.generate(prompt, 130, temperature=0, stop=stop))
     assert parse(tokenizer.decode([*prompt, *plain]))[1] == told[0.0]
-    favored, phrases = told[100.0], (" dragon", " big cat", " soup", " It was hot.", ' "')
-    assert favored.startswith(beginning) and [favored.count(p) for p in phrases] == [1] * 5
+    favored, phrases = told[10.0], (" dragon", " big cat", " soup", " It was hot.", ' "')
+    assert favored.startswith(beginning)
+    if name == "gpt2":  # else a random model goes back and forth between the pieces of words
+        assert [favored.count(p) for p in phrases] == [1] * 5
+    # a token that several phrases begin with is favored once
+    logits = torch.zeros(tokenizer.vocab_size)
+    order = Order(("dragon", "dragon", "drag"))
+    Wanted(order, tokenizer, 3.0, tokenizer.encode(order.prompt())).raise_logits(logits)
+    assert set(logits.tolist()) == {0.0, 3.0}
 
 
 @pytest.mark.slow
@@ -434,7 +457,7 @@ from llama2 import Llama
 for path in {paths!r}:
     llama = Llama(path, library={str(library)!r})
     print(llama.c.llama_knows_orders(llama.llama))
-    for order in ({order!r}, {{"words": " , "}}):
+    for order in ({order!r}, {{"words": " , "}}, {{"word": "soup"}}):
         try:
             print(llama.generate("One day", order=order, temperature=0))
             plain = llama.generate("One day", temperature=0)  # favors nothing
@@ -447,6 +470,10 @@ for path in {paths!r}:
     flags = [x for field, text in order.items() for x in (f"--{field}", text)]
     command = [builds["run", "checked"], paths[0], "-t", "0", "-n", "0", "-i", "One day", *flags]
     expected = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    wrong = ["the model was trained without orders"] * 2
+    command = [builds["run", "checked"], paths[0], "-t", "0", "-n", "0", "-i", "Story: One day"]
+    empty = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     assert done.stdout.splitlines()[:1] == ["1"] and len(expected) > 100
-    assert done.stdout == "\n".join(["1", expected + "True", "the order is empty", "0", *wrong, ""])
+    unknown = "an order has no 'word': expected words, features, sentence, summary"
+    lines = ["1", expected + "True", empty.removeprefix("Story: ") + "True", unknown]
+    refusals = ["the model was trained without orders"] * 2
+    assert done.stdout == "\n".join([*lines, "0", *refusals, unknown, ""])

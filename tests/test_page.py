@@ -110,10 +110,17 @@ def test_node_gets_one_sentence_for_a_wrong_file(engine, tokenizers, tmp_path):
     short.write_bytes(model.read_bytes()[:-1])
     empty.touch()
     job = {"model": str(model), "tokenizer": str(tokenizer), "tokens": [], "stories": []}
+    export_model(random_model(vocab_size=512, orders=True), tmp_path / "orders.bin")
     long = {"prompt": "a " * 1000, "seed": 1}
+    to_order = {"prompt": "", "seed": 1, "order": {"words": "7," * 100}}
+    n_tokens = len(tokenizers[512].encode(Order(("7",) * 100).prompt()))
+    misspelt = {**to_order, "order": {"word": "7"}}
     wrong = [{"model": str(short)}, {"model": str(empty)}, {"tokenizer": str(other)}]
-    results = node(*({**job, **change} for change in [*wrong, {"stories": [long]}, {}]))
+    wrong += [{"stories": [long]}, {"stories": [to_order]}]
+    orders = [{"model": str(tmp_path / "orders.bin"), "stories": [x]} for x in (to_order, misspelt)]
+    results = node(*({**job, **change} for change in [*wrong, *orders, {}]))
     reasons = ["truncated", "has no bytes", "105 pieces", "has room for 32: shorten it"]
+    reasons += ["trained without orders", f"have {n_tokens} tokens", "an order has no word:"]
     for result, reason in zip(results, reasons, strict=False):
         assert reason in result["error"] and "\n" not in result["error"], result
     assert "error" not in results[-1]

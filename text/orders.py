@@ -35,6 +35,7 @@ SUMMARY = re.compile(r"\n\s*Summary:([^\n]*)\s*$")  # after the story
 HEAD = tuple(f"{name}:" for name in (*FIELDS, "Story"))
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 SENTENCE = re.compile(r"[^.!?…\n]+[.!?…]+[\"'”’»]*")
+BLANKS = re.compile(r"[ \t\n\v\f\r]+")
 SPEECH = re.compile(r"[\"“”„«»]")
 # probabilities: of an order, and of each of its fields
 WITH_ORDER, WITH_FIELD = 0.8, {"words": 0.8, "features": 0.5, "sentence": 0.25, "summary": 0.5}
@@ -45,6 +46,9 @@ COMMON, RARE, MIN_STORIES = 0.1, 0.001, 4
 # A story that has a content word uses it again ("dragon" 4.3 times), unlike "such" (1.04 times);
 # the mean tells them apart (Church and Gale 1995, "Poisson mixtures")
 CONTENT = 1.3
+# Dialogue is favored from this token of a story on: most stories have some before it, and earlier,
+# quotation marks would come where nobody speaks
+LATE = 100
 SENTENCE_LENGTH = 15, 120  # characters of a derived sentence
 
 
@@ -65,15 +69,28 @@ class Order:
         lines = []
         for name in names:
             value = getattr(self, FIELDS[name])
-            value = ", ".join(value) if isinstance(value, tuple) else value
+            value = squeezed(", ".join(value) if isinstance(value, tuple) else value)
             if value:
-                lines.append(f"{name}: {' '.join(value.split())}")
+                lines.append(f"{name}: {value}")
         return "\n".join([*lines, f"{START} {beginning.lstrip(' ')}".rstrip(" ")])
 
 
+def squeezed(text):
+    """Return a text with single spaces between its words. As in run.c, only ASCII blanks count."""
+    return " ".join(filter(None, BLANKS.split(text)))
+
+
 def split_list(text):
-    """Return the parts of a text with commas, without white space around them, as a tuple."""
-    return tuple(part for part in map(str.strip, text.split(",")) if part)
+    """Return the parts of a text with commas, squeezed, as a tuple."""
+    return tuple(filter(None, map(squeezed, text.split(","))))
+
+
+def is_to_order(order, start, knows_orders):
+    """
+    Return whether a story gets an Order or None in front of its start. A model that knows orders
+    would make one up if its prompt were empty: it gets an order without fields.
+    """
+    return bool(order) or (knows_orders and not start)
 
 
 def parse(text):
@@ -285,24 +302,34 @@ class Wanted:
 
     def __init__(self, order, tokenizer, bias, prompt):
         """prompt: the ids of the order and of how the story begins."""
-        texts = [" ".join(text.split()) for text in verbatim(order)]
-        texts += ['"'] * ("Dialogue" in order.features)
-        start = tokenizer.encode(START, bos=False)
-        phrases = (tokenizer.encode(f"{START} {text}", bos=False) for text in texts)
+
+        def encode(text, bos=False):  # keeps the bytes of a command line
+            return tokenizer.encode(text.encode(errors="surrogateescape"), bos)
+
+        start = encode(START)
+        texts = [*map(squeezed, verbatim(order)), *['"'] * ("Dialogue" in order.features)]
+        phrases = [encode(f"{START} {text}") for text in texts]
         self.phrases = [phrase[len(start) :] for phrase in phrases]  # encoded as in a story
+        self.speech = self.phrases[-1][0] if "Dialogue" in order.features else None
         self.n_said = [0] * len(self.phrases)  # how many of its tokens the story ends with
-        self.bias = bias
-        for token in prompt[len(tokenizer.encode(order.prompt())) :]:
+        self.bias, self.n_told = bias, 0
+        for token in prompt[len(encode(order.prompt(), True)) :]:
             self.read(token)
 
     def raise_logits(self, logits):
-        """Add the bias to the logits (vocab_size,) of the next token of each phrase."""
-        for phrase, n in zip(self.phrases, self.n_said, strict=True):
-            if n < len(phrase):
-                logits[phrase[n]] += self.bias
+        """
+        Add the bias to the logits (vocab_size,) of the next token of each phrase, once per token.
+        """
+        pairs = zip(self.phrases, self.n_said, strict=True)
+        tokens = {phrase[n] for phrase, n in pairs if n < len(phrase)}
+        if self.n_told < LATE:
+            tokens.discard(self.speech)
+        for token in tokens:
+            logits[token] += self.bias
 
     def read(self, token):
         """Read the next token of the story."""
+        self.n_told += 1
         for i, phrase in enumerate(self.phrases):
             n = self.n_said[i]
             if n < len(phrase):
@@ -310,9 +337,13 @@ class Wanted:
 
 
 class Told:
-    """What a story says, to compare it with orders."""
+    """
+    What a story says, to compare it with orders. A model may write another order in it; what
+    stands in front of the last START does not count.
+    """
 
     def __init__(self, story):
+        story = STORY.split(story)[-1]
         self.words = {straight(word) for word in WORD.findall(story)}
         self.forms = set().union(*map(forms, self.words)) if self.words else set()
         self.text = straight(" ".join(story.split()))
