@@ -123,6 +123,6 @@ def attend_flash(q, k, v, window):
     return flash_attn_func(q, k, v, causal=True, window_size=size).transpose(1, 2)
 
 
-# The values of --attention. SDPA is PyTorch's attention: it uses FlashAttention in layers that see
-# everything, but in layers with a window it also computes what the window hides
+# The values of --attention. SDPA is PyTorch's attention: on GPUs it uses FlashAttention in layers
+# that see everything, but in layers with a window it also computes what the window hides
 KERNELS = {"sdpa": attend, "flex": attend_flex, "flash": attend_flash}

@@ -197,13 +197,16 @@ class TokenData:
 
     @staticmethod
     def check_contents(shards, crcs, vocab_size, command, mark=0):
-        """Read every shard; raise UserError for a wrong checksum or an id >= vocab_size."""
+        """
+        Read every shard; raise UserError for a wrong checksum or an id >= vocab_size. crcs: those
+        that are not known, None, are filled in.
+        """
         n_bytes = sum(shard.nbytes for shard in shards)
         bar = progress(
             total=n_bytes, unit="B", unit_scale=True, desc="check", disable=n_bytes < SLOW_CHECK
         )
         with bar:
-            for shard, expected in zip(shards, crcs, strict=True):
+            for i, (shard, expected) in enumerate(zip(shards, crcs, strict=True)):
                 crc = 0
                 # read as a file, because pages of a memory map count as this process's memory
                 with open(shard.filename, "rb") as f:
@@ -219,6 +222,7 @@ class TokenData:
                     raise UserError(
                         f"{shard.filename} is damaged: its checksum is wrong; run: {command}"
                     )
+                crcs[i] = crc
 
     def check_unchanged(self, train=None):
         """
@@ -234,8 +238,9 @@ class TokenData:
             path, now = self.shards[i].filename, stamp(self.shards[i].filename)
             if now == self.stamps[i]:
                 continue
-            known = self.stamps[i][0], self.crcs[i]  # size and CRC-32
-            if now is None or now[0] != known[0] or checksum(path) != list(known):
+            size, crc = self.stamps[i][0], self.crcs[i]  # crc: None if only another rank knows it
+            is_same = now is not None and now[0] == size
+            if not is_same or (crc is not None and checksum(path) != [size, crc]):
                 raise UserError(f"{path} was changed or removed while in use; run: {self.command}")
             self.stamps[i] = now  # copied or touched
 
@@ -324,8 +329,8 @@ def permuted(index, n, keys):
     while out.any():
         row, column = np.divmod(x[out], columns)
         for key, next_key in zip(keys[::2], keys[1::2], strict=True):
-            row = (row + mixed(column + key)) % rows
-            column = (column + mixed(row + next_key)) % columns
+            row = (row + mixed(column + key) % rows) % rows
+            column = (column + mixed(row + next_key) % columns) % columns
         x[out] = row * columns + column
         out = x >= n
     return x.astype(np.int64)
@@ -341,9 +346,10 @@ class TrainBatches:
     """
     An endless stream of training sequences. Each epoch has every window of every shard once, in an
     order that depends only on (seed, epoch); every epoch after the first cuts the shards at other
-    places. So processes can share the stream by reading different positions, and a resumed run sees
-    the same data. data: the TokenData of the shards, which checks
-    them at each use. learns_orders: the tokens of orders are targets too.
+    places, and up to a window of each shard is missing or repeated. So processes can share the
+    stream by reading different positions, and a resumed run sees the same data. data: the TokenData
+    of the shards, which checks them at each use. learns_orders: the tokens of orders are targets
+    too.
     """
 
     def __init__(self, shards, seq_len, seed, data=None, learns_orders=False):

@@ -40,7 +40,10 @@ SOURCE_HELP = {
 # heading: {name: (default, or a placeholder in capitals if there is none; comment)}
 SETTINGS = {
     SOURCE_HEADING: {
-        "checkpoint": ("out/ckpt.pt", "run folder, checkpoint, or any of the formats below"),
+        "checkpoint": (
+            "out/ckpt.pt",
+            "folder of a run (its best model), or a file of a format below",
+        ),
         **{f"from-{name}": ("PATH", comment) for name, comment in SOURCE_HELP.items()},
     },
     "its tokenizer": {
@@ -49,7 +52,7 @@ SETTINGS = {
     "the format to write": {
         "format": ("FORMAT", "one of those below; if not set: from PATH's extension, else bin"),
         "dtype": ("DTYPE", "dtype of the weights; if not set: the first one in the list below"),
-        "calibrate": ("TEXT", "int4: a text like that of training; if not set: told by the model"),
+        "calibrate": ("TEXT", "int4: text to calibrate on, or none; empty: stories by the model"),
         "version": ("auto", "of model.bin: 0 (plain Llama only) or 3; auto: 0 if possible"),
     },
     "the web page (html, or in a folder of hf)": {

@@ -24,6 +24,12 @@ def cross_entropy(x, weight, targets, vocab_size, softcap=0.0, is_fp8=False, str
     return CrossEntropy.apply(x, weight, targets, *args)
 
 
+def weights_of(targets, stress):
+    """Return how often each of targets (...) counts in cross_entropy(), float32 (...)."""
+    is_stressed = (targets >= 0) & (targets & STRESSED != 0)
+    return torch.where(is_stressed, stress, (targets >= 0).float())
+
+
 class CrossEntropy(torch.autograd.Function):
     """
     cross_entropy() of x (N, dim) and targets (N,), some tokens at a time, so that the logits, the
@@ -41,10 +47,8 @@ class CrossEntropy(torch.autograd.Function):
         if needs_gradients:
             p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        is_stressed = (targets >= 0) & (targets & STRESSED != 0)
-        # how often each target counts, (N,)
-        counts_of = torch.where(is_stressed, stress, (targets >= 0).float())
-        targets = torch.where(is_stressed, targets - STRESSED, targets).clamp(min=0)
+        counts_of = weights_of(targets, stress)  # (N,)
+        targets = targets.clamp(min=0) & ~STRESSED
         n = counts_of.sum().clamp(min=1)
         total = x.new_zeros((), dtype=torch.float32)
         for i in range(0, len(x), size):

@@ -6,8 +6,8 @@ embeddings and a SwiGLU feed-forward, RMSNorm, no biases. Each option is a field
 `if` where it applies; ARCHS lists three useful presets. Checkpoints store all of ModelArgs,
 model.bin only what run.c needs. Parameters are named as in llama2.c and Meta's release.
 
-To add an activation, add a row to ACTIVATIONS. In run.c, add its name at the same position of
-`enum Activation`, and a case in is_gated() if it has a gate; in kernels.h, add its formula to
+To add an activation, add a row to ACTIVATIONS. In engine/model.h, add its name at the same position
+of `Activation`, and a case in is_gated() if it has a gate; in engine/kernels.h, add its formula to
 activate(). Extend class MLP in formats/modeling_modded_llama.py and the row `activation` in
 doc/format.md. Test it with cases in OPTIONS of tests/test_options.py, PARITY of tests/test_run.py
 and CASES of tests/test_formats.py.
@@ -154,7 +154,8 @@ class ModelArgs:
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 INITIAL_ROOM = 1 << 12  # positions that are allocated at first; more are added when needed
-# Minimum and maximum of each value, as in run.c; a larger one is a typo that would exhaust memory
+# Minimum and maximum of each value, as in engine/model.h: a larger one is a typo that would exhaust
+# memory
 LIMITS = {
     "dim": (1, 1 << 16),
     "n_layers": (1, 1 << 12),
@@ -393,7 +394,7 @@ class Transformer(nn.Module):
         """
         Return the initial standard deviation of a parameter: 0.02, or 0.02 / sqrt(2 n_layers) for
         the two projections that write to the residual stream, so that the variance of the stream
-        does not grow with depth (GPT-2).
+        does not grow with depth (GPT-2). Bigram and value embeddings and the smear gate start at 0.
 
         With zero_init, these projections and an untied head start at zero: each layer passes its
         input on, and all tokens are equally likely. The embedding then starts with std 1, unless
@@ -485,7 +486,8 @@ class Transformer(nn.Module):
         """
         Compile the layers for training steps. Layers with the same shapes and window share a graph.
         Compiling them takes two thirds as long as compiling the whole model, and the result is just
-        as fast. On a CPU, dropout draws the same numbers as without compiling, see compile_model().
+        as fast. On a CPU, dropout draws the same numbers as without compiling (fallback_random), so
+        that compile_model() can compare gradients.
         """
         on_cpu = self.tok_embeddings.weight.device.type == "cpu"
         how = {"dynamic": False, "options": {"fallback_random": on_cpu}}

@@ -8,7 +8,7 @@ Draw the curves of training runs and the results of sweeps, or follow runs on a 
     python plot.py --serve --out_dir=out                      # live page at http://127.0.0.1:8000
 
 Pass the out_dir of each run, or a folder with several runs in it. Pictures need matplotlib
-(`pip install .[plot]`); the live page does not.
+(`pip install '.[plot]'`); the live page does not.
 """
 
 import os

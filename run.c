@@ -22,13 +22,15 @@
 // sentence.
 //
 // To add
-// - an architecture option: its field or bit in Config, its range in check_config(), its tensor in
-//   lay_out(), all in model.h, its use in forward(); also in formats/modelbin.py and doc/format.md
+// - an architecture option: its field or bit in Config (and KNOWN_OPTIONS), its range in
+//   check_config(), its tensor in lay_out(), all in model.h, its use in forward(); also in
+//   formats/modelbin.py and doc/format.md
 // - an activation: its name in Activation, is_gated() if it needs w3, its formula in activate() of
-//   kernels.h; the head of model.py lists the places outside this file
-// - a weight format: its row in FORMATS, its product in kernels.h; also in formats/modelbin.py and
-//   doc/format.md
-// - an instruction set: its block where model.h includes kernels.h, its row in pick_kernels()
+//   kernels.h; the head of model.py lists the places outside the engine
+// - a weight format: its row in FORMATS, its decoding in read_row(), its product in kernels.h; also in
+//   formats/modelbin.py and doc/format.md
+// - an instruction set: its block where model.h includes kernels.h, its row in pick_kernels(), its
+//   constants at the head of kernels.h
 // - a pre-token pattern: its number in load_byte_level(), its matcher in pretoken(); also in
 //   PATTERNS of bpe.py
 
@@ -111,7 +113,7 @@ static float lower_bound(const Sampler *s, const float *probs, int n, float top_
     enum { COLUMNS = 1024 };
     Candidate *c = s->candidates;
     float maxima[COLUMNS] = {0}, sum;
-    if (!s->top_k) return (1.0f - top_p) / (float)n;
+    if (!s->top_k) return s->min_p > 0.0f ? 0.0f : (1.0f - top_p) / (float)n;
     if (s->top_k >= COLUMNS || n <= COLUMNS) return 0.0f;
     for (int i = 0; i < n; i += COLUMNS)
         for (int j = 0; j < COLUMNS && j < n - i; j++)
@@ -121,8 +123,8 @@ static float lower_bound(const Sampler *s, const float *probs, int n, float top_
 }
 
 // Sample from the tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024), then
-// only the top_k likeliest, then only the likeliest whose total probability reaches top_p (Holtzman
-// et al. 2020).
+// only the top_k likeliest, then only the likeliest of these that make up top_p of their total
+// probability (Holtzman et al. 2020).
 static int sample_likeliest(const Sampler *s, const float *probs, int n, float coin) {
     size_t likeliest = s->kernels->argmax(probs, n), left = 0;
     float top_p = s->top_p > 0.0f ? s->top_p : 1.0f, sum = 1.0f;
@@ -137,14 +139,16 @@ static int sample_likeliest(const Sampler *s, const float *probs, int n, float c
             if (probs[i] >= bound) c[left++] = (Candidate){probs[i], i};
     }
     if (!left) return (int)likeliest;  // only if the logits are NaN
-    if (s->top_k) left = keep_likeliest(c, left, (size_t)s->top_k, INFINITY, &sum);
+    size_t max_kept = s->top_k ? (size_t)s->top_k : left;
+    if (s->top_k || s->min_p > 0.0f) left = keep_likeliest(c, left, max_kept, INFINITY, &sum);
     left = keep_likeliest(c, left, left, top_p * sum, &sum);
     left = keep_likeliest(c, left, left, coin * sum, &sum);
     return c[left - 1].index;
 }
 
 // Add order_bias to the logit of the next token of each phrase, once per token, until the story has
-// the phrase.
+// the phrase. As in text/orders.py, a phrase that breaks off is not searched for again in its own
+// tokens.
 static void favor_phrases(const Sampler *s, float *logits, const int *history, size_t n_history) {
     size_t n_favored = 0;
     for (size_t i = 0; i < s->n_phrases; i++) {
@@ -152,7 +156,7 @@ static void favor_phrases(const Sampler *s, float *logits, const int *history, s
         size_t k = 0, j = 0;  // k: how much of the phrase the story ends with
         for (size_t at = s->n_order; at < n_history && k < p.n; at++)
             k = history[at] == p.tokens[k] ? k + 1 : history[at] == p.tokens[0];
-        if (k == p.n || (p.is_speech && n_history - s->n_order < LATE)) continue;
+        if (k == p.n || (p.is_speech && n_history < s->n_order + LATE)) continue;
         while (j < n_favored && s->candidates[j].index != p.tokens[k]) j++;
         if (j < n_favored) continue;
         s->candidates[n_favored++].index = p.tokens[k];
@@ -329,6 +333,7 @@ static void set_phrases(Sampler *s, const Tokenizer *t, const Order *order, cons
             if (!size || (is_features && strncmp(line, "Story: Dialogue\n", size))) continue;
             if (is_features) size = (size_t)sprintf(line, "Story: \"\n");
             int *tokens = encode(t, line, size - 1, &n_all);
+            if (n_all <= n_start) continue;  // one token spans "Story:" and the phrase
             s->phrases[s->n_phrases++] = (Phrase){tokens + n_start, n_all - n_start, is_features};
         }
     }
@@ -411,8 +416,9 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
 // ------------------------------------------------------------------------------------------------
 // Evaluation: bits per byte of a text, as in train.py
 
-// The next document of a file from *at on, or NULL. Documents are separated by <|endoftext|>; white
-// space around them is dropped. The text is not NUL-terminated; *n is its length.
+// The next document of a file from *at on, or NULL. Documents are separated by <|endoftext|>; ASCII
+// white space around them is dropped, in training all white space. The text is not NUL-terminated; *n
+// is its length.
 static const char *next_document(const File *f, size_t *at, size_t *n) {
     static const char mark[] = "<|endoftext|>";
     const size_t length = sizeof mark - 1;
@@ -575,7 +581,7 @@ static void print_usage(FILE *out) {
         "            with -m eval: tokens per window (default: the whole context)\n"
         "  -t FLOAT  temperature; 0 always picks the likeliest token (default 1.0)\n"
         "  -p FLOAT  top-p: keep the likeliest tokens up to this total probability\n"
-        "            (default 0.9; 1: all)\n"
+        "            (default 0.9; 0 or 1: all)\n"
         "  -k INT    top-k: keep the k likeliest tokens (default 0: all)\n"
         "  --min-p FLOAT           drop tokens less likely than this fraction of the likeliest\n"
         "  --repeat-penalty FLOAT  make the last 64 tokens less likely (default 1: off)\n"

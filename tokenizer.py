@@ -448,7 +448,7 @@ def tokenizer_to_encode(paths, encoder, hint):
     if reason and "needs the package" not in reason:
         hint = f" (gigatoken {reason})"
     elif name != "gigatoken":
-        hint = " (gigatoken is several times as fast: pip install .[fast])"
+        hint = " (gigatoken is several times as fast: pip install '.[fast]')"
     print(f"encoding with {name}{hint}")
     return tokenizer
 
@@ -567,7 +567,7 @@ def proto_module():
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
         raise UserError(
-            "converting SentencePiece models needs the package protobuf: pip install .[export]"
+            "converting SentencePiece models needs the package protobuf: pip install '.[export]'"
         ) from None
     return sentencepiece_model_pb2
 

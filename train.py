@@ -49,7 +49,7 @@ keep_last = 2  # recent checkpoints to keep, including ckpt.pt
 data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
 learn_orders = True  # with shards that have orders: also learn to write the orders
-order_weight = 4.0  # weight in the loss of what is ordered, where a story first has it
+order_weight = 4.0  # loss weight of tokens where a story first fulfils its order
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model
@@ -89,9 +89,9 @@ neuron_beta = 0.95  # NorMuon's beta for the per-neuron mean square; 0: plain Mu
 grad_clip = 1.0  # maximum gradient norm; 0: no limit
 # learning rates
 hidden_lr = 0.02  # optimizer = muon: hidden matrices (Muon)
-embedding_lr = 0.05  # optimizer = muon: embeddings (AdamW)
+embedding_lr = 0.05  # optimizer = muon: value embeddings, wide untied embedding (AdamW)
 bigram_lr = 0.005  # optimizer = muon: bigram embedding (AdamW)
-head_lr = 0.012  # optimizer = muon: output head (AdamW)
+head_lr = 0.012  # optimizer = muon: output head, and the embedding tied to it (AdamW)
 scalar_lr = 0.01  # optimizer = muon: scalars and gains (AdamW)
 base_learning_rate = 2e-3  # optimizer = adamw: all parameters
 # momentum
@@ -107,7 +107,7 @@ decay_shape = "constant"  # constant, or linear (falling to 0 over the run)
 # schedule
 warmup_iters = 0  # learning-rate warm-up steps; at most half of max_iters
 momentum_warmup = 100  # optimizer = muon: steps over which the momentum rises
-cooldown_frac = 0.6  # final fraction of the run in which learning rates fall
+cooldown_frac = 0.6  # final fraction of the run, after warm-up, in which learning rates fall
 cooldown_shape = "linear"  # linear or cosine
 final_lr_frac = 0.0  # final learning rate, as a fraction of the full rate
 # seed, precision and memory
@@ -140,6 +140,7 @@ import torch
 
 from dataset import DataPaths, TokenData, TrainBatches, ValidBatches, prefetch
 from formats.modelbin import export_model
+from loss import weights_of
 from model import ACTIVATION_CHECKPOINTING, Transformer
 from optim import make_optimizer, set_rates, table
 from report.curves import find_runs
@@ -162,7 +163,7 @@ from training.parallel import FIRST, RANK, WORLD_SIZE, say
 from training.resume import check_same_checkpoint, find_start, restore_run
 from training.runbar import RunBar
 from training.rundir import RunDir
-from training.settings import SECRET, args_of
+from training.settings import GROUPS, SECRET, args_of
 
 torch.set_flush_denormal(True)  # denormals are very slow on CPUs; set before threads start
 fit.use_private_compile_cache()
@@ -247,6 +248,8 @@ if os.path.exists(paths.tokenizer_model):
     tokenizer = open_tokenizer(paths.tokenizer_model)
 data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
 model_args = replace(model_args, orders=bool(data.mark))
+if not data.mark and (names := sorted(given.keys() & {"learn_orders", "order_weight"})):
+    say(f"note: this run ignores {', '.join(names)}: the shards have no orders")
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
 if tokenizer and trained_with not in ("", tokenizer.hash):
     raise UserError(
@@ -402,6 +405,7 @@ def check_folder():
     """Recreate out_dir if it was moved or deleted during training."""
     if parallel.any_rank(FIRST and run.is_lost()):
         writer.wait()
+        writer.best_failed = False
         if FIRST:
             run.recreate()
         state.best_val_loss, writer.latest_step = math.inf, None
@@ -488,8 +492,8 @@ while True:
             break
         state.evaluated, has_evaluated = state.iter_num, True
         log("eval", val_loss=val_loss, val_bpb=bits_per_byte(val_loss))
-    if writer.lost_best():  # best.pt could not be written: restore the previous best loss
-        state.best_val_loss = best_before
+    if (time_to_eval or time_to_save or stopping) and writer.lost_best():
+        state.best_val_loss = best_before  # best.pt could not be written
     if has_evaluated:
         is_best = val_loss < state.best_val_loss
         if is_best and (is_best := export_best(model, model_path, is_sharded)):
@@ -505,14 +509,18 @@ while True:
         since = time.perf_counter()
 
     # ---- one step of the optimizer
-    if settings.dropout:  # reproducible after a resume, different in each rank
-        torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))
+    if settings.dropout:  # reproducible after a resume, different in each rank; integers have
+        torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))  # the same hash everywhere
     set_rates(model_optimizer, settings, state.iter_num, state.part_done(settings, since))
-    loss = 0.0
-    for i in range(n_micro):
-        x, y = to_device(*next(stream))
+    loss, shares = 0.0, [1 / n_micro] * n_micro
+    micro_batches = [next(stream) for _ in range(n_micro)]
+    if data.mark:  # targets of different weights
+        weights = [float(weights_of(y, settings.order_weight).sum()) for _, y in micro_batches]
+        shares = parallel.shares(weights)
+    for i, (x, y) in enumerate(micro_batches):
+        x, y = to_device(x, y)
         parallel.sync_gradients(net, i == n_micro - 1)
-        micro_loss = net(x, y) / n_micro
+        micro_loss = net(x, y) * shares[i]
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     scaler.unscale_(model_optimizer)
@@ -591,8 +599,10 @@ else:
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
-    flags = f"--init_from=resume --out_dir={shlex.quote(settings.out_dir)}"
-    say(f"to continue: {launch} train.py {flags}{' --fsdp' if is_sharded else ''}")
+    again = [given[name] for name in GROUPS["machine"] + GROUPS["uploads"] if name in given]
+    again = [flag for flag in again if flag.startswith("--") and not flag.startswith("--on_finish")]
+    flags = ["--init_from=resume", f"--out_dir={settings.out_dir}", *again]
+    say(f"to continue: {launch} train.py {shlex.join(flags)}")
     if state.best_val_loss == math.inf:
         say(f"note: {model_path} is the model at this step; nothing has been evaluated yet")
 uploader.wrap_up(all_arrived, finished)

@@ -1,5 +1,5 @@
 """
-Web text, billions of tokens of it, as token shards for training.
+Turn web text, billions of tokens, into token shards for training.
 
     python webtext.py prepare --source=fineweb-6b     # 6 billion tokens of FineWeb, as tokens
 
@@ -11,13 +11,13 @@ shards in bpe49152/. A source is one of SOURCES, a Hugging Face dataset (hf:user
 file or folder: .txt with <|endoftext|> between documents, .json, .jsonl or .csv, also compressed as
 .gz, or .parquet.
 
-While one file is read, the next is downloaded, and a file is deleted when it is in shards. Text is
-streamed, so memory depends only on num_workers. A hash of its text decides whether a document is
+While one file is read, the next is downloaded; downloads are deleted once they are in shards. Text
+is streamed, so memory depends only on num_workers. A hash of its text decides whether a document is
 for validation, so all copies of a document are on the same side of the split, on any machine. After
 an interruption, the same command continues at the shard where it stopped.
 
 Several machines can share the work with --shard=0/8, --shard=1/8 ... When their files are in one
-folder, `merge --shards=8` makes them one set. A single machine needs no merge.
+folder, `merge --source=NAME --shards=8` makes them one set. A single machine needs no merge.
 
 To add a Hugging Face dataset, add a line to SOURCES. To add another site, write a function like
 files_of_hub() that returns its Files, and call it in all_files(); get() must not send the Hugging

@@ -1,4 +1,5 @@
-// The forward pass: a batch of tokens in, logits out. All threads run forward().
+// The forward pass: a batch of tokens in, logits out, by all threads; and load_model(), which finds the
+// weights and allocates the buffers.
 
 // A token of a batch. A story's tokens are adjacent, in the order of their positions.
 typedef struct {
@@ -484,7 +485,7 @@ static void load_weights(Model *m) {
 
     int32_t *windows = alloc(c->n_layers, sizeof *windows);
     m->weights.windows = windows;
-    if (c->version == 3) memcpy(windows, f->data + HEADER_BYTES, c->n_layers * sizeof *windows);
+    if (c->version == 3) memcpy(windows, f->data + c->header_size, c->n_layers * sizeof *windows);
     for (int l = 0; l < c->n_layers; l++)
         if (windows[l] < 0 || windows[l] > MAX_CONTEXT)
             die("%s is not a version 3 model.bin: layer %d has a window of %d, expected 0 to %d; "

@@ -423,7 +423,8 @@ static int *encode(const Tokenizer *t, const char *text, size_t length, size_t *
     const Block *kept = blocks;
     size_t n_bytes, n_pairs = 0, n_out = 0;
     uint8_t *bytes = normalize(t, text, length, &n_bytes);
-    if (n_bytes > INT_MAX) die("the text has %zu bytes: expected less than 700 MB", length);
+    if (n_bytes > INT_MAX)
+        die("the text has %zu bytes: expected at most 700 MB, or 2 GB of UTF-8", length);
     Symbol *symbols = alloc(n_bytes, sizeof(Symbol));
     Candidate *heap = alloc(n_bytes, 3 * sizeof(Candidate));  // 1 for each symbol, 2 for each merge
     size_t n = (t->is_byte_level ? cut_bytes : cut_characters)(t, bytes, n_bytes, symbols);

@@ -34,7 +34,10 @@ def calibrate(model, tokenizer, text, dtype="int4"):
     calibration, as without a tokenizer or for weights that are not finite. Raises UserError if the
     text is empty or cannot be read.
     """
+    model.eval()  # the stories, too, without dropout
     is_finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    if text not in ("", NOT_DONE) and tokenizer is None:
+        raise UserError("calibration needs the tokenizer of the text: pass --tokenizer=PATH")
     if text == NOT_DONE or tokenizer is None or not is_finite:
         return {}
     stream = read_tokens(text, tokenizer) if text else told_tokens(model, tokenizer)
@@ -107,6 +110,7 @@ def rounded(model, tokens, dtype):
 
         def compute(x, *context):
             streams, contexts = [x, exact_x], (context, exact_context)
+            # of each: with the rounded matrices, and with the exact ones
             h = [b.attention_norm(x) for b, x in zip(blocks, streams, strict=True)]
             replace(("attention.wq", "attention.wk", "attention.wv"), i, *h)
             h = [b.attention.mixed(h, *c) for b, h, c in zip(blocks, h, contexts, strict=True)]
@@ -121,7 +125,6 @@ def rounded(model, tokens, dtype):
 
         return compute
 
-    model.eval()
     inputs, heads = [], []  # of the layers: (x, context); of the head: x
     hooks = [b.register_forward_pre_hook(lambda b, args: inputs.append(args)) for b in model.layers]
     hooks.append(model.norm.register_forward_hook(lambda norm, args, x: heads.append(x)))
@@ -172,6 +175,7 @@ def gptq(matrix, correction, inverse, codes):
     for start in range(0, w.shape[1], codes.group):
         end = start + codes.group
         group, factors = w[:, start:end], inverse[start:end, start:end]
+        # what an error in a column costs after later columns have made up for it
         importance = factors.diagonal() ** -2
         scale = quantized(group, codes, importance)[1].float()  # (rows, 1)
         divisor = torch.where(scale == 0, 1, scale)

@@ -62,13 +62,37 @@ static Llama **place_of(const Llama *l) {
     return place;
 }
 
+// Send errors to last_error and jump to `caller`.
+static void catch_errors(jmp_buf *caller) {
+    on_error.caller = caller;
+    on_error.text = last_error;
+    on_error.size = sizeof last_error;
+}
+
+// After an error: free what the failed call allocated.
+static void clean_up(void) {
+    release_to(NULL);
+    on_error.caller = NULL;
+}
+
+// Whether a model is busy only because an error left its last call. In WebAssembly, errors leave as
+// exceptions (wasm/setjmp.h), and with one thread, nothing else can be using it.
+static bool was_left(void) {
+#if defined(__wasm__)
+    clean_up();
+    return true;
+#else
+    return false;
+#endif
+}
+
 // Start a call that reads or changes a model. False if another call is using the model, or if it
 // belongs to another thread and only its owner may make this call.
 static bool enter(Llama *l, bool only_owner) {
     const char *reason = NULL;
     if (!lock_models()) return false;
     if (!l || *place_of(l) != l) reason = "this model was freed or never loaded";
-    else if (l->is_busy) reason = "another thread is using this model";
+    else if (l->is_busy && !was_left()) reason = "another thread is using this model";
     else if (only_owner && l->owner && l->owner != &thread)
         reason = "this model belongs to another thread until that thread calls llama_hand_over()";
     else l->is_busy = true;
@@ -87,19 +111,6 @@ static int leave_with(Llama *l, int result, const char *reason) {
 }
 
 const char *llama_error(void) { return last_error; }
-
-// Send errors to last_error and jump to `caller`.
-static void catch_errors(jmp_buf *caller) {
-    on_error.caller = caller;
-    on_error.text = last_error;
-    on_error.size = sizeof last_error;
-}
-
-// After an error: free what the failed call allocated.
-static void clean_up(void) {
-    release_to(NULL);
-    on_error.caller = NULL;
-}
 
 // Load a model from open files. Errors jump to the caller.
 static Llama *load(File model, File tokenizer, int n_positions, int n_threads) {
@@ -211,7 +222,8 @@ int llama_encode(Llama *l, const char *text, size_t n, int *tokens, int room) {
 
 int llama_encode_order(Llama *l, const LlamaOrder *order, const char *beginning, int *tokens,
                        int room, int *n_order) {
-    return encode_all(l, order, beginning, 0, tokens, room, n_order);
+    static const LlamaOrder empty = {0};
+    return encode_all(l, order ? order : &empty, beginning, 0, tokens, room, n_order);
 }
 
 int llama_bias(Llama *l, const LlamaOrder *order, float bias) {
@@ -283,6 +295,10 @@ int llama_seed(Llama *l, uint64_t seed) {
 int llama_sample(Llama *l, const LlamaSampling *sampling) {
     if (!enter(l, true)) return -1;
     if (!l->has_logits) return leave_with(l, -1, "no logits to sample from: call llama_forward()");
+    if (!(sampling->temperature >= 0 && sampling->temperature <= 100 && sampling->top_p >= 0 &&
+          sampling->top_p <= 1 && sampling->min_p >= 0 && sampling->min_p <= 1))
+        return leave_with(l, -1, "a setting of the sampling is out of range: expected a temperature "
+                                 "from 0 to 100, top_p and min_p from 0 to 1");
     l->has_logits = false;  // sampling overwrites them
     l->sampler.temperature = sampling->temperature;
     l->sampler.top_p = sampling->top_p;

@@ -49,7 +49,7 @@ LLAMA2_API Llama *llama_load(const char *model, const char *tokenizer, int n_pos
                              int n_threads, char *error, size_t size);
 
 // The same from memory, where the bytes must stay unchanged until llama_free(). They should be
-// aligned to 64 bytes. Returns NULL on failure; llama_error() has the reason.
+// aligned to 64 bytes, and must be to 4. Returns NULL on failure; llama_error() has the reason.
 LLAMA2_API Llama *llama_load_bytes(const void *model, size_t n_model, const void *tokenizer,
                                    size_t n_tokenizer, int n_positions, int n_threads);
 
@@ -69,7 +69,7 @@ LLAMA2_API int llama_knows_orders(const Llama *llama);
 
 // Encode a text (n bytes of UTF-8; invalid bytes are read as U+FFFD) as a BOS and its tokens.
 // Returns their number, and writes as many as fit in `room`. -1: out of memory, or a text above
-// 700 MB.
+// 700 MB, or 2 GB if it is UTF-8.
 LLAMA2_API int llama_encode(Llama *llama, const char *text, size_t n, int *tokens, int room);
 
 // Encode an order and the beginning of its story, both as UTF-8 with a NUL, as llama_encode() does.

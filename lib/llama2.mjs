@@ -4,7 +4,8 @@
 //     const llama = await load(wasm, model, tokenizer);      // three Uint8Arrays
 //     for (const { text } of llama.tell("Once upon a time", { seed: 1 })) write(text);
 //
-// tell() gives the same story as ./run with the same options and seed, byte for byte.
+// tell() gives the same story as ./run with the same options and seed, byte for byte. An order without
+// fields stays in front of a prompt, while ./run leaves it out.
 
 const FIELDS = ["words", "features", "sentence", "summary"];  // of an order
 const OUT_OF_MEMORY = "not enough memory: use a smaller model or a smaller number format";
@@ -22,7 +23,7 @@ export async function load(wasm, model, tokenizer, { positions = 0 } = {}) {
   exports = instance.exports;
   exports._initialize?.();
   const place = (bytes) => {
-    const at = exports.aligned_alloc(64, Math.ceil((bytes.length + 1) / 64) * 64);
+    const at = exports.aligned_alloc(64, Math.ceil((bytes.length + 1) / 64) * 64) >>> 0;
     if (!at) throw new Error(OUT_OF_MEMORY);
     new Uint8Array(exports.memory.buffer).set(bytes, at);
     return at;
@@ -36,13 +37,14 @@ export async function load(wasm, model, tokenizer, { positions = 0 } = {}) {
 
 // The text that ends at a NUL in the memory of the engine.
 function text_at(exports, at) {
-  const bytes = new Uint8Array(exports.memory.buffer, at);
+  const bytes = new Uint8Array(exports.memory.buffer, at >>> 0);
   return new TextDecoder().decode(bytes.slice(0, bytes.indexOf(0)));
 }
 
 export class Llama {
   #c; #at; #scratch;  // the engine's functions, the model, room for tokens and settings
   #ran = [];          // the tokens that were run
+  #n_runs = 0;        // how often forward() was called
 
   constructor(exports, at) {
     this.#c = exports;
@@ -52,8 +54,14 @@ export class Llama {
     this.bos = exports.llama_bos(at);
     this.eos = exports.llama_eos(at);
     this.knows_orders = exports.llama_knows_orders(at) === 1;
-    this.#scratch = exports.malloc(4 * this.positions + 32);
-    if (!this.#scratch) throw new Error(OUT_OF_MEMORY);
+    this.#scratch = this.#room(4 * this.positions + 32);
+  }
+
+  // The address of n new bytes. Addresses are unsigned, but JavaScript gets them as signed numbers.
+  #room(n) {
+    const at = this.#c.malloc(n) >>> 0;
+    if (!at) throw new Error(OUT_OF_MEMORY);
+    return at;
   }
 
   // The result of a call of the engine; -1 and NULL are errors.
@@ -69,8 +77,7 @@ export class Llama {
     const all = texts.map((text) => new TextEncoder().encode(`${text}\0`));
     const n_bytes = all.reduce((n, bytes) => n + bytes.length, 0);
     const room = 2 * n_bytes + 100;  // an order also has names, and spaces after its commas
-    const at = this.#c.malloc(4 * room + n_bytes);
-    if (!at) throw new Error(OUT_OF_MEMORY);
+    const at = this.#room(4 * room + n_bytes);
     let end = at + 4 * room;
     try {
       for (const bytes of all) {
@@ -121,12 +128,12 @@ export class Llama {
 
   // The text of tokens (an Array), which may start with a BOS.
   decode(tokens) {
-    const tokens_at = this.#c.malloc(4 * tokens.length + 4);
+    const tokens_at = this.#room(4 * tokens.length + 4);
     let at = 0;
     try {
       this.#view(Int32Array, tokens_at, tokens.length).set(tokens);
       const n = this.#check(this.#c.llama_decode(this.#at, tokens_at, tokens.length, 0, 0));
-      at = this.#c.malloc(n + 1);
+      at = this.#room(n + 1);
       this.#check(this.#c.llama_decode(this.#at, tokens_at, tokens.length, at, n));
       return new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.#view(Uint8Array, at, n));
     } finally {
@@ -139,12 +146,14 @@ export class Llama {
   // have been run. Returns the logits (vocab_size) for the next token, valid until the next call.
   forward(tokens, start = 0) {
     const n = tokens.length - start;
-    if (!(n > 0 && tokens.length <= this.positions))
+    if (!(n > 0)) throw new Error("there are no tokens to run");
+    if (!(tokens.length <= this.positions))
       throw new Error(`the text has ${tokens.length} tokens, and the model's context ` +
                       `${this.positions}: shorten it`);
     this.#view(Int32Array, this.#scratch, n).set(tokens.slice(start));
-    const logits = this.#check(this.#c.llama_forward(this.#at, this.#scratch, n, start), 0);
+    const logits = this.#check(this.#c.llama_forward(this.#at, this.#scratch, n, start) >>> 0, 0);
     this.#ran = tokens.slice();
+    this.#n_runs += 1;
     return this.#view(Float32Array, logits, this.vocab_size);
   }
 
@@ -160,9 +169,9 @@ export class Llama {
   }
 
   // Tell a story: yields {token, text} for the prompt and each token after it; the texts joined are
-  // the story. Options as those of ./run: seed is a BigInt or a whole number, order is as in
-  // encode_order(). A model that knows orders would make one up if the prompt were empty; it gets one
-  // without fields.
+  // the story. A text is "" inside a character; isPrompt says whose it is. Options as those of ./run:
+  // seed is a BigInt or a whole number, order is as in encode_order(). A model that knows orders would
+  // make one up if the prompt were empty; it gets one without fields.
   *tell(prompt = "", { temperature = 1, topP = 0.9, topK = 0, minP = 0, repeatPenalty = 1,
                        seed = 0, length = 256, order = null, orderBias = 3 } = {}) {
     if (this.knows_orders && !prompt) order ??= {};
@@ -173,7 +182,8 @@ export class Llama {
       throw new Error(`the ${order ? "order and the beginning have" : "beginning has"} ` +
                       `${tokens.length} tokens, but the story has room for ${end}: shorten it` +
                       (end < this.positions ? " or allow a longer story" : ""));
-    let logits = this.forward(tokens), shown = [];
+    this.forward(tokens);
+    let n_runs = this.#n_runs, shown = [];
     this.#bias(order, orderBias);
     this.#check(this.#c.llama_seed(this.#at, BigInt.asUintN(64, BigInt(seed))));
     const settings = this.#scratch;
@@ -190,6 +200,7 @@ export class Llama {
     for (const token of tokens.slice(n_order || 1))
       yield { token, text: text_of(token), isPrompt: true };
     for (;;) {
+      if (n_runs !== this.#n_runs) throw new Error("the model was used while it told a story");
       this.#view(Float32Array, settings, 4).set([temperature, topP, minP, repeatPenalty]);
       this.#view(Int32Array, settings + 16, 1)[0] = topK;
       const token = this.#check(this.#c.llama_sample(this.#at, settings));
@@ -198,7 +209,8 @@ export class Llama {
       yield { token, text: text_of(token), isPrompt: false };
       if (tokens.length > end) break;
       this.forward(tokens, tokens.length - 1);
+      n_runs = this.#n_runs;
     }
-    if (shown.length) yield { token: -1, text: this.decode(shown), isPrompt: false };
+    if (shown.length) yield { token: -1, text: this.decode(shown).replace(space, ""), isPrompt: false };
   }
 }

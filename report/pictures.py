@@ -1,5 +1,5 @@
 """
-Pictures of runs and sweeps, PNG or SVG, drawn with matplotlib (`pip install .[plot]`).
+Pictures of runs and sweeps, PNG or SVG, drawn with matplotlib (`pip install '.[plot]'`).
 
 Lines differ in colour (Okabe and Ito's palette for colour-blind readers), dash and marker, so they
 can be told apart in greyscale too.
@@ -53,7 +53,7 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("drawing needs the package matplotlib: pip install .[plot]") from None
+        raise UserError("drawing needs the package matplotlib: pip install '.[plot]'") from None
     ink, paper, grid = THEMES[theme]
     settings = {
         **{f"{part}.facecolor": paper for part in ("figure", "axes", "savefig")},

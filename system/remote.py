@@ -33,7 +33,8 @@ def need(package, extra="export", feature="this command"):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{feature} needs the package {package}: pip install .[{extra}]") from None
+        hint = f"pip install '.[{extra}]'"
+        raise UserError(f"{feature} needs the package {package}: {hint}") from None
 
 
 def secret(name):

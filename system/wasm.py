@@ -3,7 +3,7 @@ The engine for browsers and Node: run.c, through lib/libllama2.c, compiled to We
 
     make llama2.wasm
 
-It is compiled by clang with lld and wasi-libc, or by the zig of `pip install .[page]`, when it is
+It is compiled by clang with lld and wasi-libc, or by the zig of `pip install '.[page]'`, when it is
 first needed and after a change to its sources.
 """
 
@@ -82,8 +82,9 @@ def build_engine():
             errors.append(f" ({error.strip()[-200:]})")
         else:
             raise UserError(
-                f"cannot compile the engine for browsers{''.join(errors)}: run pip install .[page] "
-                f"or, on Debian and Ubuntu, apt install clang lld wasi-libc libclang-rt-dev-wasm32"
+                f"cannot compile the engine for browsers{''.join(errors)}: run pip install "
+                f"'.[page]' or, on Debian and Ubuntu, apt install clang lld wasi-libc "
+                f"libclang-rt-dev-wasm32"
             )
     with open(ENGINE, "rb") as f:
         return f.read()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_model, refused, script
 
+from configurator import UserError
 from formats import calibration
 from formats.calibration import calibrate, gptq, solve
 from formats.modelbin import DTYPES, export_model, quantized, read_bin, values_of
@@ -33,6 +34,11 @@ def test_products_keep_more_of_correlated_inputs(columns):
         return float((x @ values_of(integers, scales, CODES).T - expected).square().mean())
 
     assert error(*gptq(matrix, *solve(x, x), CODES)) < 0.5 * error(*quantized(matrix, CODES))
+
+
+def test_a_text_cannot_be_read_without_its_tokenizer():
+    with pytest.raises(UserError, match="needs the tokenizer"):
+        calibrate(random_model(vocab_size=512), None, "text.txt")
 
 
 def errors_of_logits(model, tokenizer, texts, ways, path):

@@ -947,7 +947,7 @@ def test_large_models_are_split_into_shards(tmp_path, tokenizers, monkeypatch):
 
 
 def test_the_error_for_a_missing_package_says_how_to_install_it():
-    message = r"this command needs the package no_such_package: pip install .\[export\]"
+    message = r"this command needs the package no_such_package: pip install '.\[export\]'"
     with pytest.raises(UserError, match=message):
         need("no_such_package")
 

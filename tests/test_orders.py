@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PATIENCE_S, REPO, compile_c, random_model, refused, script
 
+from bpe import BPETokenizer
 from dataset import STRESSED, DataPaths, TokenData, TrainBatches, ValidBatches
 from formats.modelbin import export_model
 from text.corpus import plan_shards
@@ -32,6 +33,7 @@ from text.orders import (
     split_list,
 )
 from text.shards import document_key, encode_orders, mark_of_orders, without_marks
+from tokenizer import byte_level_c_file
 
 WHOLE = Order(("dragon", "soup"), ("Dialogue", "Twist"), "The soup was hot.", "A dragon cooks.")
 
@@ -435,6 +437,39 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
     order = Order(("dragon", "dragon", "drag"))
     Wanted(order, tokenizer, 3.0, tokenizer.encode(order.prompt())).raise_logits(logits)
     assert set(logits.tolist()) == {0.0, 3.0}
+
+
+def test_a_token_that_spans_an_order_and_its_story_is_harmless(builds, tmp_path):
+    """Nothing is favored then. A tokenizer file may have any special token."""
+    special = ["<|endoftext|>", 'Story: "']
+    vocab = {i: bytes([i]) for i in range(256)} | {
+        256 + i: t.encode() for i, t in enumerate(special)
+    }
+    tokenizer = BPETokenizer(vocab, [], special)
+    (tmp_path / "tokenizer.bin").write_bytes(byte_level_c_file(tokenizer, 256, 256))
+    export_model(random_model(vocab_size=258, max_seq_len=256, orders=True), tmp_path / "model.bin")
+    flags = ["--features", "Dialogue", "--order-bias", "10", "-t", "0", "-n", "0"]
+    command = [builds["run", "checked"], tmp_path / "model.bin", *flags]
+    done = subprocess.run(command, capture_output=True)
+    assert not done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_a_step_is_the_same_in_micro_batches_of_different_weights(ordered, tmp_path):
+    losses = []
+    for size, n in ((8, 1), (2, 4)):
+        flags = f"--batch_size={size} --gradient_accumulation_steps={n} --max_iters=6 --dim=32"
+        flags += " --vocab_size=512 --n_layers=2 --max_seq_len=32 --log_interval=1 --device=cpu"
+        flags += " --dtype=float32 --compile=False --learn_orders=False --eval_iters=1"
+        out = tmp_path / str(n)
+        done = script(
+            "train.py", f"--out_dir={out}", f"--data_dir={ordered / 'with'}", *flags.split()
+        )
+        assert not done.returncode, done.stderr
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 @pytest.mark.slow

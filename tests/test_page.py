@@ -128,6 +128,34 @@ def test_node_gets_one_sentence_for_a_wrong_file(engine, tokenizers, tmp_path):
 
 @needs_toolchain
 @needs_node
+def test_node_notices_a_call_that_disturbs_a_story(engine, tokenizers, tmp_path):
+    model, tokenizer = tmp_path / "model.bin", tmp_path / "tokenizer.bin"
+    tokenizers[512].export(tokenizer)
+    export_model(random_model(vocab_size=512), model)
+    code = f"""
+import {{ readFileSync }} from "node:fs";
+import {{ load }} from {json.dumps((REPO / "lib" / "llama2.mjs").as_uri())};
+const files = {json.dumps([str(REPO / "lib" / "llama2.wasm"), str(model), str(tokenizer)])};
+const llama = await load(...files.map((path) => readFileSync(path)));
+const other = () => llama.tell("A", {{ topP: 2 }}).next();
+for (const disturb of [() => llama.forward([1]), other, () => {{}}])
+  try {{
+    for (const piece of llama.tell("Once", {{ length: 20, temperature: 0 }})) disturb();
+    for (const piece of llama.tell("Once", {{ temperature: -1 }}));
+  }} catch (e) {{
+    console.log(e.message);
+  }}
+"""
+    (tmp_path / "test.mjs").write_text(code)
+    done = subprocess.run([NODE, tmp_path / "test.mjs"], capture_output=True, text=True)
+    used = "the model was used while it told a story"
+    wrong = "a setting of the sampling is out of range: expected a temperature from 0 to 100"
+    assert not done.stderr and done.stdout.splitlines()[:2] == [used, used]
+    assert done.stdout.splitlines()[2].startswith(wrong)
+
+
+@needs_toolchain
+@needs_node
 def test_the_example_tells_a_story(builds, engine, tokenizers, tmp_path):
     model, tokenizer = tmp_path / "model.bin", tmp_path / "tokenizer.bin"
     tokenizers[512].export(tokenizer)
@@ -454,7 +482,7 @@ def test_export_writes_a_page(tmp_path, tokenizers):
 def test_without_a_compiler_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wasm, "ENGINE", str(tmp_path / "llama2.wasm"))
     monkeypatch.setattr(wasm, "compilers", lambda: iter(()))
-    with pytest.raises(UserError, match=r"pip install \.\[page\] or.* apt install clang lld"):
+    with pytest.raises(UserError, match=r"pip install '\.\[page\]' or.* apt install clang lld"):
         wasm.build_engine()
     monkeypatch.setattr(wasm, "compilers", lambda: iter([["sh", "-c", "echo error: no; exit 1"]]))
     with pytest.raises(UserError, match="cannot compile the engine for browsers"):

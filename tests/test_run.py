@@ -853,6 +853,16 @@ def test_each_option_bit_changes_the_expected_size(modded, load):
             refused_by(done, "truncated" if name == "norm_gains" else "too long")
 
 
+def test_earlier_files_of_version_3_have_a_shorter_header(modded, builds, tmp_path):
+    """Without the field `tokenizer`, so the windows of the layers come 4 bytes earlier."""
+    data, path = modded.read_bytes(), tmp_path / "earlier.bin"
+    windows = data[84 : 84 + 4 * 5]  # all tensors start at byte 128 in both
+    path.write_bytes(changed(data[:80], header_size=80) + windows + bytes(4) + data[104:])
+    tokens = list(range(3, 35))
+    expected = logits_of(builds["harness", "fast"], modded, tokens, 105)
+    assert (logits_of(builds["harness", "fast"], path, tokens, 105) == expected).all()
+
+
 def test_windows_of_version_3_are_checked(modded, load):
     whole = modded.read_bytes()
     for layer, window in ((0, -1), (4, (1 << 24) + 1), (2, -(2**31))):

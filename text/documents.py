@@ -324,7 +324,7 @@ def read_parquet(file, path, with_labels=False):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"reading {path} needs the package pyarrow: pip install .[web]") from None
+        raise UserError(f"reading {path} needs the package pyarrow: pip install '.[web]'") from None
     try:
         table = parquet.ParquetFile(file, buffer_size=1 << 20)
         names = table.schema_arrow.names

@@ -310,7 +310,8 @@ class Wanted:
         texts = [*map(squeezed, verbatim(order)), *['"'] * ("Dialogue" in order.features)]
         phrases = [encode(f"{START} {text}") for text in texts]
         self.phrases = [phrase[len(start) :] for phrase in phrases]  # encoded as in a story
-        self.speech = self.phrases[-1][0] if "Dialogue" in order.features else None
+        is_dialogue = "Dialogue" in order.features and self.phrases[-1]
+        self.speech = self.phrases[-1][0] if is_dialogue else None
         self.n_said = [0] * len(self.phrases)  # how many of its tokens the story ends with
         self.bias, self.n_told = bias, 0
         for token in prompt[len(encode(order.prompt(), True)) :]:

@@ -116,7 +116,10 @@ class RunState:
         return self.iter_num >= settings.max_iters
 
     def part_done(self, settings, since):
-        """Return the part done, 0 to 1, of the minutes or of the steps after the warm-up."""
+        """
+        Return the part done, 0 to 1, of the minutes or of the steps after the warm-up (in it, less
+        than 0).
+        """
         if settings.max_minutes:
             return self.seconds(since) / (60 * settings.max_minutes)
         warmup = warmup_steps(settings)
@@ -232,9 +235,8 @@ class CheckpointWriter:
 
     def lost_best(self):
         """Return whether any rank failed to write the best model since the last call."""
-        lost = parallel.any_rank(self.best_failed)
-        self.best_failed = False
-        return lost
+        failed, self.best_failed = self.best_failed, False
+        return parallel.any_rank(failed)
 
     def wait(self):
         """Wait until nothing is being written."""
@@ -298,7 +300,7 @@ class CheckpointWriter:
             best = os.path.join(self.folder, BEST)
             link_or_copy(part, f"{best}.part")
             replace(f"{best}.part", best)
-        if os.path.exists(self.latest) and self.latest_step is not None:
+        if os.path.exists(self.latest) and self.latest_step not in (None, step):
             older = os.path.join(self.folder, checkpoint_name(self.latest_step))
             remove(older)
             link_or_move(self.latest, older)

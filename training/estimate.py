@@ -81,7 +81,8 @@ def memory_of(model, optimizer, recompute, n_gpus, is_sharded):
     if recompute != "none":  # a layer is entirely in memory while it is recomputed
         whole = [kept_bytes(model, n, "none") / model.args.n_layers for n in (1, 2)]
         one, two = one + whole[0], two + whole[1]
-    logits = min(1 << 27, (two - one) * model.args.vocab_rows) * 6  # one chunk: bfloat16, float32
+    # one chunk of cross_entropy(): bfloat16, float32
+    logits = min(1 << 27, model.args.max_seq_len * model.args.vocab_rows) * 6
     return state + logits + 2 * one - two, two - one
 
 
@@ -93,6 +94,8 @@ def estimate_lines(model_args, settings, tokens_per_step):
     n_steps, mfu, price = settings["max_iters"], settings["mfu"], settings["price"]
     recompute, optimizer = settings["activation_checkpointing"], settings["optimizer"]
     flops = model.flops_per_token()
+    if settings["max_minutes"]:
+        yield f"note: this is the estimate of {n_steps:,} steps (max_iters), not of max_minutes"
     tokens, n_sequences = n_steps * tokens_per_step, tokens_per_step // model_args.max_seq_len
     total = flops * tokens
     tables = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)

@@ -178,6 +178,15 @@ def total(*values):
     return sums.tolist()
 
 
+def shares(weights):
+    """
+    Return the factors with which the mean losses of this rank's micro-batches add up to that of the
+    step, after gradients are averaged over the ranks. weights: of the targets of each micro-batch.
+    """
+    everything = max(total(sum(weights))[0], 1.0)
+    return [weight * WORLD_SIZE / everything for weight in weights]
+
+
 def from_first(value):
     """Return the first rank's value in all ranks."""
     if WORLD_SIZE == 1:

@@ -1,5 +1,6 @@
 // Takes the place of <setjmp.h>, which WebAssembly lacks: an error leaves the module as a JavaScript
-// exception, thrown by the import fail(). The module must not be used after that.
+// exception, thrown by the import fail(). The code after setjmp() does not run; libllama2.c tidies up
+// in the next call.
 #ifndef LLAMA2_WASM_SETJMP_H
 #define LLAMA2_WASM_SETJMP_H
 
