@@ -27,8 +27,8 @@
 //   formats/modelbin.py and doc/format.md
 // - an activation: its name in Activation, is_gated() if it needs w3, its formula in activate() of
 //   kernels.h; the head of model.py lists the places outside the engine
-// - a weight format: its row in FORMATS, its decoding in read_row(), its product in kernels.h; also in
-//   formats/modelbin.py and doc/format.md
+// - a weight format: its row in FORMATS, its decoding in read_row(), its product in kernels.h; also
+//   in formats/modelbin.py and doc/format.md
 // - an instruction set: its block where model.h includes kernels.h, its row in pick_kernels(), its
 //   constants at the head of kernels.h
 // - a pre-token pattern: its number in load_byte_level(), its matcher in pretoken(); also in
@@ -313,7 +313,7 @@ static char *order_prompt(const Order *order, const char *beginning, bool always
 }
 
 // Set what a sampler favors: the words of an order, its sentence, and a quotation mark for dialogue.
-// prompt: that of the order, in its first n_order bytes.
+// prompt: its first n_order bytes are the order.
 static void set_phrases(Sampler *s, const Tokenizer *t, const Order *order, const char *prompt,
                         size_t n_order) {
     const char *fields[] = {order->words, order->features, order->sentence};
@@ -510,7 +510,7 @@ static int compare_doubles(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-enum { PREFILL, DECODE, READ, RATES = READ + PATTERNS, ROUNDS = 7, BENCH_TOKENS = 128 };
+enum { PREFILL, DECODE, READ, RATES = READ + N_PATTERNS, ROUNDS = 7, BENCH_TOKENS = 128 };
 
 // Alternate these measurements and print medians: prefill of n_positions tokens; decode of as many,
 // for all stories at once; and reading as many bytes as the matrices take, by all threads, in several
@@ -537,7 +537,7 @@ static void bench(Model *m) {
         double decoded = seconds();
         rates[PREFILL][round] = n / (prefilled - start);
         rates[DECODE][round] = n * (double)m->n_stories / (decoded - prefilled);
-        for (int pattern = 0; pattern < PATTERNS; pattern++) {
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
             start = seconds();
             for (int i = 0; i < n_reads; i++) {
                 OMP(parallel num_threads(m->n_threads))

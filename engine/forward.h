@@ -1,5 +1,5 @@
-// The forward pass: a batch of tokens in, logits out, by all threads; and load_model(), which finds the
-// weights and allocates the buffers.
+// The forward pass: a batch of tokens in, logits out, by all threads; and load_model(), which finds
+// the weights and allocates the buffers.
 
 // A token of a batch. A story's tokens are adjacent, in the order of their positions.
 typedef struct {
@@ -10,8 +10,15 @@ typedef struct {
     bool wants_logits;  // for the next token
 } BatchToken;
 
-enum { MAX_BATCH = 128, MAX_STORIES = 1024, MAX_THREADS = 256, MIN_WORK = 1 << 16,
-       MIN_ROPE = 256, MIN_PATIENCE = 16, MAX_PATIENCE = 2048 };
+enum {
+    MAX_BATCH = 128,  // tokens
+    MAX_STORIES = 1024,
+    MAX_THREADS = 256,
+    MIN_WORK = 1 << 16,  // multiplications per token for which another thread helps
+    MIN_ROPE = 256,      // positions in the first RoPE table
+    MIN_PATIENCE = 16,   // passes before more threads are tried, see adjust_threads()
+    MAX_PATIENCE = 2048,
+};
 
 typedef struct {
     File file;
@@ -23,14 +30,14 @@ typedef struct {
     size_t n_stories;    // generated at once
     size_t max_batch;    // tokens in a batch
     size_t max_wanted;   // tokens of a batch whose logits are wanted
-    // buffers for the tokens of a batch; width is dim rounded up to LANES, hidden is hidden_dim
+    // buffers for the tokens of a batch; width and hidden: dim and hidden_dim rounded up to LANES
     size_t width, hidden;
     float *x;         // (max_batch, width) the residual stream
     float *x0;        // (max_batch, width) the embedding, for RESIDUAL_SCALARS
     float *added;     // (max_batch, width) the output of a block, to be added to x
     float *q;         // (max_batch, width)
     float *k, *v;     // (max_batch, width)
-    float *gate;      // (max_batch, hidden) normed @ w3^T of SwiGLU
+    float *up;        // (max_batch, hidden) normed @ w3^T, which SwiGLU multiplies
     float *scratch;   // (n_threads, width)
     float *logits;    // (max_wanted, vocab_size padded)
     Input normed;     // (max_batch, width) rmsnorm(x), the input of a block
@@ -181,12 +188,13 @@ static size_t bigram_hash(int previous, int token, int rows) {
     return 1 + (((uint64_t)previous * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
 }
 
-// x (dim) = the embedding of a token, plus SMEAR and bigram embeddings if used; tmp (dim): scratch.
+// x = the embedding of a token, plus SMEAR and bigram embeddings if used; tmp: scratch. Both have
+// room for `width` values.
 static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
     const Config *c = &m->config;
     embedding_of(m, x, s->token);
     if (has(c, SMEAR) && s->previous >= 0) {
-        float gate = m->kernels->gate(m->weights.smear_gate, x, c->dim);
+        float gate = m->kernels->smear_gate(m->weights.smear_gate, x, c->dim);
         embedding_of(m, tmp, s->previous);
         for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
     }
@@ -199,12 +207,13 @@ static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
 // Apply QK_NORM, if set, and RoPE: rotate neighbouring pairs of a head by the angles of pos.
 static void norm_and_rotate(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
-    const float *cos = m->rope_cos + (size_t)pos * half, *sin = m->rope_sin + (size_t)pos * half;
+    const float *cosines = m->rope_cos + (size_t)pos * half;
+    const float *sines = m->rope_sin + (size_t)pos * half;
     if (has(&m->config, QK_NORM)) norm(m, head, head, gain, 2 * half);
     for (int i = 0; i < half; i++) {
         float a = head[2 * i], b = head[2 * i + 1];
-        head[2 * i] = a * cos[i] - b * sin[i];
-        head[2 * i + 1] = a * sin[i] + b * cos[i];
+        head[2 * i] = a * cosines[i] - b * sines[i];
+        head[2 * i + 1] = a * sines[i] + b * cosines[i];
     }
 }
 
@@ -268,7 +277,8 @@ static void attention(Pass *p, size_t layer) {
 }
 
 // The forward pass of n tokens. Every thread runs it and computes its share of the rows of each
-// product, of the heads, or of the tokens. Token i uses row i of each buffer (n, ...).
+// product, of the heads, or of the tokens. Token i uses row i of each buffer (n, ...), except that
+// `wanted` and `logits` have rows only for tokens that want logits.
 static void forward(Pass *p) {
     Model *m = p->m;
     const Config *c = &m->config;
@@ -332,11 +342,11 @@ static void forward(Pass *p) {
         // inner (n, hidden_dim) = silu(normed @ w1^T) * (normed @ w3^T), or relu(normed @ w1^T)^2
         const Tensor *w3 = gated ? &w->w3[l] : NULL;
         multiply(p, (Product[]){{&w->w1[l], &m->normed, m->inner.x, hidden},
-                                {w3, &m->normed, m->gate, hidden}}, gated ? 2 : 1);
+                                {w3, &m->normed, m->up, hidden}}, gated ? 2 : 1);
         begin_tokens(p);
         for (size_t i = p->first; i < p->end; i++) {
-            const float *gate = gated ? m->gate + i * hidden : NULL;
-            m->kernels->activate(c->activation, m->inner.x + i * hidden, gate, c->hidden_dim);
+            const float *up = gated ? m->up + i * hidden : NULL;
+            m->kernels->activate(c->activation, m->inner.x + i * hidden, up, c->hidden_dim);
             finish_input(m, &m->inner, &w->w2[l], i);
         }
         end_tokens(p);
@@ -525,7 +535,7 @@ static void alloc_buffers(Model *m) {
     float **buffers[] = {&m->x, &m->x0, &m->added, &m->q, &m->k, &m->v};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         *buffers[i] = alloc(m->max_batch * m->width, sizeof(float));
-    m->gate = alloc(m->max_batch * m->hidden, sizeof(float));
+    m->up = alloc(m->max_batch * m->hidden, sizeof(float));
     m->scratch = alloc(m->n_threads * m->width, sizeof(float));
     m->normed = new_input(m, m->width);
     m->wanted = new_input(m, m->width);

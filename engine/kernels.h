@@ -199,11 +199,11 @@ static void KERNEL(rmsnorm)(float *out, const float *x, const float *gain, size_
     }
 }
 
-// h (n) = silu(h) * gate, or relu(h)^2. h and gate have room for sixteen values at a time.
-static void KERNEL(activate)(Activation kind, float *h, const float *gate, size_t n) {
+// h (n) = silu(h) * up, or relu(h)^2. h and up have room for sixteen values at a time.
+static void KERNEL(activate)(Activation kind, float *h, const float *up, size_t n) {
     for (size_t i = 0; i < ROUND_UP(n, LANES); i += WIDTH) {
         Floats v = KERNEL(load)(h + i);
-        if (kind == SWIGLU) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(gate + i);
+        if (kind == SWIGLU) v = v / (1.0f + KERNEL(exp)(-v)) * KERNEL(load)(up + i);
         else v = KERNEL(choose)(v > 0.0f, v * v, KERNEL(splat)(0.0f));
         KERNEL(store)(h + i, v);
     }
@@ -267,7 +267,7 @@ static void KERNEL(softcap)(float *x, size_t n, float cap) {
 }
 
 // sigmoid(a . b), both (n)
-static float KERNEL(gate)(const float *a, const float *b, size_t n) {
+static float KERNEL(smear_gate)(const float *a, const float *b, size_t n) {
     Floats sums[PARTS] = {{0}};
     for (size_t i = 0; i < n; i += LANES) {
         Floats va[PARTS], vb[PARTS];
@@ -298,9 +298,9 @@ static void KERNEL(read)(const uint8_t *data, size_t n, Pattern pattern) {
     (void)kept;
 }
 
-// Write the integers of a vector to a row of an input, `step` bytes after every four: as 16-bit
-// integers in the order 0, 2, 1, 3, or as four high and four low bytes. Returns where the next ones
-// go.
+// Write the integers of a vector to a row of an input, each four `step` bytes after the last: as
+// 16-bit integers in the order 0, 2, 1, 3, or as four high and four low bytes. Returns where the next
+// ones go.
 INLINE int8_t *KERNEL(store_codes)(int8_t *at, Ints v, size_t step) {
 #if IN_BYTES
     KERNEL(Bytes) high = __builtin_convertvector((v + 128) >> 8, KERNEL(Bytes));
@@ -716,7 +716,7 @@ static const Kernels KERNEL(kernels) = {
     .name = NAME,
     .rmsnorm = KERNEL(rmsnorm), .activate = KERNEL(activate), .argmax = KERNEL(argmax),
     .softmax = KERNEL(softmax),
-    .softcap = KERNEL(softcap), .gate = KERNEL(gate), .read = KERNEL(read),
+    .softcap = KERNEL(softcap), .smear_gate = KERNEL(smear_gate), .read = KERNEL(read),
     .quantize = KERNEL(quantize), .matmul = KERNEL(matmul), .attend = KERNEL(attend),
 };
 

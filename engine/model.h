@@ -68,16 +68,16 @@ typedef enum { SWIGLU, RELU2, N_ACTIVATIONS } Activation;
 static bool is_gated(Activation a) { return a == SWIGLU; }
 
 // How --bench reads memory.
-typedef enum { PLAIN, PREFETCHED, EIGHT_STREAMS, PATTERNS } Pattern;
+typedef enum { PLAIN, PREFETCHED, EIGHT_STREAMS, N_PATTERNS } Pattern;
 
 typedef struct {  // the functions of kernels.h for one instruction set
     const char *name;
     void (*rmsnorm)(float *out, const float *x, const float *gain, size_t n, float eps);
-    void (*activate)(Activation kind, float *h, const float *gate, size_t n);
+    void (*activate)(Activation kind, float *h, const float *up, size_t n);
     size_t (*argmax)(const float *x, size_t n);
     void (*softmax)(float *x, size_t n, float temperature);
     void (*softcap)(float *x, size_t n, float cap);
-    float (*gate)(const float *a, const float *b, size_t n);
+    float (*smear_gate)(const float *a, const float *b, size_t n);
     void (*read)(const uint8_t *data, size_t n, Pattern pattern);
     void (*quantize)(Input *in, size_t row, size_t n, size_t group, int zero);
     void (*matmul)(const Product *p, size_t first_block, size_t last_block);
@@ -184,12 +184,12 @@ enum {
     HEADER_BYTES = offsetof(Config, group),
     EARLIER_HEADER_BYTES = offsetof(Config, tokenizer),
     ALIGNMENT = 64,  // of the tensors of version 3
-    MAX_COPY = 1 << 22,  // bytes: smaller files are copied for alignment, see load_weights()
+    MAX_COPY = 1 << 22,  // bytes: smaller files of version 0 are copied, see load_weights()
     MAX_CONTEXT = 1 << 24,
     MAX_GROUP = 256,  // sums of larger groups might overflow 32 bits
 };
 
-// The header's minimum size, by version
+// The header's size, by version; that of version 3 may be HEADER_BYTES as well
 static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, EARLIER_HEADER_BYTES};
 
 _Static_assert(HEADER_BYTES == 84, "the header has no gaps");

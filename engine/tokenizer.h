@@ -5,7 +5,8 @@ enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece; its BOS is 1, its EOS i
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, BLANK = 8, NEWLINE = 16, CODE_POINTS = 0x110000 };
 
 typedef struct {
-    const uint8_t *bytes;  // in the file; spaces are plain, not U+2581
+    const uint8_t *bytes;  // in the file; spaces are plain, not U+2581. Of a byte-level merge, its
+                           // two ids
     size_t length;
     float score;  // the highest is merged first
     int id;
@@ -371,7 +372,8 @@ static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Sy
     return n;
 }
 
-// A pair that may be merged (index: its left symbol), or a token that may be sampled.
+// A pair that may be merged (index: its left symbol), or a token that may be sampled, as in
+// keep_likeliest() of run.c.
 typedef struct {
     float score;
     int index;

@@ -29,6 +29,18 @@ static void encode_and_decode(const Tokenizer *t, const char *text, size_t n) {
         print_token(t, &printer, tokens[i], i == 1);
     }
     print_rest(&printer);
+
+    char *wish = alloc(n + 1, 1);
+    memcpy(wish, text, n);
+    Order order = {.words = wish, .features = "Dialogue", .sentence = wish};
+    size_t n_order;
+    const char *prompt = order_prompt(&order, "", true, &n_order);
+    Sampler sampler = {0};
+    set_phrases(&sampler, t, &order, prompt, n_order);
+    for (size_t i = 0; i < sampler.n_phrases; i++)
+        for (size_t k = 0; k < sampler.phrases[i].n; k++)
+            if (sampler.phrases[i].tokens[k] < 0 ||
+                sampler.phrases[i].tokens[k] >= t->vocab_size) abort();
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
