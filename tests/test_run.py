@@ -236,7 +236,10 @@ def small(tmp_path, tokenizers):
     return tmp_path / "model.bin"
 
 
-@pytest.mark.parametrize("options", [{"tie_embeddings": False}, EVERYTHING], ids=["plain", "all"])
+PLAIN, ALL = {"tie_embeddings": False}, {**EVERYTHING, "orders": False}
+
+
+@pytest.mark.parametrize("options", [PLAIN, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("size", [105, 512])
 def test_greedy_text_matches_pytorch(run, tmp_path, tokenizers, size, options):
     tokenizer = tokenizers[size]
