@@ -1,5 +1,7 @@
 """Optimizers: what trains each parameter, Muon's update, and the learning-rate schedule."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import random_model
@@ -14,6 +16,7 @@ from optim import (
     orthogonalize,
     rate_factor,
     table,
+    warmup_steps,
 )
 
 SETTINGS = {f"{role}_lr": 0.01 * (i + 1) for i, role in enumerate(ROLES)}
@@ -135,6 +138,14 @@ def test_rates_rise_stay_and_fall():
     assert cosine[50] == pytest.approx(0.5) and cosine[100] == 0
     assert rates("linear", 0.4, final=0.1)[100] == pytest.approx(0.1)
     assert rates("linear", 0.0)[10:] == [1.0] * 91
+
+
+def test_a_run_of_minutes_has_the_warm_up_that_was_asked_for():
+    """A run of few steps has it in half of them."""
+    asked = SimpleNamespace(warmup_iters=100, max_iters=10, max_minutes=60.0)
+    assert warmup_steps(asked) == 100
+    asked.max_minutes = 0.0
+    assert warmup_steps(asked) == 5
 
 
 def test_decay_stays_or_falls():

@@ -133,3 +133,6 @@ def test_a_run_reports_settings_that_it_ignores():
     done = script("train.py", "--estimate", "--max_minutes=1", "--max_iters=5", "--device=cpu")
     assert done.returncode == 0, done.stderr
     assert "note: this run ignores max_iters (used only with --max_minutes=0)" in done.stdout
+    assert "note: this is the estimate of 5 steps (max_iters), not of max_minutes" in done.stdout
+    done = script("train.py", "--estimate", "--arch=llama", "--embedding_lr=0.1", "--device=cpu")
+    assert "ignores embedding_lr (used only with --value_embeddings=N)" in done.stdout

@@ -117,7 +117,11 @@ def interrupted(practice, out, *args):
 
 
 def test_a_run_that_stops_before_its_first_evaluation_leaves_a_model(practice, tmp_path, run):
-    text = interrupted(practice, tmp_path, "--max_iters=100000", "--eval_interval=100000")
+    flags = ["--max_iters=100000", "--eval_interval=100000", "--device=cpu", "--on_finish=secret"]
+    text = interrupted(practice, tmp_path, *flags)
+    # with what a checkpoint does not have, but nothing secret
+    again = f"python train.py --init_from=resume --out_dir={tmp_path} --device=cpu\n"
+    assert f"to continue: {again}" in text
     assert f"note: {tmp_path / 'model.bin'} is the model at this step" in text
     done = run(tmp_path / "model.bin", "-n", "5", "-i", "Once")
     assert done.returncode == 0 and done.stdout.startswith(b"Once")
