@@ -409,7 +409,7 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
     tokenizer.export(tmp_path / "tokenizer.bin")
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256, orders=True)
     export_model(model, tmp_path / "model.bin")
-    words, features = ("dragon", "big cat", "soup", "soup"), ("Twist", "Dialogue")
+    words, features = ("dragon", "big cat", "soup", "soup", '"oh"'), ("Twist", "Dialogue")
     order, beginning = Order(words, features, "It was hot."), "One big soup"
     prompt, stop = tokenizer.encode(order.prompt(beginning)), tokenizer.stop
     told = {}
@@ -425,10 +425,10 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
         flags += ["-t", "0", "-n", str(len(prompt) + 129), "--order-bias", str(bias)]
         command = [builds["run", "checked"], tmp_path / "model.bin", *flags]
         done = subprocess.run(command, capture_output=True, check=True)
-        assert done.stdout.decode(errors="replace").rstrip("\n") == told[bias]
+        assert done.stdout.decode(errors="replace").rstrip() == told[bias]
     plain = list(model.generate(prompt, 130, temperature=0, stop=stop))
     assert parse(tokenizer.decode([*prompt, *plain]))[1] == told[0.0]
-    favored, phrases = told[10.0], (" dragon", " big cat", " soup", " It was hot.", ' "')
+    favored, phrases = told[10.0], (" dragon", " big cat", " soup", " It was hot.", ' "oh"')
     assert favored.startswith(beginning)
     if name == "gpt2":  # else a random model goes back and forth between the pieces of words
         assert [favored.count(p) for p in phrases] == [1] * 5

@@ -310,8 +310,7 @@ class Wanted:
         texts = [*map(squeezed, verbatim(order)), *['"'] * ("Dialogue" in order.features)]
         phrases = [encode(f"{START} {text}") for text in texts]
         self.phrases = [phrase[len(start) :] for phrase in phrases]  # encoded as in a story
-        is_dialogue = "Dialogue" in order.features and self.phrases[-1]
-        self.speech = self.phrases[-1][0] if is_dialogue else None
+        self.late = len(texts) - ("Dialogue" in order.features)  # index of the quotation mark
         self.n_said = [0] * len(self.phrases)  # how many of its tokens the story ends with
         self.bias, self.n_told = bias, 0
         for token in prompt[len(encode(order.prompt(), True)) :]:
@@ -321,11 +320,9 @@ class Wanted:
         """
         Add the bias to the logits (vocab_size,) of the next token of each phrase, once per token.
         """
-        pairs = zip(self.phrases, self.n_said, strict=True)
-        tokens = {phrase[n] for phrase, n in pairs if n < len(phrase)}
-        if self.n_told < LATE:
-            tokens.discard(self.speech)
-        for token in tokens:
+        n = len(self.phrases) if self.n_told >= LATE else self.late
+        pairs = zip(self.phrases[:n], self.n_said[:n], strict=True)
+        for token in {phrase[k] for phrase, k in pairs if k < len(phrase)}:
             logits[token] += self.bias
 
     def read(self, token):
