@@ -399,8 +399,11 @@ def test_run_writes_the_prompt_of_an_order_as_python_does(builds, tokenizers, tm
     assert len(set(stories)) == 3 and "dragon" not in {s.split()[0] for s in stories}
 
 
-@pytest.mark.parametrize("name", (512, "gpt2"))
-def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_path, name):
+WORDS = "dragon", "big cat", "soup", "soup"
+
+
+@pytest.mark.parametrize("name, words", [(512, WORDS), ("gpt2", WORDS), ("gpt2", ('"oh"', "soup"))])
+def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_path, name, words):
     """
     With a large bias, a random model says each phrase, whatever it would say otherwise. Speech is
     favored after 100 tokens.
@@ -409,7 +412,7 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
     tokenizer.export(tmp_path / "tokenizer.bin")
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256, orders=True)
     export_model(model, tmp_path / "model.bin")
-    words, features = ("dragon", "big cat", "soup", "soup", '"oh"'), ("Twist", "Dialogue")
+    features = "Twist", "Dialogue"
     order, beginning = Order(words, features, "It was hot."), "One big soup"
     prompt, stop = tokenizer.encode(order.prompt(beginning)), tokenizer.stop
     told = {}
@@ -428,9 +431,11 @@ def test_a_story_favors_what_is_ordered_until_it_has_it(builds, tokenizers, tmp_
         assert done.stdout.decode(errors="replace").rstrip() == told[bias]
     plain = list(model.generate(prompt, 130, temperature=0, stop=stop))
     assert parse(tokenizer.decode([*prompt, *plain]))[1] == told[0.0]
-    favored, phrases = told[10.0], (" dragon", " big cat", " soup", " It was hot.", ' "oh"')
+    favored, phrases = told[10.0], (" dragon", " big cat", " soup", " It was hot.", ' "')
     assert favored.startswith(beginning)
-    if name == "gpt2":  # else a random model goes back and forth between the pieces of words
+    if (
+        name == "gpt2" and words == WORDS
+    ):  # else a random model goes back and forth between the pieces of words
         assert [favored.count(p) for p in phrases] == [1] * 5
     # a token that several phrases begin with is favored once
     logits = torch.zeros(tokenizer.vocab_size)
