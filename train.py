@@ -599,8 +599,8 @@ else:
     launch = "python"
     if WORLD_SIZE > 1:
         launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD_SIZE)}"
-    again = [given[name] for name in GROUPS["machine"] + GROUPS["uploads"] if name in given]
-    again = [flag for flag in again if flag.startswith("--") and not flag.startswith("--on_finish")]
+    names = [name for name in GROUPS["machine"] + GROUPS["uploads"] if name not in SECRET]
+    again = [given[name] for name in names if given.get(name, "").startswith("--")]
     flags = ["--init_from=resume", f"--out_dir={settings.out_dir}", *again]
     say(f"to continue: {launch} train.py {shlex.join(flags)}")
     if state.best_val_loss == math.inf:

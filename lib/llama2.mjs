@@ -211,6 +211,7 @@ export class Llama {
       this.forward(tokens, tokens.length - 1);
       n_runs = this.#n_runs;
     }
-    if (shown.length) yield { token: -1, text: this.decode(shown).replace(space, ""), isPrompt: false };
+    if (shown.length)
+      yield { token: -1, text: this.decode(shown).replace(space, ""), isPrompt: false };
   }
 }

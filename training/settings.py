@@ -69,7 +69,6 @@ SAME_WORK = {"data_dir", "learn_orders", "order_weight", "seed"} | names_of(
     *("rates", "moments", "decay", "schedule", "uploads", "estimate"),
 )
 ADAMW = "base_learning_rate beta1 beta2 weight_decay"
-EMBEDDING = "embedding_lr"
 MUON = (
     "hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum muon_beta1 muon_beta2 "
     "muon_weight_decay neuron_beta momentum_warmup"
@@ -117,7 +116,11 @@ USED_IF = (
     (lambda s: s["sliding_window"], "sliding_window=N", "window_pattern"),
     (lambda s: s["bigram_rows"], "bigram_rows=N", "bigram_lr"),
     (lambda s: not s["tie_embeddings"], "tie_embeddings=False", "head_std"),
-    (lambda s: s["value_embeddings"] or not s["tie_embeddings"], "value_embeddings=N", EMBEDDING),
+    (
+        lambda s: s["value_embeddings"] or not s["tie_embeddings"],
+        "value_embeddings=N",
+        "embedding_lr",
+    ),
     (lambda s: not s["hidden_dim"], "hidden_dim=0", "multiple_of"),
     (lambda s: not s["max_minutes"], "max_minutes=0", "max_iters"),
     (lambda s: s["init_from"] == "scratch", "init_from=scratch", "zero_init embedding_std"),
