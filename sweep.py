@@ -50,6 +50,7 @@ first_seed = 1337  # first seed; the others count up from it
 equal_tokens = 0  # train on this many tokens; 0: use max_iters of base
 equal_bytes = 0  # train on this many bytes of text; fair between vocabularies
 equal_minutes = 0.0  # train for this many minutes, at a speed measured first
+equal_flops = 0.0  # train with this many operations, see flops_per_token; same on every machine
 # evaluation
 evals = 10  # evaluations per run, evenly spaced; 0: use eval_interval of base
 eval_windows = 0  # validation sequences; 0: use eval_iters of base
@@ -103,6 +104,7 @@ from training.runs import (
 )
 from training.settings import SAME_RESULT, TRAIN, args_of, check, resolved
 
+LENGTHS = "equal_tokens", "equal_bytes", "equal_minutes", "equal_flops"
 START_UP_S = 8  # guessed time to load torch and the data, and to write files
 # for a mere estimate, a CPU times no steps with more operations, and none after so many seconds
 SLOW_STEP, ESTIMATE_S = 3e11, 20
@@ -143,7 +145,7 @@ class PlannedRun:
 
 
 def check_settings():
-    lengths = {name: globals()[name] for name in ("equal_tokens", "equal_bytes", "equal_minutes")}
+    lengths = {name: globals()[name] for name in LENGTHS}
     check_range(1, seeds=seeds, jobs=jobs, rounds=rounds)
     check_range(0, **lengths, first_seed=first_seed, evals=evals, eval_windows=eval_windows)
     check_range(0, patience=patience, price=price)
@@ -194,10 +196,10 @@ def check_run(config, varied):
             raise UserError("on_finish cannot be used with sweep.py: leave it out")
     except UserError as e:
         raise UserError(f"{label}: {e}") from None
-    if (equal_tokens or equal_bytes or equal_minutes) and config["max_minutes"]:
+    if any(globals()[name] for name in LENGTHS) and config["max_minutes"]:
         raise UserError(
-            f"{label}: max_minutes = {config['max_minutes']:g} cannot be used with equal_tokens, "
-            f"equal_bytes or equal_minutes: use only one of them"
+            f"{label}: max_minutes = {config['max_minutes']:g} cannot be used with "
+            f"{', '.join(LENGTHS[:-1])} or {LENGTHS[-1]}: use only one of them"
         )
     if equal_minutes and config["compile"] == "auto":
         raise UserError(
@@ -306,6 +308,8 @@ def set_length(run):
     n_tokens = equal_tokens or equal_minutes * 60 * run.speed
     if equal_bytes:
         n_tokens = tokens_in(equal_bytes, config)
+    if equal_flops:
+        n_tokens = equal_flops * size / flops_of_step(config)
     if n_tokens:
         run.set(max_iters=max(1, round(n_tokens / size)))
     if eval_windows:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import (
     REPO,
     TINY,
@@ -15,6 +16,9 @@ from conftest import (
     script,
     wait_until,
 )
+
+from model import Transformer
+from training.settings import args_of, resolved
 
 BASE = " ".join([*TINY, "--arch=llama --optimizer=adamw --base_learning_rate=1e-2 --bigram_rows=0"])
 
@@ -150,6 +154,20 @@ def test_equal_time_gives_the_slower_run_fewer_steps(practice, tmp_path):
     }
     assert steps["small_seed=1337"] > 2 * steps["large_seed=1337"]
     assert not list(tmp_path.iterdir())  # a dry run writes nothing
+
+
+def test_equal_arithmetic_gives_the_larger_model_fewer_steps(practice, tmp_path):
+    runs = "--runs=small: --dim=32; large: --dim=64 --n_layers=4"
+    args = ("--seeds=1", "--equal_flops=1e10", "--dry_run")
+    done = sweep(practice, tmp_path, runs, *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, flags in (("small", ("--dim=32",)), ("large", ("--dim=64", "--n_layers=4"))):
+        config = resolved((*BASE.split(), *flags))
+        with torch.device("meta"):
+            flops = Transformer(args_of(config)).flops_per_token()
+        n_tokens = config["batch_size"] * config["max_seq_len"]
+        line = next(line for line in done.stdout.splitlines() if f"{name}_seed" in line)
+        assert int(line.split()[1].replace(",", "")) == round(1e10 / (flops * n_tokens))
 
 
 def test_an_estimate_needs_no_data_and_prints_the_cost(tmp_path):
