@@ -67,6 +67,8 @@ class ModelArgs:
     value_embeddings: int = 0  # the first n layers add a token embedding to their values; -1: all
     bigram_rows: int = 0  # rows of a hashed embedding table of (previous token, token) pairs
     smear: bool = False  # add the previous token's embedding through a gate
+    embedding_conv: int = 0  # tokens in a causal convolution of the first layer's input; 0: none
+    key_conv: int = 0  # tokens in a causal convolution of each layer's keys; 0: none
     orders: bool = False  # trained on stories with orders, see text/orders.py
     # ---- for training only, never exported
     embedding_std: float = 0.0  # initial std of the embedding; 0: automatic, see init_std
@@ -116,8 +118,9 @@ class ModelArgs:
         if not 0 <= self.value_embeddings <= self.n_layers:
             expected = f"expected 0 to n_layers = {self.n_layers}, or -1 for all"
             yield f"value_embeddings = {self.value_embeddings}: {expected}"
-        if self.bigram_rows == 1:
-            yield "bigram_rows = 1: expected 0 (none), or 2 or more"
+        for name in ("bigram_rows", "embedding_conv", "key_conv"):
+            if getattr(self, name) == 1:
+                yield f"{name} = 1: expected 0 (none), or 2 or more"
 
     @property
     def head_dim(self):
@@ -153,6 +156,7 @@ class ModelArgs:
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+MAX_CONV = 16  # tokens of a convolution
 INITIAL_ROOM = 1 << 12  # positions that are allocated at first; more are added when needed
 # Minimum and maximum of each value, as in engine/model.h: a larger one is a typo that would exhaust
 # memory
@@ -171,6 +175,8 @@ LIMITS = {
     "logit_softcap": (0, 1e6),
     "sliding_window": (0, math.inf),
     "bigram_rows": (0, 1 << 28),
+    "embedding_conv": (0, MAX_CONV),
+    "key_conv": (0, MAX_CONV),
     "embedding_std": (0, sys.float_info.max),
     "head_std": (0, sys.float_info.max),
     "vocab_multiple": (1, 1 << 16),
@@ -203,6 +209,20 @@ def linear(x, *weights):
     """
     weights = [w.to(x.dtype) for w in weights]
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+
+
+def causal_conv(x, weight, cache=None, name=""):
+    """
+    Return a causal depthwise convolution of x (B, T, dim), as in Canon layers (Allen-Zhu 2025,
+    arXiv:2512.17351): y[t] = x[t] + sum over j >= 1 of weight[:, j - 1] * x[t - j], with x = 0
+    before the first token. weight: (dim, n). cache, name: a KVCache and the name of x in it, if
+    earlier tokens precede x.
+    """
+    n, T = weight.shape[1], x.shape[1]
+    padded = F.pad(x, (0, 0, n, 0)) if cache is None else cache.extended(name, x, n)
+    for j, column in enumerate(weight.to(x.dtype).unbind(1), start=1):
+        x = x + column * padded[:, n - j : n - j + T]
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -272,6 +292,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)  # (kv_dim, dim)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)  # (kv_dim, dim)
         self.wo = nn.Linear(args.dim, args.dim, bias=False)  # (dim, dim)
+        if args.key_conv:
+            self.key_conv = nn.Parameter(torch.zeros(kv_dim, args.key_conv - 1))
         if args.qk_norm:
             self.q_norm = HeadNorm(args, args.head_dim)
             self.k_norm = HeadNorm(args, args.head_dim)
@@ -293,6 +315,9 @@ class Attention(nn.Module):
         q, k, v = heads.split((args.n_heads, args.n_kv_heads, args.n_kv_heads), dim=2)
         if extra_values is not None:  # option value_embeddings
             v = v + extra_values.view(v.shape)
+        if args.key_conv:
+            weight = pairs_to_halves(self.key_conv, args.head_dim)
+            k = causal_conv(k.flatten(2), weight, cache, f"keys {self.layer}").view(k.shape)
         if args.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -372,6 +397,8 @@ class Transformer(nn.Module):
             self.embedding_norm = RMSNorm(args, args.dim)
         if args.bigram_rows:
             self.bigram_embeddings = nn.Embedding(args.bigram_rows, args.dim)
+        if args.embedding_conv:
+            self.embedding_conv = nn.Parameter(torch.zeros(args.dim, args.embedding_conv - 1))
         if args.smear:
             self.smear_gate = nn.Linear(args.dim, 1, bias=False)
         if args.residual_scalars:
@@ -394,7 +421,8 @@ class Transformer(nn.Module):
         """
         Return the initial standard deviation of a parameter: 0.02, or 0.02 / sqrt(2 n_layers) for
         the two projections that write to the residual stream, so that the variance of the stream
-        does not grow with depth (GPT-2). Bigram and value embeddings and the smear gate start at 0.
+        does not grow with depth (GPT-2). Bigram and value embeddings, the smear gate and the
+        convolutions start at 0.
 
         With zero_init, these projections and an untied head start at zero: each layer passes its
         input on, and all tokens are equally likely. The embedding then starts with std 1, unless
@@ -407,7 +435,8 @@ class Transformer(nn.Module):
             return args.head_std
         if name.startswith("tok_embeddings") and (args.embedding_std or args.wide_embedding):
             return args.embedding_std or 1.0
-        if name.startswith(("bigram_embeddings", "smear_gate", "value_embeddings")):
+        starts_at_0 = name.startswith(("bigram_embeddings", "smear_gate", "value_embeddings"))
+        if starts_at_0 or name.endswith("_conv"):
             return 0.0
         if args.zero_init and (writes_residual or is_untied_head):
             return 0.0
@@ -437,6 +466,8 @@ class Transformer(nn.Module):
         if args.bigram_rows:
             rows = bigram_hash(before, tokens, args.bigram_rows)  # (B, T)
             x = x + self.bigram_embeddings(rows).to(x.dtype)
+        if args.embedding_conv:
+            x = causal_conv(x, self.embedding_conv, cache, "embedding")
         return self.dropout(x)
 
     def forward(self, tokens, targets=None, cache=None):
@@ -629,8 +660,9 @@ ACTIVATION_CHECKPOINTING = {
 
 class KVCache:
     """
-    Keys and values of the first n positions, and the last token. n_positions: how many to expect.
-    The cache starts with room for INITIAL_ROOM positions at most, and grows when it is full.
+    Keys and values of the first n positions, the last token, and the last inputs of convolutions.
+    n_positions: how many to expect. The cache starts with room for INITIAL_ROOM positions at most,
+    and grows when it is full.
     """
 
     def __init__(self, args, batch_size, device, dtype, n_positions=INITIAL_ROOM):
@@ -640,6 +672,7 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.n = 0
         self.token = torch.full((batch_size, 1), -1, device=device)  # the last token; -1: none
+        self.inputs = {}
 
     def append(self, layer, k, v):
         """Append k and v (B, n_kv_heads, T, head_dim) to those of a layer; return all of them."""
@@ -651,8 +684,20 @@ class KVCache:
         self.v[layer, :, :, self.n : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def extended(self, name, x, n):
+        """
+        Return x (B, T, dim) after the n inputs before it, zeros at the start of a text, and keep
+        the last n of them for the next call with this name.
+        """
+        earlier = self.inputs.get(name)
+        earlier = x.new_zeros(len(x), n, x.shape[2]) if earlier is None else earlier
+        x = torch.cat((earlier, x), dim=1)
+        self.inputs[name] = x[:, -n:]
+        return x
+
     def keep(self, rows):
         """Keep only some rows of the batch, a list of indices."""
+        self.inputs = {name: x[rows] for name, x in self.inputs.items()}
         self.k, self.v, self.token = self.k[:, rows], self.v[:, rows], self.token[rows]
 
 

@@ -7,7 +7,7 @@ Every parameter has one role, and every role has its own learning rate:
     embedding   lookup tables of tokens and values
     bigram      the hashed table of token pairs; most of its rows are rarely used
     head        the output matrix, even if tied to the embedding; an embedding with a small std
-    scalar      norm gains, residual scalars, gates
+    scalar      norm gains, residual scalars, gates, convolutions
 
 To add an optimizer, add a function to OPTIMIZERS. A new parameter needs a line in role_of() only if
 the existing ones do not fit its name and shape.
@@ -32,7 +32,7 @@ POLAR_EXPRESS = (
 
 def role_of(name, p, args):
     """Return the role of a Transformer's parameter from its name and shape."""
-    if p.dim() < 2 or name.startswith("smear_gate"):
+    if p.dim() < 2 or name.startswith("smear_gate") or name.endswith("_conv"):
         return "scalar"
     if name.startswith("output.") or (name.startswith("tok_emb") and not args.wide_embedding):
         return "head"

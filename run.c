@@ -211,8 +211,7 @@ static size_t feed(Model *m, const int *tokens, size_t first, size_t n, bool wan
     size_t count = n - first < m->max_batch ? n - first : m->max_batch;
     if (count > MAX_BATCH) count = MAX_BATCH;
     for (size_t i = 0, pos = first; i < count; i++, pos++)
-        batch[i] = (BatchToken){tokens[pos], pos ? tokens[pos - 1] : -1, (int)pos, 0,
-                                wants_all || pos + 1 == n};
+        batch[i] = (BatchToken){tokens[pos], (int)pos, 0, wants_all || pos + 1 == n};
     run_batch(m, batch, count);
     return count;
 }
@@ -232,6 +231,11 @@ static void copy_first_story(Model *m, size_t story, size_t n) {
         memcpy(m->keys + (story * heads + i) * places * k, m->keys + i * places * k, used * k);
         memcpy(m->values + (story * heads + i) * places * v, m->values + i * places * v, used * v);
     }
+    memcpy(m->tokens + story * m->n_positions, m->tokens, n * sizeof *m->tokens);
+    size_t size = m->n_positions * head_dim;
+    for (size_t i = 0; m->raw_keys && i < heads; i++)
+        memcpy(m->raw_keys + (story * heads + i) * size, m->raw_keys + i * size,
+               n * head_dim * sizeof(float));
 }
 
 // Sample the next token of a story. The story ends at EOS, at BOS, or after the last position.
@@ -387,8 +391,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
             const Story *s = &stories[i];
             is_cut |= s->n > m->n_positions;
             if (!s->is_done)
-                batch[n++] = (BatchToken){s->tokens[s->n - 1], s->tokens[s->n - 2], (int)s->n - 1,
-                                          (int)i, true};
+                batch[n++] = (BatchToken){s->tokens[s->n - 1], (int)s->n - 1, (int)i, true};
         }
         if (n) run_batch(m, batch, n);
     }
@@ -531,7 +534,7 @@ static void bench(Model *m) {
         double prefilled = seconds();
         for (int i = 0; i < n; i++) {
             for (size_t s = 0; s < m->n_stories; s++)
-                batch[s] = (BatchToken){tokens[i], i ? tokens[i - 1] : -1, i, (int)s, true};
+                batch[s] = (BatchToken){tokens[i], i, (int)s, true};
             run_batch(m, batch, m->n_stories);
         }
         double decoded = seconds();

@@ -74,6 +74,8 @@ residual_scalars = False  # learned per-layer mix of residual and embedding; mod
 value_embeddings = 0  # value embeddings in the first N layers; -1: all; modded: -1
 bigram_rows = 0  # rows of the hashed bigram embedding; 0: none; modded: 16384
 smear = False  # gated embedding of the previous token; modded: True
+embedding_conv = 0  # tokens in a causal convolution of the embedded text; 0: none
+key_conv = 0  # tokens in a causal convolution of each layer's keys; 0: none
 vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of this
 dropout = 0.0  # dropout probability, in the embedding and in what a layer adds
 # weight initialization

@@ -4,7 +4,6 @@
 // A token of a batch. A story's tokens are adjacent, in the order of their positions.
 typedef struct {
     int token;
-    int previous;       // the token before it, -1: none
     int pos;            // its position in its story, below n_positions
     int story;          // the index of its story, below n_stories
     bool wants_logits;  // for the next token
@@ -49,6 +48,9 @@ typedef struct {
     bool bf16_cache;
     uint8_t *keys;    // (n_stories, n_layers, n_kv_heads, n_positions / 16, head_dim, 16)
     uint8_t *values;  // (n_stories, n_layers, n_kv_heads, n_positions, head_dim)
+    // what later positions need as well
+    int *tokens;      // (n_stories, n_positions)
+    float *raw_keys;  // keys before key_conv, like values without padding; NULL if there is none
     float *rope_cos;  // (n_positions, head_dim / 2)
     float *rope_sin;
     size_t n_rope;    // rows filled in both
@@ -188,19 +190,38 @@ static size_t bigram_hash(int previous, int token, int rows) {
     return 1 + (((uint64_t)previous * 36313) ^ ((uint64_t)token * 27191)) % ((uint64_t)rows - 1);
 }
 
-// x = the embedding of a token, plus SMEAR and bigram embeddings if used; tmp: scratch. Both have
-// room for `width` values.
-static void embed(const Model *m, float *x, float *tmp, const BatchToken *s) {
+// x = the embedding of the token at a position, plus SMEAR and bigram embeddings if used; tmp:
+// scratch. Both have room for `width` values.
+static void embed_one(const Model *m, float *x, float *tmp, const int *tokens, int pos) {
     const Config *c = &m->config;
-    embedding_of(m, x, s->token);
-    if (has(c, SMEAR) && s->previous >= 0) {
+    int token = tokens[pos], previous = pos ? tokens[pos - 1] : -1;
+    embedding_of(m, x, token);
+    if (has(c, SMEAR) && previous >= 0) {
         float gate = m->kernels->smear_gate(m->weights.smear_gate, x, c->dim);
-        embedding_of(m, tmp, s->previous);
+        embedding_of(m, tmp, previous);
         for (int i = 0; i < c->dim; i++) x[i] += gate * tmp[i];
     }
     if (c->bigram_rows) {
-        read_row(tmp, m->weights.bigram, bigram_hash(s->previous, s->token, c->bigram_rows));
+        read_row(tmp, m->weights.bigram, bigram_hash(previous, token, c->bigram_rows));
         add(x, tmp, c->dim);
+    }
+}
+
+// x (n) += column j - 1 of the weights (n, taps - 1) of a convolution, times `earlier` (n), what x
+// was j tokens before
+static void add_earlier(float *x, const float *weights, int taps, int j, const float *earlier,
+                        size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += weights[i * (taps - 1) + j - 1] * earlier[i];
+}
+
+// x = the input of the first layer for a token; tmp and earlier: scratch
+static void embed(const Model *m, float *x, float *tmp, float *earlier, const BatchToken *s) {
+    int taps = m->config.embedding_conv;
+    const int *tokens = m->tokens + s->story * m->n_positions;
+    embed_one(m, x, tmp, tokens, s->pos);
+    for (int j = 1; j < taps && j <= s->pos; j++) {
+        embed_one(m, earlier, tmp, tokens, s->pos - j);
+        add_earlier(x, m->weights.embedding_conv, taps, j, earlier, m->config.dim);
     }
 }
 
@@ -237,11 +258,17 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
     size_t n_padded = ROUND_UP(m->n_positions, LANES);
     uint8_t *keys = m->keys + index * n_padded * head_dim * size;
     uint8_t *values = m->values + index * n_padded * padded_dim * size;
+    float *raw = m->raw_keys ? m->raw_keys + index * m->n_positions * head_dim : NULL;
+    size_t taps = c->key_conv, row = (layer * c->n_kv_heads + head) * head_dim;
     float *out = m->scratch + p->thread * m->width;
     for (size_t i = first; i < last; i++) {
         size_t pos = p->batch[i].pos;
         size_t at = i * m->width + head * head_dim;
         float *k = m->k + at, *v = m->v + at;
+        if (raw) memcpy(raw + pos * head_dim, k, head_dim * sizeof *k);
+        for (size_t j = 1; j < taps && j <= pos; j++)
+            add_earlier(k, w->key_conv + row * (taps - 1), (int)taps, (int)j,
+                        raw + (pos - j) * head_dim, head_dim);
         norm_and_rotate(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
         if (pos % LANES == 0) {  // already zero, but writing before reading saves a page fault
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
@@ -292,7 +319,7 @@ static void forward(Pass *p) {
         for (size_t i = p->first; i < p->end; i++) {
             float *x = m->x + i * width, *x0 = m->x0 + i * width, *added = m->added + i * width;
             if (l == 0) {
-                embed(m, x, added, &p->batch[i]);
+                embed(m, x, added, x0, &p->batch[i]);
                 memcpy(x0, x, dim * sizeof *x);
             } else {
                 add(x, added, dim);
@@ -429,6 +456,7 @@ static void run_batch(Model *m, const BatchToken *batch, size_t n) {
     for (size_t i = 0; i < n; i++) {
         p.n_wanted += batch[i].wants_logits;
         if ((size_t)batch[i].pos >= end_pos) end_pos = (size_t)batch[i].pos + 1;
+        m->tokens[batch[i].story * m->n_positions + batch[i].pos] = batch[i].token;
     }
     fill_rope(m, end_pos);
     set_rows(&m->normed, n);
@@ -520,8 +548,9 @@ static double memory_limit(void) {
 // write, and would otherwise kill the program in the middle of a story.
 static void check_memory(const Model *m) {
     const Config *c = &m->config;
-    double values = 2.0 * m->n_stories * c->n_layers * c->n_kv_heads * (c->dim / c->n_heads);
-    double bytes = values * (m->bf16_cache ? 2 : 4) * (double)m->n_positions;
+    double values = (double)m->n_stories * c->n_layers * c->n_kv_heads * (c->dim / c->n_heads);
+    double size = 2 * (m->bf16_cache ? 2 : 4) + (c->key_conv ? 4 : 0);
+    double bytes = values * size * (double)m->n_positions;
     if (bytes > memory_limit())
         die("not enough memory for the keys and values of %zu positions%s: they need %.1f GB, and "
             "there are %.1f GB; use fewer positions (-n)%s", m->n_positions,
@@ -547,6 +576,8 @@ static void alloc_buffers(Model *m) {
     size_t size = m->bf16_cache ? sizeof(uint16_t) : sizeof(float);
     m->keys = alloc(rows, head_dim * size);
     m->values = alloc(rows, ROUND_UP(head_dim, LANES) * size);
+    m->tokens = alloc((uint64_t)m->n_stories * m->n_positions, sizeof(int));
+    if (c->key_conv) m->raw_keys = alloc(heads * m->n_positions, head_dim * sizeof(float));
     m->rope_cos = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
     m->rope_sin = alloc((uint64_t)m->n_positions * (head_dim / 2), sizeof(float));
 }

@@ -164,7 +164,9 @@ typedef struct {
     int32_t bigram_rows;       // rows of the table hashed by (previous token, token); 0: none
     float norm_eps, rope_theta;
     float logit_softcap;  // c: logits become c * tanh(logits / c); 0: none
-    uint32_t tokenizer;   // fingerprint() of the tokenizer; 0: unknown. Earlier files lack it
+    uint32_t tokenizer;   // fingerprint() of the tokenizer; 0: unknown. Earlier files lack it,
+    int32_t embedding_conv;  // and these: tokens in a convolution of the first layer's input,
+    int32_t key_conv;        // and in one of each layer's keys; 0: none
     int32_t group;        // version 2: weights that share a scale; not in version 3's header
 } Config;
 
@@ -182,17 +184,23 @@ enum {  // bits of Config.options
 enum {
     MAGIC = 0x616b3432,
     HEADER_BYTES = offsetof(Config, group),
-    EARLIER_HEADER_BYTES = offsetof(Config, tokenizer),
+    MAX_CONV = 16,
     ALIGNMENT = 64,  // of the tensors of version 3
     MAX_COPY = 1 << 22,  // bytes: smaller files of version 0 are copied, see load_weights()
     MAX_CONTEXT = 1 << 24,
     MAX_GROUP = 256,  // sums of larger groups might overflow 32 bits
 };
 
-// The header's size, by version; that of version 3 may be HEADER_BYTES as well
-static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, EARLIER_HEADER_BYTES};
+// The header's size, by version; that of version 3 is at least this
+static const uint32_t HEADER_SIZES[] = {7 * sizeof(int32_t), 256, 256, offsetof(Config, tokenizer)};
 
-_Static_assert(HEADER_BYTES == 84, "the header has no gaps");
+_Static_assert(HEADER_BYTES == 92, "the header has no gaps");
+
+// Whether a header of version 3 ends with one of the fields that were once its last.
+static bool is_header_size(uint32_t size) {
+    return size == HEADER_SIZES[3] || size == offsetof(Config, embedding_conv) ||
+           size == HEADER_BYTES;
+}
 
 static bool has(const Config *c, uint32_t option) { return c->options & option; }
 
@@ -204,6 +212,8 @@ typedef struct {
     const Tensor *output;            // (vocab_size, dim), tok_embeddings if tied
     const float *embedding_norm;     // (dim)
     const float *smear_gate;         // (dim)
+    const float *embedding_conv;     // (dim, taps - 1)
+    const float *key_conv;           // (n_layers, n_kv_heads * head_dim, taps - 1)
     const float *norm;               // (dim)
     // one matrix per layer
     const Tensor *wq;                // (n_heads * head_dim, dim)
@@ -240,14 +250,14 @@ static Config read_header(const File *f) {
     if (has_magic && (words[1] < 1 || words[1] > 3))
         die("%s is a model.bin of version %u, expected 0 to 3; export it again", f->path, words[1]);
     int version = has_magic ? (int)words[1] : 0;
-    if (f->size < HEADER_SIZES[version])
-        die("%s is truncated or not a model.bin: it has %zu bytes, and a version %d header has %u",
-            f->path, f->size, version, HEADER_SIZES[version]);
     Config c = {0};
+    if (version == 3 && f->size >= HEADER_SIZES[3]) memcpy(&c, f->data, HEADER_SIZES[3]);
+    uint32_t size = is_header_size(c.header_size) ? c.header_size : HEADER_SIZES[version];
+    if (f->size < size)
+        die("%s is truncated or not a model.bin: it has %zu bytes, and a version %d header has %u",
+            f->path, f->size, version, size);
     if (version == 3) {
-        memcpy(&c, f->data, EARLIER_HEADER_BYTES);
-        if (c.header_size == HEADER_BYTES && f->size >= HEADER_BYTES)
-            memcpy(&c, f->data, HEADER_BYTES);
+        memcpy(&c, f->data, size);
         return c;
     }
     int32_t h[7];
@@ -268,7 +278,7 @@ static Config read_header(const File *f) {
 
 static void check_config(const Config *c, const char *path) {
     uint32_t header_size = HEADER_SIZES[c->version];
-    if (c->version == 3 && c->header_size != header_size) header_size = HEADER_BYTES;
+    if (c->version == 3) header_size = is_header_size(c->header_size) ? c->header_size : HEADER_BYTES;
     struct {
         const char *name;
         double value, min, max;
@@ -289,6 +299,8 @@ static void check_config(const Config *c, const char *path) {
         {"norm_eps", c->norm_eps, 0, 1},
         {"rope_theta", c->rope_theta, 1, 1e12},
         {"logit_softcap", c->logit_softcap, 0, 1e6},
+        {"embedding_conv", c->embedding_conv, c->embedding_conv == 1 ? 2 : 0, MAX_CONV},
+        {"key_conv", c->key_conv, c->key_conv == 1 ? 2 : 0, MAX_CONV},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].min && ranges[i].value <= ranges[i].max))
@@ -441,5 +453,7 @@ static uint64_t lay_out(Weights *m, Walk *w) {
     m->value_embeddings = walk_tensors(w, c->value_embeddings, vocab, kv_dim, 1);
     m->bigram = walk_tensors(w, c->bigram_rows > 0, c->bigram_rows, dim, 1);
     m->smear_gate = walk_vectors(w, has(c, SMEAR), dim);
+    m->embedding_conv = walk_vectors(w, c->embedding_conv > 0, dim * (c->embedding_conv - 1));
+    m->key_conv = walk_vectors(w, c->key_conv ? layers : 0, kv_dim * (c->key_conv - 1));
     return w->at;
 }

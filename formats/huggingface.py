@@ -66,7 +66,7 @@ FIELDS = {
 # Fields that only ModdedLlamaConfig has, under our names; it stores windows as layer_windows
 EXTRAS = (
     "qk_norm norm_gains activation logit_softcap embedding_norm residual_scalars value_embeddings "
-    "bigram_rows smear"
+    "bigram_rows smear embedding_conv key_conv"
 ).split()
 
 # Classes of transformers; a model is written as the first that can store it

@@ -33,7 +33,7 @@ from formats.tensors import (
     window_settings,
     windows,
 )
-from model import ACTIVATIONS, ModelArgs, Transformer
+from model import ACTIVATIONS, MAX_CONV, ModelArgs, Transformer
 from system.files import atomic_write
 
 V0_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
@@ -77,7 +77,7 @@ V3_HEADER = (
     ("magic", "I", MAGIC, MAGIC),
     ("version", "i", 3, 3),
     ("file_size", "Q", 1, 1 << 62),  # bytes
-    ("header_size", "I", 80, 84),  # bytes of these fields; 80 in older files, without the last one
+    ("header_size", "I", 80, 92),  # bytes of these fields; older files lack the last ones
     ("options", "I", 0, (1 << len(V3_OPTIONS)) - 1),
     ("dtype", "I", 0, len(DTYPES) - 1),  # index into DTYPES
     ("activation", "I", 0, len(ACTIVATIONS) - 1),  # index into ACTIVATIONS
@@ -94,9 +94,11 @@ V3_HEADER = (
     ("rope_theta", "f", 1, 1e12),
     ("logit_softcap", "f", 0, 1e6),
     ("tokenizer", "I", 0, (1 << 32) - 1),  # fingerprint, see tokenizer.py; 0: unknown
+    ("embedding_conv", "i", 0, MAX_CONV),
+    ("key_conv", "i", 0, MAX_CONV),
 )
 V3_STRUCT = "<" + "".join(code for _, code, _, _ in V3_HEADER)
-V3_OLD_SIZE = 80  # header bytes of older files, which lack `tokenizer`
+V3_SIZES = 80, 84, 92  # bytes of the header: without the last three fields, without two, whole
 MAX_WINDOW = 1 << 24
 TABLES = {"value_embeddings", "bigram_embeddings"}  # rows are looked up, not multiplied
 V3_TARGET = Target({*V3_OPTIONS, *(name for name, *_ in V3_HEADER), "sliding_window"})
@@ -212,7 +214,7 @@ def lanes_of(name, args):
 
 def is_vector(name, parts):
     """Return whether a tensor is float32 in every dtype, like gains and other vectors."""
-    return parts[0].dim() == 1 or name == "smear_gate"
+    return parts[0].dim() == 1 or name == "smear_gate" or name.endswith("_conv")
 
 
 def blobs(model, dtype, rounded):
@@ -398,18 +400,17 @@ def read_fingerprint(path):
 
 def read_v3_header(data):
     """Return {field: value} of a version 3 file, and leave `data` at the end of the header."""
-    header = data.take("u1", V3_OLD_SIZE).tobytes()
-    is_short = header[16:20] == struct.pack("<I", V3_OLD_SIZE)
-    n_more = struct.calcsize(V3_STRUCT) - V3_OLD_SIZE
-    header += bytes(n_more) if is_short else data.take("u1", n_more).tobytes()
-    header = struct.unpack(V3_STRUCT, header)
+    header = data.take("u1", V3_SIZES[0]).tobytes()
+    (size,) = struct.unpack_from("<I", header, 16)
+    if size not in V3_SIZES:
+        data.refuse(f"header_size = {size}, expected one of {', '.join(map(str, V3_SIZES))}")
+    header += data.take("u1", size - len(header)).tobytes()
+    header = struct.unpack(V3_STRUCT, header.ljust(V3_SIZES[-1], b"\0"))
     values = {}
     for (name, code, low, high), value in zip(V3_HEADER, header, strict=True):
         if not low <= value <= high:
             data.refuse(f"{name} = {value}, expected {low} to {high}")
         values[name] = shortest(value) if code == "f" else value
-    if values["header_size"] not in (V3_OLD_SIZE, struct.calcsize(V3_STRUCT)):
-        data.refuse(f"header_size = {values['header_size']}, expected 80 or 84")
     return values
 
 

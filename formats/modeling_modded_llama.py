@@ -4,8 +4,8 @@ A Llama with the options of modded-llama2.c, for transformers. This file ships w
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 It needs only torch and transformers. Batches may be padded on either side, with an attention_mask.
-The cache stores the token ids in an extra layer after those of keys and values, because two of the
-options look at the previous token.
+The cache stores the token ids in an extra layer after those of keys and values, because some of the
+options look at earlier tokens, and with key_conv the keys before the convolution in further layers.
 """
 
 import torch
@@ -40,6 +40,8 @@ class ModdedLlamaConfig(PretrainedConfig):
         "value_embeddings": 0,  # the first n layers add a token embedding to their values
         "bigram_rows": 0,  # rows of a hashed (previous token, token) table added to the embedding
         "smear": False,  # a gate adds the embedding of the previous token
+        "embedding_conv": 0,  # tokens in a causal convolution of the first layer's input; 0: none
+        "key_conv": 0,  # tokens in a causal convolution of each layer's keys; 0: none
     }
 
     def __init__(self, use_cache=True, **fields):
@@ -66,28 +68,51 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.size, weight, self.eps).to(x.dtype)
 
 
+def causal_conv(x, weight, T):
+    """
+    Return y[t] = x[t] + sum over j >= 1 of weight[..., j - 1] * x[t - j] for the last T of x
+    (..., S, n), with x = 0 before the first. weight: (..., n, taps - 1).
+    """
+    taps, S = weight.shape[-1] + 1, x.shape[-2]
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    y = x[..., S - T :, :]
+    for j in range(1, taps):
+        end = S + taps - 1 - j
+        y = y + weight[..., None, :, j - 1] * padded[..., end - T : end, :]
+    return y
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.raw_layer = config.num_hidden_layers + 1 + layer  # of the cache
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if config.key_conv:
+            self.key_conv = nn.Parameter(torch.zeros(kv_size, config.key_conv - 1))
         if config.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim)
             self.k_norm = RMSNorm(config, config.head_dim)
 
-    def forward(self, x, extra_values, cos, sin, mask, cache):
+    def forward(self, x, extra_values, cos, sin, mask, is_token, cache):
         """
         x (B, T, hidden_size); extra_values (B, T, kv_size) or None; cos, sin (T, head_dim / 2);
-        mask (B, 1, T, S), true for the keys that a query attends to.
+        mask (B, 1, T, S), true for the keys that a query attends to; is_token (B, T), false for
+        padding, or None.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         v = v if extra_values is None else v + extra_values
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if hasattr(self, "key_conv"):
+            raw = k if is_token is None else k * is_token[:, None, :, None]
+            if cache is not None:
+                raw = cache.update(raw, raw[..., :0], self.raw_layer)[0]
+            k = causal_conv(raw, self.key_conv.unflatten(0, (-1, self.head_dim)), k.shape[2])
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -160,6 +185,8 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
             self.bigram_embeddings = nn.Embedding(config.bigram_rows, size)
         if config.smear:
             self.smear_gate = nn.Linear(size, 1, bias=False)
+        if config.embedding_conv:
+            self.embedding_conv = nn.Parameter(torch.zeros(size, config.embedding_conv - 1))
         self.post_init()
 
     def normed_embedding(self, tokens):
@@ -168,8 +195,8 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
 
     def embed(self, tokens, previous):
         """
-        Return the input of the first layer, (B, T, hidden_size). previous (B, T): the token before
-        each one, -1 if there is none.
+        Return the input of the first layer before its convolution, (B, T, hidden_size). previous
+        (B, T): the token before each one, -1 if there is none.
         """
         x = self.normed_embedding(tokens)
         if self.config.smear:
@@ -181,6 +208,18 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
             x = x + self.bigram_embeddings(rows)
         return x
 
+    def first_input(self, all_tokens, T):
+        """
+        Return the input of the first layer for the last T of all_tokens (B, S), -1 for padding:
+        (B, T, hidden_size).
+        """
+        n = max(self.config.embedding_conv - 1, 0)
+        ids = F.pad(all_tokens, (n + 1, 0), value=-1)[:, -(n + 1 + T) :]
+        x = self.embed(ids[:, 1:].clamp(min=0), ids[:, :-1])
+        if not n:
+            return x
+        return causal_conv(x * (ids[:, 1:] >= 0)[..., None], self.embedding_conv, T)
+
     def forward(self, tokens, attention_mask=None, cache=None):
         """
         tokens (B, T) follow the S - T tokens in the cache; attention_mask (B, S) is 0 for padding
@@ -189,18 +228,18 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
         config, T = self.config, tokens.shape[1]
         all_tokens = tokens  # (B, S)
         if cache is not None:
-            if len(cache.layers) == config.num_hidden_layers:
+            n_raw = config.num_hidden_layers if config.key_conv else 0
+            while len(cache.layers) < config.num_hidden_layers + 1 + n_raw:
                 cache.layers.append(DynamicLayer())
             ids = tokens[:, None, :, None]
             all_tokens = cache.update(ids, ids, config.num_hidden_layers)[0][:, 0, :, 0]
         S = all_tokens.shape[1]
-        previous = F.pad(all_tokens, (1, 0), value=-1)[:, S - T : S]
         position = torch.arange(S, device=tokens.device)
         distance = position[S - T :, None] - position  # (T, S): from a query back to a key
         causal, is_token = distance >= 0, None
         if attention_mask is not None and not attention_mask.all():
             is_token = attention_mask[:, :S].bool()  # (B, S)
-            previous = torch.where(F.pad(is_token, (1, 0))[:, S - T : S], previous, -1)
+            all_tokens = torch.where(is_token, all_tokens, -1)
         masks = {}
         for window in {*config.layer_windows}:
             mask = (causal & (distance < window) if window else causal)[None, None]
@@ -213,14 +252,16 @@ class ModdedLlamaModel(ModdedLlamaPreTrainedModel):
         angles = torch.outer(position[S - T :].float(), freqs)
         cos, sin = angles.cos(), angles.sin()
 
-        x = x0 = self.embed(tokens, previous)
+        is_new_token = None if is_token is None else is_token[:, S - T :]
+        x = x0 = self.first_input(all_tokens, T)
         for i, block in enumerate(self.layers):
             if config.residual_scalars:
                 x = self.residual_scalars[i] * x + self.x0_scalars[i] * x0
             extra_values = None
             if i < config.value_embeddings:
                 extra_values = self.value_embeddings[i](tokens)
-            x = block(x, extra_values, cos, sin, masks[config.layer_windows[i]], cache)
+            mask = masks[config.layer_windows[i]]
+            x = block(x, extra_values, cos, sin, mask, is_new_token, cache)
         return self.norm(x)
 
 

@@ -206,6 +206,8 @@ EVERYTHING = {
     "value_embeddings": 3,
     "bigram_rows": 64,
     "smear": True,
+    "embedding_conv": 4,
+    "key_conv": 3,
     "orders": True,
 }
 
@@ -219,6 +221,8 @@ def random_model(seed=0, **options):
         for name, p in model.named_parameters():
             if p.dim() < 2:
                 p.uniform_(0.5, 1.5)
+            elif name.endswith("_conv"):
+                p.normal_(0.0, 0.3)
             else:
                 tied = model.args.tie_embeddings  # a tied table is also the output head
                 embedding_std = 0.3 if tied else 1.0

@@ -24,6 +24,8 @@ OPTIONS = {
     "value_embeddings": (0, 1),
     "bigram_rows": (0, 16),
     "smear": (False, True),
+    "embedding_conv": (0, 4),
+    "key_conv": (0, 3),
 }
 WINDOWS = {
     "none": {},

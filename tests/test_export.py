@@ -141,7 +141,7 @@ def test_version_3_describes_itself_completely(tmp_path, options):
     assert list(fields)[:4] == ["magic", "version", "file_size", "header_size"]
     assert data[:8] == b"24ka\3\0\0\0" and fields.pop("magic") == 0x616B3432
     assert fields.pop("version") == 3 and fields.pop("file_size") == len(data)
-    assert fields.pop("header_size") == 84 and fields.pop("dtype") == 0
+    assert fields.pop("header_size") == 92 and fields.pop("dtype") == 0
     assert fields.pop("tokenizer") == 0xFEDCBA98
     bits = fields.pop("options")
     for bit, name in enumerate(V3_OPTIONS):
@@ -150,11 +150,11 @@ def test_version_3_describes_itself_completely(tmp_path, options):
     assert fields.pop("activation") == (args.activation == "relu2")
     for name, value in fields.items():
         assert value == np.float32(getattr(args, name)), name
-    windows = struct.unpack_from(f"<{args.n_layers}i", data, 84)
+    windows = struct.unpack_from(f"<{args.n_layers}i", data, 92)
     assert windows == ((5, 5, 0, 5, 5) if options is EVERYTHING else (0, 0))
 
     # each weight once; tensors start at multiples of 64, with zeros between them
-    end, left = 84 + 4 * args.n_layers, set(model.state_dict())
+    end, left = 92 + 4 * args.n_layers, set(model.state_dict())
     for name, parts in tensors(model):
         start = -(-end // 64) * 64
         assert not any(data[end:start])
@@ -165,6 +165,7 @@ def test_version_3_describes_itself_completely(tmp_path, options):
             end += 4 * part.numel()
         layers = range(len(parts))
         keys = {name, f"{name}.weight", *(f"layers.{i}.{name}.weight" for i in layers)}
+        keys |= {f"layers.{i}.{name}" for i in layers}
         keys |= {f"{name}.{i}.weight" for i in layers}
         assert keys & left, name
         left -= keys

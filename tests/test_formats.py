@@ -43,6 +43,10 @@ CASES = {
     "windows": ({"qk_norm": True, "sliding_window": 5, "n_layers": 4}, "Qwen3ForCausalLM"),
     "softcap": ({"logit_softcap": 5.0}, "ModdedLlamaForCausalLM"),
     "modded": (EVERYTHING, "ModdedLlamaForCausalLM"),
+    "convolutions": (
+        {"embedding_conv": 4, "key_conv": 3, "bigram_rows": 64, "smear": True, "qk_norm": True},
+        "ModdedLlamaForCausalLM",
+    ),
     "gated": ({"smear": True, "bigram_rows": 64, "sliding_window": 4}, "ModdedLlamaForCausalLM"),
 }
 IN_GGUF = ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -280,7 +284,12 @@ def test_our_modeling_file_supports_what_transformers_expects(tmp_path, tokenize
     loss.backward()
     expected.backward()
     gradients = dict(model.named_parameters())
-    for name in ("smear_gate.weight", "residual_scalars", "bigram_embeddings.weight"):
+    for name in (
+        "smear_gate.weight",
+        "residual_scalars",
+        "bigram_embeddings.weight",
+        "embedding_conv",
+    ):
         gradient = dict(theirs.named_parameters())[f"model.{name}"].grad
         assert close(gradient, gradients[name].grad), name
     for kwargs, part in (

@@ -33,6 +33,8 @@ OPTIONS = {
     "values": {"value_embeddings": 1},
     "bigrams": {"bigram_rows": 64},
     "smear": {"smear": True, "embedding_norm": True},
+    "embedding_conv": {"embedding_conv": 4, "bigram_rows": 64},
+    "key_conv": {"key_conv": 3, "qk_norm": True},
     "modded": {**ARCHS["modded"], "bigram_rows": 64},
     "portable": ARCHS["portable"],
 }

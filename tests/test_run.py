@@ -37,6 +37,7 @@ from formats.modelbin import (
     V0_HEADER,
     V3_HEADER,
     V3_OPTIONS,
+    V3_SIZES,
     V3_STRUCT,
     export_model,
     quantized,
@@ -74,6 +75,9 @@ PARITY = {
     "bigram of 2 rows": {"bigram_rows": 2, "vocab_size": 301},
     "smear": {"smear": True},
     "smear, embedding_norm": {"smear": True, "embedding_norm": True, "tie_embeddings": False},
+    "embedding_conv": {"embedding_conv": 4, "bigram_rows": 64, "smear": True},
+    "key_conv": {"key_conv": 3, "n_layers": 3, "n_kv_heads": 2},
+    "convolutions": {"embedding_conv": 16, "key_conv": 2, "qk_norm": True, "sliding_window": 5},
     "portable": ARCHS["portable"],
     "modded": {**ARCHS["modded"], "bigram_rows": 500, "n_kv_heads": 2, "vocab_multiple": 64},
     "everything": EVERYTHING,
@@ -132,8 +136,8 @@ def test_logits_of_every_dtype_agree_with_pytorch(builds, tmp_path, name, dtype)
     export_model(model, path, dtype=dtype)
     logits = logits_of(builds["harness", "checked"], path, tokens.tolist(), model.args.vocab_size)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2 and len(p) > 1:
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and len(p) > 1 and not name.endswith("_conv"):
                 p.copy_(round_trip(p, dtype))
         expected = model(tokens[None])[0].numpy()
         assert np.array_equal(read_bin(path).eval()(tokens[None])[0].numpy(), expected)
@@ -567,15 +571,13 @@ assert llama.forward([1, 5, 7]) == logits
 """)
 
 
-def without_fingerprint(data):
-    """Return a version 3 file as earlier exports wrote it, with a header of 80 bytes."""
-    data = bytearray(data[:80] + data[84:])
-    n_layers = struct.unpack_from("<i", data, offset_of("n_layers")[0])[0]
-    first = -(-(84 + 4 * n_layers) // 64) * 64
-    assert first == -(-(80 + 4 * n_layers) // 64) * 64
-    data[first - 4 : first - 4] = bytes(4)
-    struct.pack_into("<I", data, 16, 80)
-    return bytes(data)
+def with_header_of(size, data):
+    """Return a version 3 file as earlier exports wrote it, with a header of `size` bytes."""
+    n_layers, whole = struct.unpack_from("<i", data, offset_of("n_layers")[0])[0], V3_SIZES[-1]
+    windows = data[whole : whole + 4 * n_layers]
+    first = -(-(whole + 4 * n_layers) // 64) * 64  # of the tensors, in both
+    assert first == -(-(size + 4 * n_layers) // 64) * 64
+    return (changed(data[:size], header_size=size) + windows).ljust(first, b"\0") + data[first:]
 
 
 @pytest.fixture(scope="session")
@@ -608,7 +610,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, confusable, tmp_path, kind
     refusal = f"was trained with a tokenizer other than {other}"
     refused_by(run(path, *args, "-z", other), refusal, "(-z)")
     earlier = tmp_path / "earlier.bin"
-    earlier.write_bytes(without_fingerprint(path.read_bytes()))
+    earlier.write_bytes(with_header_of(80, path.read_bytes()))
     assert run(earlier, *args, "-z", folder / kind / "tokenizer.bin").stdout == done.stdout
     assert run(earlier, *args, "-z", other).returncode == 0
 
@@ -792,10 +794,10 @@ def changed(data, **values):
 def test_truncated_and_padded_version_3_files_are_refused(modded, load):
     whole = modded.read_bytes()
     assert load(whole).returncode == 0
-    sizes = [1, 7, 8, 79, 80, 81, 83, 84, 99, 100, 128, 1000, len(whole) // 2, len(whole) - 1]
+    sizes = [1, 7, 8, 79, 80, 81, 84, 91, 92, 99, 100, 128, 1000, len(whole) // 2, len(whole) - 1]
     for size in sizes:
-        refused_by(load(whole[:size]), f"has {size} bytes", "header" if size < 80 else "truncated")
-        if size >= 80:  # even if file_size is changed as well
+        refused_by(load(whole[:size]), f"has {size} bytes", "header" if size < 92 else "truncated")
+        if size >= 92:  # even if file_size is changed as well
             lying = changed(whole[:size], file_size=size)
             refused_by(load(lying), "is truncated", f"needs {len(whole)};")
     refused_by(load(whole + b"\0"), "is too long", f"says {len(whole)};")
@@ -803,7 +805,9 @@ def test_truncated_and_padded_version_3_files_are_refused(modded, load):
     refused_by(load(longer), "is too long or not a version 3", f"needs {len(whole)};")
 
 
-@pytest.mark.parametrize("field, code, low, high", V3_HEADER[4:-1])
+@pytest.mark.parametrize(
+    "field, code, low, high", [field for field in V3_HEADER[4:] if field[0] != "tokenizer"]
+)
 def test_every_field_of_version_3_is_checked(modded, load, field, code, low, high):
     whole = modded.read_bytes()
     wrong = [np.nextafter(np.float32(x), np.float32(d)) for x, d in ((low, -1), (high, 1e30))]
@@ -818,8 +822,8 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, low, hig
     "values, part",
     [
         ({"version": 4}, "is a model.bin of version 4, expected 0 to 3"),
-        ({"header_size": 82}, "header_size = 82, expected 84 to 84"),
-        ({"header_size": 88}, "header_size = 88, expected 84 to 84"),
+        ({"header_size": 82}, "header_size = 82, expected 92 to 92"),
+        ({"header_size": 96}, "header_size = 96, expected 92 to 92"),
         ({"options": 1 << 7}, "options = 128, expected 0 to 127"),
         ({"dtype": 4}, "dtype = 4, expected 0 to 3"),
         (
@@ -832,6 +836,10 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, low, hig
         ({"n_kv_heads": 3}, "do not fit"),
         ({"value_embeddings": 6}, "value_embeddings = 6, expected 0 to 5"),
         ({"bigram_rows": 1}, "bigram_rows = 1, expected 2 to"),
+        ({"embedding_conv": 1}, "embedding_conv = 1, expected 2 to 16"),
+        ({"key_conv": 17}, "key_conv = 17, expected 0 to 16"),
+        ({"key_conv": 16}, "truncated"),
+        ({"key_conv": 0}, "too long"),
         ({"n_layers": 4}, "too long"),
         ({"n_layers": 4096}, "truncated"),
         ({"n_layers": 4096, "hidden_dim": 1 << 20, "dim": 1 << 16, "n_heads": 4}, "truncated"),
@@ -856,13 +864,14 @@ def test_each_option_bit_changes_the_expected_size(modded, load):
             refused_by(done, "truncated" if name == "norm_gains" else "too long")
 
 
-def test_earlier_files_of_version_3_have_a_shorter_header(modded, builds, tmp_path):
-    """Without the field `tokenizer`, so the windows of the layers come 4 bytes earlier."""
-    data, path = modded.read_bytes(), tmp_path / "earlier.bin"
-    windows = data[84 : 84 + 4 * 5]  # all tensors start at byte 128 in both
-    path.write_bytes(changed(data[:80], header_size=80) + windows + bytes(4) + data[104:])
+@pytest.mark.parametrize("size", V3_SIZES[:-1])
+def test_earlier_files_of_version_3_have_a_shorter_header(builds, tmp_path, size):
+    """They lack the last fields, so the windows of the layers come earlier."""
+    whole, path = tmp_path / "model.bin", tmp_path / "earlier.bin"
+    export_model(random_model(**{**EVERYTHING, "embedding_conv": 0, "key_conv": 0}), whole)
+    path.write_bytes(with_header_of(size, whole.read_bytes()))
     tokens = list(range(3, 35))
-    expected = logits_of(builds["harness", "fast"], modded, tokens, 105)
+    expected = logits_of(builds["harness", "fast"], whole, tokens, 105)
     assert (logits_of(builds["harness", "fast"], path, tokens, 105) == expected).all()
 
 
