@@ -322,6 +322,15 @@ def test_stories_generated_at_once_match_those_generated_alone(run, small):
     assert max(story["tokens"] for story in stories) == 30
 
 
+def test_stories_at_once_share_what_convolutions_read_of_the_prompt(run, small):
+    options = {"embedding_conv": 4, "key_conv": 4, "bigram_rows": 64, "n_kv_heads": 2}
+    export_model(random_model(tie_embeddings=False, **options), small)
+    args = ("-n", "25", "-i", "Once upon a time")
+    alone = [run(small, "-s", seed, *args).stdout for seed in range(3)]
+    together = run(small, "-s", "0", "-b", "3", *args)
+    assert together.returncode == 0 and together.stdout == BETWEEN.join(alone)
+
+
 @pytest.mark.parametrize("args", [[], ["--fast"]])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_quantized_stories_at_once_match_those_alone(run, small, dtype, args):
