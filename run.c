@@ -222,7 +222,7 @@ static float *prefill(Model *m, const int *tokens, size_t start, size_t n) {
     return logits_of(m, 0);
 }
 
-// Copy the first n positions of the first story's cache to another story.
+// Copy the first n positions of the first story, and what is cached for them, to another story.
 static void copy_first_story(Model *m, size_t story, size_t n) {
     size_t head_dim = m->config.dim / m->config.n_heads, places = ROUND_UP(m->n_positions, LANES);
     size_t heads = (size_t)m->config.n_layers * m->config.n_kv_heads, used = ROUND_UP(n, LANES);

@@ -45,13 +45,8 @@ NAMES = (
     ("embedding_conv", "model.embedding_conv"),
     ("layers.{}.attention.key_conv", "model.layers.{}.self_attn.key_conv"),
 )
-ROTATED = (
-    "wq.weight",
-    "wk.weight",
-    "q_norm.weight",
-    "k_norm.weight",
-    "key_conv",
-)  # their rows follow RoPE
+# Their rows follow RoPE
+ROTATED = ("wq.weight", "wk.weight", "q_norm.weight", "k_norm.weight", "key_conv")
 PADDED = ("tok_embeddings", "output", "value_embeddings")  # may have rows past vocab_size in memory
 IGNORED = "rotary_emb.inv_freq"  # a tensor in old folders that can be computed
 READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
