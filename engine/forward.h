@@ -209,8 +209,8 @@ static void embed_one(const Model *m, float *x, float *tmp, const int *tokens, i
 
 // x (n) += column j - 1 of the weights (n, taps - 1) of a convolution, times `earlier` (n), what x
 // was j tokens before
-static void add_earlier(float *x, const float *weights, int taps, int j, const float *earlier,
-                        size_t n) {
+static void add_earlier(float *x, const float *weights, size_t taps, size_t j,
+                        const float *earlier, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += weights[i * (taps - 1) + j - 1] * earlier[i];
 }
 
@@ -267,8 +267,8 @@ static void attend_head(Pass *p, size_t layer, size_t head, size_t first, size_t
         float *k = m->k + at, *v = m->v + at;
         if (raw) memcpy(raw + pos * head_dim, k, head_dim * sizeof *k);
         for (size_t j = 1; j < taps && j <= pos; j++)
-            add_earlier(k, w->key_conv + row * (taps - 1), (int)taps, (int)j,
-                        raw + (pos - j) * head_dim, head_dim);
+            add_earlier(k, w->key_conv + row * (taps - 1), taps, j, raw + (pos - j) * head_dim,
+                        head_dim);
         norm_and_rotate(m, k, row_of(w->k_norm, layer, head_dim), (int)pos);
         if (pos % LANES == 0) {  // already zero, but writing before reading saves a page fault
             memset(keys + pos * head_dim * size, 0, LANES * head_dim * size);
