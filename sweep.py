@@ -102,7 +102,7 @@ from training.runs import (
     tokens_per_step,
     work_of,
 )
-from training.settings import SAME_RESULT, TRAIN, args_of, check, resolved
+from training.settings import GROUPS, SAME_RESULT, TRAIN, args_of, check, resolved
 
 LENGTHS = "equal_tokens", "equal_bytes", "equal_minutes", "equal_flops"
 START_UP_S = 8  # guessed time to load torch and the data, and to write files
@@ -192,6 +192,11 @@ def check_run(config, varied):
     try:
         check(config)
         args_of(config)
+        if dials := [name for name in GROUPS["dial"] if config[name]]:
+            raise UserError(
+                f"{dials[0]} cannot be used with sweep.py: use the settings that it chooses, which "
+                f"train.py prints"
+            )
         if config["on_finish"]:
             raise UserError("on_finish cannot be used with sweep.py: leave it out")
     except UserError as e:

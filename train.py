@@ -35,6 +35,10 @@ START = time.perf_counter()  # time_s in the log includes importing torch
 out_dir = "out"  # folder for checkpoints, model.bin and log.jsonl
 resume = "no"  # no, or auto: continue the run in out_dir if there is one
 picture = True  # draw loss.png at the end (if matplotlib is installed)
+# one dial: choose the settings below that are not given, for this machine and this text
+minutes = 0.0  # the best model for this many minutes of training; 0: off
+tokens = 0  # the best model for this many training tokens; 0: off
+depth = 0  # this many layers; also fits --minutes or --tokens; 0: off
 # starting point
 init_from = "scratch"  # scratch, resume (the run in out_dir), or a checkpoint's path
 eval_only = False  # evaluate the checkpoint and exit
@@ -150,7 +154,7 @@ from system.hardware import describe, git_commit, peak_flops, pick_dtype
 from system.progress import print_line, progress
 from system.threads import Threads
 from tokenizer import open_tokenizer
-from training import fit, parallel
+from training import dial, fit, parallel
 from training.away import Uploader
 from training.checkpoint import (
     FORMAT,
@@ -227,6 +231,11 @@ def draw_losses(folder):
 # from its checkpoint
 this_device = parallel.start(device)
 start = find_start(settings_of(globals()), given)
+threads = Threads(this_device)
+if dial.in_use(start.settings) and not start.is_resumed:
+    start.settings, lines = dial.choose(start.settings, given, this_device)
+    for line in lines:
+        say(line)
 settings = SimpleNamespace(**start.settings)
 saved_settings = {name: value for name, value in vars(settings).items() if name not in SECRET}
 
@@ -287,7 +296,6 @@ def format_loss(loss):
 
 # ---- model
 
-threads = Threads(this_device)
 dtype_name = settings.dtype
 if settings.dtype == "auto" and start.is_resumed:  # keep the run's dtype
     dtype_name = start.checkpoint["compute_dtype"].removeprefix("torch.")

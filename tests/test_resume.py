@@ -131,7 +131,7 @@ def test_resume_auto_starts_continues_and_ends(whole, practice, tmp_path):
     assert not (out / "previous").exists()
     refused(
         train(practice, out, "--resume=auto", "--dim=64"),
-        "cannot resume with dim = 64: the checkpoint's model has 32",
+        "cannot resume with dim = 64: the run has 32",
     )
 
 

@@ -153,7 +153,7 @@ def test_resuming_with_other_settings(trained, practice, tmp_path):
     shutil.copytree(trained, out)
     refused(
         script("train.py", "--init_from=resume", f"--out_dir={out}", "--dim=64"),
-        "cannot resume with dim = 64: the checkpoint's model has 32",
+        "cannot resume with dim = 64: the run has 32",
     )
     refused(script("train.py", "--init_from=resume", f"--out_dir={out}"), "raise --max_iters")
     args = ["--max_iters=65", "--hidden_lr=1e-3", "--batch_size=4"]
@@ -176,7 +176,7 @@ def test_an_equivalent_setting_is_accepted_when_resuming(trained, practice, tmp_
     resume = [f"--out_dir={out}", "--init_from=resume", "--max_iters=62"]
     refused(
         script("train.py", *resume, "--value_embeddings=1"),
-        "cannot resume with value_embeddings = 1: the checkpoint's model has 2",
+        "cannot resume with value_embeddings = 1: the run has 2",
     )
     done = script("train.py", *resume, "--value_embeddings=2")
     assert done.returncode == 0, done.stderr

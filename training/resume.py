@@ -127,7 +127,7 @@ def resumed_settings(settings, checkpoint, given):
                 changed.append(name)
     for name in FIXED.intersection(changed):
         raise UserError(
-            f"cannot resume with {name} = {settings[name]}: the checkpoint's model has "
+            f"cannot resume with {name} = {settings[name]}: the run has "
             f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or start a new run "
             f"in another --out_dir"
         )

@@ -22,6 +22,7 @@ TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 GROUPS = {
     "folder": "out_dir resume picture",
+    "dial": "minutes tokens depth",
     "start": "init_from eval_only",
     "intervals": (
         "eval_interval eval_iters log_interval always_save_checkpoint save_interval keep_last"
@@ -61,7 +62,7 @@ OPTIONS = tuple(f.name for f in fields(ModelArgs) if f.name in set().union(*GROU
 # not taken from the checkpoint when a run is resumed
 NOT_RESUMED = names_of("folder", "start", "machine", "uploads", "estimate")
 # a resumed run cannot change these
-FIXED = {*OPTIONS, "arch", "vocab_source", "optimizer"} - {"dropout"}
+FIXED = {*OPTIONS, *GROUPS["dial"], "arch", "vocab_source", "optimizer"} - {"dropout"}
 # two finished runs that differ only in these have computed the same
 SAME_RESULT = names_of("folder", "uploads", "estimate")
 # the time per step does not depend on these
@@ -171,6 +172,9 @@ RANGES = {
     **dict.fromkeys(("cooldown_frac", "final_lr_frac"), (0, 1, "a number from 0 to 1")),
     "max_iters": (1, 10**12, "a number from 1 to 10 ** 12"),
     "max_minutes": (0, 1e7, "a number from 0 (no limit) to 1e7"),
+    "minutes": (0, 1e7, "a number from 0 (off) to 1e7"),
+    "tokens": (0, 10**15, "a number from 0 (off) to 10 ** 15"),
+    "depth": (0, 48, "a number from 0 (off) to 48"),
     **dict.fromkeys(GROUPS["rates"], (sys.float_info.min, 1e30, "a number above 0, at most 1e30")),
     **dict.fromkeys(
         [*GROUPS["moments"], "neuron_beta"], (0, 1 - 2**-53, "at least 0 and less than 1")

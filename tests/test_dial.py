@@ -1,0 +1,120 @@
+"""The dial: what --minutes, --tokens and --depth choose."""
+
+import pytest
+import torch
+from conftest import read_log, refused, script
+
+from configurator import UserError
+from training import dial
+from training.settings import resolved
+
+SAMPLE = 3_450_000  # training tokens of the sample in doc/results.md
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """
+    Return the settings that the dial chooses on a machine of `speed` operations per second, for a
+    text of n_text tokens.
+    """
+
+    def call(*args, n_text=SAMPLE, speed=4.1e11):
+        monkeypatch.setattr(dial, "measured_speed", lambda *_: lambda flops: speed)
+        monkeypatch.setattr(dial, "sizes_of_text", lambda _: (n_text, n_text // 16))
+        given = {arg[2:].partition("=")[0]: arg for arg in args}
+        values = {name: v for name, v in resolved(tuple(args)).items()}
+        settings, lines = dial.choose(values, {n for n in given if n not in dial.DIALS}, None)
+        assert any(f"--max_seq_len={settings['max_seq_len']} " in line for line in lines)
+        return settings
+
+    return call
+
+
+def test_ten_minutes_are_the_default_recipe(choose):
+    """On the machine and the text that it was tuned on."""
+    chosen, default = choose("--minutes=10"), resolved(("config/speedrun_cpu.py",))
+    names = "dim n_layers n_heads max_seq_len batch_size embedding_lr bigram_lr dropout bigram_rows"
+    for name in names.split():
+        assert chosen[name] == pytest.approx(default[name], rel=0.02), name
+    assert chosen["max_minutes"] == 10
+
+
+def test_more_time_and_faster_machines_train_larger_models(choose):
+    short, long = choose("--minutes=1"), choose("--minutes=100", n_text=100 * SAMPLE)
+    fast = choose("--minutes=1", speed=4.1e13, n_text=100 * SAMPLE)
+    assert short["dim"] < 256 < long["dim"] == fast["dim"]
+    steps = [c["batch_size"] * c["max_seq_len"] for c in (short, long)]
+    assert steps[0] < 8192 < steps[1]
+    assert short["embedding_lr"] > long["embedding_lr"]
+
+
+def test_a_text_that_is_read_often_needs_regularization(choose):
+    large, small = choose("--minutes=10"), choose("--minutes=10", n_text=SAMPLE // 10)
+    assert large["dropout"] == 0 and large["bigram_rows"]
+    assert small["dropout"] > 0 and not small["bigram_rows"]
+
+
+def test_tokens_and_depth(choose):
+    tokens = choose("--tokens=9.1e6")
+    assert tokens["dim"] == 256 and tokens["max_iters"] == round(9.1e6 / 8192)
+    deep = choose("--depth=3")
+    assert (deep["dim"], deep["n_layers"], deep["max_minutes"]) == (192, 3, 0)
+    assert choose("--depth=3", "--minutes=10")["dim"] == 192
+
+
+def test_given_settings_keep_their_values(choose):
+    chosen = choose("--minutes=10", "--n_layers=2", "--dropout=0.3", "--batch_size=3")
+    assert (chosen["n_layers"], chosen["dropout"], chosen["batch_size"]) == (2, 0.3, 3)
+    assert choose("--minutes=10", "--n_heads=6")["dim"] == 192  # the nearest multiple of 12
+
+
+@pytest.mark.parametrize("n_text", [40, 1000, 20_000])
+def test_windows_fit_into_a_tiny_text(choose, n_text):
+    chosen = choose("--minutes=1", n_text=n_text)
+    assert chosen["max_seq_len"] == 16 or chosen["max_seq_len"] < n_text // 16
+
+
+@pytest.mark.parametrize("depth", range(1, dial.DEEPEST + 1))
+def test_every_depth_has_a_valid_shape(depth):
+    shape = dial.shape_of(depth)
+    assert shape["dim"] / shape["n_heads"] <= 128 and shape["window_pattern"][-1] == "L"
+    assert dial.flops_per_token(resolved() | shape)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--minutes=1", "--tokens=5"], "minutes cannot be used with tokens"),
+        (["--minutes=1", "--max_iters=5"], "max_iters cannot be used with minutes"),
+        (["--depth=2", "--max_minutes=5"], "use --minutes or --tokens instead"),
+        (["--tokens=5", "--init_from=x.pt"], "tokens chooses a new model"),
+        (["--minutes=1", "--dim=100", "--n_heads=6"], "n_heads = 6 does not divide dim = 100"),
+    ],
+)
+def test_contradictions_are_refused(choose, args, message):
+    with pytest.raises(UserError, match=message):
+        choose(*args)
+
+
+def test_a_run_with_the_dial_and_its_continuation(practice, tmp_path):
+    """The chosen settings are printed, logged and kept by a resumed run."""
+    flags = [f"--data_dir={practice}", "--vocab_size=300", "--dtype=float32", "--device=cpu"]
+    flags += [f"--out_dir={tmp_path / 'out'}", "--picture=False", "--depth=1", "--dim=32"]
+    done = script("train.py", *flags, "--minutes=0.02")
+    assert done.returncode == 0, done.stderr
+    assert "--max_minutes=0.02: " in done.stdout and "(measured)" in done.stdout
+    config = read_log(tmp_path / "out")[0]["config"]
+    assert config["dim"] == 32 and config["n_layers"] == 1 and config["max_minutes"] == 0.02
+    again = script("train.py", *flags, "--minutes=0.02", "--resume=auto")
+    assert again.returncode == 0 and "is complete" in again.stdout
+    assert "(measured)" not in again.stdout
+    refused(
+        script("train.py", *flags, "--minutes=0.03", "--resume=auto"),
+        "cannot resume with minutes = 0.03: the run has 0.02",
+    )
+
+
+def test_speed_is_measured(practice):
+    settings = resolved((f"--data_dir={practice}", "--vocab_size=300", "--dtype=float32"))
+    speed_at = dial.measured_speed(settings, torch.device("cpu"))
+    assert 1e8 < speed_at(1e6) < 1e14

@@ -1,0 +1,252 @@
+"""
+One dial: --minutes, --tokens or --depth chooses the shape of the model, its batches, rates and
+regularization for this machine and this text. Settings that are given keep their values.
+
+Everything follows from two numbers: the operations that the run can afford, and how often it will
+read the text. The constants were fitted to whole runs, see "One dial" in experiments/README.md.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError
+from dataset import DataPaths, TokenData
+from model import Transformer
+from training import parallel
+from training.parallel import WORLD_SIZE
+from training.runs import tokens_per_second, tokens_per_step
+from training.settings import GROUPS, args_of
+
+DIALS = GROUPS["dial"]
+DEEPEST = 48
+TIMED, TIMED_S = (2, 4), 1.0  # depths of the models that are timed, and seconds for each
+EVALUATIONS = 5  # in a run; each reads at most this part of the run's tokens:
+EVALUATED = 0.05
+
+# The run that everything is relative to: ten minutes on two cores of an AMD EPYC
+OPERATIONS, FLOPS_PER_TOKEN, STEP_TOKENS = 2.46e14, 27e6, 8192
+TOKENS = OPERATIONS / FLOPS_PER_TOKEN
+# Powers of the operations, for operations per token, and of the tokens, for tokens per step and for
+# the learning rates of tables
+SIZE_POWER, STEP_POWER, RATE_POWER = 0.45, 0.7, -0.3
+SMALLEST_STEP, LARGEST_STEP = 1024, 1 << 20
+MANY_EPOCHS = 4  # from here on, a model without tables and with dropout is better
+
+
+def in_use(settings):
+    """Return whether a setting of the dial is set."""
+    return any(settings[name] for name in DIALS)
+
+
+def shape_of(depth):
+    """
+    Return the settings of a model's shape: 64 dims for each layer, as in nanochat, heads of at most
+    128 dims, and a window in all layers but every fourth and the last.
+    """
+    dim = 64 * depth
+    fewest = max(2, math.ceil(dim / 128))
+    return {
+        "dim": dim,
+        "n_layers": depth,
+        "n_heads": next(n for n in range(fewest, dim + 1) if dim % (2 * n) == 0),
+        "window_pattern": "".join("SL"[i % 4 == 3 or i == depth - 1] for i in range(depth)),
+    }
+
+
+def flops_per_token(settings):
+    with torch.device("meta"):
+        return Transformer(args_of(settings)).flops_per_token()
+
+
+def measured_speed(settings, device):
+    """
+    Return a function: operations per token -> operations per second, of all processes. Two models
+    are timed. Between them, the speed is interpolated; beyond, it is that of the nearer one.
+    """
+    points = []
+    for depth in TIMED:
+        timed = settings | shape_of(depth) | {"batch_size": 2, "compile": "False"}
+        flops = flops_per_token(timed)
+        points.append((math.log(flops), flops * tokens_per_second(timed, device, TIMED_S)))
+    (x0, y0), (x1, y1) = parallel.from_first(points)
+
+    def speed_at(flops):
+        part = (math.log(flops) - x0) / (x1 - x0)
+        return WORLD_SIZE * (y0 + (y1 - y0) * min(max(part, 0.0), 1.0))
+
+    return speed_at
+
+
+def sizes_of_text(settings):
+    """Return the tokens of training text and of validation text. Raises UserError without shards."""
+    paths = DataPaths(settings["data_dir"], settings["vocab_source"], settings["vocab_size"])
+    data = TokenData(paths, seq_len=1, check=False)
+    return sum(map(len, data.train)), sum(map(len, data.valid))
+
+
+def power_of_2_near(x):
+    return 2 ** round(math.log2(x))
+
+
+def context_and_batch(n_tokens, n_text, n_valid):
+    """Return max_seq_len and batch_size for a run of n_tokens on a text of n_text tokens."""
+    step = STEP_TOKENS * (n_tokens / TOKENS) ** STEP_POWER
+    step = power_of_2_near(min(max(step, SMALLEST_STEP), LARGEST_STEP, n_text / 4))
+    seq_len = min(1024, max(128, step // 8))
+    while seq_len > 16 and seq_len >= min(n_valid, n_text // 16):  # a tiny text
+        seq_len //= 2
+    return {"max_seq_len": seq_len, "batch_size": max(1, step // seq_len)}
+
+
+def regularization(epochs):
+    """Return the settings that keep a model from learning a text by heart that it reads often."""
+    if epochs < MANY_EPOCHS:
+        return {}
+    return {"bigram_rows": 0, "value_embeddings": 0, "dropout": 0.2, "muon_weight_decay": 0.3}
+
+
+def rates(n_tokens):
+    """Return the learning rates of tables, which are higher in short runs."""
+    factor = min(max((n_tokens / TOKENS) ** RATE_POWER, 1.0), 2.0)
+    return {"embedding_lr": 0.05 * factor, "bigram_lr": 0.005 * factor}
+
+
+@dataclass
+class Plan:
+    """A model, and the length of its run."""
+
+    settings: dict
+    operations: float  # in all
+    flops: float  # operations per token
+
+    @property
+    def n_tokens(self):
+        return self.operations / self.flops
+
+    @property
+    def tokens_per_step(self):
+        return tokens_per_step(self.settings)
+
+    @property
+    def n_steps(self):
+        return max(1, round(self.n_tokens / self.tokens_per_step))
+
+    @property
+    def best_flops(self):
+        """The operations per token of the best model for as many operations in all."""
+        return FLOPS_PER_TOKEN * (self.operations / OPERATIONS) ** SIZE_POWER
+
+    @property
+    def misfit(self):
+        return abs(math.log(self.flops / self.best_flops))
+
+
+def plan_of(depth, settings, kept, text, speed_at):
+    """
+    Return the Plan for a depth. text: (training tokens, validation tokens); speed_at: the function
+    from measured_speed(), or None without --minutes.
+    """
+    settings = settings | shape_of(depth) | kept
+    flops = flops_per_token(settings)
+    for _ in range(2):  # a shorter context takes fewer operations
+        operations = settings["tokens"] * flops
+        if settings["minutes"]:
+            operations = 60 * settings["minutes"] * speed_at(flops)
+        elif not settings["tokens"]:
+            operations = OPERATIONS * (flops / FLOPS_PER_TOKEN) ** (1 / SIZE_POWER)
+        settings = settings | context_and_batch(operations / flops, *text) | kept
+        flops = flops_per_token(settings)
+    return Plan(settings, operations, flops)
+
+
+def best_plan(settings, kept, text, speed_at):
+    """Return the Plan of the given depth, or of the one that fits best. See plan_of."""
+    if settings["depth"]:
+        return plan_of(settings["depth"], settings, kept, text, speed_at)
+    best, error = None, None
+    for depth in range(1, DEEPEST + 1):
+        try:
+            plan = plan_of(depth, settings, kept, text, speed_at)
+        except UserError as e:  # the given settings do not fit this depth
+            error = e
+            continue
+        if best and plan.misfit >= best.misfit:
+            break
+        best = plan
+    if not best:
+        raise error
+    return best
+
+
+def choose(settings, given, device):
+    """
+    Return the settings of a run with those that the dial chooses, and lines of text that say why.
+    settings: those of train.py, with the preset of --arch applied; given: the names of those that
+    keep their values. Raises UserError if the dial cannot be used with them, or without shards.
+    """
+    check(settings, given)
+    kept = {name: settings[name] for name in given}
+    n_text, n_valid = sizes_of_text(settings)
+    speed_at = measured_speed(settings | kept, device) if settings["minutes"] else None
+    plan = best_plan(settings, kept, (n_text, n_valid), speed_at)
+    epochs = plan.n_tokens / n_text
+    speed = plan.n_tokens / 60 / settings["minutes"] if settings["minutes"] else 0
+    names = "dim n_layers n_heads window_pattern", "max_seq_len batch_size"
+    shape, batch = ({name: plan.settings[name] for name in some.split()} for some in names)
+    rows = (
+        (
+            shape,
+            f"{plan.flops / 1e6:.3g} million operations per token; {plan.best_flops / 1e6:.3g} "
+            f"million are best for {plan.operations:.2g} in all",
+        ),
+        (
+            length(plan),
+            f"{plan.n_tokens:,.0f} tokens" + (f", at {speed:,.0f} per second (measured)" if speed else ""),
+        ),
+        (batch, f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps"),
+        (rates(plan.n_tokens), "tables need higher rates in short runs"),
+        (regularization(epochs), f"the training text ({n_text:,} tokens) is read {epochs:.2g} times"),
+        (evaluations(plan), "so that they take little of the time"),
+    )
+    lines = []
+    for values, why in rows:
+        settings = settings | values | kept
+        flags = (f"--{name}={settings[name]}" for name in values)
+        lines.append(f"{' '.join(flags)}: {why}")
+    return settings, lines
+
+
+def length(plan):
+    """Return the setting for the length of the run."""
+    if minutes := plan.settings["minutes"]:
+        return {"max_minutes": minutes}
+    return {"max_iters": plan.n_steps}
+
+
+def evaluations(plan):
+    """Return the settings for EVALUATIONS evaluations of a run, which take little of its time."""
+    batch = plan.settings["batch_size"] * plan.settings["max_seq_len"]
+    return {
+        "eval_interval": math.ceil(plan.n_steps / EVALUATIONS),
+        "eval_iters": max(1, round(EVALUATED * plan.n_tokens / batch)),
+    }
+
+
+def check(settings, given):
+    """Raise UserError if the dial cannot be used with these settings."""
+    dials = [name for name in DIALS if settings[name]]
+    if settings["minutes"] and settings["tokens"]:
+        raise UserError("minutes cannot be used with tokens: use only one of them")
+    for name in ("max_minutes", "max_iters"):
+        if name in given:
+            raise UserError(
+                f"{name} cannot be used with {dials[0]}, which chooses the length of the run: use "
+                f"--minutes or --tokens instead"
+            )
+    if settings["init_from"] != "scratch":
+        raise UserError(
+            f"{dials[0]} chooses a new model and cannot be used with init_from = "
+            f"{settings['init_from']}: leave it out, and set --max_minutes or --max_iters"
+        )
