@@ -3,7 +3,8 @@ One dial: --minutes, --tokens or --depth chooses the shape of the model, its bat
 regularization for this machine and this text. Settings that are given keep their values.
 
 Everything follows from two numbers: the operations that the run can afford, and how often it will
-read the text. The constants were fitted to whole runs, see "One dial" in experiments/README.md.
+read the text. The constants lie between the recipes for twenty seconds and for ten minutes,
+config/sprint_cpu.py and config/speedrun_cpu.py.
 """
 
 import math
