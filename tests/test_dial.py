@@ -21,9 +21,8 @@ def choose(monkeypatch):
     def call(*args, n_text=SAMPLE, speed=4.1e11):
         monkeypatch.setattr(dial, "measured_speed", lambda *_: lambda flops: speed)
         monkeypatch.setattr(dial, "sizes_of_text", lambda _: (n_text, n_text // 16))
-        given = {arg[2:].partition("=")[0]: arg for arg in args}
-        values = {name: v for name, v in resolved(tuple(args)).items()}
-        settings, lines = dial.choose(values, {n for n in given if n not in dial.DIALS}, None)
+        given = {arg[2:].partition("=")[0] for arg in args}
+        settings, lines = dial.choose(dict(resolved(tuple(args))), given - {*dial.DIALS}, None)
         assert any(f"--max_seq_len={settings['max_seq_len']} " in line for line in lines)
         return settings
 

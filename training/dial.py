@@ -81,7 +81,7 @@ def measured_speed(settings, device):
 
 
 def sizes_of_text(settings):
-    """Return the tokens of training text and of validation text. Raises UserError without shards."""
+    """Return the tokens of training and of validation text. Raises UserError without shards."""
     paths = DataPaths(settings["data_dir"], settings["vocab_source"], settings["vocab_size"])
     data = TokenData(paths, seq_len=1, check=False)
     return sum(map(len, data.train)), sum(map(len, data.valid))
@@ -111,7 +111,7 @@ def regularization(epochs):
 def rates(n_tokens):
     """Return the learning rates of tables, which are higher in short runs."""
     factor = min(max((n_tokens / TOKENS) ** RATE_POWER, 1.0), 2.0)
-    return {"embedding_lr": 0.05 * factor, "bigram_lr": 0.005 * factor}
+    return {"embedding_lr": round(0.05 * factor, 4), "bigram_lr": round(0.005 * factor, 5)}
 
 
 @dataclass
@@ -192,31 +192,31 @@ def choose(settings, given, device):
     n_text, n_valid = sizes_of_text(settings)
     speed_at = measured_speed(settings | kept, device) if settings["minutes"] else None
     plan = best_plan(settings, kept, (n_text, n_valid), speed_at)
-    epochs = plan.n_tokens / n_text
-    speed = plan.n_tokens / 60 / settings["minutes"] if settings["minutes"] else 0
+    epochs, size = plan.n_tokens / n_text, plan.flops / 1e6
     names = "dim n_layers n_heads window_pattern", "max_seq_len batch_size"
     shape, batch = ({name: plan.settings[name] for name in some.split()} for some in names)
+    tokens = f"{plan.n_tokens:,.0f} tokens"
+    if settings["minutes"]:
+        tokens += f", at {plan.n_tokens / 60 / settings['minutes']:,.0f} per second (measured)"
     rows = (
-        (
-            shape,
-            f"{plan.flops / 1e6:.3g} million operations per token; {plan.best_flops / 1e6:.3g} "
-            f"million are best for {plan.operations:.2g} in all",
-        ),
-        (
-            length(plan),
-            f"{plan.n_tokens:,.0f} tokens" + (f", at {speed:,.0f} per second (measured)" if speed else ""),
-        ),
+        (shape, f"{size:.3g} million operations per token, best: {plan.best_flops / 1e6:.3g}"),
+        (length(plan), tokens),
         (batch, f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps"),
         (rates(plan.n_tokens), "tables need higher rates in short runs"),
-        (regularization(epochs), f"the training text ({n_text:,} tokens) is read {epochs:.2g} times"),
-        (evaluations(plan), "so that they take little of the time"),
+        (regularization(epochs), f"the {n_text:,} tokens of text are read {epochs:.2g} times"),
+        (evaluations(plan), "evaluations take little of the time"),
     )
-    lines = []
+    dials = " ".join(flag(name, settings[name]) for name in DIALS if settings[name])
+    lines = [f"chosen for {dials}:"]
     for values, why in rows:
         settings = settings | values | kept
-        flags = (f"--{name}={settings[name]}" for name in values)
-        lines.append(f"{' '.join(flags)}: {why}")
+        flags = " ".join(flag(name, settings[name]) for name in values) or "nothing"
+        lines.append(f"  {flags}: {why}")
     return settings, lines
+
+
+def flag(name, value):
+    return f"--{name}={value:g}" if type(value) is float else f"--{name}={value}"
 
 
 def length(plan):
