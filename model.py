@@ -197,8 +197,6 @@ ARCHS = {
         "value_embeddings": -1,
         "bigram_rows": 16384,
         "smear": True,
-        "embedding_conv": 4,
-        "key_conv": 4,
         "sliding_window": 64,
     },
 }
