@@ -22,7 +22,9 @@ from training.settings import GROUPS, args_of
 
 DIALS = GROUPS["dial"]
 DEEPEST = 48
-TIMED, TIMED_S = (2, 4), 1.0  # depths of the models that are timed, and seconds for each
+# Depths of the models that are timed, and sequences per step: a GPU needs more for its full speed
+TIMED = {"cpu": ((2, 4), 2), "gpu": ((8, 12), 16)}
+TIMED_S = 1.0  # seconds for each model
 EVALUATIONS = 5  # in a run; each reads at most this part of the run's tokens:
 EVALUATED = 0.05
 
@@ -67,8 +69,9 @@ def measured_speed(settings, device):
     are timed. Between them, the speed is interpolated; beyond, it is that of the nearer one.
     """
     points = []
-    for depth in TIMED:
-        timed = settings | shape_of(depth) | {"batch_size": 2, "compile": "False"}
+    depths, n_sequences = TIMED["cpu" if device.type == "cpu" else "gpu"]
+    for depth in depths:
+        timed = settings | shape_of(depth) | {"batch_size": n_sequences, "compile": "False"}
         flops = flops_per_token(timed)
         points.append((math.log(flops), flops * tokens_per_second(timed, device, TIMED_S)))
     (x0, y0), (x1, y1) = parallel.from_first(points)
@@ -98,7 +101,8 @@ def context_and_batch(n_tokens, n_text, n_valid):
     seq_len = min(1024, max(128, step // 8))
     while seq_len > 16 and seq_len >= min(n_valid, n_text // 16):  # a tiny text
         seq_len //= 2
-    return {"max_seq_len": seq_len, "batch_size": max(1, step // seq_len)}
+    per_process = math.ceil(step / seq_len / WORLD_SIZE)
+    return {"max_seq_len": seq_len, "batch_size": per_process * WORLD_SIZE}
 
 
 def regularization(epochs):
