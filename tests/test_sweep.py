@@ -216,6 +216,7 @@ def test_experiments_are_sweeps_or_settings_that_sweeps_share(name, tmp_path):
             ["--grid=dim=32,64", "--base=--on_finish=true"],
             ["on_finish cannot be used with sweep.py"],
         ),
+        (["--grid=minutes=1,2"], ["minutes cannot be used with sweep.py"]),
         (["--grid=dim=32'"], ["expected words quoted as in a shell"]),
         (["--grid=run=a,b"], ["run=a,b", "setting of train.py"]),
         (["--grid=out_dir=a,b"], ["out_dir=a,b", "setting of train.py"]),
