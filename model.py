@@ -197,6 +197,8 @@ ARCHS = {
         "value_embeddings": -1,
         "bigram_rows": 16384,
         "smear": True,
+        "embedding_conv": 4,
+        "key_conv": 4,
         "sliding_window": 64,
     },
 }

@@ -78,8 +78,8 @@ residual_scalars = False  # learned per-layer mix of residual and embedding; mod
 value_embeddings = 0  # value embeddings in the first N layers; -1: all; modded: -1
 bigram_rows = 0  # rows of the hashed bigram embedding; 0: none; modded: 16384
 smear = False  # gated embedding of the previous token; modded: True
-embedding_conv = 0  # tokens in a causal convolution of the embedded text; 0: none
-key_conv = 0  # tokens in a causal convolution of each layer's keys; 0: none
+embedding_conv = 0  # tokens in a convolution of the embedded text; 0: none; modded: 4
+key_conv = 0  # tokens in a convolution of each layer's keys; 0: none; modded: 4
 vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of this
 dropout = 0.0  # dropout probability, in the embedding and in what a layer adds
 # weight initialization
@@ -103,7 +103,7 @@ base_learning_rate = 2e-3  # optimizer = adamw: all parameters
 # momentum
 momentum = 0.95  # optimizer = muon: Muon's momentum, after rising from 0.85
 muon_beta1 = 0.8  # optimizer = muon: beta1 of AdamW
-muon_beta2 = 0.95  # optimizer = muon: beta2 of AdamW
+muon_beta2 = 0.99  # optimizer = muon: beta2 of AdamW
 beta1 = 0.9  # optimizer = adamw: beta1
 beta2 = 0.95  # optimizer = adamw: beta2
 # weight decay

@@ -33,9 +33,9 @@ decay: --muon_weight_decay=0.1
 warmup: --warmup_iters=20
 bigram-4096: --bigram_rows=4096
 window-128: --sliding_window=128
-embedding_conv: --embedding_conv=4
-key_conv: --key_conv=4
-convs: --embedding_conv=4 --key_conv=4
+no-embedding_conv: --embedding_conv=0
+no-key_conv: --key_conv=0
+no-convs: --embedding_conv=0 --key_conv=0
 heads-4: --n_heads=4
 hidden_lr-0.01: --hidden_lr=0.01
 hidden_lr-0.04: --hidden_lr=0.04
