@@ -23,6 +23,7 @@ gradient_accumulation_steps = 8
 optimizer = "muon"
 max_iters = 5725
 warmup_iters = 0
+muon_beta2 = 0.95
 cooldown_frac = 0.6
 cooldown_shape = "linear"
 final_lr_frac = 0.0

@@ -12,3 +12,4 @@ max_seq_len = 256
 sliding_window = 128  # letters
 batch_size = 32
 max_iters = 2000
+muon_beta2 = 0.95

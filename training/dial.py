@@ -31,10 +31,19 @@ EVALUATED = 0.05
 # The run that everything is relative to: ten minutes on two cores of an AMD EPYC
 OPERATIONS, FLOPS_PER_TOKEN, STEP_TOKENS = 2.46e14, 27e6, 8192
 TOKENS = OPERATIONS / FLOPS_PER_TOKEN
-# Powers of the operations, for operations per token, and of the tokens, for tokens per step and for
-# the learning rates of tables
-SIZE_POWER, STEP_POWER, RATE_POWER = 0.45, 0.7, -0.3
+# Powers of the operations, for operations per token, and of the tokens, for tokens per step
+SIZE_POWER, STEP_POWER = 0.45, 0.7
 SMALLEST_STEP, LARGEST_STEP = 1024, 1 << 20
+# Rates of a run of twenty seconds, SHORT_TOKENS long, and of one of ten minutes
+SHORT_TOKENS = 442_368
+RATES = {
+    "embedding_lr": (0.1, 0.05),
+    "bigram_lr": (0.02, 0.005),
+    "head_lr": (0.02, 0.003),
+    "scalar_lr": (0.03, 0.01),
+    "momentum": (0.9, 0.95),
+    "muon_beta1": (0.6, 0.8),
+}
 # Dropout and no tables cost at 2.5 epochs and gain at 8 (doc/LOG.md)
 MANY_EPOCHS = 4
 
@@ -114,9 +123,10 @@ def regularization(epochs):
 
 
 def rates(n_tokens):
-    """Return the learning rates of tables, which are higher in short runs."""
-    factor = min(max((n_tokens / TOKENS) ** RATE_POWER, 1.0), 2.0)
-    return {"embedding_lr": round(0.05 * factor, 4), "bigram_lr": round(0.005 * factor, 5)}
+    """Return the settings in RATES for a run of n_tokens, on a power law between the two runs."""
+    part = math.log(n_tokens / SHORT_TOKENS) / math.log(TOKENS / SHORT_TOKENS)
+    part = min(max(part, 0.0), 1.0)
+    return {name: float(f"{a * (b / a) ** part:.3g}") for name, (a, b) in RATES.items()}
 
 
 @dataclass
@@ -207,7 +217,7 @@ def choose(settings, given, device):
         (shape, f"{size:.3g} million operations per token, best: {plan.best_flops / 1e6:.3g}"),
         (length(plan), tokens),
         (batch, f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps"),
-        (rates(plan.n_tokens), "tables need higher rates in short runs"),
+        (rates(plan.n_tokens), "short runs need higher rates"),
         (regularization(epochs), f"the {n_text:,} tokens of text are read {epochs:.2g} times"),
         (evaluations(plan), "evaluations take little of the time"),
     )
