@@ -38,6 +38,12 @@ def test_ten_minutes_are_the_default_recipe(choose):
     assert chosen["max_minutes"] == 10
 
 
+def test_the_shortest_runs_have_the_rates_of_the_sprint():
+    sprint = resolved(("config/sprint_cpu.py",))
+    assert dial.rates(dial.SHORT_TOKENS) == {name: sprint[name] for name in dial.RATES}
+    assert dial.rates(1) == dial.rates(dial.SHORT_TOKENS)
+
+
 def test_more_time_and_faster_machines_train_larger_models(choose):
     short, long = choose("--minutes=1"), choose("--minutes=100", n_text=100 * SAMPLE)
     fast = choose("--minutes=1", speed=4.1e13, n_text=100 * SAMPLE)
