@@ -16,6 +16,6 @@ batch_size = 64
 max_iters = 10000
 eval_interval = 500
 warmup_iters = 0
-muon_beta2 = 0.95
+muon_beta2 = 0.95  # 0.99 was only measured with small batches
 cooldown_frac = 0.6
 cooldown_shape = "linear"

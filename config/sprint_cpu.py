@@ -1,8 +1,8 @@
 """
 Reach the plain recipe's ten-minute loss in twenty seconds on two CPU cores, as measured by
 experiments/speedrun.py. The model is small, so that more steps fit into the time, and not compiled,
-because compiling would take longer than it saves. So few steps need high learning rates and short
-averages.
+because compiling would take longer than it saves. So few steps need high learning rates and little
+momentum.
 """
 
 vocab_size = 4096

@@ -12,4 +12,4 @@ max_seq_len = 256
 sliding_window = 128  # letters
 batch_size = 32
 max_iters = 2000
-muon_beta2 = 0.95
+muon_beta2 = 0.95  # 0.99 was not measured with letters
