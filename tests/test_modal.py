@@ -270,7 +270,8 @@ def test_each_checkpoint_is_committed(cloud, stubs, monkeypatch):
     act = """
 out = pathlib.Path(sys.argv[3].partition("=")[2])
 for i in range(3):
-    (out / "ckpt.pt").write_text(str(i))
+    (out / "part").write_text(str(i))
+    (out / "part").replace(out / "ckpt.pt")  # whole at once, as train.py does
     deadline = time.monotonic() + 600
     while not (out / f"committed{i}").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -278,9 +279,8 @@ for i in range(3):
     committed = []
 
     def commit():
-        path = cloud.root / "out" / "ckpt.pt"
-        write(cloud.root, f"out/committed{len(committed)}")
-        committed.append(path.read_text())
+        committed.append((cloud.root / "out" / "ckpt.pt").read_text())
+        write(cloud.root, f"out/committed{len(committed) - 1}")  # the stub goes on from here
 
     monkeypatch.setattr(cloud, "commit", commit)
     monkeypatch.setenv("ACT", act)
