@@ -337,61 +337,95 @@ def permuted(index, n, keys):
 
 
 @functools.lru_cache(maxsize=2)
-def round_keys(seed, epoch):
+def round_keys(*seeds):
     """Return six keys for permuted(); with four, short epochs are not random enough."""
-    return np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    return np.random.SeedSequence(seeds).generate_state(6, np.uint64)
 
 
 class TrainBatches:
     """
     An endless stream of training sequences. Each epoch has every window of every shard once, in an
-    order that depends only on (seed, epoch); every epoch after the first cuts the shards at other
-    places, and up to a window of each shard is missing or repeated. So processes can share the
-    stream by reading different positions, and a resumed run sees the same data. data: the TokenData
-    of the shards, which checks them at each use. learns_orders: the tokens of orders are targets
-    too.
+    order that depends only on (seed, epoch). So processes can share the stream by reading different
+    positions, and a resumed run sees the same data. data: the TokenData of the shards, which checks
+    them at each use. learns_orders: the tokens of orders are targets too. bos_id: the token that
+    starts a document; in every epoch after the first, the documents of a shard are in another
+    order, so that windows are cut at other places and a model cannot learn which document comes
+    next. None: every epoch has the same windows.
     """
 
-    def __init__(self, shards, seq_len, seed, data=None, learns_orders=False):
+    def __init__(self, shards, seq_len, seed, data=None, learns_orders=False, bos_id=None):
         self.shards = [np.asarray(shard) for shard in shards]  # slicing a memmap is slow
-        self.seq_len, self.seed, self.data = seq_len, seed, data
+        self.seq_len, self.seed, self.bos_id, self.data = seq_len, seed, bos_id, data
         self.mark, self.learns_orders = data.mark if data else 0, learns_orders
-        self.lengths = np.array([len(shard) for shard in shards])
         counts = [(len(shard) - 1) // seq_len for shard in shards]
         self.ends = np.cumsum(counts)  # (n_shards,) number of windows up to the end of each shard
         self.n_windows = sum(counts)  # per epoch
         # below 1, because the end of a shard may be too short for a window
         self.coverage = self.n_windows * seq_len / sum(len(shard) - 1 for shard in shards)
-
-    def shift(self, epoch):
-        """Return where the first window of a shard begins in an epoch, below seq_len."""
-        return int(round_keys(self.seed, epoch)[0]) % self.seq_len if epoch else 0
+        self.begins = {}  # of the documents of a shard: see documents()
+        self.orders = {}
 
     def places(self, position, n, stride=1):
         """
         Return the start of each window at positions `position`, position + stride, ... of the
-        stream: its shard and its offset there, two int64 arrays (n,).
+        stream: its epoch, its shard and its offset there, three int64 arrays (n,).
         """
         epochs, index = np.divmod(position + stride * np.arange(n), self.n_windows)
-        shift = np.zeros(n, dtype=np.int64)
         for epoch in map(int, np.unique(epochs)):
             here = epochs == epoch
             index[here] = permuted(index[here], self.n_windows, round_keys(self.seed, epoch))
-            shift[here] = self.shift(epoch)
         shard = np.searchsorted(self.ends, index, side="right")
         before = np.concatenate([[0], self.ends])[shard]
-        start = (index - before) * self.seq_len + shift
-        # the last window of a shard may not fit after the shift: it is moved to the beginning
-        return shard, np.where(start + self.seq_len < self.lengths[shard], start, 0)
+        return epochs, shard, (index - before) * self.seq_len
+
+    def documents(self, epoch, shard):
+        """
+        Return the documents of a shard in the order of an epoch: where each begins in the shard,
+        where it ends there, and where it begins in the epoch, three int64 arrays (n,).
+        """
+        if shard not in self.begins:
+            ids = without_marks(self.shards[shard], self.mark)
+            begins = np.flatnonzero(ids == self.bos_id)
+            self.begins[shard] = np.unique(np.append(begins, 0))
+        if (epoch, shard) not in self.orders:
+            # of the epoch before, the last windows may still be needed
+            self.orders = {key: v for key, v in self.orders.items() if key[0] >= epoch - 1}
+            begins, n = self.begins[shard], len(self.begins[shard])
+            ends = np.append(begins[1:], len(self.shards[shard]))
+            keys = round_keys(self.seed, epoch, shard + 1)
+            order = permuted(np.arange(n), n, keys)
+            begins, ends = begins[order], ends[order]
+            # the beginning of the first one comes last, so that a long one is cut at other places
+            cut = begins[0] + int(keys[0]) % min(self.seq_len, int(ends[0] - begins[0]))
+            begins, ends = np.append(begins, begins[0]), np.append(ends, cut)
+            begins[0] = cut
+            starts = np.cumsum(ends - begins) - (ends - begins)
+            self.orders[epoch, shard] = begins, ends, starts
+        return self.orders[epoch, shard]
+
+    def window(self, epoch, shard, start):
+        """Return the seq_len + 1 tokens of a window, see places()."""
+        stop = start + self.seq_len + 1
+        if not epoch or self.bos_id is None:
+            return self.shards[shard][start:stop]
+        parts = []
+        begins, ends, starts = self.documents(epoch, shard)
+        first = np.searchsorted(starts, start, side="right") - 1
+        for begin, end, place in zip(begins[first:], ends[first:], starts[first:], strict=True):
+            if place >= stop:
+                break
+            part = slice(begin + max(0, start - place), min(end, begin + stop - place))
+            parts.append(self.shards[shard][part])
+        return np.concatenate(parts)
 
     def at(self, position, n, stride=1):
         """Return inputs and targets (n, seq_len) int64 of n windows, see places()."""
-        shard, start = self.places(position, n, stride)
+        places = self.places(position, n, stride)
         if self.data:
-            self.data.check_unchanged(shard)
-        places = zip(shard, start, strict=True)
+            self.data.check_unchanged(places[1])
+        windows = [self.window(*map(int, place)) for place in zip(*places, strict=True)]
         how = {"mark": self.mark, "learns_orders": self.learns_orders, "stresses": True}
-        x, y = gather(self.shards, places, n, self.seq_len, **how)
+        x, y = gather(windows, n, self.seq_len, **how)
         if self.data:
             self.data.check_ids(y)
         return x, y
@@ -420,17 +454,17 @@ def valid_windows(shards, seq_len):
     )
 
 
-def gather(shards, places, n, seq_len, mark=0, learns_orders=False, stresses=False):
+def gather(windows, n, seq_len, mark=0, learns_orders=False, stresses=False):
     """
-    Return inputs and targets (n, seq_len) int64 of n windows; a missing target is -1. So are the
-    tokens with the bit `mark`, which belong to orders, unless learns_orders. stresses: add the bit
-    STRESSED to what is ordered, where the story first has it.
+    Return inputs and targets (n, seq_len) int64 of n windows, each an array of up to seq_len + 1
+    tokens; a missing target is -1. So are the tokens with the bit `mark`, which belong to orders,
+    unless learns_orders. stresses: add the bit STRESSED to what is ordered, where the story first
+    has it.
     """
     import torch  # here, because tinystories.py does not need it
 
     batch = np.full((n, seq_len + 1), -1, dtype=np.int64)
-    for out, (i, start) in zip(batch, places, strict=True):
-        tokens = shards[i][start : start + seq_len + 1]
+    for out, tokens in zip(batch, windows, strict=True):
         out[: len(tokens)] = tokens
     batch = torch.from_numpy(batch)
     x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
@@ -468,7 +502,8 @@ class ValidBatches:
     def __iter__(self):
         for i in self.wanted:
             rows = self.places[min(i, self.last) * self.size :][: self.size]
-            x, y = gather(self.shards, rows, len(rows), self.seq_len, self.mark)
+            windows = [self.shards[j][start : start + self.seq_len + 1] for j, start in rows]
+            x, y = gather(windows, len(rows), self.seq_len, self.mark)
             if i > self.last:
                 y[:] = -1
             yield x, y

@@ -267,7 +267,9 @@ if tokenizer and trained_with not in ("", tokenizer.hash):
         f"{start.path} was trained with a tokenizer other than {paths.tokenizer_model}: copy the "
         f"checkpoint's own tokenizer.model to another --data_dir, and pretokenize there"
     )
-batches = TrainBatches(data.train, settings.max_seq_len, settings.seed, data, settings.learn_orders)
+bos_id = tokenizer.bos_id if tokenizer else None
+order = settings.max_seq_len, settings.seed, data, settings.learn_orders, bos_id
+batches = TrainBatches(data.train, *order)
 if batches.n_windows < step_size:
     raise UserError(
         f"the training shards hold {batches.n_windows} sequences of {settings.max_seq_len} tokens, "

@@ -33,12 +33,10 @@ def random_shards(rng, n_shards=4, longest=400):
     return [np.arange(e - n, e, dtype=np.uint16) for n, e in zip(lengths, ends, strict=True)]
 
 
-def all_windows(shards, seq_len, shift=0):
+def all_windows(shards, seq_len):
     windows = []
     for shard in shards:
-        for k in range((len(shard) - 1) // seq_len):
-            start = shift + k * seq_len
-            start = start if start + seq_len < len(shard) else 0
+        for start in range(0, len(shard) - seq_len, seq_len):
             windows.append(tuple(map(int, shard[start : start + seq_len + 1])))
     return sorted(windows)
 
@@ -80,7 +78,7 @@ def test_an_epoch_sees_every_window_once_across_ranks_and_workers(case):
     batches = TrainBatches(shards, seq_len, seed=case)
     world, workers = int(rng.integers(1, 5)), int(rng.integers(1, 4))
     readers, epoch = world * workers, int(rng.integers(0, 3))
-    expected = all_windows(shards, seq_len, batches.shift(epoch))
+    expected = all_windows(shards, seq_len)
     n = batches.n_windows
     assert n == len(expected)
     assert batches.coverage == n * seq_len / sum(len(s) - 1 for s in shards)
@@ -108,20 +106,57 @@ def test_seeking_to_a_position_gives_the_same_data_as_reading_up_to_it(case):
     stream = [row for rows in one_by_one for row in rows]
     n = read.n_windows
     for epoch in range(2):
-        expected = all_windows(shards, seq_len, read.shift(epoch))
+        expected = all_windows(shards, seq_len)
         assert sorted(stream[epoch * n :][:n]) == expected
     if n > 8:  # equal by chance once in 9! times
         assert stream[:n] != stream[n : 2 * n]
         assert as_tuples(*TrainBatches(shards, seq_len, seed=case + 1).at(0, n)) != stream[:n]
 
 
-def test_every_epoch_after_the_first_cuts_the_text_at_other_places():
-    """The first epoch begins at 0. After many, each place has been the beginning of a window."""
-    batches = TrainBatches([np.arange(300, dtype=np.uint16)], 20, seed=1)
-    shifts = [batches.shift(epoch) for epoch in range(200)]
-    assert shifts[0] == 0 and set(shifts) == set(range(20))
-    starts = batches.places(0, 200 * batches.n_windows)[1]
-    assert set(starts.tolist()) == set(range(300 - 20))
+@pytest.mark.parametrize("case", CASES)
+def test_every_epoch_after_the_first_has_the_documents_in_another_order(case):
+    """Documents begin with 0 and may be longer than a window; other tokens are their places."""
+    rng = np.random.default_rng(200 + case)
+    shards, seq_len = random_shards(rng), int(rng.integers(1, 30))
+    for shard in shards:
+        shard[rng.random(len(shard)) < rng.choice([0, 0.03, 0.3])] = 0
+        shard[0] = 0
+    batches = TrainBatches(shards, seq_len, seed=case, bos_id=0)
+    n = batches.n_windows
+    assert sorted(as_tuples(*batches.at(0, n))) == all_windows(shards, seq_len)
+    texts, seen_in = [], {}
+    for epoch in range(1, 4):
+        _, numbers, starts = batches.places(epoch * n, n)
+        windows = seen_in[epoch] = as_tuples(*batches.at(epoch * n, n))
+        places = dict(zip(zip(numbers, starts, strict=True), windows, strict=True))
+        for i, shard in enumerate(shards):
+            n_whole = (len(shard) - 1) // seq_len
+            mine = [places.pop((i, k * seq_len)) for k in range(n_whole)]
+            assert all(a[-1] == b[0] for a, b in itertools.pairwise(mine))
+            text = [token for window in mine for token in window[:-1]] + [mine[-1][-1]]
+            # the beginning of the first document comes last, and the end of the text may be missing
+            first, *whole = parts_at_zeros(text)
+            all_parts = parts_at_zeros(shard)
+            assert any(part[-len(first) :] == first for part in all_parts) or not whole
+            assert not Counter(whole[:-1]) - Counter(all_parts)
+            texts.append(tuple(text))
+        assert not places
+    if max(len(parts_at_zeros(shard)) for shard in shards) > 8:
+        assert len(set(texts)) > len(shards)
+    fresh = TrainBatches(shards, seq_len, seed=case, bos_id=0)
+    for epoch in (3, 1, 2):  # seeking, also backwards
+        assert as_tuples(*fresh.at(epoch * n, n)) == seen_in[epoch]
+
+
+def parts_at_zeros(tokens):
+    cuts = np.flatnonzero(np.asarray(tokens) == 0)
+    return [tuple(map(int, part)) for part in np.split(tokens, cuts[cuts > 0])]
+
+
+def test_a_long_document_is_cut_at_other_places_in_every_epoch():
+    batches = TrainBatches([np.arange(300, dtype=np.uint16)], 20, seed=1, bos_id=0)
+    x, _ = batches.at(batches.n_windows, 200 * batches.n_windows)
+    assert set(x[:, 0].tolist()) == set(range(280))
 
 
 def test_a_far_position_costs_as_little_as_a_near_one():
