@@ -97,7 +97,7 @@ grad_clip = 1.0  # maximum gradient norm; 0: no limit
 hidden_lr = 0.02  # optimizer = muon: hidden matrices (Muon)
 embedding_lr = 0.05  # optimizer = muon: value embeddings, wide untied embedding (AdamW)
 bigram_lr = 0.005  # optimizer = muon: bigram embedding (AdamW)
-head_lr = 0.012  # optimizer = muon: output head, and the embedding tied to it (AdamW)
+head_lr = 0.003  # optimizer = muon: output head, and the embedding tied to it (AdamW)
 scalar_lr = 0.01  # optimizer = muon: scalars and gains (AdamW)
 base_learning_rate = 2e-3  # optimizer = adamw: all parameters
 # momentum

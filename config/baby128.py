@@ -11,5 +11,6 @@ sliding_window = 128  # tokens, about as many letters
 batch_size = 32
 gradient_accumulation_steps = 4
 max_iters = 2000
-muon_beta2 = 0.95  # 0.99 was not measured with letters
+head_lr = 0.012  # this and muon_beta2: lower and 0.99 were not tried with letters
+muon_beta2 = 0.95
 eval_interval = 100

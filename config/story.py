@@ -6,6 +6,7 @@ n_layers = 4
 n_heads = 4
 n_kv_heads = 2
 bigram_rows = 4096
+head_lr = 0.012  # short runs need high rates
 embedding_conv = 0  # no gain on this corpus, like the next two
 key_conv = 0
 muon_beta2 = 0.95

@@ -5,8 +5,8 @@ time, add --equal_bytes=0 --equal_minutes=1 and another --out_dir. To add an opt
 """
 
 title = "What each option is worth"
-# short runs need smaller steps than ten-minute runs
-base = "config/speedrun_cpu.py --batch_size=4"
+# short runs need smaller steps and a higher rate of the head than ten-minute runs
+base = "config/speedrun_cpu.py --batch_size=4 --head_lr=0.012"
 runs = """
 recipe:
 no-qk_norm: --qk_norm=False

@@ -8,6 +8,7 @@ vocab_size = 1024
 bigram_rows = 4096
 max_seq_len = 256
 batch_size = 8
+head_lr = 0.012
 dtype = "float32"
 compile = "False"  # not worth it for runs of a minute or two
 log_interval = 5

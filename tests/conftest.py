@@ -244,7 +244,7 @@ def practice(tmp_path_factory):
 TINY = (
     "--vocab_size=300 --dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --max_seq_len=64 "
     "--batch_size=8 --eval_interval=20 --eval_iters=4 --log_interval=5 --warmup_iters=5 "
-    "--dtype=float32 --device=cpu --bigram_rows=64 --picture=False"
+    "--head_lr=0.012 --dtype=float32 --device=cpu --bigram_rows=64 --picture=False"
 ).split()
 
 

@@ -32,8 +32,8 @@ def choose(monkeypatch):
 def test_ten_minutes_are_the_default_recipe(choose):
     """On the machine and the text that it was tuned on."""
     chosen, default = choose("--minutes=10"), resolved(("config/speedrun_cpu.py",))
-    names = "dim n_layers n_heads max_seq_len batch_size embedding_lr bigram_lr dropout bigram_rows"
-    for name in names.split():
+    names = "dim n_layers n_heads max_seq_len batch_size dropout bigram_rows"
+    for name in [*names.split(), *dial.RATES]:
         assert chosen[name] == pytest.approx(default[name], rel=0.02), name
     assert chosen["max_minutes"] == 10
 
