@@ -61,7 +61,7 @@ class ModelArgs:
     activation: str = "swiglu"  # of the feed-forward: swiglu, or relu2 (two matrices, not three)
     logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: no cap
     sliding_window: int = 0  # positions that an S layer sees, including its own; 0: all
-    window_pattern: str = "SSSL"  # one letter per layer, repeated: S sees the window, L sees all
+    window_pattern: str = "S"  # one letter per layer, repeated: S sees the window, L sees all
     embedding_norm: bool = False  # RMSNorm after the embedding
     residual_scalars: bool = False  # layer i reads a_i x + b_i x0, where x0 is the embedding
     value_embeddings: int = 0  # the first n layers add a token embedding to their values; -1: all
@@ -70,6 +70,8 @@ class ModelArgs:
     embedding_conv: int = 0  # tokens in a causal convolution of the first layer's input; 0: none
     key_conv: int = 0  # tokens in a causal convolution of each layer's keys; 0: none
     orders: bool = False  # trained on stories with orders, see text/orders.py
+    separate_documents: bool = False  # no document in a sequence sees the one before it
+    bos_id: int = 1  # the token that starts a document; not exported, because a tokenizer has it
     # ---- for training only, never exported
     embedding_std: float = 0.0  # initial std of the embedding; 0: automatic, see init_std
     head_std: float = 0.0  # initial std of an untied head; 0: automatic
@@ -177,6 +179,7 @@ LIMITS = {
     "bigram_rows": (0, 1 << 28),
     "embedding_conv": (0, MAX_CONV),
     "key_conv": (0, MAX_CONV),
+    "bos_id": (-1, 1 << 24),
     "embedding_std": (0, sys.float_info.max),
     "head_std": (0, sys.float_info.max),
     "vocab_multiple": (1, 1 << 16),
@@ -199,7 +202,8 @@ ARCHS = {
         "smear": True,
         "embedding_conv": 4,
         "key_conv": 4,
-        "sliding_window": 64,
+        "sliding_window": 256,
+        "separate_documents": True,
     },
 }
 
@@ -213,17 +217,27 @@ def linear(x, *weights):
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
-def causal_conv(x, weight, cache=None, name=""):
+def places_of(tokens, bos_id):
+    """Return the place of each token in its document, 0 for the first one: (B, T) like tokens."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return places - torch.where(tokens == bos_id, places, 0).cummax(1).values
+
+
+def causal_conv(x, weight, cache=None, name="", places=None):
     """
     Return a causal depthwise convolution of x (B, T, dim), as in Canon layers (Allen-Zhu 2025,
     arXiv:2512.17351): y[t] = x[t] + sum over j >= 1 of weight[:, j - 1] * x[t - j], with x = 0
     before the first token. weight: (dim, n). cache, name: a KVCache and the name of x in it, if
-    earlier tokens precede x.
+    earlier tokens precede x. places: None, or those of the tokens in their documents (B, T): x = 0
+    before the first token of each.
     """
     n, T = weight.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, n, 0)) if cache is None else cache.extended(name, x, n)
     for j, column in enumerate(weight.to(x.dtype).unbind(1), start=1):
-        x = x + column * padded[:, n - j : n - j + T]
+        earlier = padded[:, n - j : n - j + T]
+        if places is not None:
+            earlier = earlier * (places >= j)[..., None]
+        x = x + column * earlier
     return x
 
 
@@ -304,11 +318,11 @@ class Attention(nn.Module):
         """x (B, T, dim) -> (B, T, dim); context: the other arguments of mixed()."""
         return linear(self.mixed(x, *context), self.wo.weight)
 
-    def mixed(self, x, extra_values, cos, sin, cache):
+    def mixed(self, x, extra_values, cos, sin, cache, places=None):
         """
         Return what all heads read (B, T, dim), the input of wo, for x (B, T, dim). extra_values:
         None or (B, T, kv_dim); cos and sin: (T, head_dim // 2); cache: None or the KVCache of the
-        earlier positions.
+        earlier positions; places: None or those of the tokens in their documents (B, T).
         """
         args = self.args
         B, T, _ = x.shape
@@ -319,14 +333,15 @@ class Attention(nn.Module):
             v = v + extra_values.view(v.shape)
         if args.key_conv:
             weight = pairs_to_halves(self.key_conv, args.head_dim)
-            k = causal_conv(k.flatten(2), weight, cache, f"keys {self.layer}").view(k.shape)
+            name = f"keys {self.layer}"
+            k = causal_conv(k.flatten(2), weight, cache, name, places).view(k.shape)
         if args.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, all positions, head_dim)
-        y = self.attend(q, k, v, self.window, self.kernel)  # (B, n_heads, T, head_dim)
+        y = self.attend(q, k, v, self.window, self.kernel, places)  # (B, n_heads, T, head_dim)
         return y.transpose(1, 2).reshape(B, T, args.dim)
 
 
@@ -452,11 +467,16 @@ class Transformer(nn.Module):
                 self.rope_cos, self.rope_sin = (t.to(self.rope_cos.device) for t in tables)
         return self.rope_cos[start:end], self.rope_sin[start:end]
 
-    def embed(self, tokens, cache):
-        """Return the input of the first layer (B, T, dim) for tokens (B, T) and forward's cache."""
+    def embed(self, tokens, cache, places):
+        """
+        Return the input of the first layer (B, T, dim) for tokens (B, T) and forward's cache.
+        places: see Attention.mixed.
+        """
         args = self.args
         first = torch.full_like(tokens[:, :1], -1) if cache is None else cache.token
         before = torch.cat((first, tokens[:, :-1]), dim=1)  # (B, T), the previous token; -1: none
+        if places is not None:
+            before = torch.where(places > 0, before, -1)
         ids = torch.cat((first.clamp(min=0), tokens), dim=1) if args.smear else tokens
         x = self.tok_embeddings(ids).to(self.dtype)
         if args.embedding_norm:
@@ -469,7 +489,7 @@ class Transformer(nn.Module):
             rows = bigram_hash(before, tokens, args.bigram_rows)  # (B, T)
             x = x + self.bigram_embeddings(rows).to(x.dtype)
         if args.embedding_conv:
-            x = causal_conv(x, self.embedding_conv, cache, "embedding")
+            x = causal_conv(x, self.embedding_conv, cache, "embedding", places)
         return self.dropout(x)
 
     def forward(self, tokens, targets=None, cache=None):
@@ -478,8 +498,8 @@ class Transformer(nn.Module):
 
         With targets (B, T), return their mean cross-entropy in nats instead, see cross_entropy; a
         target of -1 does not count. With a KVCache, the tokens follow the positions in the cache,
-        and only the last logits (B, 1, vocab_size) are returned. Raises ValueError for positions
-        past max_seq_len.
+        in the same document, and only the last logits (B, 1, vocab_size) are returned. Raises
+        ValueError for positions past max_seq_len.
         """
         args = self.args
         start = 0 if cache is None else cache.n
@@ -487,7 +507,9 @@ class Transformer(nn.Module):
         if end > args.max_seq_len:
             raise ValueError(f"{end} positions exceed max_seq_len = {args.max_seq_len}")
         cos, sin = self.rope(start, end)  # (T, head_dim // 2)
-        x = x0 = self.embed(tokens, cache)  # (B, T, dim)
+        is_separate = args.separate_documents and cache is None
+        places = places_of(tokens, args.bos_id) if is_separate else None  # (B, T)
+        x = x0 = self.embed(tokens, cache, places)  # (B, T, dim)
         if args.residual_scalars:
             a, b = self.residual_scalars.to(x.dtype), self.x0_scalars.to(x.dtype)  # (n_layers,)
         layers = self.fast_layers if self.fast_layers and self.training else self.layers
@@ -497,7 +519,7 @@ class Transformer(nn.Module):
             extra_values = None
             if i < args.value_embeddings:
                 extra_values = self.value_embeddings[i](tokens).to(x.dtype)  # (B, T, kv_dim)
-            x = block(x, extra_values, cos, sin, cache)
+            x = block(x, extra_values, cos, sin, cache, places)
         if cache is not None:
             cache.n, cache.token = end, tokens[:, -1:]
             x = x[:, -1:]

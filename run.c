@@ -451,12 +451,17 @@ static size_t copy_lines(char *out, const char *text, size_t n) {
 }
 
 // Mean loss over tokens 1 to n - 1, in nats per token. As in train.py, the tokens are read in
-// windows of the context, and each window starts with an empty cache.
-static double loss_of(Model *m, const int *tokens, size_t n) {
+// windows of the context, and each window starts with an empty cache. So does each document (at a
+// bos), if the model was trained so.
+static double loss_of(Model *m, const int *tokens, size_t n, int bos) {
     size_t vocab = m->config.vocab_size;
     double total = 0.0;
     for (size_t start = 0, window; start + 1 < n; start += window) {
-        window = n - 1 - start < m->n_positions ? n - 1 - start : m->n_positions;
+        window = m->n_positions - start % m->n_positions;
+        if (window > n - 1 - start) window = n - 1 - start;
+        if (has(&m->config, SEPARATE_DOCUMENTS))
+            for (size_t i = window; --i;)
+                if (tokens[start + i] == bos) window = i;
         for (size_t first = 0, count; first < window; first += count) {
             double losses[MAX_BATCH];
             count = feed(m, tokens + start, first, window, true);
@@ -494,7 +499,8 @@ static void evaluate(Model *m, const Tokenizer *tokenizer, File f, bool as_json)
         bytes += length;
     }
     if (n < 2) die("%s has no text to evaluate", f.path);
-    double start = seconds(), loss = loss_of(m, tokens, n), elapsed = seconds() - start;
+    double start = seconds(), loss = loss_of(m, tokens, n, tokenizer->bos);
+    double elapsed = seconds() - start;
     if (!isfinite(loss)) die("the loss on %s is NaN or infinite: the model is damaged", f.path);
     const char *format = as_json ? "{\"documents\": %zu, \"bytes\": %zu, \"tokens\": %zu, "
                                    "\"loss\": %.6f, \"bits_per_byte\": %.6f}\n"

@@ -54,15 +54,15 @@ data_dir = "data"  # folder written by tinystories.py or webtext.py
 vocab_source = "custom"  # custom, bpe or llama2
 learn_orders = True  # with shards that have orders: also learn to write the orders
 order_weight = 4.0  # loss weight of tokens where a story first fulfils its order
-batch_size = 8  # sequences per micro-batch
+batch_size = 2  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
 # model
 arch = "modded"  # llama, portable or modded: changes the defaults marked below
 vocab_size = 4096  # vocabulary size of the shards; 0: Llama 2's 32,000
-max_seq_len = 1024  # context length in tokens
+max_seq_len = 4096  # context length in tokens
 dim = 256  # width of the residual stream
 n_layers = 4  # transformer blocks
-n_heads = 2  # query heads
+n_heads = 4  # query heads
 n_kv_heads = 0  # key/value heads; 0: same as n_heads
 hidden_dim = 0  # feed-forward width; 0: derived from dim and multiple_of
 multiple_of = 32  # round a derived hidden_dim up to a multiple of this
@@ -71,8 +71,8 @@ qk_norm = False  # RMSNorm on each query and key head; portable, modded: True
 norm_gains = True  # learned gains in RMSNorm; modded: False
 activation = "swiglu"  # feed-forward activation: swiglu or relu2; modded: relu2
 logit_softcap = 0.0  # c in logits = c * tanh(logits / c); 0: no cap
-sliding_window = 0  # tokens that an S layer attends to; 0: all; modded: 64
-window_pattern = "SSSL"  # one letter per layer, repeated: S sliding window, L full
+sliding_window = 0  # tokens that an S layer attends to; 0: all; modded: 256
+window_pattern = "S"  # one letter per layer, repeated: S sliding window, L full
 embedding_norm = False  # RMSNorm after the embedding; modded: True
 residual_scalars = False  # learned per-layer mix of residual and embedding; modded: True
 value_embeddings = 0  # value embeddings in the first N layers; -1: all; modded: -1
@@ -80,6 +80,7 @@ bigram_rows = 0  # rows of the hashed bigram embedding; 0: none; modded: 16384
 smear = False  # gated embedding of the previous token; modded: True
 embedding_conv = 0  # tokens in a convolution of the embedded text; 0: none; modded: 4
 key_conv = 0  # tokens in a convolution of each layer's keys; 0: none; modded: 4
+separate_documents = False  # no document sees the one before it; modded: True
 vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of this
 dropout = 0.0  # dropout probability, in the embedding and in what a layer adds
 # weight initialization
@@ -258,7 +259,10 @@ tokenizer = None
 if os.path.exists(paths.tokenizer_model):
     tokenizer = open_tokenizer(paths.tokenizer_model)
 data = TokenData(paths, settings.max_seq_len, tokenizer, check=parallel.LOCAL_RANK == 0)
+bos_id = tokenizer.bos_id if tokenizer else None
 model_args = replace(model_args, orders=bool(data.mark))
+if tokenizer:
+    model_args = replace(model_args, bos_id=bos_id)
 if not data.mark and (names := sorted(given.keys() & {"learn_orders", "order_weight"})):
     say(f"note: this run ignores {', '.join(names)}: the shards have no orders")
 trained_with = (start.checkpoint or {}).get("tokenizer_hash", "")  # "": unknown
@@ -267,7 +271,6 @@ if tokenizer and trained_with not in ("", tokenizer.hash):
         f"{start.path} was trained with a tokenizer other than {paths.tokenizer_model}: copy the "
         f"checkpoint's own tokenizer.model to another --data_dir, and pretokenize there"
     )
-bos_id = tokenizer.bos_id if tokenizer else None
 order = settings.max_seq_len, settings.seed, data, settings.learn_orders, bos_id
 batches = TrainBatches(data.train, *order)
 if batches.n_windows < step_size:

@@ -25,7 +25,7 @@ llama2c = ""  # path of a checkout of karpathy/llama2.c, to measure it too
 train_rounds = 7  # rounds, in which the ways alternate
 train_steps = 4  # steps of each way per round
 # the shape "given", as flags for train.py: 42 million parameters, like llama2.c's stories42M
-given = "--dim=512 --n_layers=8 --n_heads=8 --vocab_size=32000 --batch_size=32"
+given = "--dim=512 --n_layers=8 --n_heads=8 --vocab_size=32000 --max_seq_len=1024 --batch_size=32"
 device = "auto"
 dtype = "auto"
 configure(globals())
@@ -43,8 +43,13 @@ from training.settings import resolved
 
 # flags for train.py
 SHAPES = {
-    "128": "--dim=128 --n_layers=5 --n_heads=8 --n_kv_heads=4 --vocab_size=512 --batch_size=32",
-    "288": "--dim=288 --n_layers=6 --n_heads=6 --vocab_size=4096 --batch_size=16",
+    "128": (
+        "--dim=128 --n_layers=5 --n_heads=8 --n_kv_heads=4 --vocab_size=512 --max_seq_len=1024 "
+        "--batch_size=32"
+    ),
+    "288": (
+        "--dim=288 --n_layers=6 --n_heads=6 --vocab_size=4096 --max_seq_len=1024 --batch_size=16"
+    ),
     "given": given,
 }
 WAYS = {

@@ -8,6 +8,7 @@ n_layers = 6
 n_heads = 6
 max_seq_len = 256
 sliding_window = 128  # tokens, about as many letters
+window_pattern = "SSSL"
 batch_size = 32
 gradient_accumulation_steps = 4
 max_iters = 2000

@@ -16,6 +16,7 @@ hidden_dim = 3840  # ReLU²: two matrices with the parameters of SwiGLU's three 
 max_seq_len = 2048
 sliding_window = 512
 window_pattern = "SSSL"
+separate_documents = False  # not tried on a GPU, where the masks cost time
 value_embeddings = 2  # each is a table with 49,152 rows
 bigram_rows = 65536
 batch_size = 64

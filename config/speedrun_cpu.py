@@ -3,9 +3,9 @@
 vocab_size = 4096
 dim = 256
 n_layers = 4
-n_heads = 2
-max_seq_len = 1024
-batch_size = 8
+n_heads = 4
+max_seq_len = 4096
+batch_size = 2
 arch = "modded"
 warmup_iters = 0
 cooldown_frac = 0.6

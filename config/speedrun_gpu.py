@@ -10,6 +10,7 @@ n_heads = 4
 max_seq_len = 1024
 sliding_window = 128
 window_pattern = "SSSL"
+separate_documents = False  # not tried on a GPU, where the masks cost time
 bigram_rows = 65536
 vocab_multiple = 128
 batch_size = 64

@@ -10,6 +10,7 @@ n_heads = 8
 n_kv_heads = 4
 max_seq_len = 256
 sliding_window = 128  # letters
+window_pattern = "SSSL"
 batch_size = 32
 max_iters = 2000
 head_lr = 0.012  # this and muon_beta2: lower and 0.99 were not tried with letters

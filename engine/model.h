@@ -178,7 +178,8 @@ enum {  // bits of Config.options
     RESIDUAL_SCALARS = 16,  // a layer starts from a * x + b * x0; x0 is the embedding
     SMEAR = 32,             // a gate adds the embedding of the previous token
     ORDERS = 64,            // trained on stories with orders, see order_prompt()
-    KNOWN_OPTIONS = 127,
+    SEPARATE_DOCUMENTS = 128,  // no document saw the one before it, see loss_of()
+    KNOWN_OPTIONS = 255,
 };
 
 enum {

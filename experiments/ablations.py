@@ -6,7 +6,7 @@ time, add --equal_bytes=0 --equal_minutes=1 and another --out_dir. To add an opt
 
 title = "What each option is worth"
 # short runs need smaller steps and a higher rate of the head than ten-minute runs
-base = "config/speedrun_cpu.py --batch_size=4 --head_lr=0.012"
+base = "config/speedrun_cpu.py --batch_size=1 --head_lr=0.012"
 runs = """
 recipe:
 no-qk_norm: --qk_norm=False
@@ -33,16 +33,18 @@ decay: --muon_weight_decay=0.1
 warmup: --warmup_iters=20
 bigram-4096: --bigram_rows=4096
 window-128: --sliding_window=128
+full-layers: --window_pattern=SSSL
+joined-documents: --separate_documents=False
 no-embedding_conv: --embedding_conv=0
 no-key_conv: --key_conv=0
 no-convs: --embedding_conv=0 --key_conv=0
-heads-4: --n_heads=4
+heads-2: --n_heads=2
 hidden_lr-0.01: --hidden_lr=0.01
 hidden_lr-0.04: --hidden_lr=0.04
 cosine: --cooldown_shape=cosine
 batch-2: --batch_size=2
-batch-8: --batch_size=8
-context-512: --max_seq_len=512 --batch_size=8
+context-1024: --max_seq_len=1024 --batch_size=4
+context-2048: --max_seq_len=2048 --batch_size=2
 vocab-2048: --vocab_size=2048
 vocab-8192: --vocab_size=8192
 portable: --arch=portable
@@ -55,7 +57,8 @@ llama+residual_scalars: --arch=llama --residual_scalars=True
 llama+value_embeddings: --arch=llama --value_embeddings=-1
 llama+bigram: --arch=llama --bigram_rows=16384
 llama+smear: --arch=llama --smear=True
-llama+window: --arch=llama --sliding_window=64
+llama+window: --arch=llama --sliding_window=256
+llama+separate_documents: --arch=llama --separate_documents=True
 """
 equal_bytes = 3_100_000  # about 800,000 tokens of the recipe's vocabulary, a minute on two cores
 evals = 1

@@ -16,7 +16,7 @@ plain: --data_dir=data/plain
 orders: --data_dir=data/orders
 orders-weight-1: --data_dir=data/orders --order_weight=1
 orders-weight-8: --data_dir=data/orders --order_weight=8
-orders-windows-256: --data_dir=data/orders --sliding_window=256
+orders-joined-documents: --data_dir=data/orders --separate_documents=False
 orders-stories-only: --data_dir=data/orders --learn_orders=False
 """
 equal_tokens = 9_100_000

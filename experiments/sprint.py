@@ -5,7 +5,7 @@ tokens. "rates" has the same model and the same tokens per step, and 0.85 of the
 """
 
 title = "The sprint, before and now"
-base = "config/sprint_cpu.py"
+base = "config/sprint_cpu.py --separate_documents=False"  # which came later
 runs = (
     "before: --max_iters=270 --batch_size=16 --embedding_conv=0 --key_conv=0 --head_lr=0.012 "
     "--bigram_lr=0.01 --scalar_lr=0.01 --momentum=0.95 --muon_beta1=0.8 --muon_beta2=0.95;"

@@ -63,7 +63,8 @@ NEUTRAL = {
     "expert_used_count": (0,),
 }
 HEAD_KEYS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-PLAIN = {*KEYS, "tie_embeddings", "orders"}  # that a model knows orders is not stored
+# how a model was trained, with orders and on separate documents, is not stored
+PLAIN = {*KEYS, "tie_embeddings", "orders", "separate_documents"}
 ARCHITECTURES = {
     "llama": Target(PLAIN),
     "qwen3": Target({*PLAIN, "qk_norm"}, required=["qk_norm"]),

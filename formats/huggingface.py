@@ -70,7 +70,8 @@ EXTRAS = (
 ).split()
 
 # Classes of transformers; a model is written as the first that can store it
-PLAIN = {*FIELDS, "rope_theta", "orders"}
+TRAINED_ON = "orders", "separate_documents"  # what Hugging Face's fields do not say
+PLAIN = {*FIELDS, "rope_theta", *TRAINED_ON}
 WINDOWS = {*PLAIN, "sliding_window"}
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", Target(PLAIN)),
@@ -161,9 +162,7 @@ def config_of(args, dtype, special_ids):
         module = MODELING.removesuffix(".py")
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
         config["auto_map"] = {k: f"{module}.ModdedLlama{v}" for k, v in classes.items()}
-    if args.orders:
-        config["orders"] = True
-    return config
+    return config | {name: True for name in TRAINED_ON if getattr(args, name)}
 
 
 def args_of(config, path):
@@ -193,7 +192,7 @@ def args_of(config, path):
     values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
     values["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
     values["qk_norm"] = kind == "qwen3"
-    values["orders"] = config.get("orders") is True
+    values |= {name: config.get(name) is True for name in TRAINED_ON}
     if kind == "modded_llama":
         values |= {name: config[name] for name in EXTRAS if name in config}
     args = ModelArgs(**values)  # checks n_layers before windows_of() makes a list that long
@@ -314,7 +313,9 @@ class FastTokenizer:
         for path in (os.path.join(folder, n) for n in ("config.json", "generation_config.json")):
             config |= read_json(path) if os.path.isfile(path) else {}
             check_fields(config, STOPS, path)
-        for ids in (config.get("bos_token_id"), config.get("eos_token_id")):
+        bos = config.get("bos_token_id")
+        self.bos_id = bos if isinstance(bos, int) else -1
+        for ids in (bos, config.get("eos_token_id")):
             stop += ids if isinstance(ids, list) else [ids]
         self.stop = tuple(i for i in stop if i is not None and i < self.vocab_size)
 

@@ -70,6 +70,7 @@ V3_OPTIONS = (
     "residual_scalars",
     "smear",
     "orders",
+    "separate_documents",
 )
 
 # Version 3: name, struct code, minimum and maximum of each field; little-endian, without gaps

@@ -266,6 +266,7 @@ def load(path, kind=None, tokenizer=""):
             )
         if its_tokenizer:
             model = trimmed(model, its_tokenizer, kind)
+            model.args.bos_id = its_tokenizer.bos_id
         return Loaded(model, its_tokenizer, facts)
     except UserError as e:
         message = str(e)

@@ -52,7 +52,8 @@ IGNORED = "rotary_emb.inv_freq"  # a tensor in old folders that can be computed
 READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
 # Fields that no reader needs; window_pattern is checked together with sliding_window
 TRAINING_ONLY = set(
-    "multiple_of dropout zero_init embedding_std head_std vocab_multiple window_pattern".split()
+    "multiple_of dropout zero_init embedding_std head_std vocab_multiple window_pattern "
+    "bos_id".split()
 )
 
 

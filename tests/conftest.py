@@ -209,12 +209,17 @@ EVERYTHING = {
     "embedding_conv": 4,
     "key_conv": 3,
     "orders": True,
+    "separate_documents": True,
 }
 
 
 def random_model(seed=0, **options):
-    """Return a random model with logits about as large as those of a trained one."""
+    """
+    Return a random model with logits about as large as those of a trained one. Unless bos_id is
+    given, no token starts a document.
+    """
     sizes = {"dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 105, "max_seq_len": 32}
+    sizes["bos_id"] = 1 << 24
     torch.manual_seed(seed)
     model = Transformer(ModelArgs(**{**sizes, **options})).eval()
     with torch.no_grad():

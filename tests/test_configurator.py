@@ -211,7 +211,7 @@ def test_scripts_work_from_any_directory(tmp_path):
     train = [sys.executable, str(REPO / "train.py")]
     help_text = subprocess.run([*train, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert help_text.returncode == 0
-    assert "--batch_size=8" in help_text.stdout and "sequences per micro-batch" in help_text.stdout
+    assert "--batch_size=2" in help_text.stdout and "sequences per micro-batch" in help_text.stdout
     # config/story.py is found beside the script, so only the data is missing
     done = subprocess.run([*train, "config/story.py"], capture_output=True, text=True, cwd=tmp_path)
     refused(done, "no token shards", "tinystories.py pretokenize --vocab_size=1024")

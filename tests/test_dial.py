@@ -32,9 +32,10 @@ def choose(monkeypatch):
 def test_ten_minutes_are_the_default_recipe(choose):
     """On the machine and the text that it was tuned on."""
     chosen, default = choose("--minutes=10"), resolved(("config/speedrun_cpu.py",))
-    names = "dim n_layers n_heads max_seq_len batch_size dropout bigram_rows"
+    names = "dim n_layers n_heads max_seq_len batch_size dropout bigram_rows sliding_window"
     for name in [*names.split(), *dial.RATES]:
         assert chosen[name] == pytest.approx(default[name], rel=0.02), name
+    assert chosen["window_pattern"] == default["window_pattern"]
     assert chosen["max_minutes"] == 10
 
 
@@ -71,6 +72,7 @@ def test_given_settings_keep_their_values(choose):
     chosen = choose("--minutes=10", "--n_layers=2", "--dropout=0.3", "--batch_size=3")
     assert (chosen["n_layers"], chosen["dropout"], chosen["batch_size"]) == (2, 0.3, 3)
     assert choose("--minutes=10", "--n_heads=6")["dim"] == 192  # the nearest multiple of 12
+    assert choose("--minutes=10", "--dim=240", "--n_heads=2")["n_heads"] == 2
 
 
 @pytest.mark.parametrize("n_text", [40, 1000, 20_000])
@@ -82,7 +84,7 @@ def test_windows_fit_into_a_tiny_text(choose, n_text):
 @pytest.mark.parametrize("depth", range(1, dial.DEEPEST + 1))
 def test_every_depth_has_a_valid_shape(depth):
     shape = dial.shape_of(depth)
-    assert shape["dim"] / shape["n_heads"] <= 128 and shape["window_pattern"][-1] == "L"
+    assert shape["dim"] / shape["n_heads"] == 64
     assert dial.flops_per_token(resolved() | shape)
 
 

@@ -79,6 +79,7 @@ OPTIONS = {
     "value_embeddings": 1,
     "bigram_rows": 64,
     "smear": True,
+    "separate_documents": True,
 }
 
 

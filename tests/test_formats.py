@@ -40,7 +40,10 @@ CASES = {
     "padded_untied": ({"vocab_multiple": 64, "tie_embeddings": False}, "LlamaForCausalLM"),
     "portable": ({"qk_norm": True, "n_kv_heads": 2}, "Qwen3ForCausalLM"),
     "portable_untied": ({"qk_norm": True, "tie_embeddings": False}, "Qwen3ForCausalLM"),
-    "windows": ({"qk_norm": True, "sliding_window": 5, "n_layers": 4}, "Qwen3ForCausalLM"),
+    "windows": (
+        {"qk_norm": True, "sliding_window": 5, "window_pattern": "SSSL", "n_layers": 4},
+        "Qwen3ForCausalLM",
+    ),
     "softcap": ({"logit_softcap": 5.0}, "ModdedLlamaForCausalLM"),
     "modded": (EVERYTHING, "ModdedLlamaForCausalLM"),
     "convolutions": (
@@ -64,7 +67,7 @@ def assert_same_model(actual, model):
         assert torch.equal(tensor, expected[name][: len(tensor)]), name
     args = model.args.to_dict()
     differing = {k for k, value in actual.args.to_dict().items() if value != args[k]}
-    assert differing <= {"vocab_multiple", "window_pattern"}
+    assert differing <= {"vocab_multiple", "window_pattern", "bos_id"}
     assert windows(actual.args) == windows(model.args)
 
 

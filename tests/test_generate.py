@@ -190,7 +190,11 @@ def test_all_items_are_equally_likely_to_be_sampled():
 
 # ---- batched generation
 
-MODELS = {"plain": {}, "windows": {"n_layers": 3, "sliding_window": 4}, "everything": EVERYTHING}
+MODELS = {
+    "plain": {},
+    "windows": {"n_layers": 3, "sliding_window": 4, "window_pattern": "SSL"},
+    "everything": EVERYTHING,
+}
 
 
 def generated(model, prompts, draws, *sampling, **options):

@@ -8,16 +8,18 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import EVERYTHING, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import attend, attend_all, causal_mask
 from model import (
     ACTIVATION_CHECKPOINTING,
+    ARCHS,
     PRODUCTS,
     KVCache,
     ModelArgs,
     Transformer,
+    places_of,
     sample_token,
 )
 from optim import by_role
@@ -144,26 +146,47 @@ def test_the_cache_does_not_change_the_logits(cuts):
             torch.testing.assert_close(logits[:, -1], whole[:, at - 1])
 
 
-@pytest.mark.parametrize("T, window", [(128, 16), (128, 32), (120, 16)])
-def test_windowed_attention_matches_pytorch(T, window):
+def random_places(B, T, is_separate):
+    """Return the places of T tokens in documents of about 20 tokens, or None."""
+    return places_of((torch.rand(B, T) < 0.05).int(), 1) if is_separate else None
+
+
+@pytest.mark.parametrize("is_separate", [False, True])
+@pytest.mark.parametrize("T, window", [(128, 16), (128, 32), (128, 64), (120, 16), (120, 0)])
+def test_windowed_attention_matches_pytorch(T, window, is_separate):
     """In blocks if they fit and are faster, else with a mask; four query heads, two key heads."""
     q, k, v = (torch.randn(2, n, T, 8) for n in (4, 2, 2))
-    expected = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=causal_mask(T, T, window, "cpu"), enable_gqa=True
-    )
-    torch.testing.assert_close(attend(q, k, v, window), expected)
+    places = random_places(2, T, is_separate)
+    mask = causal_mask(T, T, window, "cpu", places)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, window, places=places), expected)
 
 
+@pytest.mark.parametrize("is_separate", [False, True])
 @pytest.mark.parametrize("window", [0, 300])
-def test_long_attention_in_pieces_matches_pytorch(window):
+def test_long_attention_in_pieces_matches_pytorch(window, is_separate):
     """1,100 positions make three pieces; four query heads, two key heads."""
-    q, k, v = (torch.randn(1, n, 1100, 16) for n in (4, 2, 2))
-    expected = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=causal_mask(1100, 1100, window, "cpu"), enable_gqa=True
-    )
-    torch.testing.assert_close(attend_all(q, k, v, window), expected)
-    rough = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
+    q, k, v = (torch.randn(2, n, 1100, 16) for n in (4, 2, 2))
+    places = random_places(2, 1100, is_separate)
+    mask = causal_mask(1100, 1100, window, "cpu", places)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attend_all(q, k, v, window, places), expected)
+    rough = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window, places=places)
     torch.testing.assert_close(rough.float(), expected, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, ARCHS["modded"]])
+def test_separate_documents_are_read_as_if_each_were_alone(options):
+    """The first one lacks its beginning, as in a window of a shard."""
+    model = random_model(**{**options, "bigram_rows": 64, "separate_documents": True, "bos_id": 1})
+    text = torch.randint(2, 105, (2, 32))
+    text[0, [7, 8, 25]] = 1
+    with torch.no_grad():
+        logits = model(text)[0]
+        for a, b in ((0, 7), (7, 8), (8, 25), (25, 32)):
+            torch.testing.assert_close(logits[a:b], model(text[:1, a:b])[0])
+        model.args.separate_documents = False
+        assert (model(text)[0, 8:] - logits[8:]).abs().max() > 0.1
 
 
 def test_loss_counts_only_real_targets():
@@ -210,25 +233,37 @@ def test_sampling_respects_top_k_and_top_p():
     assert sample_token(logits, 1e-300) == 0
 
 
+@pytest.mark.parametrize("is_separate", [False, True])
 @pytest.mark.parametrize("window", [0, 16])
-def test_other_attention_kernels_compute_the_same(window, monkeypatch):
+def test_other_attention_kernels_compute_the_same(window, is_separate, monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 64, 16) for heads in (4, 2, 2))
-    expected = attend(q, k, v, window)
+    places = random_places(2, 64, is_separate)
+    expected = attend(q, k, v, window, places=places)
 
     def flash_attn_func(q, k, v, causal, window_size):
         """flash-attn's layout, (B, T, heads, head_dim), and its windows, (left, right)."""
-        assert causal and q.shape == (2, 64, 4, 16) and k.shape == (2, 64, 2, 16)
+        assert causal and q.shape[2:] == (4, 16) and k.shape[2:] == (2, 16)
         left = window_size[0] + 1 if window_size != (-1, -1) else 0
         assert window_size in ((-1, -1), (window - 1, 0))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return attend(q, k, v, left).transpose(1, 2)
 
-    flash = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    def flash_attn_varlen_func(q, k, v, bounds, bounds_k, longest, longest_k, **options):
+        """Sequences one after another, (tokens, heads, head_dim); each begins at a bound."""
+        assert bounds is bounds_k and bounds.dtype == torch.int32 and longest == longest_k == 64
+        lengths = bounds.diff().tolist()
+        parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([flash_attn_func(*(t[None] for t in p), **options)[0] for p in parts])
+
+    functions = (flash_attn_func, flash_attn_varlen_func)
+    flash = types.SimpleNamespace(**{f.__name__: f for f in functions})
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     for kernel in ("flex", "flash"):
-        result = attend(q, k, v, window, kernel)
+        result = attend(q, k, v, window, kernel, places)
         assert torch.allclose(result, expected, atol=1e-5), kernel
+    if is_separate:
+        return
     decoding = attend(q[:, :, -1:], k, v, window, "flash")  # by SDPA
     assert torch.allclose(decoding, expected[:, :, -1:], atol=1e-5)
 

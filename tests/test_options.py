@@ -35,6 +35,7 @@ OPTIONS = {
     "smear": {"smear": True, "embedding_norm": True},
     "embedding_conv": {"embedding_conv": 4, "bigram_rows": 64},
     "key_conv": {"key_conv": 3, "qk_norm": True},
+    "documents": {"separate_documents": True, "bos_id": 5},
     "modded": {**ARCHS["modded"], "bigram_rows": 64},
     "portable": ARCHS["portable"],
 }

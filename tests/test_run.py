@@ -65,7 +65,7 @@ PARITY = {
     "qk_norm, no gains": {"qk_norm": True, "norm_gains": False},
     "relu2": {"activation": "relu2", "hidden_dim": 77},
     "softcap": {"logit_softcap": 2.0},
-    "window": {"sliding_window": 5, "n_layers": 5},
+    "window": {"sliding_window": 5, "window_pattern": "SSSL", "n_layers": 5},
     "window 1": {"sliding_window": 1, "window_pattern": "LS"},
     "window of the whole context": {"sliding_window": 32, "window_pattern": "S", "qk_norm": True},
     "embedding_norm": {"embedding_norm": True},
@@ -131,7 +131,7 @@ def round_trip(matrix, dtype):
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_of_every_dtype_agree_with_pytorch(builds, tmp_path, name, dtype):
     model = stable_model(**SHAPES[name])
-    tokens = torch.randint(0, model.args.vocab_size, (model.args.max_seq_len,))
+    tokens = torch.randint(2, model.args.vocab_size, (model.args.max_seq_len,))  # one document
     path = tmp_path / "model.bin"
     export_model(model, path, dtype=dtype)
     logits = logits_of(builds["harness", "checked"], path, tokens.tolist(), model.args.vocab_size)
@@ -365,10 +365,13 @@ def test_fast_products_hardly_change_the_loss(run, small, tmp_path, dtype):
     assert 0 < abs(exact - fast) < 0.005 * exact
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_eval_matches_pytorch(run, tmp_path, tokenizers, stories, dtype):
+SEPARATE = {**ARCHS["modded"], "bigram_rows": 500, "sliding_window": 16, "bos_id": 1}
+
+
+@pytest.mark.parametrize("dtype, options", [("fp32", {}), ("int8", {}), ("fp32", SEPARATE)])
+def test_eval_matches_pytorch(run, tmp_path, tokenizers, stories, dtype, options):
     tokenizer, texts = tokenizers[512], [text.strip() for text in stories[:5]]
-    model = random_model(vocab_size=512, max_seq_len=64)
+    model = random_model(vocab_size=512, max_seq_len=64, **options)
     export_model(model, tmp_path / "model.bin", dtype=dtype)
     (tmp_path / "text.txt").write_text(" <|endoftext|>\n".join(texts))
     args = ["-z", bin_of(tokenizer), "-m", "eval", "-i", tmp_path / "text.txt"]
@@ -833,7 +836,7 @@ def test_every_field_of_version_3_is_checked(modded, load, field, code, low, hig
         ({"version": 4}, "is a model.bin of version 4, expected 0 to 3"),
         ({"header_size": 82}, "header_size = 82, expected 92 to 92"),
         ({"header_size": 96}, "header_size = 96, expected 92 to 92"),
-        ({"options": 1 << 7}, "options = 128, expected 0 to 127"),
+        ({"options": 1 << 8}, "options = 256, expected 0 to 255"),
         ({"dtype": 4}, "dtype = 4, expected 0 to 3"),
         (
             {"activation": 2},
@@ -866,8 +869,8 @@ def test_each_option_bit_changes_the_expected_size(modded, load):
     for bit in range(len(V3_OPTIONS)):
         done = load(changed(whole, options=on ^ (1 << bit)))
         name = V3_OPTIONS[bit]
-        # qk_norm and embedding_norm have no tensors without gains, and orders has none
-        if name in ("qk_norm", "embedding_norm", "orders"):
+        # qk_norm and embedding_norm have no tensors without gains, and the last two have none
+        if name in ("qk_norm", "embedding_norm", "orders", "separate_documents"):
             assert done.returncode == 0, done.stderr
         else:
             refused_by(done, "truncated" if name == "norm_gains" else "too long")

@@ -35,7 +35,12 @@ def test_each_setting_is_in_exactly_one_group_in_the_order_of_the_block():
 def test_every_option_of_the_model_is_in_a_group_of_the_model():
     model = settings.names_of("architecture", "initialization")
     assert set(settings.OPTIONS) | {"arch"} == model
-    assert {f.name for f in fields(ModelArgs)} - model == {"norm_eps", "rope_theta", "orders"}
+    assert {f.name for f in fields(ModelArgs)} - model == {
+        "norm_eps",
+        "rope_theta",
+        "orders",
+        "bos_id",
+    }
 
 
 def test_below_the_block_settings_are_read_from_the_resolved_ones():

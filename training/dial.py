@@ -21,7 +21,7 @@ from training.runs import tokens_per_second, tokens_per_step
 from training.settings import GROUPS, RANGES, args_of
 
 DIALS = GROUPS["dial"]
-DEEPEST = RANGES["depth"][1]
+DEEP, DEEPEST = 8, RANGES["depth"][1]  # layers
 # Depths of the models that are timed, and sequences per step: a GPU needs more for its full speed
 TIMED = {"cpu": ((2, 4), 2), "gpu": ((8, 12), 16)}
 TIMED_S = 1.0  # seconds for each model
@@ -29,11 +29,12 @@ EVALUATIONS = 5  # in a run; each reads at most this part of the run's tokens:
 EVALUATED = 0.05
 
 # The run that everything is relative to: ten minutes on two cores of an AMD EPYC
-OPERATIONS, FLOPS_PER_TOKEN, STEP_TOKENS = 2.46e14, 27e6, 8192
+OPERATIONS, FLOPS_PER_TOKEN, STEP_TOKENS = 2.46e14, 28e6, 8192
 TOKENS = OPERATIONS / FLOPS_PER_TOKEN
 # Powers of the operations, for operations per token, and of the tokens, for tokens per step
 SIZE_POWER, STEP_POWER = 0.45, 0.7
 SMALLEST_STEP, LARGEST_STEP = 1024, 1 << 20
+CONTEXTS = 128, 4096  # max_seq_len for steps of SMALLEST_STEP and of STEP_TOKENS
 # Rates of a run of twenty seconds, SHORT_TOKENS long, and of one of ten minutes
 SHORT_TOKENS = 442_368
 RATES = {
@@ -55,17 +56,11 @@ def in_use(settings):
 
 def shape_of(depth):
     """
-    Return the settings of a model's shape: 64 dims for each layer, as in nanochat, heads of at most
-    128 dims, and a window in all layers but every fourth and the last.
+    Return the settings of a model's shape: 64 dims for each layer, as in nanochat, heads of 64
+    dims, and in deep models every fourth layer without a window.
     """
-    dim = 64 * depth
-    fewest = max(2, math.ceil(dim / 128))
-    return {
-        "dim": dim,
-        "n_layers": depth,
-        "n_heads": next(n for n in range(fewest, dim + 1) if dim % (2 * n) == 0),
-        "window_pattern": "".join("SL"[i % 4 == 3 or i == depth - 1] for i in range(depth)),
-    }
+    pattern = "S" if depth < DEEP else "SSSL"
+    return {"dim": 64 * depth, "n_layers": depth, "n_heads": depth, "window_pattern": pattern}
 
 
 def flops_per_token(settings):
@@ -108,11 +103,18 @@ def context_and_batch(n_tokens, n_text, n_valid):
     """Return max_seq_len and batch_size for a run of n_tokens on a text of n_text tokens."""
     step = STEP_TOKENS * (n_tokens / TOKENS) ** STEP_POWER
     step = power_of_2_near(min(max(step, SMALLEST_STEP), LARGEST_STEP, n_text / 4))
-    seq_len = min(1024, max(128, step // 8))
+    seq_len = power_of_2_near(power_law(step, (SMALLEST_STEP, STEP_TOKENS), CONTEXTS))
     while seq_len > 16 and seq_len >= min(n_valid, n_text // 16):  # a tiny text
         seq_len //= 2
     per_process = math.ceil(step / seq_len / WORLD_SIZE)
     return {"max_seq_len": seq_len, "batch_size": per_process * WORLD_SIZE}
+
+
+def window(settings):
+    """Return sliding_window for an architecture that has one and the context in settings."""
+    if not settings["sliding_window"]:
+        return {}
+    return {"sliding_window": min(max(64, settings["max_seq_len"] // 8), 256)}
 
 
 def regularization(epochs):
@@ -122,11 +124,16 @@ def regularization(epochs):
     return {"bigram_rows": 0, "value_embeddings": 0, "dropout": 0.2, "muon_weight_decay": 0.3}
 
 
+def power_law(x, ends, values):
+    """Return the value at x of a power law through both `values` at both ends; flat beyond them."""
+    part = math.log(x / ends[0]) / math.log(ends[1] / ends[0])
+    return values[0] * (values[1] / values[0]) ** min(max(part, 0.0), 1.0)
+
+
 def rates(n_tokens):
-    """Return the settings in RATES for a run of n_tokens, on a power law between the two runs."""
-    part = math.log(n_tokens / SHORT_TOKENS) / math.log(TOKENS / SHORT_TOKENS)
-    part = min(max(part, 0.0), 1.0)
-    return {name: float(f"{a * (b / a) ** part:.3g}") for name, (a, b) in RATES.items()}
+    """Return the settings in RATES for a run of n_tokens."""
+    ends = SHORT_TOKENS, TOKENS
+    return {name: float(f"{power_law(n_tokens, ends, pair):.3g}") for name, pair in RATES.items()}
 
 
 @dataclass
@@ -173,6 +180,7 @@ def plan_of(depth, settings, kept, text, speed_at):
         elif not settings["tokens"]:
             operations = OPERATIONS * (flops / FLOPS_PER_TOKEN) ** (1 / SIZE_POWER)
         settings = settings | context_and_batch(operations / flops, *text) | kept
+        settings = settings | window(settings) | kept
         flops = flops_per_token(settings)
     return Plan(settings, operations, flops)
 
@@ -210,6 +218,7 @@ def choose(settings, given, device):
     epochs, size = plan.n_tokens / n_text, plan.flops / 1e6
     names = "dim n_layers n_heads window_pattern", "max_seq_len batch_size"
     shape, batch = ({name: plan.settings[name] for name in some.split()} for some in names)
+    batch |= window(plan.settings)
     tokens = f"{plan.n_tokens:,.0f} tokens"
     if settings["minutes"]:
         tokens += f", at {plan.n_tokens / 60 / settings['minutes']:,.0f} per second (measured)"

@@ -157,8 +157,8 @@ def settings_for(model_args, settings, given):
     for name in settings.keys() & model_args.keys() - {"dropout"}:
         if model_args[name] is None:  # in llama2.c: the default
             continue
-        if name == "max_seq_len" and name in given:  # no weight depends on it
-            continue
+        if name in ("max_seq_len", "separate_documents") and name in given:
+            continue  # no weight depends on these
         if name == "vocab_size" and DataPaths("", vocab_source, settings[name]).is_llama2:
             continue
         is_derived = settings[name] == 0 and name in ("n_kv_heads", "hidden_dim", "vocab_size")

@@ -34,7 +34,7 @@ GROUPS = {
         "arch vocab_size max_seq_len dim n_layers n_heads n_kv_heads hidden_dim multiple_of "
         "tie_embeddings qk_norm norm_gains activation logit_softcap sliding_window window_pattern "
         "embedding_norm residual_scalars value_embeddings bigram_rows smear "
-        "embedding_conv key_conv vocab_multiple dropout"
+        "embedding_conv key_conv separate_documents vocab_multiple dropout"
     ),
     "initialization": "zero_init embedding_std head_std",
     "length": "max_iters max_minutes",
