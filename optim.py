@@ -198,10 +198,18 @@ def adamw(roles, settings, dtype):
 
 
 def muon(roles, settings, dtype):
-    """Return Muon for hidden matrices and AdamW without decay for the rest; one rate per role."""
+    """
+    Return Muon for hidden matrices and AdamW for the rest; one rate per role. Only hidden matrices
+    and the role "embedding" have weight decay.
+    """
     product_dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     groups = [
-        {"role": role, "params": params, "lr": settings[f"{role}_lr"]}
+        {
+            "role": role,
+            "params": params,
+            "lr": settings[f"{role}_lr"],
+            "weight_decay": settings["embedding_weight_decay"] if role == "embedding" else 0.0,
+        }
         for role, params in roles.items()
         if role != "hidden"
     ]
@@ -209,7 +217,6 @@ def muon(roles, settings, dtype):
         groups,
         betas=(settings["muon_beta1"], settings["muon_beta2"]),
         eps=1e-10,  # gradients of rare rows are small (modded-nanogpt)
-        weight_decay=0.0,
         fused=True,
     )
     hidden = Muon(

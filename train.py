@@ -108,7 +108,8 @@ muon_beta2 = 0.99  # optimizer = muon: beta2 of AdamW
 beta1 = 0.9  # optimizer = adamw: beta1
 beta2 = 0.95  # optimizer = adamw: beta2
 # weight decay
-muon_weight_decay = 0.0  # optimizer = muon: hidden matrices
+muon_weight_decay = 0.1  # optimizer = muon: hidden matrices
+embedding_weight_decay = 0.0  # optimizer = muon: value embeddings, wide untied embedding
 weight_decay = 0.1  # optimizer = adamw: all but scalars and gains
 decay_shape = "constant"  # constant, or linear (falling to 0 over the run)
 # schedule

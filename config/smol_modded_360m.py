@@ -25,6 +25,7 @@ optimizer = "muon"
 max_iters = 5725
 warmup_iters = 0
 muon_beta2 = 0.95  # 0.99 was only measured with small batches
+muon_weight_decay = 0.0  # the text is read once
 cooldown_frac = 0.6
 cooldown_shape = "linear"
 final_lr_frac = 0.0

@@ -29,7 +29,7 @@ zero_init: --zero_init=True
 untied-zero_init: --tie_embeddings=False --zero_init=True
 softcap: --logit_softcap=15
 dropout: --dropout=0.1
-decay: --muon_weight_decay=0.1
+no-decay: --muon_weight_decay=0
 warmup: --warmup_iters=20
 bigram-4096: --bigram_rows=4096
 window-128: --sliding_window=128

@@ -12,6 +12,7 @@ window_pattern = "SSSL"
 separate_documents = False
 batch_size = 8
 head_lr = 0.012
+muon_weight_decay = 0.0
 dtype = "float32"
 compile = "False"  # not worth it for runs of a minute or two
 log_interval = 5

@@ -32,11 +32,25 @@ def choose(monkeypatch):
 def test_ten_minutes_are_the_default_recipe(choose):
     """On the machine and the text that it was tuned on."""
     chosen, default = choose("--minutes=10"), resolved(("config/speedrun_cpu.py",))
-    names = "dim n_layers n_heads max_seq_len batch_size dropout bigram_rows sliding_window"
-    for name in [*names.split(), *dial.RATES]:
-        assert chosen[name] == pytest.approx(default[name], rel=0.02), name
-    assert chosen["window_pattern"] == default["window_pattern"]
+    check_same(chosen, default)
     assert chosen["max_minutes"] == 10
+
+
+def test_an_hour_with_the_same_text_is_the_slowrun(choose):
+    chosen, slowrun = choose("--minutes=60"), resolved(("config/slowrun_cpu.py",))
+    check_same(chosen, slowrun)
+    assert chosen["max_minutes"] == 60
+
+
+def check_same(chosen, recipe):
+    """Check that the dial has chosen the model, the batch, the rates and the decay of a recipe."""
+    names = (
+        "dim n_layers n_heads sliding_window max_seq_len batch_size dropout bigram_rows "
+        "muon_weight_decay embedding_weight_decay"
+    )
+    for name in [*names.split(), *dial.RATES]:
+        assert chosen[name] == pytest.approx(recipe[name], rel=0.02), name
+    assert chosen["window_pattern"] == recipe["window_pattern"]
 
 
 def test_the_shortest_runs_have_the_rates_of_the_sprint():
@@ -54,10 +68,22 @@ def test_more_time_and_faster_machines_train_larger_models(choose):
     assert short["embedding_lr"] > long["embedding_lr"]
 
 
-def test_a_text_that_is_read_often_needs_regularization(choose):
+def test_a_short_text_needs_regularization_and_no_more_than_a_few_epochs(choose):
     large, small = choose("--minutes=10"), choose("--minutes=10", n_text=SAMPLE // 10)
     assert large["dropout"] == 0 and large["bigram_rows"]
     assert small["dropout"] > 0 and not small["bigram_rows"]
+    assert small["muon_weight_decay"] > large["muon_weight_decay"]
+    n_tokens = small["max_iters"] * small["batch_size"] * small["max_seq_len"]
+    assert small["max_minutes"] == 0
+    assert n_tokens == pytest.approx(dial.MOST_EPOCHS * SAMPLE / 10, rel=0.01)
+    longer = choose("--minutes=1000", n_text=SAMPLE // 10)
+    assert longer["max_iters"] == small["max_iters"] and longer["dim"] == small["dim"]
+
+
+def test_tokens_that_are_given_are_never_cut(choose):
+    chosen = choose(f"--tokens={20 * SAMPLE}")
+    n_tokens = chosen["max_iters"] * chosen["batch_size"] * chosen["max_seq_len"]
+    assert n_tokens == pytest.approx(20 * SAMPLE, rel=0.01)
 
 
 def test_tokens_and_depth(choose):

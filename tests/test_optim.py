@@ -22,7 +22,7 @@ from optim import (
 SETTINGS = {f"{role}_lr": 0.01 * (i + 1) for i, role in enumerate(ROLES)}
 SETTINGS |= {"base_learning_rate": 2e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
 SETTINGS |= {"muon_beta1": 0.8, "muon_beta2": 0.95, "momentum": 0.9, "muon_weight_decay": 0.2}
-SETTINGS |= {"neuron_beta": 0.95}
+SETTINGS |= {"neuron_beta": 0.95, "embedding_weight_decay": 0.3}
 EVERYTHING = {
     "qk_norm": True, "tie_embeddings": False, "zero_init": True, "embedding_norm": True,
     "residual_scalars": True, "value_embeddings": 1, "bigram_rows": 64, "smear": True,
@@ -54,6 +54,7 @@ def test_the_table_counts_every_parameter_once(name):
     by = {line.split()[0]: line.split()[3:] for line in lines[1:]}
     if name == "muon":
         assert by["hidden"] == ["Muon", "0.01", "0.2"] and by["bigram"] == ["AdamW", "0.03", "0"]
+        assert by["embedding"] == ["AdamW", "0.02", "0.3"]
     else:
         assert by["hidden"] == ["AdamW", "0.002", "0.1"] and by["scalar"][2] == "0"
 

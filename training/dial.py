@@ -2,9 +2,10 @@
 One dial: --minutes, --tokens or --depth chooses the shape of the model, its batches, rates and
 regularization for this machine and this text. Settings that are given keep their values.
 
-Everything follows from two numbers: the operations that the run can afford, and how often it will
-read the text. The constants lie between the recipes for twenty seconds and for ten minutes,
-config/sprint_cpu.py and config/speedrun_cpu.py.
+Everything follows from two numbers: the operations that the run can afford, and the tokens of text.
+With enough text, the rules lie between the recipes for twenty seconds and for ten minutes,
+config/sprint_cpu.py and config/speedrun_cpu.py. With little text, a larger model reads it less
+often, and is kept from learning it by heart, as in config/slowrun_cpu.py (measured in doc/LOG.md).
 """
 
 import math
@@ -32,7 +33,7 @@ EVALUATED = 0.05
 OPERATIONS, FLOPS_PER_TOKEN, STEP_TOKENS = 2.46e14, 28e6, 8192
 TOKENS = OPERATIONS / FLOPS_PER_TOKEN
 # Powers of the operations, for operations per token, and of the tokens, for tokens per step
-SIZE_POWER, STEP_POWER = 0.45, 0.7
+SIZE_POWER, STEP_POWER = 0.55, 0.7
 SMALLEST_STEP, LARGEST_STEP = 1024, 1 << 20
 CONTEXTS = 128, 4096  # max_seq_len for steps of SMALLEST_STEP and of STEP_TOKENS
 # Rates of a run of twenty seconds, SHORT_TOKENS long, and of one of ten minutes
@@ -45,8 +46,15 @@ RATES = {
     "momentum": (0.9, 0.95),
     "muon_beta1": (0.6, 0.8),
 }
-# Dropout and no tables cost at 2.5 epochs and gain at 8 (doc/LOG.md)
-MANY_EPOCHS = 4
+# Before a run reads its text more than FEW_EPOCHS times, the model grows, but not past LARGEST
+# operations per token for LARGEST_TEXT tokens. The limit falls as the root of a shorter text and
+# grows in proportion to a longer one, which was not tried. Beyond it, the run is cut
+FEW_EPOCHS, MOST_EPOCHS = 5, 5.5
+LARGEST, LARGEST_TEXT = 64e6, 3_450_000
+# Weight decay grows as the root of the scarcity of text; this is that of the ten-minute run
+DECAY, DECAY_SCARCITY = 0.1, 20
+# From SCARCE on, bigrams are left out and value embeddings decay; from VERY_SCARCE on, also dropout
+SCARCE, VERY_SCARCE, DROPOUT = 100, 180, 0.1
 
 
 def in_use(settings):
@@ -117,11 +125,15 @@ def window(settings):
     return {"sliding_window": min(max(64, settings["max_seq_len"] // 8), 256)}
 
 
-def regularization(epochs):
-    """Return the settings that keep a model from learning a text by heart that it reads often."""
-    if epochs < MANY_EPOCHS:
-        return {}
-    return {"bigram_rows": 0, "value_embeddings": 0, "dropout": 0.2, "muon_weight_decay": 0.3}
+def regularization(scarcity):
+    """Return the settings that keep a model from learning its text by heart."""
+    decay = DECAY * math.sqrt(scarcity / DECAY_SCARCITY)
+    values = {"muon_weight_decay": float(f"{decay:.1g}")}
+    if scarcity > SCARCE:
+        values |= {"bigram_rows": 0, "embedding_weight_decay": 0.5}
+    if scarcity > VERY_SCARCE:
+        values |= {"dropout": DROPOUT}
+    return values
 
 
 def power_law(x, ends, values):
@@ -138,15 +150,26 @@ def rates(n_tokens):
 
 @dataclass
 class Plan:
-    """A model, and the length of its run."""
+    """A model, and the length of its run on n_text tokens."""
 
     settings: dict
-    operations: float  # in all
+    operations: float  # that the run can afford
     flops: float  # operations per token
+    n_text: int
+
+    @property
+    def is_cut(self):
+        """Whether the run ends before its operations are used up."""
+        affordable = self.operations / self.flops
+        return not self.settings["tokens"] and affordable > MOST_EPOCHS * self.n_text
 
     @property
     def n_tokens(self):
-        return self.operations / self.flops
+        return MOST_EPOCHS * self.n_text if self.is_cut else self.operations / self.flops
+
+    @property
+    def epochs(self):
+        return self.n_tokens / self.n_text
 
     @property
     def tokens_per_step(self):
@@ -159,11 +182,22 @@ class Plan:
     @property
     def best_flops(self):
         """The operations per token of the best model for as many operations in all."""
-        return FLOPS_PER_TOKEN * (self.operations / OPERATIONS) ** SIZE_POWER
+        if_fresh = FLOPS_PER_TOKEN * (self.operations / OPERATIONS) ** SIZE_POWER
+        in_few_epochs = self.operations / (FEW_EPOCHS * self.n_text)
+        text = self.n_text / LARGEST_TEXT
+        return min(max(if_fresh, in_few_epochs), LARGEST * max(text, math.sqrt(text)))
 
     @property
     def misfit(self):
         return abs(math.log(self.flops / self.best_flops))
+
+    @property
+    def scarcity(self):
+        """
+        How scarce text is: operations per squared token of text, which are in proportion to the
+        epochs times the parameters for each token of text.
+        """
+        return self.n_tokens * self.flops / self.n_text**2
 
 
 def plan_of(depth, settings, kept, text, speed_at):
@@ -179,10 +213,11 @@ def plan_of(depth, settings, kept, text, speed_at):
             operations = 60 * settings["minutes"] * speed_at(flops)
         elif not settings["tokens"]:
             operations = OPERATIONS * (flops / FLOPS_PER_TOKEN) ** (1 / SIZE_POWER)
-        settings = settings | context_and_batch(operations / flops, *text) | kept
+        n_tokens = Plan(settings, operations, flops, text[0]).n_tokens
+        settings = settings | context_and_batch(n_tokens, *text) | kept
         settings = settings | window(settings) | kept
         flops = flops_per_token(settings)
-    return Plan(settings, operations, flops)
+    return Plan(settings, operations, flops, text[0])
 
 
 def best_plan(settings, kept, text, speed_at):
@@ -215,19 +250,23 @@ def choose(settings, given, device):
     n_text, n_valid = sizes_of_text(settings)
     speed_at = measured_speed(settings, device) if settings["minutes"] else None
     plan = best_plan(settings, kept, (n_text, n_valid), speed_at)
-    epochs, size = plan.n_tokens / n_text, plan.flops / 1e6
+    size, best = plan.flops / 1e6, plan.best_flops / 1e6
     names = "dim n_layers n_heads window_pattern", "max_seq_len batch_size"
     shape, batch = ({name: plan.settings[name] for name in some.split()} for some in names)
     batch |= window(plan.settings)
     tokens = f"{plan.n_tokens:,.0f} tokens"
     if settings["minutes"]:
-        tokens += f", at {plan.n_tokens / 60 / settings['minutes']:,.0f} per second (measured)"
+        per_s = plan.operations / plan.flops / 60 / settings["minutes"]
+        tokens += f", at {per_s:,.0f} per second (measured)"
+    epochs = f"the {n_text:,} tokens of text are read {plan.epochs:.2g} times"
+    if plan.is_cut:
+        epochs += ", and more would only teach them by heart"
     rows = (
-        (shape, f"{size:.3g} million operations per token, best: {plan.best_flops / 1e6:.3g}"),
+        (shape, f"{size:.3g} million operations per token, best: {best:.3g}"),
         (length(plan), tokens),
         (batch, f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps"),
         (rates(plan.n_tokens), "short runs need higher rates"),
-        (regularization(epochs), f"the {n_text:,} tokens of text are read {epochs:.2g} times"),
+        (regularization(plan.scarcity), epochs),
         (evaluations(plan), "evaluations take little of the time"),
     )
     dials = " ".join(flag(name, settings[name]) for name in DIALS if settings[name])
@@ -245,8 +284,8 @@ def flag(name, value):
 
 def length(plan):
     """Return the setting for the length of the run."""
-    if minutes := plan.settings["minutes"]:
-        return {"max_minutes": minutes}
+    if plan.settings["minutes"] and not plan.is_cut:
+        return {"max_minutes": plan.settings["minutes"]}
     return {"max_iters": plan.n_steps}
 
 

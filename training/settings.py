@@ -41,7 +41,7 @@ GROUPS = {
     "optimizer": "optimizer neuron_beta grad_clip",
     "rates": "hidden_lr embedding_lr bigram_lr head_lr scalar_lr base_learning_rate",
     "moments": "momentum muon_beta1 muon_beta2 beta1 beta2",
-    "decay": "muon_weight_decay weight_decay decay_shape",
+    "decay": "muon_weight_decay embedding_weight_decay weight_decay decay_shape",
     "schedule": "warmup_iters momentum_warmup cooldown_frac cooldown_shape final_lr_frac",
     # changes the last digits of results
     "numerics": "seed dtype fp8_head activation_checkpointing",
@@ -73,7 +73,7 @@ SAME_WORK = {"data_dir", "learn_orders", "order_weight", "seed"} | names_of(
 ADAMW = "base_learning_rate beta1 beta2 weight_decay"
 MUON = (
     "hidden_lr embedding_lr bigram_lr head_lr scalar_lr momentum muon_beta1 muon_beta2 "
-    "muon_weight_decay neuron_beta momentum_warmup"
+    "muon_weight_decay embedding_weight_decay neuron_beta momentum_warmup"
 )
 SECRET = {"on_finish"}  # may hold an access token: never written to checkpoints or logs
 
@@ -165,7 +165,10 @@ CHOICES = {
 # name: (minimum, maximum, text for the error). If 0 is not allowed, the minimum is the smallest
 # normal float, because train.py flushes denormals to 0
 INTEGERS = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval keep_last"
-NOT_NEGATIVE = "save_interval warmup_iters momentum_warmup weight_decay muon_weight_decay price"
+NOT_NEGATIVE = (
+    "save_interval warmup_iters momentum_warmup weight_decay muon_weight_decay "
+    "embedding_weight_decay price"
+)
 RANGES = {
     **dict.fromkeys(INTEGERS.split(), (1, math.inf, "at least 1")),
     **dict.fromkeys(NOT_NEGATIVE.split(), (0, sys.float_info.max, "a finite number, 0 or more")),
