@@ -19,6 +19,7 @@ head_lr = 0.02
 scalar_lr = 0.03
 momentum = 0.9
 muon_beta1 = 0.6
+muon_weight_decay = 0.0  # as it was measured
 warmup_iters = 0
 cooldown_frac = 0.6
 cooldown_shape = "linear"

@@ -53,8 +53,10 @@ FEW_EPOCHS, MOST_EPOCHS = 5, 5.5
 LARGEST, LARGEST_TEXT = 64e6, 3_450_000
 # Weight decay grows as the root of the scarcity of text; this is that of the ten-minute run
 DECAY, DECAY_SCARCITY = 0.1, 20
-# From SCARCE on, bigrams are left out and value embeddings decay; from VERY_SCARCE on, also dropout
-SCARCE, VERY_SCARCE, DROPOUT = 100, 180, 0.1
+# From SCARCE on, bigrams are left out and value embeddings decay; from VERY_SCARCE on, dropout is
+# added, and head_lr is SCARCE_HEAD times what it would be
+SCARCE, VERY_SCARCE = 100, 180
+DROPOUT, SCARCE_HEAD = 0.1, 0.4
 
 
 def in_use(settings):
@@ -122,7 +124,7 @@ def window(settings):
     """Return sliding_window for an architecture that has one and the context in settings."""
     if not settings["sliding_window"]:
         return {}
-    return {"sliding_window": min(max(64, settings["max_seq_len"] // 8), 256)}
+    return {"sliding_window": min(max(64, settings["max_seq_len"] // 4), 256)}
 
 
 def regularization(scarcity):
@@ -142,10 +144,13 @@ def power_law(x, ends, values):
     return values[0] * (values[1] / values[0]) ** min(max(part, 0.0), 1.0)
 
 
-def rates(n_tokens):
+def rates(n_tokens, scarcity=0.0):
     """Return the settings in RATES for a run of n_tokens."""
     ends = SHORT_TOKENS, TOKENS
-    return {name: float(f"{power_law(n_tokens, ends, pair):.3g}") for name, pair in RATES.items()}
+    values = {name: power_law(n_tokens, ends, pair) for name, pair in RATES.items()}
+    if scarcity > VERY_SCARCE:
+        values["head_lr"] *= SCARCE_HEAD
+    return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
 @dataclass
@@ -265,7 +270,7 @@ def choose(settings, given, device):
         (shape, f"{size:.3g} million operations per token, best: {best:.3g}"),
         (length(plan), tokens),
         (batch, f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps"),
-        (rates(plan.n_tokens), "short runs need higher rates"),
+        (rates(plan.n_tokens, plan.scarcity), "short runs need higher rates"),
         (regularization(plan.scarcity), epochs),
         (evaluations(plan), "evaluations take little of the time"),
     )
