@@ -18,6 +18,6 @@ max_iters = 10000
 eval_interval = 500
 warmup_iters = 0
 muon_beta2 = 0.95  # 0.99 was only measured with small batches
-muon_weight_decay = 0.0  # the text is read once
+muon_weight_decay = 0.0  # the text is read once or twice
 cooldown_frac = 0.6
 cooldown_shape = "linear"

@@ -270,7 +270,10 @@ def choose(settings, given, device):
         (shape, f"{size:.3g} million operations per token, best: {best:.3g}"),
         (length(plan), tokens),
         (batch, f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps"),
-        (rates(plan.n_tokens, plan.scarcity), "short runs need higher rates"),
+        (
+            rates(plan.n_tokens, plan.scarcity),
+            "short runs need higher rates, scarce text a lower head_lr",
+        ),
         (regularization(plan.scarcity), epochs),
         (evaluations(plan), "evaluations take little of the time"),
     )
