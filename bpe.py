@@ -229,7 +229,7 @@ def merge_all(counts, n_merges):
 class Symbols:
     """
     The pre-tokens of the training text as one sequence of symbols. For each symbol, arrays hold its
-    token, the positions of its neighbours, and the count of its pre-token. For each pair, `counts`
+    token, the positions of its neighbors, and the count of its pre-token. For each pair, `counts`
     and `places` tell how often and where it occurs, so that a merge touches only these positions.
     """
 
@@ -240,7 +240,7 @@ class Symbols:
         weights = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), lengths)
         left = np.arange(-1, len(ids) - 1, dtype=np.int32)
         right = np.arange(1, len(ids) + 1, dtype=np.int32)
-        left[ends - lengths], right[ends - 1] = -1, -1  # no neighbour
+        left[ends - lengths], right[ends - 1] = -1, -1  # no neighbor
         # single elements are faster to read from an array than from numpy
         self.ids = array("i", ids.tobytes())  # -1: merged into the symbol to its left
         self.left, self.right = array("i", left.tobytes()), array("i", right.tobytes())
@@ -330,7 +330,7 @@ class BPETokenizer:
         """
         ids, ranks = [self.byte_ids[byte] for byte in token], self.ranks
         n = len(ids)
-        left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # positions of neighbours
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # positions of neighbors
         heap = [(*ranks[pair], i, pair) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
         heapq.heapify(heap)
         while heap:

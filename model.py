@@ -279,7 +279,7 @@ def pairs_to_halves(weight, head_dim):
     Reorder the rows of each head to 0, 2, 4, ..., 1, 3, 5, ..., in a projection
     (n_heads * head_dim, ...) or in gains (head_dim,).
 
-    Llama rotates pairs of neighbouring elements. In this order, one element of each pair is in the
+    Llama rotates pairs of neighboring elements. In this order, one element of each pair is in the
     first half of the head and the other in the second half, so that all pairs are rotated by a few
     vector operations. Queries and keys are reordered alike, so their dot products do not change.
     """

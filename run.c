@@ -69,7 +69,7 @@ static float random_float(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// The generator's initial state: splitmix64 (Steele et al. 2014) spreads neighbouring seeds.
+// The generator's initial state: splitmix64 (Steele et al. 2014) spreads neighboring seeds.
 static uint64_t random_state(uint64_t seed) {
     seed += 0x9E3779B97F4A7C15u;
     seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;

@@ -225,7 +225,7 @@ def pretokenize_stage():
     tokenizer.export(paths.tokenizer_bin)
     workers, files = worker_count(num_workers), plan_shards(*corpus())
     if orders:
-        files = [file.labelled() for file in files]
+        files = [file.labeled() for file in files]
     split = choose_split(files, valid_frac)
     about = {
         "valid_source": [os.path.abspath(corpus()[0])],

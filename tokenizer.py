@@ -386,7 +386,7 @@ def letter_probe(pattern_name):
     Return (a BPETokenizer, a text) to probe an encoder: if its classes of characters differ from
     ranges(), it gives the text other ids. The tokenizer merges "a" or "1" with the next byte if
     both are in the same pre-token. The text has the first and last character of each range, their
-    neighbours, and characters that later versions of Unicode may define.
+    neighbors, and characters that later versions of Unicode may define.
     """
     known = {code for first, last, _ in ranges() for code in (first, last)}
     others = {code + i for code in known for i in (-1, 1)} | {*range(0x800, 0x34000, 64)}
@@ -489,7 +489,7 @@ def choose_alphabet(counts, vocab_size):
 
 def train_sentencepiece(texts, vocab_size, num_threads=1):
     """
-    Train a SentencePiece BPE vocabulary as llama2.c does (identity normalisation, digits split,
+    Train a SentencePiece BPE vocabulary as llama2.c does (identity normalization, digits split,
     byte fallback), but keep runs of spaces, as Llama 2 does, so that no text is changed. If the 256
     byte pieces do not fit, train without them, with a piece for newline.
 

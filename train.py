@@ -1,18 +1,18 @@
 """
 Train a Llama on the token shards written by tinystories.py or webtext.py.
 
-    python train.py --vocab_size=4096 --out_dir=out
-    python train.py config/baby128.py --max_iters=500
-    python train.py --init_from=resume --out_dir=out     # continue an interrupted run
-    torchrun --nproc_per_node=2 train.py --out_dir=out   # two processes share each step
+    python train.py --minutes=10      # chooses a model for this time, this machine and this text
+    python train.py config/baby128.py --max_iters=500 --out_dir=out/baby
+    python train.py --init_from=resume                   # continue an interrupted run
+    torchrun --nproc_per_node=2 train.py                 # two processes share each step
 
 The run writes to out_dir: ckpt.pt (the latest checkpoint; earlier ones and best.pt are next to it),
 model.bin and tokenizer.bin (the best model so far, for ./run), tokenizer.model, log.jsonl (one JSON
 object per line, see doc/log-fields.md) and, at the end, loss.png. Ctrl-C saves a checkpoint and
 stops; see doc/long-runs.md.
 
-This file follows a run in order: settings, starting point, data, model, optimizer, output folder,
-the loop, the end. Whatever would distract from that is in training/.
+This file follows a run in order: settings, starting point, data, model, optimizer, fitting the step
+to the machine, output folder, the loop, the end. Whatever would distract from that is in training/.
 """
 
 import math
@@ -35,10 +35,10 @@ START = time.perf_counter()  # time_s in the log includes importing torch
 out_dir = "out"  # folder for checkpoints, model.bin and log.jsonl
 resume = "no"  # no, or auto: continue the run in out_dir if there is one
 picture = True  # draw loss.png at the end (if matplotlib is installed)
-# one dial: choose the settings below that are not given, for this machine and this text
-minutes = 0.0  # the best model for this many minutes of training; 0: off
-tokens = 0  # the best model for this many training tokens; 0: off
-depth = 0  # this many layers; also fits --minutes or --tokens; 0: off
+# the dial: chooses model, batch, rates, regularization and length; settings you give are kept
+minutes = 0.0  # choose for this many minutes of training on this machine; 0: off
+tokens = 0  # choose for this many training tokens; 0: off
+depth = 0  # number of layers; alone, it also sets the length of the run; 0: off
 # starting point
 init_from = "scratch"  # scratch, resume (the run in out_dir), or a checkpoint's path
 eval_only = False  # evaluate the checkpoint and exit
@@ -82,7 +82,7 @@ embedding_conv = 0  # tokens in a convolution of the embedded text; 0: none; mod
 key_conv = 0  # tokens in a convolution of each layer's keys; 0: none; modded: 4
 separate_documents = False  # no document sees the one before it; modded: True
 vocab_multiple = 1  # pad embedding and head rows in memory to a multiple of this
-dropout = 0.0  # dropout probability, in the embedding and in what a layer adds
+dropout = 0.0  # dropout on the embedding and on what each layer adds to the residual stream
 # weight initialization
 zero_init = False  # start residual projections and an untied head at zero
 embedding_std = 0.0  # std of the embedding; 0: automatic, see init_std in model.py
@@ -96,9 +96,9 @@ neuron_beta = 0.95  # NorMuon's beta for the per-neuron mean square; 0: plain Mu
 grad_clip = 1.0  # maximum gradient norm; 0: no limit
 # learning rates
 hidden_lr = 0.02  # optimizer = muon: hidden matrices (Muon)
-embedding_lr = 0.05  # optimizer = muon: value embeddings, wide untied embedding (AdamW)
+embedding_lr = 0.05  # optimizer = muon: value embeddings, untied embedding with std > 0.1 (AdamW)
 bigram_lr = 0.005  # optimizer = muon: bigram embedding (AdamW)
-head_lr = 0.003  # optimizer = muon: output head, and the embedding tied to it (AdamW)
+head_lr = 0.003  # optimizer = muon: output head, other embeddings of tokens (AdamW)
 scalar_lr = 0.01  # optimizer = muon: scalars and gains (AdamW)
 base_learning_rate = 2e-3  # optimizer = adamw: all parameters
 # momentum
@@ -109,7 +109,7 @@ beta1 = 0.9  # optimizer = adamw: beta1
 beta2 = 0.95  # optimizer = adamw: beta2
 # weight decay
 muon_weight_decay = 0.1  # optimizer = muon: hidden matrices
-embedding_weight_decay = 0.0  # optimizer = muon: value embeddings, wide untied embedding
+embedding_weight_decay = 0.0  # optimizer = muon: what embedding_lr trains
 weight_decay = 0.1  # optimizer = adamw: all but scalars and gains
 decay_shape = "constant"  # constant, or linear (falling to 0 over the run)
 # schedule
@@ -272,8 +272,8 @@ if tokenizer and trained_with not in ("", tokenizer.hash):
         f"{start.path} was trained with a tokenizer other than {paths.tokenizer_model}: copy the "
         f"checkpoint's own tokenizer.model to another --data_dir, and pretokenize there"
     )
-order = settings.max_seq_len, settings.seed, data, settings.learn_orders, bos_id
-batches = TrainBatches(data.train, *order)
+batch_options = settings.max_seq_len, settings.seed, data, settings.learn_orders, bos_id
+batches = TrainBatches(data.train, *batch_options)
 if batches.n_windows < step_size:
     raise UserError(
         f"the training shards hold {batches.n_windows} sequences of {settings.max_seq_len} tokens, "
@@ -525,8 +525,9 @@ while True:
         since = time.perf_counter()
 
     # ---- one step of the optimizer
-    if settings.dropout:  # reproducible after a resume, different in each rank; integers have
-        torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))  # the same hash everywhere
+    # dropout: reproducible after a resume, different in each rank; integers hash alike everywhere
+    if settings.dropout:
+        torch.manual_seed(hash((settings.seed, state.iter_num, RANK)))
     set_rates(model_optimizer, settings, state.iter_num, state.part_done(settings, since))
     loss, shares = 0.0, [1 / n_micro] * n_micro
     micro_batches = [next(stream) for _ in range(n_micro)]

@@ -293,7 +293,7 @@ def prepare_stage():
     tokenizer = tokenizer_to_encode(paths, encoder, hint)
     files = all_files()
     if orders:
-        files = [file.labelled() for file in files]
+        files = [file.labeled() for file in files]
     split = how_to_split(files)
     made = orders_of(files, split, fetch) if orders else None
     args = workers, about(), encoder, machine, fetched, drop, made

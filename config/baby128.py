@@ -12,8 +12,8 @@ window_pattern = "SSSL"
 batch_size = 32
 gradient_accumulation_steps = 4
 max_iters = 2000
-# the defaults of these were not tried with letters
+eval_interval = 100
+# as this recipe was tuned; today's defaults were not tried with letters
 head_lr = 0.012
 muon_beta2 = 0.95
 muon_weight_decay = 0.0
-eval_interval = 100

@@ -225,7 +225,7 @@ static void embed(const Model *m, float *x, float *tmp, float *earlier, const Ba
     }
 }
 
-// Apply QK_NORM, if set, and RoPE: rotate neighbouring pairs of a head by the angles of pos.
+// Apply QK_NORM, if set, and RoPE: rotate neighboring pairs of a head by the angles of pos.
 static void norm_and_rotate(const Model *m, float *head, const float *gain, int pos) {
     int half = m->config.dim / m->config.n_heads / 2;
     const float *cosines = m->rope_cos + (size_t)pos * half;

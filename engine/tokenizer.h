@@ -1,5 +1,5 @@
 // The tokenizer: SentencePiece BPE or byte-level BPE, from a file written by tokenizer.py. Both cut
-// a text into symbols (characters or bytes) and merge neighbours, best pair first.
+// a text into symbols (characters or bytes) and merge neighbors, best pair first.
 
 enum { UNK = 0, FIRST_PIECE = 3 };  // of SentencePiece; its BOS is 1, its EOS is 2
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, BLANK = 8, NEWLINE = 16, CODE_POINTS = 0x110000 };
@@ -250,8 +250,8 @@ static Tokenizer load_tokenizer(File file, int vocab_size) {
 
 typedef struct {
     const uint8_t *bytes;
-    size_t length;        // 0 once it is merged into its left neighbour
-    int prev, next;       // neighbours, -1 at the ends
+    size_t length;        // 0 once it is merged into its left neighbor
+    int prev, next;       // neighbors, -1 at the ends
     int id;               // its token, -1 if the vocabulary lacks it
     const Piece *merged;  // the result of merging it with the next one, or NULL
 } Symbol;
@@ -353,7 +353,7 @@ static const Piece *special_at(const Tokenizer *t, const uint8_t *p, size_t n) {
 }
 
 // Cut a text into symbols for byte-level BPE: special tokens, and the bytes of the pre-tokens
-// between them, with neighbours only in the same pre-token. Returns the number of symbols.
+// between them, with neighbors only in the same pre-token. Returns the number of symbols.
 static size_t cut_bytes(const Tokenizer *t, const uint8_t *p, size_t n_bytes, Symbol *s) {
     size_t n = 0;
     for (size_t at = 0, end = 0; at < n_bytes; at = end) {
@@ -411,7 +411,7 @@ static void find_merge(const Tokenizer *t, Symbol *s, int i, Candidate *heap, si
     if (l->next < 0) return;
     const Symbol *r = &s[l->next];
     if (t->is_byte_level) l->merged = *find_slot(t, (int[]){l->id, r->id}, 8);
-    else l->merged = *find_slot(t, l->bytes, l->length + r->length);  // neighbours in memory
+    else l->merged = *find_slot(t, l->bytes, l->length + r->length);  // neighbors in memory
     if (l->merged) push(heap, n, (Candidate){l->merged->score, i});
 }
 

@@ -14,14 +14,17 @@ base = (
     "--batch_size=4 --max_iters=540 --head_lr=0.0075 --embedding_lr=0.08 --bigram_lr=0.013 "
     "--scalar_lr=0.02 --momentum=0.915 --muon_beta1=0.65 --muon_weight_decay=0"
 )
-runs = """
-recipe:
-dropout: --dropout=0.1
-tables: --bigram_rows=0 --embedding_weight_decay=0.5
-decay: --muon_weight_decay=0.3
-both: --bigram_rows=0 --embedding_weight_decay=0.5 --muon_weight_decay=0.3
-recipe-8: --max_iters=1080
-both-8: --max_iters=1080 --bigram_rows=0 --embedding_weight_decay=0.5 --muon_weight_decay=0.3
-"""
+runs = (
+    "recipe:;"
+    "head: --head_lr=0.004;"
+    "decay: --muon_weight_decay=0.3;"
+    "tables: --bigram_rows=0 --embedding_weight_decay=0.5;"
+    "dropout: --dropout=0.1;"
+    "all: --head_lr=0.004 --muon_weight_decay=0.3 --bigram_rows=0 --embedding_weight_decay=0.5 "
+    "--dropout=0.1;"
+    "recipe-8: --max_iters=1080;"
+    "all-8: --max_iters=1080 --head_lr=0.004 --muon_weight_decay=0.3 --bigram_rows=0 "
+    "--embedding_weight_decay=0.5 --dropout=0.1"
+)
 evals = 6
 eval_windows = 1000  # or all of a shorter validation text

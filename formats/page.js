@@ -99,7 +99,7 @@ class Column {
       }
       if (data.pieces) this.add(data.pieces);
       if (data.n !== undefined) this.finish(data);
-      if (data.surprise && $("surprise").checked) this.colour(data.surprise);
+      if (data.surprise && $("surprise").checked) this.color(data.surprise);
       if (data.why && data.at === this.chosen) this.show_why(data.why);
     }
   }
@@ -141,7 +141,7 @@ class Column {
       this.worker.postMessage({ story, surprise: this.tokens() });
   }
 
-  colour(probabilities) {
+  color(probabilities) {
     probabilities.forEach((p, i) => {
       if (this.pieces[i][2]) return;  // the reader wrote it
       const surprise = Math.min(Math.max(-Math.log2(p) - 0.5, 0) / 7, 1);  // up to 7.5 bits
@@ -150,7 +150,7 @@ class Column {
     });
   }
 
-  uncolour() {
+  uncolor() {
     for (const span of this.text.children) span.style.backgroundColor = "";
   }
 
@@ -384,7 +384,7 @@ function listen() {
   $("copy").addEventListener("click", copy_story);
   $("surprise").addEventListener("change", () => {
     $("legend").hidden = !$("surprise").checked;
-    for (const c of columns) $("surprise").checked ? c.ask_surprise() : c.uncolour();
+    for (const c of columns) $("surprise").checked ? c.ask_surprise() : c.uncolor();
   });
   for (const id of ["temperature", "top-p"]) $(id).addEventListener("input", show_values);
   addEventListener("hashchange", () => { if (!$("tell").disabled && read_address()) tell(true); });

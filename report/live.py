@@ -104,7 +104,7 @@ class Watcher:
                 with contextlib.suppress(OSError):  # still show the others
                     run.read()
             newest = sorted(self.runs.values(), key=last_change, reverse=True)[:MAX_RUNS]
-            # in a fixed order, so that each run keeps its colour
+            # in a fixed order, so that each run keeps its color
             runs = [run for run in self.runs.values() if run in newest]
             n_points = max(60, N_POINTS // max(1, len(runs) // 4))
             states = [state_of(run, n_points) for run in runs]

@@ -1,7 +1,7 @@
 """
 Pictures of runs and sweeps, PNG or SVG, drawn with matplotlib (`pip install '.[plot]'`).
 
-Lines differ in colour (Okabe and Ito's palette for colour-blind readers), dash and marker, so they
+Lines differ in color (Okabe and Ito's palette for color-blind readers), dash and marker, so they
 can be told apart in greyscale too.
 """
 
@@ -26,7 +26,7 @@ from system.files import atomic_write
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "osD^vP*X"
-# colours of text, background and grid lines
+# colors of text, background and grid lines
 THEMES = {"light": ("#1f2328", "#ffffff", "#c8ccd1"), "dark": ("#d7dce2", "#14171b", "#3a4048")}
 SCALE = {"light": (0.0, 0.85), "dark": (0.25, 1.0)}  # part of viridis used for ordered settings
 ENDINGS = (".png", ".svg")
@@ -85,7 +85,7 @@ def canvas(path, rows, columns, theme, panel=(4.6, 3.2)):
 
 
 def style_of(i):
-    """Return the colour and dash of the i-th line."""
+    """Return the color and dash of the i-th line."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
@@ -269,7 +269,7 @@ def draw_summary(ax, summary, x, label):
 
 
 def draw_curves(ax, lines, x, series, value, against, scale):
-    """Draw the curves of all runs, one colour per setting; numeric settings get a colour scale."""
+    """Draw the curves of all runs, one color per setting; numeric settings get a color scale."""
     import matplotlib
 
     x_field, label, divisor = AXES[against]

@@ -53,7 +53,7 @@ def test_permuted_is_a_permutation(n):
 
 
 def test_permutations_look_random():
-    """Positions, and steps between neighbours, are as evenly spread as in random permutations."""
+    """Positions, and steps between neighbors, are as evenly spread as in random permutations."""
     n, seeds = 40, 4000
     orders = np.array([permuted(np.arange(n), n, round_keys(s, 0)) for s in range(seeds)])
 

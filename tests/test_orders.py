@@ -25,7 +25,7 @@ from text.orders import (
     Wanted,
     first_uses,
     forms,
-    labelled,
+    labeled,
     parse,
     problem_of,
     scores,
@@ -95,7 +95,7 @@ def test_words_are_what_a_story_is_about_and_found_where_it_first_has_them():
     assert not list(first_uses(Order(), story))
 
 
-LABELLED = [
+LABELED = [
     {
         "story": "Once a dragon cooked soup.",
         "instruction": {"words": ["dragon", "soup"], "features": ["Twist"]},
@@ -123,9 +123,9 @@ IN_ORDER = [
 @pytest.mark.parametrize("kind", ("json", "jsonl", "jsonl.gz", "parquet", "txt"))
 def test_labels_of_datasets_become_orders(tmp_path, kind):
     path = tmp_path / f"data.{kind}"
-    lines = "\n".join(map(json.dumps, LABELLED))
+    lines = "\n".join(map(json.dumps, LABELED))
     if kind == "json":
-        path.write_text(json.dumps(LABELLED))
+        path.write_text(json.dumps(LABELED))
     elif kind == "jsonl":
         path.write_text(lines)
     elif kind == "jsonl.gz":
@@ -135,20 +135,20 @@ def test_labels_of_datasets_become_orders(tmp_path, kind):
     else:
         parquet = pytest.importorskip("pyarrow.parquet")
         pyarrow = pytest.importorskip("pyarrow")
-        rows = [{k: v for k, v in item.items() if k in ("story", "style")} for item in LABELLED]
+        rows = [{k: v for k, v in item.items() if k in ("story", "style")} for item in LABELED]
         parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(
             [("story", pyarrow.string()), ("style", pyarrow.string())])), path)  # fmt: skip
     files = plan_shards(str(path))
     plain = [text for file in files for text in file.documents()]
-    found = [text for file in files for text in file.labelled().documents()]
+    found = [text for file in files for text in file.labeled().documents()]
     if kind == "parquet":
         assert found[2] == "Features: noir\nStory: A dog ran."
         assert found[:2] == plain[:2]
     else:
         assert found == IN_ORDER
     if kind != "txt":
-        assert plain == [item["story"] for item in LABELLED]
-    assert [document_key(x) for x in found] == [document_key(x["story"]) for x in LABELLED]
+        assert plain == [item["story"] for item in LABELED]
+    assert [document_key(x) for x in found] == [document_key(x["story"]) for x in LABELED]
 
 
 MALFORMED = [
@@ -167,13 +167,13 @@ WRONG = (
 
 
 def test_malformed_orders_are_counted_and_named(stories):
-    texts = [labelled(item["story"], item) for item in MALFORMED]
+    texts = [labeled(item["story"], item) for item in MALFORMED]
     found = [problem_of(text) for text in texts]
     assert found == [*(wrong.split("” ")[1] for wrong in WRONG), None]
     orders = Orders(stories)
     told = ["A cat ran away.", "A cat sat.", "", "", "A cow ran."]
     assert [orders.place(text)[1] for text in texts] == told
-    assert not any(problem_of(labelled(item["story"], item)) for item in LABELLED[2:])
+    assert not any(problem_of(labeled(item["story"], item)) for item in LABELED[2:])
 
 
 def test_both_writers_write_the_same_orders_and_name_what_is_malformed(

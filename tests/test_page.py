@@ -262,9 +262,9 @@ def test_a_page_explains_each_word(builds, teller, tmp_path):
         logits = logits_of(builds["harness", "fast"], model, tokens, 512).astype(np.float64)
         browser.evaluate("document.getElementById('surprise').click()")
         spans = "[...document.querySelectorAll('.story span')]"
-        coloured = f"{spans}.map((x) => !!x.style.backgroundColor)"
-        browser.wait_until(f"{coloured}.some((x) => x)", PATIENCE_S)
-        assert browser.evaluate(f"{coloured}[0]") is False  # the reader wrote it
+        colored = f"{spans}.map((x) => !!x.style.backgroundColor)"
+        browser.wait_until(f"{colored}.some((x) => x)", PATIENCE_S)
+        assert browser.evaluate(f"{colored}[0]") is False  # the reader wrote it
         browser.evaluate(
             "columns[0].worker.addEventListener('message', (e) => { window.last = e.data; })"
         )

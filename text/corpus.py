@@ -90,7 +90,7 @@ class File:
     is_book: bool = False
     with_labels: bool = False
 
-    def labelled(self):
+    def labeled(self):
         """Return this File with orders from the labels of its documents."""
         spans = tuple(replace(span, with_labels=True) for span in self.spans)
         return replace(self, spans=spans, with_labels=True)

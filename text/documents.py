@@ -33,7 +33,7 @@ from functools import partial
 
 from configurator import UserError
 from system.files import parse_json
-from text.orders import LABELS, labelled
+from text.orders import LABELS, labeled
 
 SEPARATOR = b"<|endoftext|>"
 HOW_TO_CUT = (
@@ -205,7 +205,7 @@ def text_field(item, where, with_labels=False):
     values = [item[field] for field in FIELDS if isinstance(item, dict) and field in item]
     text = next((value for value in values if value is not None), "")
     if item is None or (values and isinstance(text, str)):
-        return labelled(text, item) if with_labels and text else text
+        return labeled(text, item) if with_labels and text else text
     raise UserError(f"{where}: expected an object with text in a field {' or '.join(FIELDS)}")
 
 
@@ -369,7 +369,7 @@ def parquet_texts(table, field, file, labels=()):
                 if text:
                     n_bytes += len(text)
                     check_ratio(n_bytes, file)
-                    yield labelled(text, item) if labels else text
+                    yield labeled(text, item) if labels else text
 
 
 READERS = {

@@ -129,7 +129,7 @@ def problem_of(text):
     return None
 
 
-def labelled(text, item):
+def labeled(text, item):
     """
     Return a story in the form above, with the labels of its parsed JSON object or row: the words,
     features and summary of TinyStories, or the columns of SimpleStories as features. What is
