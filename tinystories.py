@@ -118,7 +118,8 @@ def download_pretokenized():
     fetch("enio/TinyStories", f"{name}/{name}.vocab", os.path.join(data_dir, f"{name}.vocab"))
     export_beside(paths.tokenizer_model)
     fetch_folder("enio/TinyStories", f"{name}/{name}.tar.gz", paths.shards)
-    print(f"next: python train.py {paths.flags()}")
+    preset = "config/baby128.py" if pretokenized == 128 else "config/tok105.py"
+    print(f"next: python train.py {preset} {paths.flags()}")
 
 
 def synth_stage():
@@ -233,7 +234,7 @@ def pretokenize_stage():
     }
     made = orders_of(files, split) if orders else None
     write_shards(paths.shards, tokenizer, files, split, workers, about, encoder, orders=made)
-    print(f"next: python train.py {paths.flags()}")
+    print(f"next: python train.py --minutes=10 {paths.flags()}")
 
 
 def same_flags():

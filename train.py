@@ -235,7 +235,7 @@ this_device = parallel.start(device)
 start = find_start(settings_of(globals()), given)
 threads = Threads(this_device)
 if dial.in_use(start.settings) and not start.is_resumed:
-    start.settings, lines = dial.choose(start.settings, given, this_device)
+    start.settings, lines = dial.choose(start.settings, given, this_device, say)
     for line in lines:
         say(line)
 settings = SimpleNamespace(**start.settings)

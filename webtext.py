@@ -334,7 +334,8 @@ def about():
 
 def print_next(preset=""):
     where = f"--data_dir={shlex.quote(data_dir)}" if data_dir else ""
-    print(f"next: python train.py {f'{preset} {where}' if preset else data_paths().flags()}")
+    flags = f"{preset} {where}" if preset else f"--minutes=10 {data_paths().flags()}"
+    print(f"next: python train.py {flags}")
 
 
 # ---- sources that are tokenized already

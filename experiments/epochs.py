@@ -1,17 +1,18 @@
 """
-What helps when text is short? A text of 1.1 MB, 276,000 tokens, read four or eight times. First cut
-it out and make its shards; the validation text may be longer:
+What helps when text is short? 1.1 MB of text, 276,000 tokens of a vocabulary for more text, read
+four or eight times. In place of data/TinyStories.txt, put any text; valid.txt may be longer:
 
-    head -c 1100000 TinyStories.txt > small.txt
-    python tinystories.py pretokenize --data_dir=small --source=small.txt --valid_source=valid.txt
-    python sweep.py experiments/epochs.py --data_dir=small
+    mkdir short && cp data/tok4096.model short
+    head -c 1100000 data/TinyStories.txt > short.txt
+    python tinystories.py pretokenize --data_dir=short --source=short.txt --valid_source=valid.txt
+    python sweep.py experiments/epochs.py --data_dir=short
 """
 
 title = "A short text, read four and eight times"
-# the dial's rates for a run of this length
+# the dial's rates for a run of this length with enough text
 base = (
     "config/speedrun_cpu.py --dim=128 --n_heads=2 --max_seq_len=512 --sliding_window=128 "
-    "--batch_size=4 --max_iters=540 --head_lr=0.0075 --embedding_lr=0.08 --bigram_lr=0.013 "
+    "--batch_size=4 --max_iters=540 --head_lr=0.011 --embedding_lr=0.08 --bigram_lr=0.013 "
     "--scalar_lr=0.02 --momentum=0.915 --muon_beta1=0.65 --muon_weight_decay=0"
 )
 runs = (

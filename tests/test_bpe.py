@@ -485,7 +485,7 @@ def test_from_text_to_a_story(practice, tmp_path, run):
         done = script("tinystories.py", *args, *flags, "--tokenizer=bpe")
         assert done.returncode == 0, done.stderr
     hint = f"--vocab_source=bpe --vocab_size=500 --data_dir={practice}"
-    assert f"next: python train.py {hint}" in done.stdout
+    assert f"next: python train.py --minutes=10 {hint}" in done.stdout
     out = tmp_path / "out"
     args = [*TINY, *hint.split(), "--vocab_size=500", f"--out_dir={out}", "--max_iters=40"]
     done = script("train.py", *args)

@@ -20,9 +20,11 @@ def choose(monkeypatch):
 
     def call(*args, n_text=SAMPLE, speed=4.1e11):
         monkeypatch.setattr(dial, "measured_speed", lambda *_: lambda flops: speed)
-        monkeypatch.setattr(dial, "sizes_of_text", lambda _: (n_text, n_text // 16))
-        given = {arg[2:].partition("=")[0] for arg in args}
-        settings, lines = dial.choose(dict(resolved(tuple(args))), given - {*dial.DIALS}, None)
+        monkeypatch.setattr(dial, "corrected", lambda speed_at, *_: speed_at)
+        monkeypatch.setattr(dial, "sizes_of_text", lambda *_: (n_text, n_text // 16))
+        given = {arg[2:].partition("=")[0]: arg for arg in args}
+        given = {name: arg for name, arg in given.items() if name not in dial.DIALS}
+        settings, lines = dial.choose(dict(resolved(tuple(args))), given, None)
         assert any(f"--max_seq_len={settings['max_seq_len']} " in line for line in lines)
         return settings
 
@@ -86,6 +88,7 @@ def test_tokens_that_are_given_are_never_cut(choose):
     chosen = choose(f"--tokens={20 * SAMPLE}")
     n_tokens = chosen["max_iters"] * chosen["batch_size"] * chosen["max_seq_len"]
     assert n_tokens == pytest.approx(20 * SAMPLE, rel=0.01)
+    assert choose("--tokens=1e9", n_text=1000)["muon_weight_decay"] == dial.MOST_DECAY
 
 
 def test_tokens_and_depth(choose):
@@ -101,6 +104,27 @@ def test_given_settings_keep_their_values(choose):
     assert (chosen["n_layers"], chosen["dropout"], chosen["batch_size"]) == (2, 0.3, 3)
     assert choose("--minutes=10", "--n_heads=6")["dim"] == 192  # the nearest multiple of 12
     assert choose("--minutes=10", "--dim=240", "--n_heads=2")["n_heads"] == 2
+
+
+@pytest.mark.parametrize("dim, n_heads", [(32, 1), (100, 1), (128, 2), (320, 5), (1000, 10)])
+def test_heads_have_64_dims_or_more(choose, dim, n_heads):
+    assert choose("--minutes=10", f"--dim={dim}")["n_heads"] == n_heads
+
+
+@pytest.mark.parametrize("given", ["--max_seq_len=512", "--gradient_accumulation_steps=4"])
+def test_a_step_has_the_same_tokens_with_given_settings(choose, given):
+    """The learning rates are for these."""
+    chosen = choose("--minutes=10", given)
+    sequences = chosen["batch_size"] * chosen["gradient_accumulation_steps"]
+    assert sequences * chosen["max_seq_len"] == 8192
+
+
+@pytest.mark.parametrize("n_processes", [2, 8])
+def test_a_step_has_the_same_tokens_in_several_processes(choose, monkeypatch, n_processes):
+    monkeypatch.setattr(dial, "WORLD_SIZE", n_processes)
+    chosen = choose("--tokens=9.1e6")
+    assert chosen["batch_size"] * chosen["max_seq_len"] == 8192
+    assert chosen["batch_size"] % n_processes == 0
 
 
 @pytest.mark.parametrize("n_text", [40, 1000, 20_000])
@@ -121,7 +145,11 @@ def test_every_depth_has_a_valid_shape(depth):
     [
         (["--minutes=1", "--tokens=5"], "minutes cannot be used with tokens"),
         (["--minutes=1", "--max_iters=5"], "max_iters cannot be used with minutes"),
-        (["--depth=2", "--max_minutes=5"], "use --minutes or --tokens instead"),
+        (["--depth=2", "--max_minutes=5"], "leave out one of them"),
+        (["--depth=2", "--n_layers=3"], "n_layers cannot be used with depth"),
+        (["--minutes=1", "--optimizer=adamw"], "learning rates for Muon only"),
+        (["--minutes=1e-9"], "expected 0 \\(off\\), or 0.001 or more"),
+        (["--minutes=1", "--value_embeddings=60"], "no depth from 1 to 48 fits"),
         (["--tokens=5", "--init_from=x.pt"], "tokens chooses a new model"),
         (["--minutes=1", "--dim=100", "--n_heads=6"], "n_heads = 6 does not divide dim = 100"),
     ],
@@ -137,7 +165,8 @@ def test_a_run_with_the_dial_and_its_continuation(practice, tmp_path):
     flags += [f"--out_dir={tmp_path / 'out'}", "--picture=False", "--depth=1", "--dim=32"]
     done = script("train.py", *flags, "--minutes=0.02")
     assert done.returncode == 0, done.stderr
-    assert "--max_minutes=0.02: " in done.stdout and "(measured)" in done.stdout
+    assert "--max_minutes=0.02  # " in done.stdout and "(measured)" in done.stdout
+    assert "--dim=32 (given) " in done.stdout
     config = read_log(tmp_path / "out")[0]["config"]
     assert config["dim"] == 32 and config["n_layers"] == 1 and config["max_minutes"] == 0.02
     again = script("train.py", *flags, "--minutes=0.02", "--resume=auto")
@@ -145,7 +174,7 @@ def test_a_run_with_the_dial_and_its_continuation(practice, tmp_path):
     assert "(measured)" not in again.stdout
     refused(
         script("train.py", *flags, "--minutes=0.03", "--resume=auto"),
-        "cannot resume with minutes = 0.03: the run has 0.02",
+        "cannot resume with minutes = 0.03: the run has 0.02; leave it out, raise --max_minutes",
     )
 
 
@@ -153,3 +182,6 @@ def test_speed_is_measured(practice):
     settings = resolved((f"--data_dir={practice}", "--vocab_size=300", "--dtype=float32"))
     speed_at = dial.measured_speed(settings, torch.device("cpu"))
     assert 1e8 < speed_at(1e6) < 1e14
+    plan = dial.plan_of(1, settings | {"minutes": 0.01}, {}, (20_000, 2000), speed_at)
+    faster = dial.corrected(lambda flops: 10 * speed_at(flops), plan, torch.device("cpu"))
+    assert 0.1 < faster(1e6) / dial.corrected(speed_at, plan, torch.device("cpu"))(1e6) < 10

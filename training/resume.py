@@ -23,7 +23,16 @@ from training.checkpoint import (
 )
 from training.parallel import FIRST, WORLD_SIZE, say
 from training.rundir import RunDir
-from training.settings import FIXED, NOT_RESUMED, OPTIONS, args_of, check, unused, with_arch
+from training.settings import (
+    FIXED,
+    GROUPS,
+    NOT_RESUMED,
+    OPTIONS,
+    args_of,
+    check,
+    unused,
+    with_arch,
+)
 
 
 @dataclass
@@ -126,10 +135,14 @@ def resumed_settings(settings, checkpoint, given):
             else:
                 changed.append(name)
     for name in FIXED.intersection(changed):
+        longer = ""
+        if name in GROUPS["dial"]:
+            limit = "max_minutes" if old["max_minutes"] else "max_iters"
+            longer = f", raise --{limit} to train longer"
         raise UserError(
             f"cannot resume with {name} = {settings[name]}: the run has "
-            f"{checkpoint['model_args'].get(name, old[name])}; leave it out, or start a new run "
-            f"in another --out_dir"
+            f"{checkpoint['model_args'].get(name, old[name])}; leave it out{longer}, or start a "
+            f"new run in another --out_dir"
         )
     if "data_dir" not in given:
         settings["data_dir"] = data_dir_of(checkpoint, settings["out_dir"])

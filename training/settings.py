@@ -121,7 +121,7 @@ USED_IF = (
     (
         lambda s: s["value_embeddings"] or not s["tie_embeddings"],
         "value_embeddings=N",
-        "embedding_lr",
+        "embedding_lr embedding_weight_decay",
     ),
     (lambda s: not s["hidden_dim"], "hidden_dim=0", "multiple_of"),
     (lambda s: not s["max_minutes"], "max_minutes=0", "max_iters"),
@@ -165,13 +165,13 @@ CHOICES = {
 # name: (minimum, maximum, text for the error). If 0 is not allowed, the minimum is the smallest
 # normal float, because train.py flushes denormals to 0
 INTEGERS = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval keep_last"
-NOT_NEGATIVE = (
-    "save_interval warmup_iters momentum_warmup weight_decay muon_weight_decay "
-    "embedding_weight_decay price"
-)
+NOT_NEGATIVE = "save_interval warmup_iters momentum_warmup price"
+WEIGHT_DECAYS = "weight_decay muon_weight_decay embedding_weight_decay"
 RANGES = {
     **dict.fromkeys(INTEGERS.split(), (1, math.inf, "at least 1")),
     **dict.fromkeys(NOT_NEGATIVE.split(), (0, sys.float_info.max, "a finite number, 0 or more")),
+    # rate * decay near 1 would replace the weights in every step
+    **dict.fromkeys(WEIGHT_DECAYS.split(), (0, 10, "a number from 0 to 10")),
     **dict.fromkeys(("cooldown_frac", "final_lr_frac"), (0, 1, "a number from 0 to 1")),
     "max_iters": (1, 10**12, "a number from 1 to 10 ** 12"),
     "max_minutes": (0, 1e7, "a number from 0 (no limit) to 1e7"),
