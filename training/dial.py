@@ -59,12 +59,12 @@ FEW_EPOCHS, MOST_EPOCHS = 5, 5.5
 LARGEST, LARGEST_TEXT = 64e6, 3_450_000
 # Weight decay is DECAY at the scarcity of text (see Plan) of the ten-minute run, DECAY_SCARCITY,
 # and grows as the root of the scarcity
-DECAY, DECAY_SCARCITY = 0.1, 20
+DECAY, DECAY_SCARCITY = 0.105, 20
 MOST_DECAY = 1.0
-# From SCARCE on, bigrams are left out and value embeddings decay; from VERY_SCARCE on, dropout is
-# added, and head_lr is SCARCE_HEAD times what it would be
-SCARCE, VERY_SCARCE = 100, 180
-DROPOUT, SCARCE_HEAD = 0.1, 0.4
+# If text is scarcer than SCARCE, bigrams are left out, value embeddings decay, dropout is added,
+# and head_lr is at most SCARCE_HEAD_LR
+SCARCE = 100
+DROPOUT, SCARCE_HEAD_LR = 0.1, 0.004
 
 
 def in_use(settings):
@@ -187,9 +187,7 @@ def regularization(scarcity):
     decay = min(DECAY * math.sqrt(scarcity / DECAY_SCARCITY), MOST_DECAY)
     values = {"muon_weight_decay": float(f"{decay:.1g}")}
     if scarcity > SCARCE:
-        values |= {"bigram_rows": 0, "embedding_weight_decay": 0.5}
-    if scarcity > VERY_SCARCE:
-        values |= {"dropout": DROPOUT}
+        values |= {"bigram_rows": 0, "embedding_weight_decay": 0.5, "dropout": DROPOUT}
     return values
 
 
@@ -203,8 +201,8 @@ def rates(n_tokens, scarcity=0.0):
     """Return the settings in RATES for a run of n_tokens."""
     ends = SHORT_TOKENS, TOKENS
     values = {name: power_law(n_tokens, ends, pair) for name, pair in RATES.items()}
-    if scarcity > VERY_SCARCE:
-        values["head_lr"] *= SCARCE_HEAD
+    if scarcity > SCARCE:
+        values["head_lr"] = min(values["head_lr"], SCARCE_HEAD_LR)
     return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
@@ -357,7 +355,7 @@ def explained(plan):
     if plan.is_cut:
         epochs += "; more would only memorize them"
     speed = "the shorter the run, the higher" if plan.n_tokens < TOKENS else "of a long run"
-    if plan.scarcity > VERY_SCARCE:
+    if plan.scarcity > SCARCE:
         speed += "; scarce text needs a lower head_lr"
     evaluated = n_evaluated(plan)
     return (
