@@ -1,6 +1,6 @@
 """
 What helps when text is short? 1.1 MB of text, 276,000 tokens of a vocabulary for more text, read
-four or eight times. In place of data/TinyStories.txt, put any text; valid.txt may be longer:
+four or eight times. Use any text instead of data/TinyStories.txt; valid.txt may be longer:
 
     mkdir short && cp data/tok4096.model short
     head -c 1100000 data/TinyStories.txt > short.txt

@@ -3,7 +3,7 @@ The dial: --minutes, --tokens or --depth chooses the shape of the model, its bat
 regularization for this machine and this text. Settings that are given keep their values.
 
 Everything follows from two numbers: the operations that the run can afford, and the tokens of text.
-With enough text, the choice lies between the recipes for twenty seconds and for ten minutes,
+With enough text, the rates lie between those for twenty seconds and for ten minutes,
 config/sprint_cpu.py and config/speedrun_cpu.py. With little text, a larger model reads it less
 often, and is kept from learning it by heart, as in config/slowrun_cpu.py. doc/LOG.md has the runs
 from which the constants come.
@@ -354,10 +354,16 @@ def explained(plan):
     epochs = f"the {plan.n_text:,} tokens of text are read {epochs} times"
     if plan.is_cut:
         epochs += "; more would only memorize them"
-    speed = "the shorter the run, the higher" if plan.n_tokens < TOKENS else "of a long run"
-    if plan.scarcity > SCARCE:
-        speed += "; scarce text needs a lower head_lr"
-    evaluated = n_evaluated(plan)
+    run_rates = rates(plan.n_tokens, plan.scarcity)
+    about_rates = "the shorter the run, the higher" if plan.n_tokens < TOKENS else "of a long run"
+    if run_rates != rates(plan.n_tokens):
+        about_rates += "; scarce text needs a lower head_lr"
+    evaluated_tokens = EVALUATED * plan.n_tokens
+    per_batch = plan.settings["batch_size"] * plan.settings["max_seq_len"]
+    intervals = {
+        "eval_interval": math.ceil(plan.n_steps / EVALUATIONS),
+        "eval_iters": max(1, round(evaluated_tokens / per_batch)),
+    }
     return (
         (shape, f"{size:,.3g} million operations per token; ideal are {ideal:,.3g}"),
         (length, tokens),
@@ -365,19 +371,10 @@ def explained(plan):
             batch | window(plan.settings),
             f"{plan.tokens_per_step:,} tokens per step, {plan.n_steps:,} steps",
         ),
-        (rates(plan.n_tokens, plan.scarcity), f"learning rates and momentum: {speed}"),
+        (run_rates, f"learning rates and momentum: {about_rates}"),
         (regularization(plan.scarcity), epochs),
-        (
-            {"eval_interval": math.ceil(plan.n_steps / EVALUATIONS), "eval_iters": evaluated},
-            f"{EVALUATIONS} evaluations, on {EVALUATED:.0%} of the run's tokens or fewer",
-        ),
+        (intervals, f"{EVALUATIONS} evaluations of at most {evaluated_tokens:,.0f} tokens"),
     )
-
-
-def n_evaluated(plan):
-    """Return the batches of an evaluation, which takes little of the run's time."""
-    batch = plan.settings["batch_size"] * plan.settings["max_seq_len"]
-    return max(1, round(EVALUATED * plan.n_tokens / batch))
 
 
 def flag(name, value):
