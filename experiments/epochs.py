@@ -17,14 +17,14 @@ base = (
 )
 runs = (
     "recipe:;"
-    "head: --head_lr=0.004;"
+    "head: --head_lr=0.0055;"
     "decay: --muon_weight_decay=0.3;"
     "tables: --bigram_rows=0 --embedding_weight_decay=0.5;"
     "dropout: --dropout=0.1;"
-    "all: --head_lr=0.004 --muon_weight_decay=0.3 --bigram_rows=0 --embedding_weight_decay=0.5 "
+    "all: --head_lr=0.0055 --muon_weight_decay=0.3 --bigram_rows=0 --embedding_weight_decay=0.5 "
     "--dropout=0.1;"
     "recipe-8: --max_iters=1080;"
-    "all-8: --max_iters=1080 --head_lr=0.004 --muon_weight_decay=0.3 --bigram_rows=0 "
+    "all-8: --max_iters=1080 --head_lr=0.0055 --muon_weight_decay=0.3 --bigram_rows=0 "
     "--embedding_weight_decay=0.5 --dropout=0.1"
 )
 evals = 6

@@ -41,12 +41,13 @@ SIZE_POWER = 0.55  # operations per token grow with this power of the run's oper
 STEP_POWER = 0.7  # tokens per step grow with this power of the run's tokens
 SMALLEST_STEP, LARGEST_STEP = 1024, 1 << 20
 CONTEXTS = 128, 4096  # max_seq_len for steps of SMALLEST_STEP and of STEP_TOKENS
-# Rates of a run of twenty seconds, SHORT_TOKENS long, and of one of ten minutes
+# Rates of a run of twenty seconds, SHORT_TOKENS long, and of one of ten minutes. head_lr is for
+# HEAD_DIM dims, see rates()
 SHORT_TOKENS = 442_368
 RATES = {
     "embedding_lr": (0.1, 0.05),
     "bigram_lr": (0.02, 0.005),
-    "head_lr": (0.02, 0.003),
+    "head_lr": (0.01, 0.003),
     "scalar_lr": (0.03, 0.01),
     "momentum": (0.9, 0.95),
     "muon_beta1": (0.6, 0.8),
@@ -61,10 +62,10 @@ LARGEST, LARGEST_TEXT = 64e6, 3_450_000
 # and grows as the root of the scarcity
 DECAY, DECAY_SCARCITY = 0.105, 20
 MOST_DECAY = 1.0
-# If text is scarcer than SCARCE, bigrams are left out, value embeddings decay, dropout is added,
-# and head_lr is at most SCARCE_HEAD_LR
-SCARCE = 100
-DROPOUT, SCARCE_HEAD_LR = 0.1, 0.004
+# If text is scarcer than SCARCE, bigrams are left out, value embeddings decay, and dropout is added
+SCARCE, DROPOUT = 100, 0.1
+# If it is scarcer than HEAD_SCARCITY, head_lr falls as the root of the scarcity
+HEAD_DIM, HEAD_SCARCITY = 256, 50
 
 
 def in_use(settings):
@@ -197,12 +198,15 @@ def power_law(x, ends, values):
     return values[0] * (values[1] / values[0]) ** min(max(part, 0.0), 1.0)
 
 
-def rates(n_tokens, scarcity=0.0):
-    """Return the settings in RATES for a run of n_tokens."""
+def rates(n_tokens, dim, scarcity=0.0):
+    """
+    Return the settings in RATES for a run of n_tokens. head_lr is inversely proportional to dim, as
+    in the maximal update parametrization (Yang et al. 2022, arXiv:2203.03466): a logit is a sum
+    over dim channels. A text that is read often is learned by heart in the output head first.
+    """
     ends = SHORT_TOKENS, TOKENS
     values = {name: power_law(n_tokens, ends, pair) for name, pair in RATES.items()}
-    if scarcity > SCARCE:
-        values["head_lr"] = min(values["head_lr"], SCARCE_HEAD_LR)
+    values["head_lr"] *= HEAD_DIM / dim * math.sqrt(HEAD_SCARCITY / max(scarcity, HEAD_SCARCITY))
     return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
@@ -354,9 +358,9 @@ def explained(plan):
     epochs = f"the {plan.n_text:,} tokens of text are read {epochs} times"
     if plan.is_cut:
         epochs += "; more would only memorize them"
-    run_rates = rates(plan.n_tokens, plan.scarcity)
+    run_rates = rates(plan.n_tokens, plan.settings["dim"], plan.scarcity)
     about_rates = "the shorter the run, the higher" if plan.n_tokens < TOKENS else "of a long run"
-    if run_rates != rates(plan.n_tokens):
+    if plan.scarcity > HEAD_SCARCITY:
         about_rates += "; scarce text needs a lower head_lr"
     evaluated_tokens = EVALUATED * plan.n_tokens
     per_batch = plan.settings["batch_size"] * plan.settings["max_seq_len"]
