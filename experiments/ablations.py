@@ -1,7 +1,8 @@
 """
 What each option is worth: the ten-minute recipe for two cores with one choice changed, and plain
-Llama with one option added (`llama+...`, compared with `llama`). All runs get equal text; for equal
-time, add --equal_bytes=0 --equal_minutes=1 and another --out_dir. To add an option, add a row.
+Llama with one option added (`llama+...`, compared with `llama`). All runs get equal arithmetic; for
+equal text, add --equal_flops=0 --equal_bytes=3100000 and another --out_dir. To add an option, add a
+row.
 """
 
 title = "What each option is worth"
@@ -22,15 +23,11 @@ no-smear: --smear=False
 no-neuron_beta: --neuron_beta=0
 no-momentum_warmup: --momentum_warmup=0
 no-grad_clip: --grad_clip=0
-adamw-2e-3: --optimizer=adamw --base_learning_rate=2e-3 --warmup_iters=20
 adamw-6e-3: --optimizer=adamw --base_learning_rate=6e-3 --warmup_iters=20
-float32: --dtype=float32
 zero_init: --zero_init=True
-untied-zero_init: --tie_embeddings=False --zero_init=True
 softcap: --logit_softcap=15
 dropout: --dropout=0.1
 no-decay: --muon_weight_decay=0
-warmup: --warmup_iters=20
 bigram-4096: --bigram_rows=4096
 window-128: --sliding_window=128
 full-layers: --window_pattern=SSSL
@@ -44,7 +41,6 @@ hidden_lr-0.04: --hidden_lr=0.04
 cosine: --cooldown_shape=cosine
 batch-2: --batch_size=2
 context-1024: --max_seq_len=1024 --batch_size=4
-context-2048: --max_seq_len=2048 --batch_size=2
 vocab-2048: --vocab_size=2048
 vocab-8192: --vocab_size=8192
 portable: --arch=portable
@@ -60,7 +56,6 @@ llama+smear: --arch=llama --smear=True
 llama+window: --arch=llama --sliding_window=256
 llama+separate_documents: --arch=llama --separate_documents=True
 """
-equal_bytes = 3_100_000  # about 800,000 tokens of the recipe's vocabulary, a minute on two cores
+equal_flops = 2.2e13  # about 800,000 tokens of the recipe, a minute on two cores
 evals = 1
 eval_windows = 2000  # or all of a shorter validation text
-rounds = 5
