@@ -72,6 +72,7 @@ class DataPaths:
         )
         self.tokenizer_model = os.path.join(data_dir, f"{name}.model")
         self.tokenizer_bin = os.path.join(data_dir, f"{name}.bin")
+        self.draft = os.path.join(data_dir, f"{name}.draft")  # see text/draft.py
         self.shards = self.stories if self.is_llama2 else os.path.join(data_dir, name)
 
     def other_shards_hint(self):

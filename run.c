@@ -16,7 +16,7 @@
 //
 // The engine is this file, with sampling, stories, evaluation, speed and the command line, and
 // engine/: base.h (errors, memory, files), model.h (model.bin), kernels.h, forward.h (load_model()
-// to forward()) and tokenizer.h. They are compiled as one. Shapes are (rows, columns).
+// to forward()), tokenizer.h and draft.h. They are compiled as one. Shapes are (rows, columns).
 //
 // No input may crash it: every size is checked before use, and every error ends in die() with one
 // sentence.
@@ -38,6 +38,7 @@
 #include "engine/model.h"
 #include "engine/forward.h"
 #include "engine/tokenizer.h"
+#include "engine/draft.h"
 
 // ------------------------------------------------------------------------------------------------
 // Sampling the next token
@@ -346,10 +347,10 @@ static void set_phrases(Sampler *s, const Tokenizer *t, const Order *order, cons
 // Print the prompt and its continuation, for each story, but not the order in the first n_order
 // bytes of the prompt. A single story is printed token by token, several at the end, one after
 // another. Seed and speed go to stderr; so does a note if the context cuts a story and wants_note is
-// set.
+// set. draft: guesses for a single story.
 static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sampler,
-                     const char *prompt, size_t n_order, uint64_t seed, bool as_json,
-                     bool wants_note) {
+                     const Draft *draft, const char *prompt, size_t n_order, uint64_t seed,
+                     bool as_json, bool wants_note) {
     size_t n_prompt, n_hidden = 1, n_stories = m->n_stories, n_generated = 0;
     if (n_order) encode(tokenizer, prompt, n_order, &n_hidden);
     int *tokens = encode(tokenizer, prompt, strlen(prompt), &n_prompt);
@@ -366,7 +367,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     Printer printer = {.out = stdout, .is_terminal = isatty(fileno(stdout)), .is_json = as_json,
                        .has_order = n_order > 0};
     Story *stories = alloc(n_stories, sizeof(Story));
-    BatchToken *batch = alloc(n_stories, sizeof(BatchToken));
+    BatchToken *batch = alloc(n_stories + MAX_GUESSES, sizeof(BatchToken));
+    size_t n_guesses = 0, n_right = 0, all_guesses = 0, all_right = 0;  // of the last batch, and all
 
     double start = seconds();
     float *logits = prefill(m, tokens, 0, n_prompt);
@@ -384,7 +386,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
     for (size_t n = n_stories; n; n_generated += n) {
         OMP(parallel for num_threads(m->n_active) if (n > 1))
         for (size_t i = 0; i < n; i++)
-            draw_next(m, tokenizer, sampler, &stories[batch[i].story], logits_of(m, i));
+            draw_next(m, tokenizer, sampler, &stories[batch[i].story], logits_of(m, n_right + i));
         if (n_stories == 1) print_story(tokenizer, &printer, stories);
         n = 0;
         for (size_t i = 0; i < n_stories; i++) {
@@ -393,7 +395,21 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
             if (!s->is_done)
                 batch[n++] = (BatchToken){s->tokens[s->n - 1], (int)s->n - 1, (int)i, true};
         }
-        if (n) run_batch(m, batch, n);
+        if (!n) break;
+        if (n_right < n_guesses && batch[0].token == batch[n_right + 1].token) {
+            n_right++;  // its logits are known
+            all_right++;
+            continue;
+        }
+        n_right = n_guesses = 0;
+        if (n_stories == 1) {
+            size_t at = stories->n, room = m->n_positions - at;
+            n_guesses = guess(draft, stories->tokens, at, room < MAX_GUESSES ? room : MAX_GUESSES);
+            for (size_t i = 0; i < n_guesses; i++)
+                batch[1 + i] = (BatchToken){stories->tokens[at + i], (int)(at + i), 0, true};
+        }
+        all_guesses += n_guesses;
+        run_batch(m, batch, n + n_guesses);
     }
     double end = seconds();
     for (size_t i = 0; n_stories > 1 && i < n_stories; i++) {
@@ -414,6 +430,7 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
             (double)n_prompt / (prefilled - start));
     if (n_generated)
         fprintf(stderr, "achieved tok/s: %.1f\n", (double)n_generated / (end - prefilled));
+    if (draft->n_slots) fprintf(stderr, "guesses: %zu of %zu right\n", all_right, all_guesses);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -600,6 +617,7 @@ static void print_usage(FILE *out) {
         "            --words \"kite, forest\" --features Dialogue\n"
         "  --order-bias FLOAT      added to the logits of what is ordered until the story has it\n"
         "            (default 3; 0: off)\n"
+        "  --draft FILE            guesses that make a single story faster, see doc/engine.md\n"
         "  -b INT    number of stories to generate at once, with seeds from -s up\n"
         "  --json    print one line of JSON per story, or for the evaluation\n"
         "  -m MODE   generate (default), or eval: bits per byte of a text file (-i FILE)\n"
@@ -662,7 +680,7 @@ static char *default_tokenizer(const char *model_path) {
 }
 
 typedef struct {
-    const char *model, *tokenizer;  // paths
+    const char *model, *tokenizer, *draft;  // paths
     const char *text;               // the prompt, or with -m eval a path
     Order order;
     int n_positions, n_stories, n_threads;
@@ -684,6 +702,7 @@ static Options parse_options(int argc, char **argv) {
     } flags[] = {
         {"-i", TEXT, &o.text, 0, 0},
         {"-z", TEXT, &o.tokenizer, 0, 0},
+        {"--draft", TEXT, &o.draft, 0, 0},
         {"-n", INTEGER, &o.n_positions, 0, INT_MAX - 1},
         {"-t", NUMBER, &o.sampler.temperature, 0, 100},
         {"-p", NUMBER, &o.sampler.top_p, 0, 1},
@@ -763,8 +782,11 @@ int main(int argc, char **argv) {
         if (max_tokens < MAX_CONTEXT && (!o.n_positions || (size_t)o.n_positions > max_tokens))
             o.n_positions = (int)max_tokens;
     }
+    if (o.draft && o.n_stories > 1)
+        die("--draft cannot be used with -b %d: it makes a single story faster", o.n_stories);
     Model model = load_model(open_file(o.model, MODEL_HINT), o.n_positions, o.n_stories,
-                             o.is_eval, o.n_threads, o.bf16_cache, o.is_fast);
+                             o.is_eval ? 0 : o.n_stories + MAX_GUESSES, o.n_threads,
+                             o.bf16_cache, o.is_fast);
     if (o.is_bench) {
         bench(&model);
     } else {
@@ -787,7 +809,10 @@ int main(int argc, char **argv) {
                     o.model);
             if (n_order) set_phrases(&o.sampler, &tokenizer, &o.order, prompt, n_order);
             bool wants_note = n_requested > model.config.seq_len && !o.as_json;
-            generate(&model, &tokenizer, &o.sampler, prompt, n_order, o.seed, o.as_json, wants_note);
+            Draft draft = {0};
+            if (o.draft) draft = load_draft(open_file(o.draft, DRAFT_HINT), &tokenizer);
+            generate(&model, &tokenizer, &o.sampler, &draft, prompt, n_order, o.seed, o.as_json,
+                     wants_note);
         }
     }
     release_to(NULL);

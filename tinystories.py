@@ -5,6 +5,7 @@ Training data: from stories, on disk or online, to token shards.
     python tinystories.py synth                          # or a practice corpus, offline
     python tinystories.py train_vocab --vocab_size=4096  # a SentencePiece vocabulary
     python tinystories.py pretokenize --vocab_size=4096  # all stories as token shards
+    python tinystories.py draft --vocab_size=4096        # guesses for ./run --draft, if you like
 
 --vocab_source=bpe (or --tokenizer=bpe) uses byte-level BPE instead of SentencePiece.
 
@@ -18,23 +19,33 @@ import os
 import shlex
 import shutil
 
+import numpy as np
+
 from configurator import UserError, configure
-from dataset import DataPaths
+from dataset import DataPaths, TokenData
 from system.files import atomic_write, download, unpack
 from system.progress import progress
 from system.workers import worker_count
 from text.corpus import plan_shards, text_files
-from text.shards import choose_split, orders_of, training_documents, write_shards
+from text.draft import MAX_TOKENS, write_draft
+from text.shards import (
+    choose_split,
+    orders_of,
+    training_documents,
+    without_marks,
+    write_shards,
+)
 from text.synth import make_stories
 from tokenizer import (
     export_beside,
+    open_tokenizer,
     tokenizer_to_encode,
     train_byte_level,
     train_sentencepiece,
 )
 
 # -----------------------------------------------------------------------------
-stage = ""  # download, synth, train_vocab or pretokenize
+stage = ""  # download, synth, train_vocab, pretokenize or draft
 data_dir = "data"  # folder of the stories, vocabularies and shards
 vocab_size = 4096  # tokens in the vocabulary; 0: Llama 2's own vocabulary
 vocab_source = "custom"  # custom: SentencePiece; bpe: byte-level BPE; llama2: Meta's
@@ -237,6 +248,17 @@ def pretokenize_stage():
     print(f"next: python train.py --minutes=10 {paths.flags()}")
 
 
+def draft_stage():
+    paths = DataPaths(data_dir, vocab_source, vocab_size)
+    tokenizer = open_tokenizer(paths.tokenizer_model)
+    data, ids = TokenData(paths, 1, tokenizer), np.zeros(0, int)
+    for shard in data.train:
+        ids = np.append(ids, without_marks(shard[: MAX_TOKENS - len(ids)], data.mark))
+    n = write_draft(paths.draft, ids, tokenizer)
+    print(f"{paths.draft} says what follows {n:,} contexts of {len(ids):,} tokens")
+    print(f"next: ./run out/model.bin --draft {shlex.quote(paths.draft)}")
+
+
 def same_flags():
     """Return the flags that select the same corpus and vocabulary in the next command."""
     flags = [DataPaths(data_dir, vocab_source, vocab_size).flags()]
@@ -255,6 +277,7 @@ STAGES = {
     "synth": synth_stage,
     "train_vocab": train_vocab_stage,
     "pretokenize": pretokenize_stage,
+    "draft": draft_stage,
 }
 
 if __name__ == "__main__":  # worker processes import this file again

@@ -583,8 +583,8 @@ static void alloc_buffers(Model *m) {
 }
 
 // Load a model, with room for n_stories of n_positions each (0: the whole context), and for the
-// logits of all tokens of a batch, or of one per story.
-static Model load_model(File file, int n_positions, int n_stories, bool wants_all, int n_threads,
+// logits of max_wanted tokens of a batch (0: of all).
+static Model load_model(File file, int n_positions, int n_stories, int max_wanted, int n_threads,
                         bool bf16_cache, bool is_fast) {
     Model m = {.file = file, .config = read_header(&file), .kernels = pick_kernels(),
                .bf16_cache = bf16_cache, .is_fast = is_fast, .n_stories = (size_t)n_stories};
@@ -594,7 +594,7 @@ static Model load_model(File file, int n_positions, int n_stories, bool wants_al
     m.n_positions = n_positions && n_positions < c->seq_len ? n_positions : c->seq_len;
     m.max_batch = m.n_positions < MAX_BATCH ? m.n_positions : MAX_BATCH;
     if (m.max_batch < m.n_stories) m.max_batch = m.n_stories;
-    m.max_wanted = wants_all ? m.max_batch : m.n_stories;
+    m.max_wanted = max_wanted ? (size_t)max_wanted : m.max_batch;
     m.width = ROUND_UP((size_t)c->dim, LANES);
     m.hidden = ROUND_UP((size_t)c->hidden_dim, LANES);
     m.n_threads = m.n_active = pick_threads(c, n_threads);

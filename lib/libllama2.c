@@ -117,7 +117,7 @@ static Llama *load(File model, File tokenizer, int n_positions, int n_threads) {
     if (!lock_models()) longjmp(*on_error.caller, 1);
     unlock_models();
     Llama *l = alloc(1, sizeof *l);
-    l->model = load_model(model, n_positions > 0 ? n_positions : 0, 1, false,
+    l->model = load_model(model, n_positions > 0 ? n_positions : 0, 1, 1,
                           n_threads > 0 ? n_threads : 0, false, false);
     int vocab_size = l->model.config.vocab_size;
     l->tokenizer = load_tokenizer(tokenizer, vocab_size);

@@ -8,7 +8,7 @@
 enum { STEPS = 3 };
 
 static void run_model(File file) {
-    Model m = load_model(file, STEPS, 1, false, 1, file.size % 2, file.size % 3 == 0);
+    Model m = load_model(file, STEPS, 1, 1, 1, file.size % 2, file.size % 3 == 0);
     int tokens[STEPS] = {1, 0, m.config.vocab_size - 1};
     float *logits = prefill(&m, tokens, 0, m.n_positions);
     Sampler sampler = {.temperature = 0.5f, .top_p = 0.9f, .min_p = 0.01f, .top_k = 40,

@@ -7,7 +7,7 @@
 // raw; BATCH tokens go through the model at a time.
 static void write_logits(char **args, int n_args) {
     int batch_size = atoi(args[0]), n = n_args - 2;
-    Model m = load_model(open_file(args[1], MODEL_HINT), n, 1, true, 1, false, false);
+    Model m = load_model(open_file(args[1], MODEL_HINT), n, 1, 0, 1, false, false);
     BatchToken *batch = alloc(n, sizeof(BatchToken));
     for (int i = 0; i < n; i++) batch[i] = (BatchToken){atoi(args[i + 2]), i, 0, true};
     for (int first = 0; first < n; first += batch_size) {
