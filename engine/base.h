@@ -38,6 +38,11 @@
 #include <sys/mman.h>
 #endif
 #define DO_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)  // Unroll the next loop, so that its arrays of vectors stay in registers
+#define UNROLL DO_PRAGMA(clang loop unroll(full))
+#else
+#define UNROLL
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #define OMP(...) DO_PRAGMA(omp __VA_ARGS__)
@@ -49,7 +54,7 @@ static int omp_get_max_threads(void) { return 1; }
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #elif defined(__wasm_simd128__)
 #include <wasm_simd128.h>

@@ -417,7 +417,8 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t apart, 
         for (; v < end; v++, codes += CODES) {
             Words c[2][PARTS];
             for (size_t b = 0; b < n_blocks; b++) {
-                memcpy(c[b], codes + b * next_block, sizeof c[b]);
+                for (size_t j = 0; j < PARTS; j++)
+                    memcpy(&c[b][j], codes + b * next_block + j * sizeof c[b][j], sizeof c[b][j]);
                 if (b == 0 || is_only) __builtin_prefetch(codes + b * next_block + ahead);
             }
             for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step)
@@ -454,7 +455,7 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t apart, 
 
 // sums[lane] += w[lane] . x, four products per lane: columns 0 and 2 of the weights (from 0 to 255)
 // are 16-bit integers in `even` and columns 1 and 3 in `odd`; x is in the order 0, 2, 1, 3.
-// x86-64 always has SSE2, which gcc does not find in the plain code.
+// x86-64 always has SSE2 and 64-bit ARM has NEON, which gcc does not use for the plain code.
 INLINE Words KERNEL(dot4)(Words sums, Words even, Words odd, const int8_t *quad) {
     int32_t first, second;  // two loads: from an array, gcc 12 makes one load and shifts
     memcpy(&first, quad, 4);
@@ -468,6 +469,13 @@ INLINE Words KERNEL(dot4)(Words sums, Words even, Words odd, const int8_t *quad)
 #elif defined(__x86_64__)
     sums += (Words)_mm_madd_epi16((__m128i)even, _mm_set1_epi32(first));
     return sums + (Words)_mm_madd_epi16((__m128i)odd, _mm_set1_epi32(second));
+#elif defined(__aarch64__)
+    int16x8_t e = (int16x8_t)even, x = vreinterpretq_s16_s32(vdupq_n_s32(first));
+    int16x8_t o = (int16x8_t)odd, y = vreinterpretq_s16_s32(vdupq_n_s32(second));
+    int32x4_t low = vmull_s16(vget_low_s16(e), vget_low_s16(x)), high = vmull_high_s16(e, x);
+    low = vmlal_s16(low, vget_low_s16(o), vget_low_s16(y));
+    high = vmlal_high_s16(high, o, y);
+    return sums + (Words)vpaddq_s32(low, high);
 #else
     sums += (even & 255) * (uint32_t)(int16_t)first + (even >> 16) * (uint32_t)(first >> 16);
     return sums + (odd & 255) * (uint32_t)(int16_t)second + (odd >> 16) * (uint32_t)(second >> 16);
@@ -503,15 +511,18 @@ INLINE void KERNEL(tile_of_codes)(const Product *p, size_t block, size_t t, cons
             __builtin_prefetch(codes + 4096);
             for (size_t half = 0; half < (is_4bit ? 2 : 1); half++, x += step) {
                 Words even[PARTS], odd[PARTS];
+                UNROLL
                 for (size_t j = 0; j < PARTS; j++) {
                     Words four = half ? c[j] >> 4 : c[j];
                     if (is_4bit) four &= 0x0F0F0F0F;
                     even[j] = four & 0x00FF00FF;
                     odd[j] = (Words)((KERNEL(Shorts))four >> 8);
                 }
-                for (size_t i = 0; i < n; i++)
+                for (size_t i = 0; i < n; i++) {
+                    UNROLL
                     for (size_t j = 0; j < PARTS; j++)
                         sums[i][j] = KERNEL(dot4)(sums[i][j], even[j], odd[j], x + 8 * i);
+                }
             }
         }
         for (size_t j = 0; j < PARTS; j++) {
