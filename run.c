@@ -250,6 +250,15 @@ static void draw_next(const Model *m, const Tokenizer *t, const Sampler *sampler
     if (s->n > m->n_positions) s->is_done = true;
 }
 
+// Append guesses of a story's next tokens to a batch of its last token. Returns their number.
+static size_t add_guesses(const Draft *d, const Story *s, size_t n_positions, BatchToken *batch) {
+    size_t room = n_positions - s->n;
+    size_t n = guess(d, s->tokens, s->n, room < MAX_GUESSES ? room : MAX_GUESSES);
+    for (size_t i = 0, pos = s->n; i < n; i++, pos++)
+        batch[1 + i] = (BatchToken){s->tokens[pos], (int)pos, 0, true};
+    return n;
+}
+
 // Print the tokens of a story that have not been printed yet.
 static void print_story(const Tokenizer *t, Printer *printer, Story *s) {
     if (printer->is_json && !s->n_printed)
@@ -401,13 +410,8 @@ static void generate(Model *m, const Tokenizer *tokenizer, const Sampler *sample
             all_right++;
             continue;
         }
-        n_right = n_guesses = 0;
-        if (n_stories == 1) {
-            size_t at = stories->n, room = m->n_positions - at;
-            n_guesses = guess(draft, stories->tokens, at, room < MAX_GUESSES ? room : MAX_GUESSES);
-            for (size_t i = 0; i < n_guesses; i++)
-                batch[1 + i] = (BatchToken){stories->tokens[at + i], (int)(at + i), 0, true};
-        }
+        n_right = 0;
+        n_guesses = n_stories > 1 ? 0 : add_guesses(draft, stories, m->n_positions, batch);
         all_guesses += n_guesses;
         run_batch(m, batch, n + n_guesses);
     }
