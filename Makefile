@@ -5,7 +5,7 @@
 # make page    out/story/story.html, the model of make story as a web page; make llama2.wasm: the
 #              engine for browsers and Node, see lib/llama2.mjs and examples/llama2.mjs
 # make test-peers   run the GGUF files of export.py with llama.cpp (llama-cpp-python)
-# make fuzz    random model files, tokenizer files and texts for the engine, with clang;
+# make fuzz    random models, tokenizers, texts and tables of guesses for the engine, with clang;
 #              FUZZ_SECONDS=60 for each
 # make test-arm   the engine's numerical tests under qemu-user, with a cross compiler for aarch64
 # make bench   training speed (10 minutes), the loader, checkpoints (10 minutes), two processes (4),

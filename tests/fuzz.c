@@ -1,6 +1,7 @@
-// A libFuzzer target for run.c. Its input is a model file (TARGET 0), a tokenizer file (1), or a
-// text (2) for the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
-// FUZZ_VOCAB_SIZE tokens. tests/fuzz.py builds and runs it.
+// A libFuzzer target for run.c. Its input is a model file (TARGET 0), a tokenizer file (1), a text
+// (2) for the tokenizers in the files FUZZ_TOKENIZER, FUZZ_GPT2 and FUZZ_GPT4, all of
+// FUZZ_VOCAB_SIZE tokens, or a table of guesses (3) for FUZZ_TOKENIZER. tests/fuzz.py builds and
+// runs it.
 #define main run_main
 #include "../run.c"
 #undef main
@@ -43,6 +44,16 @@ static void encode_and_decode(const Tokenizer *t, const char *text, size_t n) {
                 sampler.phrases[i].tokens[k] >= t->vocab_size) abort();
 }
 
+static void guess_tokens(const Draft *d, const Tokenizer *t) {
+    int tokens[20 + MAX_GUESSES];
+    for (int i = 0; i < 20; i++) tokens[i] = i * 7919 % t->vocab_size;
+    for (size_t n = 1; n <= 20; n++) {
+        size_t count = guess(d, tokens, n, MAX_GUESSES);
+        for (size_t i = 0; i < count; i++)
+            if (tokens[n + i] < 0 || tokens[n + i] >= t->vocab_size) abort();
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     jmp_buf caller;
     char error[500];
@@ -67,6 +78,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (!fingerprint(&t)) abort();
         encode_and_decode(&t, (const char *)data + size - text, text);
     }
+#elif TARGET == 3
+    File tokenizer = open_file(getenv("FUZZ_TOKENIZER"), TOKENIZER_HINT);
+    Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
+    Draft draft = load_draft(file, &t);
+    guess_tokens(&draft, &t);
 #else
     const char *paths[] = {getenv("FUZZ_TOKENIZER"), getenv("FUZZ_GPT2"),
                            getenv("FUZZ_GPT4")};

@@ -1,5 +1,5 @@
 """
-Fuzz run.c with libFuzzer: model files, tokenizer files and prompts.
+Fuzz run.c with libFuzzer: model files, tokenizer files, prompts and tables of guesses.
 
     python tests/fuzz.py --seconds=60 --out=fuzz
 
@@ -15,14 +15,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from conftest import EVERYTHING, REPO, random_model
 
 from bpe import PATTERNS, BPETokenizer, train_bpe
 from formats.modelbin import DTYPES, export_model
+from text.draft import write_draft
 from text.synth import make_stories
 from tokenizer import byte_level_c_file, open_tokenizer, train_sentencepiece
 
-TARGETS = ("model", "tokenizer", "text")
+TARGETS = ("model", "tokenizer", "text", "draft")
 VOCAB_SIZE = 300
 FLAGS = (
     "-std=c11 -ffp-contract=off -Wno-psabi -g -O1 -fsanitize=fuzzer,address,undefined "
@@ -84,6 +86,10 @@ def main():
         environment[f"FUZZ_{name}"] = str(folder / f"{name}.bin")
         (folder / f"{name}.bin").write_bytes(data)
     make_seeds(folder, files)
+    tokenizer = open_tokenizer(path)
+    ids = np.concatenate([[tokenizer.bos_id, *tokenizer.encode(text)] for text in stories])
+    for n_slots in (20, 1000):
+        write_draft(folder / "draft" / str(n_slots), ids, tokenizer, n_slots)
     failed = []
     for i, name in enumerate(TARGETS):
         binary = folder / f"fuzz_{name}"
