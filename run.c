@@ -814,7 +814,8 @@ int main(int argc, char **argv) {
             if (n_order) set_phrases(&o.sampler, &tokenizer, &o.order, prompt, n_order);
             bool wants_note = n_requested > model.config.seq_len && !o.as_json;
             Draft draft = {0};
-            if (o.draft) draft = load_draft(open_file(o.draft, DRAFT_HINT), &tokenizer);
+            if (o.draft)
+                draft = load_draft(open_file(o.draft, DRAFT_HINT), &tokenizer, model.matrix_bytes);
             generate(&model, &tokenizer, &o.sampler, &draft, prompt, n_order, o.seed, o.as_json,
                      wants_note);
         }

@@ -10,7 +10,10 @@ enum {
     DRAFT_VERSION = 1,
     MAX_LOOK_BACK = 4,  // tokens
     MAX_GUESSES = 3,
-    MIN_ODDS = 80,      // of 255: how likely all guesses must be right
+    // How likely all guesses must be right, of 255: a model in the caches computes longer for more
+    // tokens, but one in memory is limited by reading its weights once.
+    MIN_ODDS = 25, MIN_ODDS_CACHED = 80,
+    CACHED = 32 << 20,  // bytes
 };
 
 typedef struct {
@@ -21,6 +24,7 @@ typedef struct {
 typedef struct {
     const uint8_t *slots;  // (n_slots) Slot, a hash table with linear probing
     size_t n_slots;        // 0: no guesses
+    uint32_t min_odds;
 } Draft;
 
 static const char DRAFT_HINT[] = "make one with: python tinystories.py draft";
@@ -42,8 +46,8 @@ static Slot slot_at(const Draft *d, size_t i) {
     return slot;
 }
 
-// Load the guesses for a tokenizer.
-static Draft load_draft(File file, const Tokenizer *t) {
+// Load the guesses for a tokenizer, and for a model that reads matrix_bytes for every token.
+static Draft load_draft(File file, const Tokenizer *t, uint64_t matrix_bytes) {
     uint32_t header[DRAFT_HEADER / 4 - 1] = {0};
     if (file.size >= DRAFT_HEADER) memcpy(header, file.data + 4, sizeof header);
     size_t n_slots = header[3], vocab_size = header[2];
@@ -55,7 +59,8 @@ static Draft load_draft(File file, const Tokenizer *t) {
     if (header[1] != fingerprint(t) || vocab_size != (size_t)t->vocab_size)
         die("%s was made for another tokenizer than %s: use a table of the model's own text",
             file.path, t->file.path);
-    Draft d = {.slots = file.data + DRAFT_HEADER, .n_slots = n_slots};
+    Draft d = {.slots = file.data + DRAFT_HEADER, .n_slots = n_slots,
+               .min_odds = matrix_bytes > CACHED ? MIN_ODDS : MIN_ODDS_CACHED};
     size_t n_free = 0;
     for (size_t i = 0; i < n_slots; i++) {
         uint32_t both = slot_at(&d, i).token_and_odds;
@@ -86,7 +91,7 @@ static size_t guess(const Draft *d, int *tokens, size_t n, size_t max) {
         uint32_t both = 0;
         while (k && !(both = look_up(d, tokens + length - k, k))) k--;
         odds = odds * (both >> 24) / 255;
-        if (odds < MIN_ODDS) break;
+        if (odds < d->min_odds) break;
         tokens[length] = (int)(both & 0xFFFFFF);
     }
     return count;

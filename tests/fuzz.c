@@ -81,7 +81,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 #elif TARGET == 3
     File tokenizer = open_file(getenv("FUZZ_TOKENIZER"), TOKENIZER_HINT);
     Tokenizer t = load_tokenizer(tokenizer, atoi(getenv("FUZZ_VOCAB_SIZE")));
-    Draft draft = load_draft(file, &t);
+    Draft draft = load_draft(file, &t, size);
     guess_tokens(&draft, &t);
 #else
     const char *paths[] = {getenv("FUZZ_TOKENIZER"), getenv("FUZZ_GPT2"),
