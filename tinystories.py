@@ -250,6 +250,7 @@ def pretokenize_stage():
 
 def draft_stage():
     paths = DataPaths(data_dir, vocab_source, vocab_size)
+    TokenData(paths, 1, check=False)  # says what to run if there are no shards
     tokenizer = open_tokenizer(paths.tokenizer_model)
     data, ids = TokenData(paths, 1, tokenizer), np.zeros(0, int)
     for shard in data.train:

@@ -88,8 +88,8 @@ def main():
     make_seeds(folder, files)
     tokenizer = open_tokenizer(path)
     ids = np.concatenate([[tokenizer.bos_id, *tokenizer.encode(text)] for text in stories])
-    for n_slots in (20, 1000):
-        write_draft(folder / "draft" / str(n_slots), ids, tokenizer, n_slots)
+    for max_slots in (20, 1000):
+        write_draft(folder / "draft" / str(max_slots), ids, tokenizer, max_slots)
     failed = []
     for i, name in enumerate(TARGETS):
         binary = folder / f"fuzz_{name}"

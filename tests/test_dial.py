@@ -76,6 +76,8 @@ def test_more_time_and_faster_machines_train_larger_models(choose):
 def test_a_short_text_needs_regularization_and_no_more_than_a_few_epochs(choose):
     large, small = choose("--minutes=10"), choose("--minutes=10", n_text=SAMPLE // 10)
     assert large["dropout"] == 0 and large["bigram_rows"]
+    longer = choose("--minutes=20")
+    assert longer["dropout"] == 0 and not longer["bigram_rows"]
     assert small["dropout"] > 0 and not small["bigram_rows"]
     assert small["muon_weight_decay"] > large["muon_weight_decay"]
     n_tokens = small["max_iters"] * small["batch_size"] * small["max_seq_len"]

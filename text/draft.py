@@ -18,7 +18,7 @@ from system.files import atomic_write
 MAGIC, VERSION = b"l2dr", 1
 HEADER = "<4s5I"
 LOOK_BACK = 4  # tokens
-N_SLOTS = 124_997  # a file of 1 MB
+MAX_SLOTS = 124_997  # a file of 1 MB
 FULL = 0.8  # share of the slots that are used
 MAX_TOKENS = 10_000_000  # of the text that are worth counting
 
@@ -86,12 +86,13 @@ def best_contexts(ids, bos_id, n_kept):
     return hashes[best], tokens[best], odds[best]
 
 
-def write_draft(path, ids, tokenizer, n_slots=N_SLOTS):
+def write_draft(path, ids, tokenizer, max_slots=MAX_SLOTS):
     """
     Write the table of guesses of ids, a text (n_tokens) with a BOS before each document. Returns
     the number of contexts in it.
     """
-    found = best_contexts(ids, tokenizer.bos_id, int(FULL * n_slots))
+    found = best_contexts(ids, tokenizer.bos_id, int(FULL * max_slots))
+    n_slots = int(len(found[0]) / FULL) + 1
     slots = np.zeros((n_slots, 2), "<u4")
     for hash_, token, odds in zip(*(column.tolist() for column in found), strict=True):
         i = (hash_ >> 32) * n_slots >> 32

@@ -62,8 +62,9 @@ LARGEST, LARGEST_TEXT = 64e6, 3_450_000
 # and grows as the root of the scarcity
 DECAY, DECAY_SCARCITY = 0.105, 20
 MOST_DECAY = 1.0
-# If text is scarcer than SCARCE, bigrams are left out, value embeddings decay, and dropout is added
-SCARCE, DROPOUT = 100, 0.1
+# If text is scarcer than SCARCE, bigrams are left out and value embeddings decay; if it is scarcer
+# than VERY_SCARCE, dropout is added
+SCARCE, VERY_SCARCE, DROPOUT = 30, 90, 0.1
 # If it is scarcer than HEAD_SCARCITY, head_lr falls as the root of the scarcity
 HEAD_DIM, HEAD_SCARCITY = 256, 50
 
@@ -188,7 +189,9 @@ def regularization(scarcity):
     decay = min(DECAY * math.sqrt(scarcity / DECAY_SCARCITY), MOST_DECAY)
     values = {"muon_weight_decay": float(f"{decay:.1g}")}
     if scarcity > SCARCE:
-        values |= {"bigram_rows": 0, "embedding_weight_decay": 0.5, "dropout": DROPOUT}
+        values |= {"bigram_rows": 0, "embedding_weight_decay": 0.5}
+    if scarcity > VERY_SCARCE:
+        values["dropout"] = DROPOUT
     return values
 
 
