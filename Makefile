@@ -7,7 +7,8 @@
 # make test-peers   run the GGUF files of export.py with llama.cpp (llama-cpp-python)
 # make fuzz    random models, tokenizers, texts and tables of guesses for the engine, with clang;
 #              FUZZ_SECONDS=60 for each
-# make test-arm   the engine's numerical tests under qemu-user, with a cross compiler for aarch64
+# make test-arm   the engine's numerical tests under qemu-user, for 64-bit ARM with and without dot
+#              products, with a cross compiler for aarch64
 # make bench   training speed (10 minutes), the loader, checkpoints (10 minutes), two processes (4),
 #              the engine (5), and with TEXT=PATH, a .txt file with <|endoftext|> between documents,
 #              the tokenizers (3). For comparison, LLAMA2C=PATH adds a checkout of llama2.c, and
@@ -66,8 +67,10 @@ test-slow: dev
 
 # only the numerical tests: everything else is the same C on every machine
 test-arm: dev
-	ENGINE_CC=aarch64-linux-gnu-gcc ENGINE_FLAGS="-march=armv8.2-a+dotprod -static" \
-	ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest -m "not peers" tests/test_run.py -k "logits or bits"
+	for arch in armv8.2-a+dotprod armv8-a; do \
+	  ENGINE_CC=aarch64-linux-gnu-gcc ENGINE_FLAGS="-march=$$arch -static" \
+	  ENGINE_EMULATOR=qemu-aarch64 .venv/bin/python -m pytest -m "not peers" tests/test_run.py \
+	  -k "logits or bits" || exit 1; done
 
 PEER = llama-cpp-python==0.3.36
 

@@ -255,8 +255,9 @@ def draft_stage():
     data, ids = TokenData(paths, 1, tokenizer), np.zeros(0, int)
     for shard in data.train:
         ids = np.append(ids, without_marks(shard[: MAX_TOKENS - len(ids)], data.mark))
+    print(f"counting what follows in {len(ids):,} tokens", flush=True)
     n = write_draft(paths.draft, ids, tokenizer)
-    print(f"{paths.draft} says what follows {n:,} contexts of {len(ids):,} tokens")
+    print(f"{paths.draft} has guesses for {n:,} contexts")
     print(f"next: ./run out/model.bin --draft {shlex.quote(paths.draft)}")
 
 
